@@ -1,0 +1,1 @@
+"""Parquet image datasets: schema, shards, manifest, card."""

@@ -1,0 +1,168 @@
+"""The dataset folder: `mlem.json` says what it is, `README.md` shows it to people and to Hugging Face."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlem_dist.dataset.schema import features
+from mlem_dist.dataset.shards import WORK, Shard, commit, is_whole, marked_shards
+from mlem_dist.errors import UsageError
+
+SCHEMA_VERSION = 1
+NAME = "mlem.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `mlem.json` holds.
+
+    Attributes:
+        config: everything that decides the samples and their files, JSON-ready.
+        labels: class names.
+        versions: the library versions that wrote the first shard.
+        calls: expected evaluations of each level per sample, by name; empty until the dataset is complete.
+        shards: the finished shards in order; empty until the dataset is complete.
+    """
+
+    config: dict[str, Any]
+    labels: tuple[str, ...]
+    versions: dict[str, str]
+    calls: dict[str, float]
+    shards: tuple[Shard, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    def write(self, out: Path) -> None:
+        """Write `mlem.json` by temporary name and rename."""
+        raw = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "config": self.config,
+            "labels": self.labels,
+            "versions": self.versions,
+            "calls_per_sample": self.calls,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        commit(out / NAME, (json.dumps(raw, indent=1) + "\n").encode(), out / WORK)
+
+
+def read_manifest(out: Path) -> Manifest:
+    """Read a dataset folder's manifest.
+
+    Raises:
+        UsageError: the folder holds no dataset of this program, or one of another schema version.
+    """
+    try:
+        raw = json.loads((out / NAME).read_text())
+        if raw["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(f"{out / NAME}: schema_version is {raw['schema_version']!r}, expected {SCHEMA_VERSION}")
+        return Manifest(
+            config=raw["config"],
+            labels=tuple(raw["labels"]),
+            versions=raw["versions"],
+            calls=raw["calls_per_sample"],
+            shards=tuple(Shard(**shard) for shard in raw["shards"]),
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{out / NAME} cannot be read: {error}") from None
+
+
+def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of an earlier run of the same configuration in `out`, or None for a fresh folder. Touches nothing.
+
+    Raises:
+        UsageError: `out` is a file, is not writable, holds something else or a run of another configuration.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, expected a folder; choose another path")
+    parent = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
+    if not out.is_dir() or not any(path.name != WORK for path in out.iterdir()):
+        return None
+    if not (out / NAME).exists():
+        raise UsageError(f"--out {out} holds something else (no {NAME}); choose an empty or new folder")
+    manifest = read_manifest(out)
+    keys = sorted(key for key in {*config, *manifest.config} if config.get(key) != manifest.config.get(key))
+    if keys:
+        changes = "; ".join(f"{key} was {_short(manifest.config.get(key))}, now {_short(config.get(key))}" for key in keys)
+        raise UsageError(f"--out {out} holds a run of another configuration ({changes}); choose another folder")
+    return manifest
+
+
+def finished_shards(out: Path, manifest: Manifest) -> dict[str, Shard]:
+    """The shards of a run that need not be made again, by path."""
+    return {shard.path: shard for shard in (*manifest.shards, *marked_shards(out)) if is_whole(out, shard)}
+
+
+def finish(out: Path, manifest: Manifest) -> None:
+    """Write the card and the complete manifest, then remove what an unfinished run needs."""
+    commit(out / "README.md", card(manifest).encode(), out / WORK)
+    manifest.write(out)
+    shutil.rmtree(out / WORK)
+
+
+def card(manifest: Manifest) -> str:
+    """The dataset card: YAML front matter for Hugging Face, then what a reader wants to know."""
+    config = manifest.config
+    rows, size = sum(shard.rows for shard in manifest.shards), sum(shard.bytes for shard in manifest.shards)
+    front = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
+        "dataset_info": {
+            "features": _card_features(manifest.labels),
+            "splits": [{"name": "train", "num_examples": rows, "num_bytes": size}],
+        },
+        "tags": ["synthetic", "mlem-dist"],
+    }
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {rows:,} synthetic images from the ladder `{config["ladder"]}`
+
+Generated by mlem-dist {manifest.versions["mlem_dist"]} with {config["solver"]}, {config["steps"]} steps, seed {config["seed"]}.
+`mlem.json` holds the whole configuration and the SHA-256 of every file.
+
+```python
+from datasets import load_dataset
+load_dataset("parquet", data_files="data/*.parquet")   # pandas, polars, DuckDB, Ray Data: read `data/`
+```
+
+| column | type | meaning |
+|---|---|---|
+| sample_id | int64 | 0 ... {rows - 1} |
+| image | struct<bytes, path> | PNG |
+{"| label | int64 | " + ", ".join(f"{i} {name}" for i, name in enumerate(manifest.labels)) + " |" if manifest.labels else ""}
+"""
+
+
+def _card_features(labels: Sequence[str]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name, kind in features(labels).items():
+        if kind["_type"] == "Value":
+            found.append({"name": name, "dtype": kind["dtype"]})
+        elif kind["_type"] == "Image":
+            found.append({"name": name, "dtype": "image"})
+        else:
+            found.append({"name": name, "dtype": {"class_label": {"names": {str(i): n for i, n in enumerate(labels)}}}})
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

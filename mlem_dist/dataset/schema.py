@@ -1,0 +1,33 @@
+"""The columns of a dataset, as Hugging Face datasets writes and reads them."""
+
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+
+def schema(labels: Sequence[str]) -> pa.Schema:
+    """sample_id int64, image struct<bytes: binary, path: string> and, if there are classes, label int64.
+
+    The metadata key `huggingface` names the features, so that `datasets` shows pictures and class names.
+    """
+    fields = [
+        pa.field("sample_id", pa.int64()),
+        # Exactly this struct, nullable and in this order: otherwise `datasets` silently loses the Image feature.
+        pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
+    ]
+    if labels:
+        fields.append(pa.field("label", pa.int64()))
+    metadata = {"huggingface": json.dumps({"info": {"features": features(labels)}})}
+    return pa.schema(fields, metadata=metadata)
+
+
+def features(labels: Sequence[str]) -> dict[str, dict[str, object]]:
+    """The columns in the form of Hugging Face's `Features.to_dict()`."""
+    found: dict[str, dict[str, object]] = {
+        "sample_id": {"dtype": "int64", "_type": "Value"},
+        "image": {"_type": "Image"},
+    }
+    if labels:
+        found["label"] = {"names": list(labels), "_type": "ClassLabel"}
+    return found

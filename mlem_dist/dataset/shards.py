@@ -1,0 +1,140 @@
+"""Write, list and verify shards: one Parquet file each, holding a fixed range of sample ids."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from mlem_dist.dataset.schema import schema
+
+# Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
+WORK = ".mlem"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard: `path` relative to the dataset folder, its number of rows and bytes, and its SHA-256."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def shard_path(index: int, shards: int) -> str:
+    """Where shard `index` of `shards` lies, relative to the dataset folder."""
+    return f"data/train-{index:05d}-of-{shards:05d}.parquet"
+
+
+def encode_png(images: np.ndarray) -> list[bytes]:
+    """PNG files of uint8 images (n, H, W, C) with C = 1 or 3."""
+    files = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return files
+
+
+def encode_shard(pngs: Sequence[bytes], ids: Sequence[int], label: Sequence[int], labels: Sequence[str]) -> bytes:
+    """A Parquet file of PNG images with their sample ids and, if there are class names `labels`, their classes."""
+    names = schema(labels)
+    struct = names.field("image").type
+    columns = [pa.array(ids, pa.int64()), pa.array([{"bytes": png, "path": None} for png in pngs], struct)]
+    if labels:
+        columns.append(pa.array(label, pa.int64()))
+    table = pa.table(columns, schema=names)
+    small = [name for name in names.names if name != "image"]
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        row_group_size=max(1, min(len(ids), 100_000_000 // max(map(len, pngs)))),
+        compression={**dict.fromkeys(small, "zstd"), "image.bytes": "none", "image.path": "zstd"},
+        use_dictionary=False,
+        # Statistics of an image column would copy whole small images into the footer.
+        write_statistics=small,
+        write_page_index=True,
+        write_page_checksum=True,
+        use_content_defined_chunking=True,
+    )
+    return buffer.getvalue()
+
+
+def write_shard(
+    out: Path, index: int, shards: int, first_id: int, images: np.ndarray, label: Sequence[int], labels: Sequence[str]
+) -> Shard:
+    """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), ids first_id, first_id + 1, ...
+
+    The file appears under its final name complete or not at all; a marker in `.mlem/` follows it.
+
+    Raises:
+        ValueError: images and labels differ in number.
+        OSError: the disk is full or not writable.
+    """
+    if len(images) != len(label) or not len(images):
+        raise ValueError(f"shard {index}: {len(images)} images and {len(label)} labels")
+    ids = range(first_id, first_id + len(images))
+    data = encode_shard(encode_png(images), ids, label, labels)
+    path = shard_path(index, shards)
+    shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
+    commit(out / path, data, out / WORK)
+    commit(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)).encode(), out / WORK)
+    return shard
+
+
+def commit(path: Path, data: bytes, work: Path) -> None:
+    """Write a file so that it appears under its name complete or not at all, even after a power cut.
+
+    `work` is a folder on the same file system for the temporary file.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = work / f"{path.name}.{os.getpid()}.tmp"
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def marked_shards(out: Path) -> list[Shard]:
+    """The shards that an unfinished run has committed."""
+    found = []
+    for marker in sorted((out / WORK).glob("train-*.json")):
+        found.append(Shard(**json.loads(marker.read_text())))
+    return found
+
+
+def is_whole(out: Path, shard: Shard) -> bool:
+    """Whether the shard's file is there with its size."""
+    try:
+        return (out / shard.path).stat().st_size == shard.bytes
+    except OSError:
+        return False
+
+
+def damage(out: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard's file, compared by content; None if nothing is."""
+    try:
+        data = (out / shard.path).read_bytes()
+    except OSError as error:
+        return f"{shard.path} cannot be read: {error.strerror}"
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        return f"{shard.path} is not what was written: its SHA-256 differs"
+    return None

@@ -1,0 +1,1 @@
+"""Ladders of drift approximators and their folders."""

@@ -1,0 +1,347 @@
+"""A ladder: the ordered levels of one drift, as a folder on disk.
+
+    LADDER/ladder.json                       schema below
+    LADDER/scheduler/scheduler_config.json   noise schedule, diffusers format
+    LADDER/<gaussian>.safetensors            a Gaussian level
+    LADDER/<unet>/config.json, *.safetensors a UNet level, an ordinary diffusers `UNet2DModel` folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.levels import GaussianLevel, UNetLevel
+from mlem_dist.ladder.schedule import read_alpha_bar
+
+SCHEMA_VERSION = 1
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level's entry in `ladder.json`.
+
+    Attributes:
+        name: unique in the ladder.
+        kind: "gaussian" or "unet".
+        path: relative to the ladder folder; a safetensors file for a Gaussian, a folder for a UNet.
+        patch: the pixel-unshuffle around a UNet, 1 for none.
+        prediction: what a UNet was trained to return, "epsilon" or "v_prediction"; levels return the noise either way.
+        parameters: number of stored values.
+        sha256: hex digest of each file, by path relative to the ladder folder.
+        seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
+        denoising_error: mean squared error per value of the predicted noise on held-out data, by equal bands of time.
+    """
+
+    name: str
+    kind: str
+    path: str
+    parameters: int
+    sha256: dict[str, str]
+    patch: int = 1
+    prediction: str = "epsilon"
+    seconds: dict[str, float] = field(default_factory=dict)
+    denoising_error: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A validated ladder folder.
+
+    Attributes:
+        folder: where it lies.
+        sample_shape: (C, H, W).
+        labels: class names; empty for an unconditional ladder.
+        value_range: what the values of a finished sample are clipped to and then mapped to 0 ... 255.
+        levels: cheapest first.
+    """
+
+    folder: Path
+    name: str
+    sample_shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    value_range: tuple[float, float]
+    levels: tuple[Level, ...]
+    scheduler_sha256: str
+
+    @classmethod
+    def load(cls, source: str | Path) -> Ladder:
+        """Read and validate a ladder, by bundled name or folder. No weights are read into memory, no pickle ever.
+
+        Raises:
+            UsageError: nothing of that name, a missing or changed file, an unknown schema version, or entries that
+                contradict each other.
+        """
+        folder = _find(source)
+        path = folder / "ladder.json"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UsageError(f"{folder} is not a ladder: it has no ladder.json") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+        if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+            version = raw.get("schema_version") if isinstance(raw, dict) else None
+            raise UsageError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+        if raw.get("parametrisation") != "epsilon":
+            raise UsageError(f"{path}: parametrisation is {raw.get('parametrisation')!r}, expected 'epsilon'")
+        try:
+            ladder = cls(
+                folder=folder,
+                name=str(raw["name"]),
+                sample_shape=_triple(raw["sample_shape"]),
+                labels=tuple(map(str, raw["labels"])),
+                value_range=(float(raw["value_range"][0]), float(raw["value_range"][1])),
+                levels=tuple(Level(**level) for level in raw["levels"]),
+                scheduler_sha256=str(raw["scheduler_sha256"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UsageError(f"{path} has a missing, unknown or malformed entry: {error}") from None
+        ladder._validate()
+        return ladder
+
+    def _validate(self) -> None:
+        names = [level.name for level in self.levels]
+        if not names or len(set(names)) != len(names):
+            raise UsageError(f"{self.folder}: expected at least one level and no name twice, got {names}")
+        _check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
+        for level in self.levels:
+            if not level.sha256:
+                raise UsageError(f"{self.folder}: level {level.name!r} lists no files")
+            for name, digest in level.sha256.items():
+                _check_digest(self.folder, name, digest)
+            self._check_shape(level)
+        for device in {device for level in self.levels for device in level.seconds}:
+            if any(level.seconds.get(device, 0) <= 0 for level in self.levels):
+                raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
+
+    def _check_shape(self, level: Level) -> None:
+        """Refuse a level that is not made for this ladder's sample shape and labels."""
+        channels, height, width = self.sample_shape
+        if level.kind == "gaussian":
+            expected: Any = [max(1, len(self.labels)), math.prod(self.sample_shape)]
+            found: Any = _tensor_shapes(self.folder / level.path).get("mean")
+        elif level.kind == "unet":
+            if level.prediction not in ("epsilon", "v_prediction"):
+                raise UsageError(
+                    f"level {level.name!r}: prediction is {level.prediction!r}, expected epsilon or v_prediction"
+                )
+            if height % level.patch or width % level.patch:
+                raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
+            config = _read_json(self.folder / level.path / "config.json")
+            if config.get("_class_name") != "UNet2DModel":
+                raise UsageError(f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel")
+            size = config.get("sample_size")
+            inner = channels * level.patch**2
+            expected = [inner, inner, height // level.patch, width // level.patch, len(self.labels) or None]
+            found = [
+                config.get("in_channels"),
+                config.get("out_channels"),
+                *(size if isinstance(size, list) else [size, size]),
+                config.get("num_class_embeds"),
+            ]
+        else:
+            raise UsageError(f"level {level.name!r}: kind is {level.kind!r}, expected gaussian or unet")
+        if found != expected:
+            raise UsageError(
+                f"level {level.name!r} does not fit the ladder's sample shape {self.sample_shape} and "
+                f"{len(self.labels)} labels: it has {found}, expected {expected}"
+            )
+
+    @cached_property
+    def alpha_bar(self) -> np.ndarray:
+        """The noise schedule, float64 (T,)."""
+        return read_alpha_bar(self.folder / SCHEDULER)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The diffusers scheduler configuration."""
+        return _read_json(self.folder / SCHEDULER)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the samples: everything but names, measured costs and errors."""
+        identity = {
+            "schema_version": SCHEMA_VERSION,
+            "sample_shape": self.sample_shape,
+            "labels": self.labels,
+            "value_range": self.value_range,
+            "scheduler": self.scheduler_sha256,
+            "levels": [[level.kind, level.path, level.patch, level.prediction, level.sha256] for level in self.levels],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def cost(self, device: str) -> np.ndarray:
+        """T_k on a device type, float64 (K,), seconds per sample; of another device if this one was not measured.
+
+        Raises:
+            UsageError: no costs at all were measured.
+        """
+        known = self.levels[0].seconds
+        if not known:
+            raise UsageError(f"ladder {self.name!r} has no measured costs; run `mlem-dist ladder measure {self.folder}`")
+        key = device if device in known else sorted(known)[0]
+        return np.array([level.seconds[key] for level in self.levels])
+
+    def load_level(self, number: int, device: torch.device | str) -> nn.Module:
+        """Level `number` (from 1) as a module in evaluation mode, float32, on `device`.
+
+        Raises:
+            UsageError: its weights are unreadable, or not those of its configuration.
+        """
+        level = self.levels[number - 1]
+        for name, digest in level.sha256.items():
+            _check_digest(self.folder, name, digest)
+        try:
+            if level.kind == "gaussian":
+                module = self._load_gaussian(level)
+            else:
+                module = self._load_unet(level)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+        return module.eval().requires_grad_(False).to(device)
+
+    def _load_gaussian(self, level: Level) -> nn.Module:
+        state = {key: value.float() for key, value in load_file(self.folder / level.path).items()}
+        classes, d, rank = state["basis"].shape
+        module = GaussianLevel(classes, d, rank, self.alpha_bar)
+        module.load_state_dict(state)
+        return module
+
+    def _load_unet(self, level: Level) -> nn.Module:
+        from diffusers import UNet2DModel
+
+        model = UNet2DModel.from_pretrained(
+            self.folder / level.path,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+        )
+        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar)
+
+
+def bundled() -> Iterator[str]:
+    """The names of the ladders in the package."""
+    for folder in Path(str(files("mlem_dist.ladder"))).iterdir():
+        if (folder / "ladder.json").is_file():
+            yield folder.name
+
+
+def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
+    """Write a level's weights, as `dtype`, into a ladder folder, and return its entry."""
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
+    if isinstance(module, GaussianLevel):
+        kind, path, patch, prediction = "gaussian", f"{name}.safetensors", 1, "epsilon"
+        save_file(state, folder / path)
+        written = [folder / path]
+    elif isinstance(module, UNetLevel):
+        kind, path, patch, prediction = "unet", name, module.patch, module.prediction
+        (folder / path).mkdir(parents=True, exist_ok=True)
+        module.model.save_config(folder / path)
+        weights = folder / path / "diffusion_pytorch_model.safetensors"
+        save_file({key.removeprefix("model."): value for key, value in state.items()}, weights, {"format": "pt"})
+        written = [folder / path / "config.json", weights]
+    else:
+        raise TypeError(f"no ladder format for a {type(module).__name__}")
+    return Level(
+        name=name,
+        kind=kind,
+        path=path,
+        patch=patch,
+        prediction=prediction,
+        parameters=sum(value.numel() for value in state.values()),
+        sha256={file.relative_to(folder).as_posix(): _sha256(file) for file in written},
+    )
+
+
+def save_ladder(
+    folder: Path,
+    name: str,
+    sample_shape: Sequence[int],
+    labels: Sequence[str],
+    scheduler: dict[str, Any],
+    levels: Sequence[Level],
+) -> Ladder:
+    """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
+    (folder / SCHEDULER).parent.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
+    (folder / SCHEDULER).write_text(json.dumps(config, indent=2) + "\n")
+    raw = {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "sample_shape": list(sample_shape),
+        "value_range": [-1.0, 1.0],
+        "labels": list(labels),
+        "parametrisation": "epsilon",
+        "scheduler_sha256": _sha256(folder / SCHEDULER),
+        "levels": [level.__dict__ for level in levels],
+    }
+    temporary = folder / "ladder.json.tmp"
+    temporary.write_text(json.dumps(raw, indent=2) + "\n")
+    temporary.replace(folder / "ladder.json")
+    return Ladder.load(folder)
+
+
+def _find(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    folder = Path(str(files("mlem_dist.ladder"))) / str(source)
+    if str(source) in bundled():
+        return folder
+    raise UsageError(f"no ladder {str(source)!r}: expected a ladder folder or one of {', '.join(sorted(bundled())) or 'none'}")
+
+
+def _triple(values: Any) -> tuple[int, int, int]:
+    channels, height, width = map(int, values)
+    if min(channels, height, width) < 1:
+        raise ValueError(f"sample_shape {values}")
+    return channels, height, width
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    return raw
+
+
+def _tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes in a safetensors file, from its header alone."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, ValueError, OverflowError, MemoryError) as error:
+        raise UsageError(f"{path} is not a safetensors file: {error}") from None
+    return {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_digest(folder: Path, name: str, expected: str) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise UsageError(f"ladder file {path} is missing; restore it or train the ladder again")
+    if _sha256(path) != expected:
+        raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")

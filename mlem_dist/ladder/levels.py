@@ -1,0 +1,126 @@
+"""Levels: approximators of one drift, each a torch module that predicts the noise of a sample."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GaussianLevel(nn.Module):
+    """The exact denoiser of one Gaussian per class, low rank plus isotropic.
+
+    For x0 ~ N(mu, S), S = Q diag(v) Q^T + r (I - Q Q^T), the expected noise given x is
+    sqrt(1 - a) (a S + (1 - a) I)^-1 (x - sqrt(a) mu) with a = alpha_bar[t]; cf. Wang & Vastola,
+    "The unreasonable effectiveness of Gaussian score approximation" (2024).
+
+    Buffers: mean (classes, d), basis Q (classes, d, rank), variance v (classes, rank),
+    residual r (classes,), all float32, with d the number of values of a sample.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variance: Tensor
+    residual: Tensor
+    alpha_bar: Tensor
+
+    def __init__(self, classes: int, d: int, rank: int, alpha_bar: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(classes, d))
+        self.register_buffer("basis", torch.zeros(classes, d, rank))
+        self.register_buffer("variance", torch.zeros(classes, rank))
+        self.register_buffer("residual", torch.zeros(classes))
+        self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
+
+    def fit(self, x0: Tensor, label: Tensor) -> None:
+        """Take mean and covariance per class from x0 (n, C, H, W) in the ladder's value range and label (n,)."""
+        rank = self.variance.shape[1]
+        for c in range(self.mean.shape[0]):
+            rows = x0[label == c].flatten(1).double()
+            self.mean[c] = rows.mean(0)
+            value, vector = torch.linalg.eigh(torch.cov(rows.T))
+            self.variance[c] = value[-rank:]
+            self.basis[c] = vector[:, -rank:]
+            self.residual[c] = value[:-rank].clamp(min=0).mean()
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
+        flat = x.flatten(1)
+        out = torch.empty_like(flat)
+        a = self.alpha_bar[t][:, None]
+        # A loop over the classes present: gathering one basis per sample would move far more memory than it computes.
+        for c in label.unique().tolist():
+            rows = (label == c).nonzero(as_tuple=True)[0]
+            ac = a[rows]
+            centred = flat[rows] - ac.sqrt() * self.mean[c]
+            outside = 1 / (ac * self.residual[c] + 1 - ac)
+            inside = 1 / (ac * self.variance[c] + 1 - ac)
+            thin = ((inside - outside) * (centred @ self.basis[c])) @ self.basis[c].T
+            out[rows] = (1 - ac).sqrt() * (outside * centred + thin)
+        return out.view_as(x)
+
+
+class UNetLevel(nn.Module):
+    """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none).
+
+    The model predicts the noise ("epsilon") or v = sqrt(a) noise - sqrt(1 - a) x0 ("v_prediction", Salimans & Ho,
+    arXiv:2202.00512), a = alpha_bar[t]; the latter is turned into the noise, sqrt(a) v + sqrt(1 - a) x.
+    """
+
+    alpha_bar: Tensor
+
+    def __init__(self, model: nn.Module, patch: int, prediction: str, alpha_bar: np.ndarray) -> None:
+        super().__init__()
+        self.model = model
+        self.patch = patch
+        self.prediction = prediction
+        self.conditional: bool = model.config.num_class_embeds is not None
+        self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
+
+    def predict(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """What the model itself predicts, in the shape of x."""
+        small = F.pixel_unshuffle(x, self.patch)
+        out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
+        return F.pixel_shuffle(out, self.patch)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` is trained to return for x = sqrt(a) x0 + sqrt(1 - a) noise."""
+        if self.prediction == "epsilon":
+            return noise
+        a = self.alpha_bar[t][:, None, None, None]
+        return a.sqrt() * noise - (1 - a).sqrt() * x0
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
+        out = self.predict(x, t, label)
+        if self.prediction == "epsilon":
+            return out
+        a = self.alpha_bar[t][:, None, None, None]
+        return a.sqrt() * out + (1 - a).sqrt() * x
+
+
+def new_unet_level(
+    sample_shape: tuple[int, int, int],
+    classes: int,
+    patch: int,
+    prediction: str,
+    alpha_bar: np.ndarray,
+    model: Mapping[str, Any],
+) -> UNetLevel:
+    """An untrained `UNetLevel` for samples of `sample_shape`, unconditional for 0 classes.
+
+    `model` holds further arguments of `UNet2DModel`.
+    """
+    from diffusers import UNet2DModel
+
+    channels, height, width = sample_shape
+    unet = UNet2DModel(
+        sample_size=(height // patch, width // patch),
+        in_channels=channels * patch**2,
+        out_channels=channels * patch**2,
+        num_class_embeds=classes or None,
+        **model,
+    )
+    return UNetLevel(unet, patch, prediction, alpha_bar)

@@ -1,0 +1,60 @@
+"""Noise schedules in the diffusers format."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.errors import UsageError
+
+
+def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
+    """The cumulative product of 1 - beta of a diffusers scheduler configuration.
+
+    Args:
+        config: the keys `num_train_timesteps`, `beta_schedule` ("linear", "scaled_linear" or
+            "squaredcos_cap_v2"), `beta_start`, `beta_end`, or `trained_betas`, as in
+            `scheduler_config.json`.
+
+    Returns:
+        float64 array of shape (num_train_timesteps,), strictly decreasing, in (0, 1).
+
+    Raises:
+        UsageError: if the schedule is unknown or its values are not a valid noise schedule.
+    """
+    n = config.get("num_train_timesteps", 1000)
+    if not isinstance(n, int) or n < 1:
+        raise UsageError(f"noise schedule: num_train_timesteps is {n!r}, expected a positive integer")
+    kind = config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is not None:
+        beta = np.asarray(config["trained_betas"], dtype=np.float64)
+    elif kind == "linear":
+        beta = np.linspace(start, end, n, dtype=np.float64)
+    elif kind == "scaled_linear":
+        beta = np.linspace(start**0.5, end**0.5, n, dtype=np.float64) ** 2
+    elif kind == "squaredcos_cap_v2":
+        edge = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        beta = np.minimum(1 - edge[1:] / edge[:-1], 0.999)
+    else:
+        raise UsageError(
+            f"noise schedule: beta_schedule {kind!r} is unknown, expected linear, scaled_linear or squaredcos_cap_v2"
+        )
+    if beta.shape != (n,) or not ((beta > 0) & (beta < 1)).all():
+        raise UsageError(f"noise schedule: expected {n} betas strictly between 0 and 1")
+    return np.cumprod(1 - beta)
+
+
+def read_alpha_bar(path: Path) -> np.ndarray:
+    """`alpha_bar` of the JSON file at `path`."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"noise schedule {path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"noise schedule {path} cannot be read: {error}") from None
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise UsageError(f"noise schedule {path}: prediction_type {config['prediction_type']!r}, expected 'epsilon'")
+    return alpha_bar(config)

@@ -1,0 +1,203 @@
+"""The coordinator: decides what runs where. It sees references, never tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ObjectLostError, RayTaskError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from mlem_dist.dataset.shards import Shard
+from mlem_dist.runtime.job import Job, write_job_shard
+from mlem_dist.runtime.placement import Seat
+from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
+from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker, Work
+
+# Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
+SLOTS = 2
+PENDING_WRITES = 4
+
+
+@dataclass(frozen=True)
+class PoolProgress:
+    """One pool: its levels, actors able to work, device seconds so far, and deaths."""
+
+    name: str
+    actors: int
+    busy: float
+    deaths: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot of a run.
+
+    Attributes:
+        seconds: since the coordinator began.
+        first_block: seconds until the first block was finished; None before.
+        samples: finished samples, without those that were there before.
+        calls: evaluations of each level (from 1) so far, each of one block.
+    """
+
+    seconds: float
+    first_block: float | None
+    samples: int
+    calls: dict[int, int]
+    pools: tuple[PoolProgress, ...]
+
+
+class Coordinator:
+    """An asyncio actor that makes the given shards of a job.
+
+    Args:
+        pools: the levels (from 1) of each pool.
+        names: of the pools, for messages.
+        seats: of each pool; none for a pool that the plan never calls.
+        labels: class names.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        out: Path,
+        pools: Sequence[range],
+        names: Sequence[str],
+        seats: Sequence[Sequence[Seat]],
+        labels: Sequence[str],
+    ) -> None:
+        self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
+        self.seats, self.names = seats, names
+        self.devices = 1 + max(seat.device for pool in seats for seat in pool)
+        actors = sum(map(len, seats))
+        # Enough blocks that no actor of any pool waits for one.
+        self.depth = max(SLOTS, -(-SLOTS * actors // len(seats[0])))
+        self.calls: Counter[int] = Counter()
+        self.samples = 0
+        self.began = time.monotonic()
+        self.first_block: float | None = None
+        self.running: dict[int, Pool] = {}
+
+    async def run(self, shards: Sequence[int]) -> None:
+        """Make the shards.
+
+        Raises:
+            PoolError: actors die faster than they work.
+            NonFiniteError: a block ended with NaN or infinite values.
+        """
+        await self._start_pools()
+        self.todo = iter([(shard, block) for shard in shards for block in self.job.shard_blocks(shard)])
+        self.images: dict[int, dict[int, ray.ObjectRef]] = {}
+        self.writing = asyncio.Semaphore(PENDING_WRITES)
+        runners = [asyncio.create_task(self._runner()) for _ in range(self.depth * len(self.seats[0]))]
+        try:
+            await asyncio.gather(*runners)
+        finally:
+            for runner in runners:
+                runner.cancel()
+
+    async def progress(self) -> Progress:
+        """What has been done so far."""
+        return Progress(
+            time.monotonic() - self.began,
+            self.first_block,
+            self.samples,
+            dict(self.calls),
+            tuple(PoolProgress(pool.name, pool.alive, pool.busy, pool.deaths) for pool in self.running.values()),
+        )
+
+    async def pids(self) -> dict[str, list[int]]:
+        """Process ids of the actors by pool name, for people who debug or kill them."""
+        found = {}
+        for pool in self.running.values():
+            actors = [member.actor for member in pool.members if member.actor is not None]
+            found[pool.name] = list(await asyncio.gather(*(actor.pid.remote() for actor in actors)))
+        return found
+
+    async def _start_pools(self) -> None:
+        resource = "GPU" if self.job.device == "cuda" else "CPU"
+        group = placement_group([{resource: 1}] * self.devices, strategy="PACK")
+        await group.ready()
+        for index, seats in enumerate(self.seats):
+            if seats:
+                slots = SLOTS if index else self.depth
+                self.running[index] = Pool(self.names[index], seats, slots, self._creator(index, group))
+        await asyncio.gather(*(pool.start() for pool in self.running.values()))
+
+    def _creator(self, index: int, group: Any) -> Any:
+        kind = ray.remote(LevelWorker if index else TrajectoryWorker)
+
+        def create(seat: Seat) -> Any:
+            cuda = self.job.device == "cuda"
+            return kind.options(
+                num_cpus=0 if cuda else seat.share,
+                num_gpus=seat.share if cuda else 0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.device),
+            ).remote(self.job, self.pools, index, 1)
+
+        return create
+
+    async def _runner(self) -> None:
+        for shard, block in self.todo:
+            await self._finished(shard, block, await self._block(block))
+
+    async def _block(self, block: int) -> ray.ObjectRef:
+        """Run a block to its images; if its worker dies, from the start on another."""
+        for _ in range(TRIES):
+            async with self.running[0].member() as member:
+                try:
+                    return await self._segments(block, member)
+                except (*DEATHS, ObjectLostError):
+                    continue
+                except RayTaskError as error:
+                    if not isinstance(error.cause, ObjectLostError):
+                        raise
+        raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
+
+    async def _segments(self, block: int, member: Member) -> ray.ObjectRef:
+        home = self.running[0]
+        segment: Segment
+        segment, payload = await home.call_member(member, "start", block)
+        self._count(segment.work)
+        while segment.asks:
+            answers = await asyncio.gather(*(self._answer(block, ask, payload) for ask in segment.asks))
+            segment, payload = await home.call_member(member, "resume", block, *answers)
+            self._count(segment.work)
+        return payload
+
+    async def _answer(self, block: int, ask: Ask, state: ray.ObjectRef) -> ray.ObjectRef:
+        work: Work
+        work, answer = await self.running[ask.pool].call("evaluate", block, ask, state)
+        self._count(work)
+        return answer
+
+    def _count(self, work: Work) -> None:
+        self.calls.update(work.calls)
+
+    async def _finished(self, shard: int, block: int, images: ray.ObjectRef) -> None:
+        if self.first_block is None:
+            self.first_block = time.monotonic() - self.began
+        rows = self.job.shard_rows(shard)
+        first = block * self.job.block_size
+        self.samples += min(rows.stop, first + self.job.block_size) - first
+        parts = self.images.setdefault(shard, {})
+        parts[block] = images
+        blocks = self.job.shard_blocks(shard)
+        if len(parts) == len(blocks):
+            del self.images[shard]
+            async with self.writing:
+                await write_blocks.remote(self.job, self.out, self.labels, shard, *(parts[b] for b in blocks))
+
+
+@ray.remote(num_cpus=0)
+def write_blocks(job: Job, out: Path, labels: Sequence[str], shard: int, *images: np.ndarray) -> Shard:
+    """`write_job_shard` as a task: the blocks' references become their images here."""
+    return write_job_shard(job, out, labels, shard, images)

@@ -1,0 +1,174 @@
+"""A job: everything that decides the samples of a dataset, and the block computation that every engine shares."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+from torch import Tensor
+
+from mlem_dist import __version__
+from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.integrate import Request, block_noise, block_rng, trajectory
+from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
+from mlem_dist.solver.steps import ETA, StepTable, step_table
+
+
+class NonFiniteError(RuntimeError):
+    """A block ended with NaN or infinite values."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate.
+
+    Attributes:
+        ladder: name or folder, as every node of the cluster finds it.
+        digest: the ladder's digest.
+        num: number of samples.
+        labels: the classes to generate, in turn by sample id; (0,) for an unconditional ladder.
+        solver: "ddpm" or "ddim".
+        steps: N.
+        plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
+        seed: decides every noise and coin.
+        block_size: samples that advance together.
+        shard_size: samples of one file, a multiple of the block size.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    ladder: str
+    digest: str
+    num: int
+    labels: tuple[int, ...]
+    solver: str
+    steps: int
+    plan: Plan | Recipe
+    seed: int
+    block_size: int
+    shard_size: int
+    device: str
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps", "block_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}, expected 0 or more")
+        if self.solver not in ETA:
+            raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(ETA)}")
+        if self.shard_size % self.block_size:
+            lower = max(1, self.shard_size // self.block_size) * self.block_size
+            raise UsageError(
+                f"the shard size {self.shard_size} is not a multiple of the block size {self.block_size}; take {lower}"
+            )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The job as JSON-ready values; its fingerprint decides whether a dataset can be resumed."""
+        config = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        if isinstance(self.plan, Plan):
+            config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
+        else:
+            config["plan"] = asdict(self.plan) | {"probabilities": list(self.plan.probabilities)}
+        return config | {"labels": list(self.labels)}
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.num // self.shard_size)
+
+    def shard_rows(self, shard: int) -> range:
+        """The sample ids of a shard."""
+        return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
+
+    def shard_blocks(self, shard: int) -> range:
+        """The blocks that hold a shard's samples; the last may reach beyond it."""
+        rows = self.shard_rows(shard)
+        return range(rows.start // self.block_size, -(-rows.stop // self.block_size))
+
+    def label(self, sample_id: int) -> int:
+        """The class of a sample."""
+        return self.labels[sample_id % len(self.labels)]
+
+    def block_plan(self, block: int) -> Plan:
+        """The plan of a block: the memorised one, or its own draw."""
+        if isinstance(self.plan, Plan):
+            return self.plan
+        return self.plan.plan(self.steps, block_rng(self.seed, block))
+
+    def expected_calls(self) -> np.ndarray:
+        """Evaluations of each level per sample, float64 (K,), averaged over the first 16 blocks."""
+        return np.mean([self.block_plan(block).calls.sum(1) for block in range(16)], axis=0)
+
+
+class Blocks:
+    """The computation of a job's blocks, apart from who evaluates the levels."""
+
+    def __init__(self, job: Job, ladder: Ladder) -> None:
+        if ladder.digest != job.digest:
+            raise UsageError(f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for")
+        self.job = job
+        self.ladder = ladder
+
+    @cached_property
+    def table(self) -> StepTable:
+        """The solver's steps."""
+        return step_table(self.ladder.alpha_bar, self.job.steps, ETA[self.job.solver])
+
+    def label(self, block: int) -> Tensor:
+        """int64 (B,): the classes of a block's samples, on the job's device."""
+        first = block * self.job.block_size
+        return torch.tensor([self.job.label(first + i) for i in range(self.job.block_size)], device=self.job.device)
+
+    def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
+        """The block's trajectory; whole blocks always, so that a sample does not depend on `num`."""
+        shape = (self.job.block_size, *self.ladder.sample_shape)
+        return trajectory(self.table, self.job.block_plan(block), block_noise(self.job.seed, block, shape, self.job.device))
+
+    def images(self, block: int, x: Tensor) -> np.ndarray:
+        """uint8 (B, H, W, C) of a finished block x (B, C, H, W), clipped to the ladder's value range.
+
+        Raises:
+            NonFiniteError: x holds NaN or infinite values.
+        """
+        bad = (~x.isfinite()).flatten(1).any(1)
+        if bad.any():
+            first = block * self.job.block_size
+            ids = [first + int(i) for i in bad.nonzero()[:, 0]]
+            raise NonFiniteError(
+                f"block {block}: {len(ids)} of {len(x)} samples are not finite (sample ids {ids[0]} to {ids[-1]}); "
+                "the plan is too coarse for this ladder: raise --nfe or use held increments"
+            )
+        low, high = self.ladder.value_range
+        scaled = (x.clamp(low, high) - low) * (255 / (high - low))
+        return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def write_job_shard(job: Job, out: Path, labels: Sequence[str], shard: int, images: Sequence[np.ndarray]) -> Shard:
+    """Write one shard of a job from the images (B, H, W, C) uint8 of its blocks; `labels` are the class names."""
+    rows = job.shard_rows(shard)
+    whole = np.concatenate(images)[: len(rows)]
+    return write_shard(out, shard, job.shards, rows.start, whole, [job.label(i) for i in rows], labels)
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide bytes."""
+    return {
+        "mlem_dist": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pyarrow": pyarrow.__version__,
+    }

@@ -1,0 +1,191 @@
+"""A pool of identical Ray actors that outlives the death of any of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
+
+from mlem_dist.runtime.placement import Seat
+from mlem_dist.runtime.worker import Work
+
+# Only the first two are RayActorErrors; all mean that the actor cannot be counted on.
+DEATHS = (ActorDiedError, ActorUnavailableError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
+TRIES = 4
+BREAKER = 4
+
+logger = logging.getLogger(__name__)
+
+
+class PoolError(RuntimeError):
+    """A pool's actors die faster than they work."""
+
+
+@dataclass(eq=False)
+class Member:
+    """A seat with the actor that sits there now, if any, and how many of its slots are taken."""
+
+    seat: Seat
+    actor: Any = None
+    taken: int = 0
+
+
+class Pool:
+    """Actors behind a queue: at most `slots` calls or holders each, the least busy first, first come first served.
+
+    An actor that dies is replaced; four deaths in a row without a finished call between them break the pool.
+
+    Attributes:
+        busy: device seconds of all finished calls.
+        deaths: actors lost so far.
+    """
+
+    def __init__(self, name: str, seats: Sequence[Seat], slots: int, create: Callable[[Seat], Any]) -> None:
+        self.name = name
+        self.members = [Member(seat) for seat in seats]
+        self.slots = slots
+        self.busy = 0.0
+        self.deaths = 0
+        self._create = create
+        self._in_a_row = 0
+        self._broken: PoolError | None = None
+        self._waiting: deque[asyncio.Future[Member]] = deque()
+        self._restarts: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Create every actor and wait until all are ready."""
+        await asyncio.gather(*(self._fill(member) for member in self.members))
+        if self._broken:
+            raise self._broken
+
+    @property
+    def alive(self) -> int:
+        """Actors that can take work now."""
+        return sum(member.actor is not None for member in self.members)
+
+    @contextlib.asynccontextmanager
+    async def member(self) -> AsyncIterator[Member]:
+        """A slot of the least busy actor, for as long as the context lasts.
+
+        Raises:
+            PoolError: the pool is broken.
+        """
+        member = await self._acquire()
+        try:
+            yield member
+        finally:
+            member.taken -= 1
+            self._hand_out()
+
+    async def call(self, method: str, *args: Any) -> tuple[Any, ray.ObjectRef]:
+        """Call a method of any actor; if the actor dies, of another.
+
+        The method returns (record, payload), the record with a `Work` or being one. The record is fetched, the
+        payload stays where it is.
+
+        Raises:
+            PoolError: the pool is broken, or every try met a death.
+        """
+        for _ in range(TRIES):
+            async with self.member() as member:
+                try:
+                    return await self.call_member(member, method, *args)
+                except DEATHS:
+                    continue
+        raise PoolError(f"pool {self.name}: {TRIES} actors in turn died at the same call")
+
+    async def call_member(self, member: Member, method: str, *args: Any) -> tuple[Any, ray.ObjectRef]:
+        """Call a method of one held actor, as `call` does but once.
+
+        Raises:
+            one of DEATHS: the actor died; its replacement is under way.
+        """
+        actor = member.actor
+        if actor is None:
+            raise ActorUnavailableError("the actor is being replaced", None)
+        try:
+            record, payload = getattr(actor, method).options(num_returns=2).remote(*args)
+            found = await record
+        except DEATHS as error:
+            self._lost(member, actor, error)
+            raise
+        self._in_a_row = 0
+        work = found if isinstance(found, Work) else found.work
+        self.busy += work.busy
+        return found, payload
+
+    def _lost(self, member: Member, actor: Any, error: Exception) -> None:
+        if member.actor is not actor:
+            return
+        member.actor = None
+        self.deaths += 1
+        self._in_a_row += 1
+        logger.warning("pool %s lost an actor (%s), starting another", self.name, type(error).__name__)
+        # An unavailable actor may still run: its late answer must not meet its replacement's.
+        ray.kill(actor)
+        if self._in_a_row >= BREAKER:
+            self._break(error)
+            return
+        task = asyncio.get_running_loop().create_task(self._fill(member))
+        self._restarts.add(task)
+        task.add_done_callback(self._restarts.discard)
+
+    async def _fill(self, member: Member) -> None:
+        while self._broken is None:
+            actor = self._create(member.seat)
+            try:
+                await actor.prepare.remote()
+            except DEATHS as error:
+                self.deaths += 1
+                self._in_a_row += 1
+                if self._in_a_row >= BREAKER:
+                    self._break(error)
+            else:
+                member.actor = actor
+                self._hand_out()
+                return
+
+    def _break(self, error: Exception) -> None:
+        self._broken = PoolError(f"pool {self.name}: {BREAKER} actors in a row died; the last one: {error}")
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_exception(self._broken)
+
+    async def _acquire(self) -> Member:
+        if self._broken:
+            raise self._broken
+        waiting: asyncio.Future[Member] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        self._hand_out()
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                waiting.result().taken -= 1
+                self._hand_out()
+            raise
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()
+                continue
+            free = [member for member in self.members if member.actor is not None and member.taken < self.slots]
+            if not free:
+                return
+            member = min(free, key=lambda member: member.taken)
+            member.taken += 1
+            self._waiting.popleft().set_result(member)

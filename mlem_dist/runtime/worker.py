@@ -1,0 +1,170 @@
+"""What runs inside the actors: levels evaluated for others, and trajectories that hold the state of blocks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.solver.integrate import Request, evaluate
+from mlem_dist.solver.plan import Term
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call did: device seconds (CPU seconds on a CPU) and evaluations by level, each of one block."""
+
+    busy: float
+    calls: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Terms that a block needs from another pool before it can go on."""
+
+    pool: int
+    t: int
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The end of a segment: what it needs from other pools, or nothing if the block is finished."""
+
+    work: Work
+    asks: tuple[Ask, ...]
+
+
+class Levels(dict[int, Any]):
+    """A ladder's levels by number, loaded at first use and counted."""
+
+    def __init__(self, ladder: Ladder, device: str) -> None:
+        super().__init__()
+        self.calls: Counter[int] = Counter()
+        self._ladder, self._device = ladder, device
+
+    def __missing__(self, number: int) -> Any:
+        module = self._ladder.load_level(number, self._device)
+
+        def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            self.calls[number] += 1
+            out: Tensor = module(x, t, label)
+            return out
+
+        self[number] = call
+        return call
+
+
+class LevelWorker:
+    """Evaluates the terms of one pool for any block: stateless, so that a call can be repeated anywhere."""
+
+    def __init__(self, job: Job, pools: Sequence[range], pool: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = True
+        self.pools, self.pool = pools, pool
+        self.blocks = Blocks(job, Ladder.load(job.ladder))
+        self.levels = Levels(self.blocks.ladder, job.device)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Load this pool's levels and the one below, and run each once, so that the first call is a warm one."""
+        x = torch.zeros(self.blocks.job.block_size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
+        label = self.blocks.label(0)
+        t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        for number in range(max(1, self.pools[self.pool].start - 1), self.pools[self.pool].stop):
+            self.levels[number](x, t, label)
+
+    def pid(self) -> int:
+        """The actor's process id."""
+        return os.getpid()
+
+    @torch.inference_mode()
+    def evaluate(self, block: int, ask: Ask, x: np.ndarray) -> tuple[Work, np.ndarray]:
+        """The values of ask's terms at state x (B, C, H, W) float32, stacked: float32 (terms, B, C, H, W)."""
+        clock = self._clock()
+        state = torch.tensor(x, device=self.blocks.job.device)
+        values = evaluate(self.levels, ask.terms, state, ask.t, self.blocks.label(block))
+        return clock(), torch.stack(values).cpu().numpy()
+
+    def _clock(self) -> Any:
+        """A function that returns the work since now."""
+        cuda = self.blocks.job.device == "cuda"
+        # On a CPU the seats of a device share its cores, so that only CPU seconds say who used it.
+        now = time.perf_counter if cuda else time.process_time
+        start, calls = now(), self.levels.calls.copy()
+
+        def work() -> Work:
+            if cuda:
+                torch.cuda.synchronize()
+            return Work(now() - start, dict(self.levels.calls - calls))
+
+        return work
+
+
+class TrajectoryWorker(LevelWorker):
+    """Holds the state of blocks and runs every segment that needs no other pool."""
+
+    def __init__(self, job: Job, pools: Sequence[range], pool: int, threads: int) -> None:
+        super().__init__(job, pools, pool, threads)
+        self.running: dict[int, tuple[Generator[Request, list[Tensor], Tensor], Request]] = {}
+
+    @torch.inference_mode()
+    def start(self, block: int) -> tuple[Segment, np.ndarray]:
+        """Begin a block, afresh if it was begun before, and run its first segment; returns as `resume` does."""
+        clock = self._clock()
+        run = self.blocks.trajectory(block)
+        return self._run(block, run, next(run), None, clock)
+
+    @torch.inference_mode()
+    def resume(self, block: int, *answers: np.ndarray) -> tuple[Segment, np.ndarray]:
+        """Go on with the answers to the last segment's asks, in their order.
+
+        Returns:
+            The segment, and the state x (B, C, H, W) float32 where it asks for values, or the finished images
+            (B, H, W, C) uint8 where it does not.
+        """
+        clock = self._clock()
+        run, request = self.running.pop(block)
+        return self._run(block, run, request, answers, clock)
+
+    def _run(
+        self,
+        block: int,
+        run: Generator[Request, list[Tensor], Tensor],
+        request: Request,
+        answers: Sequence[np.ndarray] | None,
+        clock: Any,
+    ) -> tuple[Segment, np.ndarray]:
+        label = self.blocks.label(block)
+        try:
+            while True:
+                asks = self._asks(request)
+                if asks and answers is None:
+                    self.running[block] = run, request
+                    return Segment(clock(), asks), request.x.cpu().numpy()
+                local = [term for term in request.terms if term.level in self.pools[self.pool]]
+                found = dict(zip(local, evaluate(self.levels, local, request.x, request.t, label), strict=True))
+                for ask, answer in zip(asks, answers or (), strict=True):
+                    found |= zip(ask.terms, torch.tensor(answer, device=request.x.device), strict=True)
+                answers = None
+                request = run.send([found[term] for term in request.terms])
+        except StopIteration as end:
+            images = self.blocks.images(block, end.value)
+            return Segment(clock(), ()), images
+
+    def _asks(self, request: Request) -> tuple[Ask, ...]:
+        asks = []
+        for index, pool in enumerate(self.pools):
+            terms = tuple(term for term in request.terms if term.level in pool)
+            if terms and index != self.pool:
+                asks.append(Ask(index, request.t, terms))
+        return tuple(asks)

@@ -1,0 +1,1 @@
+"""Step tables, probabilities, plans and the one-process integrator."""

@@ -1,0 +1,86 @@
+"""The integrator: one loop, driven in one process here and across actors by the runtime."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem_dist.solver.plan import Plan, Term
+from mlem_dist.solver.steps import StepTable
+
+Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""f^k(x, t, label): x (B, C, H, W) float32, t (B,) int64, label (B,) int64; returns the shape of x."""
+
+Noise = Callable[[int], Tensor]
+"""z_i by step i, the shape of x; step -1 is the initial state."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Values that the trajectory needs before it can take step `step`: those of `terms` at the state x and time t."""
+
+    step: int
+    t: int
+    x: Tensor
+    terms: tuple[Term, ...]
+
+
+def block_noise(seed: int, block: int, shape: Sequence[int], device: torch.device | str) -> Noise:
+    """The noise of a block: float32 of `shape`, a function of (seed, block, step) and the device type alone."""
+
+    def noise(step: int) -> Tensor:
+        words = np.random.SeedSequence([seed, block, step + 1]).generate_state(1, np.uint64)
+        generator = torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
+        return torch.randn(*shape, generator=generator, device=device)
+
+    return noise
+
+
+def block_rng(seed: int, block: int) -> np.random.Generator:
+    """The coins of a block: a function of (seed, block) alone."""
+    return np.random.default_rng([seed, block])
+
+
+def trajectory(table: StepTable, plan: Plan, noise: Noise) -> Generator[Request, list[Tensor], Tensor]:
+    """x_{i+1} = a_i x_i + b_i sum_j w_j(i) v_j + c_i z_i, over the terms v_j of the plan that are live at step i.
+
+    A generator: it yields a `Request` where a step evaluates terms, takes their values, and returns x_N.
+    """
+    x = noise(-1)
+    live: list[tuple[Term, Tensor]] = []
+    for i in range(len(table)):
+        if plan.terms[i]:
+            live += zip(plan.terms[i], (yield Request(i, int(table.t[i]), x, plan.terms[i])), strict=True)
+        live = [(term, value) for term, value in live if i < term.stop]
+        step = float(table.a[i]) * x
+        for term, value in live:
+            step.add_(value, alpha=float(table.b[i]) * term.weights[i - term.start])
+        if table.c[i]:
+            step.add_(noise(i), alpha=float(table.c[i]))
+        x = step
+    return x
+
+
+def evaluate(levels: Mapping[int, Drift], terms: Sequence[Term], x: Tensor, t: int, label: Tensor) -> list[Tensor]:
+    """f^level - f^below of each term at x (B, C, H, W) and time t; a level that several terms share is called once."""
+    times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+    called = {k: levels[k](x, times, label) for k in sorted({k for term in terms for k in (term.level, term.below) if k})}
+    return [called[term.level] - called[term.below] if term.below else called[term.level] for term in terms]
+
+
+@torch.inference_mode()
+def integrate(levels: Mapping[int, Drift], table: StepTable, plan: Plan, noise: Noise, label: Tensor) -> Tensor:
+    """The one-process reference: x_N, float32 (B, C, H, W), of a block with classes label (B,) int64.
+
+    `levels` maps the level number, from 1, to its drift.
+    """
+    run = trajectory(table, plan, noise)
+    request = next(run, None)
+    while request is not None:
+        try:
+            request = run.send(evaluate(levels, request.terms, request.x, request.t, label))
+        except StopIteration as end:
+            return end.value
+    raise ValueError("the plan evaluates nothing")

@@ -1,0 +1,69 @@
+"""Affine step tables: one row (t, a, b, c) per step of a one-evaluation solver."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mlem_dist.errors import UsageError
+
+Spacing = Literal["leading", "linspace", "trailing"]
+ETA = {"ddpm": 1.0, "ddim": 0.0}
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Rows of x_{i+1} = a_i x_i + b_i f(x_i, t_i) + c_i z_i with z_i ~ N(0, I), for i = 0 ... N-1.
+
+    t is int64 (N,), a timestep of the noise schedule; a, b, c are float64 (N,).
+    """
+
+    t: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    c: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def timesteps(train_steps: int, steps: int, spacing: Spacing) -> np.ndarray:
+    """The N = `steps` timesteps of a schedule of `train_steps`, int64, decreasing, spaced as diffusers does.
+
+    Raises:
+        UsageError: unless 1 <= steps <= train_steps.
+    """
+    if not 1 <= steps <= train_steps:
+        raise UsageError(f"steps is {steps}, expected 1 to {train_steps}, the length of the ladder's noise schedule")
+    if spacing == "leading":
+        return (np.arange(steps) * (train_steps // steps))[::-1].astype(np.int64)
+    if spacing == "linspace":
+        return np.linspace(0, train_steps - 1, steps).round()[::-1].astype(np.int64)
+    # Same rounding as diffusers' arange(T, 0, -T/N), which can return one element too many.
+    return (np.arange(train_steps, 0, -train_steps / steps)[:steps].round() - 1).astype(np.int64)
+
+
+def step_table(alpha_bar: np.ndarray, steps: int, eta: float, spacing: Spacing = "trailing") -> StepTable:
+    """The table of DDPM (eta = 1, the SDE), DDIM (eta = 0, the ODE) or any eta between, for a noise prediction f.
+
+    With s the time after t, and alpha_bar_s = 1 after the last step (Song et al., arXiv:2010.02502, eq. 12 and 16):
+
+        c = eta sqrt((1 - ab_s) / (1 - ab_t) (1 - ab_t / ab_s))
+        a = sqrt(ab_s / ab_t)
+        b = sqrt(1 - ab_s - c^2) - a sqrt(1 - ab_t)
+
+    Args:
+        alpha_bar: float64 (T,), the noise schedule.
+        steps: N, from 1 to T.
+
+    Raises:
+        UsageError: if `steps` is out of range.
+    """
+    t = timesteps(len(alpha_bar), steps, spacing)
+    ab_t = alpha_bar[t]
+    ab_s = np.append(alpha_bar[t[1:]], 1.0)
+    c = eta * np.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
+    a = np.sqrt(ab_s / ab_t)
+    # 1 - ab_s - c^2 is zero but for rounding after the last step.
+    b = np.sqrt(np.maximum(1 - ab_s - c**2, 0)) - a * np.sqrt(1 - ab_t)
+    return StepTable(t, a, b, c)

@@ -1,0 +1,1 @@
+"""Train a ladder from an image dataset."""

@@ -1,0 +1,186 @@
+"""Train the levels of a ladder, each on its own, resumable at any kill."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
+from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.training.config import LevelConfig, TrainConfig
+from mlem_dist.training.data import Images
+
+CHECKPOINT_SECONDS = 45.0
+
+
+class DivergedError(RuntimeError):
+    """The training loss became non-finite; the last checkpoint is kept."""
+
+
+def to_range(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise, at timesteps t (B,) of the schedule a (T,)."""
+    at = a[t][:, None, None, None]
+    return at.sqrt() * x0 + (1 - at).sqrt() * noise
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def _batch(images: Images, config: TrainConfig, level: LevelConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step `step`'s images, labels, noise and timesteps: a function of the seed, the same stream for every level."""
+    n = len(images.train)
+    position = np.arange(step * level.batch_size, (step + 1) * level.batch_size)
+    index = np.empty(level.batch_size, dtype=np.int64)
+    for epoch in np.unique(position // n):
+        here = position // n == epoch
+        index[here] = _permutation(config.seed, int(epoch), n)[position[here] % n]
+    rng = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1))
+    x0 = to_range(images.train[index])
+    noise = torch.randn(x0.shape, generator=rng)
+    t = torch.randint(config.scheduler["num_train_timesteps"], (level.batch_size,), generator=rng)
+    return x0, images.train_label[index], noise, t
+
+
+def _learning_rate(level: LevelConfig, step: int) -> float:
+    """Cosine decay to zero after a linear warm-up over the first 2 % of the steps."""
+    warm = max(1, level.steps // 50)
+    return level.learning_rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / level.steps)))
+
+
+def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, {"step": str(step)})
+    temporary.replace(path)
+
+
+def train_unet(
+    config: TrainConfig,
+    level: LevelConfig,
+    images: Images,
+    folder: Path,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> nn.Module:
+    """Train one UNet level, and return its exponential moving average.
+
+    `folder` keeps `checkpoint.safetensors`, written every 45 seconds and from which a later call continues with the
+    same batches, and `log.jsonl`, a line with step, loss (mean squared error per value) and seconds every 100 steps.
+    `progress` is called after each step with the number of steps done and the loss.
+
+    Raises:
+        DivergedError: the loss is NaN or infinite; the last checkpoint stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.safetensors"
+    schedule = alpha_bar(config.scheduler)
+    a = torch.tensor(schedule, dtype=torch.float32)
+    torch.manual_seed(config.seed)
+    model = new_unet_level(
+        config.sample_shape, len(config.labels), level.patch, level.prediction, schedule, level.model
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=level.learning_rate, weight_decay=1e-4)
+    # Adam's moments and the average live in one flat dictionary, so that a checkpoint needs no pickle.
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    start = 0
+    if checkpoint.exists():
+        with safe_open(checkpoint, "pt") as file:
+            start = int(file.metadata()["step"])
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+        model.load_state_dict({name: saved[f"model/{name}"] for name in average})
+        average = {name: saved[f"average/{name}"] for name in average}
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(start)),
+                "exp_avg": saved[f"exp_avg/{name}"],
+                "exp_avg_sq": saved[f"exp_avg_sq/{name}"],
+            }
+
+    def save(step: int) -> None:
+        state = {f"model/{name}": value for name, value in model.state_dict().items()}
+        state |= {f"average/{name}": value for name, value in average.items()}
+        for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        _save(checkpoint, state, step)
+
+    model.train()
+    began = saved_at = time.monotonic()
+    losses: list[float] = []
+    with (folder / "log.jsonl").open("a") as log:
+        for step in range(start, level.steps):
+            x0, label, noise, t = _batch(images, config, level, step)
+            predicted = model.predict(add_noise(x0, noise, t, a), t, label)
+            loss = (predicted - model.target(x0, noise, t)).square().mean()
+            if not math.isfinite(loss.item()):
+                raise DivergedError(
+                    f"level {level.name!r}: the loss is {loss.item()} at step {step}; the checkpoint in {folder} is the last "
+                    "good one; lower the learning rate"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = _learning_rate(level, step)
+            optimizer.step()
+            decay = min(level.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for name, value in model.state_dict().items():
+                    average[name].lerp_(value, 1 - decay)
+            losses.append(loss.item())
+            done, now = step + 1, time.monotonic()
+            progress(done, losses[-1])
+            if done % 100 == 0 or done == level.steps:
+                line = {"step": done, "loss": sum(losses) / len(losses), "seconds": now - began}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                losses = []
+            if now - saved_at > CHECKPOINT_SECONDS or done == level.steps:
+                save(done)
+                saved_at = now
+    model.load_state_dict(average)
+    return model.eval()
+
+
+def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> nn.Module:
+    """The Gaussian level of the training images."""
+    classes, d = max(1, len(config.labels)), math.prod(config.sample_shape)
+    gaussian = GaussianLevel(classes, d, level.rank, alpha_bar(config.scheduler))
+    gaussian.fit(to_range(images.train), images.train_label)
+    return gaussian.eval()
+
+
+@torch.inference_mode()
+def denoising_error(model: nn.Module, images: Images, a: np.ndarray, bands: int = 10, per_band: int = 1000) -> list[float]:
+    """Mean squared error per value of the predicted noise on held-out images, in equal bands of timesteps.
+
+    The images, timesteps and noises are the same for every level.
+    """
+    schedule = torch.tensor(a, dtype=torch.float32)
+    errors = []
+    for band in range(bands):
+        rng = torch.Generator().manual_seed(band)
+        index = torch.randint(len(images.test), (per_band,), generator=rng)
+        t = torch.randint(band * len(a) // bands, (band + 1) * len(a) // bands, (per_band,), generator=rng)
+        total = 0.0
+        for rows in torch.arange(per_band).split(100):
+            x0 = to_range(images.test[index[rows]])
+            noise = torch.randn(x0.shape, generator=rng)
+            x = add_noise(x0, noise, t[rows], schedule)
+            predicted = model(x, t[rows], images.test_label[index[rows]])
+            total += float((predicted - noise).square().mean(dim=(1, 2, 3)).sum())
+        errors.append(total / per_band)
+    return errors
