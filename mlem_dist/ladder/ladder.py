@@ -1,9 +1,9 @@
 """A ladder: the ordered levels of one drift, as a folder on disk.
 
-    LADDER/ladder.json                       schema below
-    LADDER/scheduler/scheduler_config.json   noise schedule, diffusers format
-    LADDER/<gaussian>.safetensors            a Gaussian level
-    LADDER/<unet>/config.json, *.safetensors a UNet level, an ordinary diffusers `UNet2DModel` folder
+LADDER/ladder.json                       schema below
+LADDER/scheduler/scheduler_config.json   noise schedule, diffusers format
+LADDER/<gaussian>.safetensors            a Gaussian level
+LADDER/<unet>/config.json, *.safetensors a UNet level, an ordinary diffusers `UNet2DModel` folder
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ class Ladder:
                 raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
             config = _read_json(self.folder / level.path / "config.json")
             if config.get("_class_name") != "UNet2DModel":
-                raise UsageError(f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel")
+                raise UsageError(
+                    f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel"
+                )
             size = config.get("sample_size")
             inner = channels * level.patch**2
             expected = [inner, inner, height // level.patch, width // level.patch, len(self.labels) or None]
@@ -193,7 +195,9 @@ class Ladder:
         """
         known = self.levels[0].seconds
         if not known:
-            raise UsageError(f"ladder {self.name!r} has no measured costs; run `mlem-dist ladder measure {self.folder}`")
+            raise UsageError(
+                f"ladder {self.name!r} has no measured costs; run `mlem-dist ladder measure {self.folder}`"
+            )
         key = device if device in known else sorted(known)[0]
         return np.array([level.seconds[key] for level in self.levels])
 
@@ -207,10 +211,7 @@ class Ladder:
         for name, digest in level.sha256.items():
             _check_digest(self.folder, name, digest)
         try:
-            if level.kind == "gaussian":
-                module = self._load_gaussian(level)
-            else:
-                module = self._load_unet(level)
+            module = self._load_gaussian(level) if level.kind == "gaussian" else self._load_unet(level)
         except (RuntimeError, ValueError, OSError) as error:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
         return module.eval().requires_grad_(False).to(device)
@@ -252,7 +253,8 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
     elif isinstance(module, UNetLevel):
         kind, path, patch, prediction = "unet", name, module.patch, module.prediction
         (folder / path).mkdir(parents=True, exist_ok=True)
-        module.model.save_config(folder / path)
+        model: Any = module.model
+        model.save_config(folder / path)
         weights = folder / path / "diffusion_pytorch_model.safetensors"
         save_file({key.removeprefix("model."): value for key, value in state.items()}, weights, {"format": "pt"})
         written = [folder / path / "config.json", weights]
@@ -303,7 +305,9 @@ def _find(source: str | Path) -> Path:
     folder = Path(str(files("mlem_dist.ladder"))) / str(source)
     if str(source) in bundled():
         return folder
-    raise UsageError(f"no ladder {str(source)!r}: expected a ladder folder or one of {', '.join(sorted(bundled())) or 'none'}")
+    raise UsageError(
+        f"no ladder {str(source)!r}: expected a ladder folder or one of {', '.join(sorted(bundled())) or 'none'}"
+    )
 
 
 def _triple(values: Any) -> tuple[int, int, int]:

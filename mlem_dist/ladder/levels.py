@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 class GaussianLevel(nn.Module):
@@ -76,14 +76,15 @@ class UNetLevel(nn.Module):
         self.model = model
         self.patch = patch
         self.prediction = prediction
-        self.conditional: bool = model.config.num_class_embeds is not None
+        config: Any = model.config
+        self.conditional: bool = config.num_class_embeds is not None
         self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
 
     def predict(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """What the model itself predicts, in the shape of x."""
-        small = F.pixel_unshuffle(x, self.patch)
+        small = pixel_unshuffle(x, self.patch)
         out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
-        return F.pixel_shuffle(out, self.patch)
+        return pixel_shuffle(out, self.patch)
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What `predict` is trained to return for x = sqrt(a) x0 + sqrt(1 - a) noise."""
@@ -116,7 +117,7 @@ def new_unet_level(
     from diffusers import UNet2DModel
 
     channels, height, width = sample_shape
-    unet = UNet2DModel(
+    unet: Any = UNet2DModel(
         sample_size=(height // patch, width // patch),
         in_channels=channels * patch**2,
         out_channels=channels * patch**2,

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +19,12 @@ from mlem_dist.dataset.shards import Shard
 from mlem_dist.runtime.job import Job, write_job_shard
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
+from mlem_dist.runtime.progress import PoolProgress, Progress
 from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker, Work
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
 PENDING_WRITES = 4
-
-
-@dataclass(frozen=True)
-class PoolProgress:
-    """One pool: its levels, actors able to work, device seconds so far, and deaths."""
-
-    name: str
-    actors: int
-    busy: float
-    deaths: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A snapshot of a run.
-
-    Attributes:
-        seconds: since the coordinator began.
-        first_block: seconds until the first block was finished; None before.
-        samples: finished samples, without those that were there before.
-        calls: evaluations of each level (from 1) so far, each of one block.
-    """
-
-    seconds: float
-    first_block: float | None
-    samples: int
-    calls: dict[int, int]
-    pools: tuple[PoolProgress, ...]
 
 
 class Coordinator:
@@ -81,7 +53,8 @@ class Coordinator:
         # Enough blocks that no actor of any pool waits for one.
         self.depth = max(SLOTS, -(-SLOTS * actors // len(seats[0])))
         self.calls: Counter[int] = Counter()
-        self.samples = 0
+        self.samples = self.blocks = 0
+        self.state = "starting"
         self.began = time.monotonic()
         self.first_block: float | None = None
         self.running: dict[int, Pool] = {}
@@ -95,7 +68,7 @@ class Coordinator:
         """
         await self._start_pools()
         self.todo = iter([(shard, block) for shard in shards for block in self.job.shard_blocks(shard)])
-        self.images: dict[int, dict[int, ray.ObjectRef]] = {}
+        self.images: dict[int, dict[int, ray.ObjectRef[Any]]] = {}
         self.writing = asyncio.Semaphore(PENDING_WRITES)
         runners = [asyncio.create_task(self._runner()) for _ in range(self.depth * len(self.seats[0]))]
         try:
@@ -107,10 +80,13 @@ class Coordinator:
     async def progress(self) -> Progress:
         """What has been done so far."""
         return Progress(
+            self.state,
             time.monotonic() - self.began,
             self.first_block,
             self.samples,
+            self.blocks,
             dict(self.calls),
+            self.devices,
             tuple(PoolProgress(pool.name, pool.alive, pool.busy, pool.deaths) for pool in self.running.values()),
         )
 
@@ -125,12 +101,15 @@ class Coordinator:
     async def _start_pools(self) -> None:
         resource = "GPU" if self.job.device == "cuda" else "CPU"
         group = placement_group([{resource: 1}] * self.devices, strategy="PACK")
+        self.state = f"waiting for {self.devices} {resource}s that others use"
         await group.ready()
+        self.state = "loading levels"
         for index, seats in enumerate(self.seats):
             if seats:
                 slots = SLOTS if index else self.depth
                 self.running[index] = Pool(self.names[index], seats, slots, self._creator(index, group))
         await asyncio.gather(*(pool.start() for pool in self.running.values()))
+        self.state = "sampling"
 
     def _creator(self, index: int, group: Any) -> Any:
         kind = ray.remote(LevelWorker if index else TrajectoryWorker)
@@ -149,7 +128,7 @@ class Coordinator:
         for shard, block in self.todo:
             await self._finished(shard, block, await self._block(block))
 
-    async def _block(self, block: int) -> ray.ObjectRef:
+    async def _block(self, block: int) -> ray.ObjectRef[Any]:
         """Run a block to its images; if its worker dies, from the start on another."""
         for _ in range(TRIES):
             async with self.running[0].member() as member:
@@ -162,7 +141,7 @@ class Coordinator:
                         raise
         raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
 
-    async def _segments(self, block: int, member: Member) -> ray.ObjectRef:
+    async def _segments(self, block: int, member: Member) -> ray.ObjectRef[Any]:
         home = self.running[0]
         segment: Segment
         segment, payload = await home.call_member(member, "start", block)
@@ -173,7 +152,7 @@ class Coordinator:
             self._count(segment.work)
         return payload
 
-    async def _answer(self, block: int, ask: Ask, state: ray.ObjectRef) -> ray.ObjectRef:
+    async def _answer(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> ray.ObjectRef[Any]:
         work: Work
         work, answer = await self.running[ask.pool].call("evaluate", block, ask, state)
         self._count(work)
@@ -182,12 +161,11 @@ class Coordinator:
     def _count(self, work: Work) -> None:
         self.calls.update(work.calls)
 
-    async def _finished(self, shard: int, block: int, images: ray.ObjectRef) -> None:
+    async def _finished(self, shard: int, block: int, images: ray.ObjectRef[Any]) -> None:
         if self.first_block is None:
             self.first_block = time.monotonic() - self.began
-        rows = self.job.shard_rows(shard)
-        first = block * self.job.block_size
-        self.samples += min(rows.stop, first + self.job.block_size) - first
+        self.samples += self.job.rows_of(shard, block)
+        self.blocks += 1
         parts = self.images.setdefault(shard, {})
         parts[block] = images
         blocks = self.job.shard_blocks(shard)

@@ -18,7 +18,7 @@ from mlem_dist import __version__
 from mlem_dist.dataset.shards import Shard, write_shard
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.integrate import Request, block_noise, block_rng, trajectory
+from mlem_dist.solver.integrate import Noise, Request, block_noise, block_rng, trajectory
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
 from mlem_dist.solver.steps import ETA, StepTable, step_table
 
@@ -98,6 +98,11 @@ class Job:
         rows = self.shard_rows(shard)
         return range(rows.start // self.block_size, -(-rows.stop // self.block_size))
 
+    def rows_of(self, shard: int, block: int) -> int:
+        """How many of a shard's samples a block holds."""
+        first = block * self.block_size
+        return min(self.shard_rows(shard).stop, first + self.block_size) - first
+
     def label(self, sample_id: int) -> int:
         """The class of a sample."""
         return self.labels[sample_id % len(self.labels)]
@@ -132,10 +137,14 @@ class Blocks:
         first = block * self.job.block_size
         return torch.tensor([self.job.label(first + i) for i in range(self.job.block_size)], device=self.job.device)
 
-    def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
-        """The block's trajectory; whole blocks always, so that a sample does not depend on `num`."""
+    def noise(self, block: int) -> Noise:
+        """The block's noise; of whole blocks always, so that a sample does not depend on `num`."""
         shape = (self.job.block_size, *self.ladder.sample_shape)
-        return trajectory(self.table, self.job.block_plan(block), block_noise(self.job.seed, block, shape, self.job.device))
+        return block_noise(self.job.seed, block, shape, self.job.device)
+
+    def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
+        """The block's trajectory, to be driven by who evaluates the levels."""
+        return trajectory(self.table, self.job.block_plan(block), self.noise(block))
 
     def images(self, block: int, x: Tensor) -> np.ndarray:
         """uint8 (B, H, W, C) of a finished block x (B, C, H, W), clipped to the ladder's value range.
@@ -153,7 +162,8 @@ class Blocks:
             )
         low, high = self.ladder.value_range
         scaled = (x.clamp(low, high) - low) * (255 / (high - low))
-        return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        images: np.ndarray = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return images
 
 
 def write_job_shard(job: Job, out: Path, labels: Sequence[str], shard: int, images: Sequence[np.ndarray]) -> Shard:

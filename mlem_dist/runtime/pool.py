@@ -90,7 +90,7 @@ class Pool:
             member.taken -= 1
             self._hand_out()
 
-    async def call(self, method: str, *args: Any) -> tuple[Any, ray.ObjectRef]:
+    async def call(self, method: str, *args: Any) -> tuple[Any, ray.ObjectRef[Any]]:
         """Call a method of any actor; if the actor dies, of another.
 
         The method returns (record, payload), the record with a `Work` or being one. The record is fetched, the
@@ -107,7 +107,7 @@ class Pool:
                     continue
         raise PoolError(f"pool {self.name}: {TRIES} actors in turn died at the same call")
 
-    async def call_member(self, member: Member, method: str, *args: Any) -> tuple[Any, ray.ObjectRef]:
+    async def call_member(self, member: Member, method: str, *args: Any) -> tuple[Any, ray.ObjectRef[Any]]:
         """Call a method of one held actor, as `call` does but once.
 
         Raises:

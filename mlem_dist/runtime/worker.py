@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Blocks, Job
-from mlem_dist.solver.integrate import Request, evaluate
+from mlem_dist.solver.integrate import Drift, Request, evaluate
 from mlem_dist.solver.plan import Term
 
 
@@ -44,23 +45,28 @@ class Segment:
     asks: tuple[Ask, ...]
 
 
-class Levels(dict[int, Any]):
-    """A ladder's levels by number, loaded at first use and counted."""
+class Levels(dict[int, Drift]):
+    """A ladder's levels by number, loaded at first use, their calls counted; for several threads."""
 
     def __init__(self, ladder: Ladder, device: str) -> None:
         super().__init__()
         self.calls: Counter[int] = Counter()
         self._ladder, self._device = ladder, device
+        self._lock = threading.Lock()
 
-    def __missing__(self, number: int) -> Any:
-        module = self._ladder.load_level(number, self._device)
+    def __missing__(self, number: int) -> Drift:
+        with self._lock:
+            if number not in self:
+                self[number] = self._counted(number, self._ladder.load_level(number, self._device))
+        return self[number]
 
+    def _counted(self, number: int, module: nn.Module) -> Drift:
         def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-            self.calls[number] += 1
+            with self._lock:
+                self.calls[number] += 1
             out: Tensor = module(x, t, label)
             return out
 
-        self[number] = call
         return call
 
 

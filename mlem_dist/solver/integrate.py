@@ -66,7 +66,9 @@ def trajectory(table: StepTable, plan: Plan, noise: Noise) -> Generator[Request,
 def evaluate(levels: Mapping[int, Drift], terms: Sequence[Term], x: Tensor, t: int, label: Tensor) -> list[Tensor]:
     """f^level - f^below of each term at x (B, C, H, W) and time t; a level that several terms share is called once."""
     times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-    called = {k: levels[k](x, times, label) for k in sorted({k for term in terms for k in (term.level, term.below) if k})}
+    called = {
+        k: levels[k](x, times, label) for k in sorted({k for term in terms for k in (term.level, term.below) if k})
+    }
     return [called[term.level] - called[term.below] if term.below else called[term.level] for term in terms]
 
 
@@ -82,5 +84,6 @@ def integrate(levels: Mapping[int, Drift], table: StepTable, plan: Plan, noise: 
         try:
             request = run.send(evaluate(levels, request.terms, request.x, request.t, label))
         except StopIteration as end:
-            return end.value
+            x: Tensor = end.value
+            return x
     raise ValueError("the plan evaluates nothing")

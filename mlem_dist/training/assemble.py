@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
+from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
@@ -20,7 +21,9 @@ HALF_LOSS = 0.005
 
 
 @torch.inference_mode()
-def seconds_per_sample(module: nn.Module, shape: tuple[int, int, int], classes: int, device: str, batch: int = 64) -> float:
+def seconds_per_sample(
+    module: nn.Module, shape: tuple[int, int, int], classes: int, device: str, batch: int = 64
+) -> float:
     """Median time of seven warm evaluations of a batch, per sample, on one CPU thread or one GPU."""
     x = torch.randn(batch, *shape, device=device)
     t = torch.full((batch,), 500, device=device)
@@ -44,7 +47,9 @@ def measure(ladder: Ladder) -> Ladder:
     levels = []
     for number, level in enumerate(ladder.levels, 1):
         seconds = {
-            device: seconds_per_sample(ladder.load_level(number, device), ladder.sample_shape, len(ladder.labels), device)
+            device: seconds_per_sample(
+                ladder.load_level(number, device), ladder.sample_shape, len(ladder.labels), device
+            )
             for device in devices
         }
         levels.append(replace(level, seconds=level.seconds | seconds))
@@ -63,7 +68,7 @@ def train_ladder(
         DivergedError: a loss became NaN or infinite.
     """
     levels: list[Level] = []
-    a: np.ndarray | None = None
+    a = alpha_bar(config.scheduler)
     for level in config.levels:
         if level.kind == "gaussian":
             module = fit_gaussian(config, level, images)
@@ -75,7 +80,6 @@ def train_ladder(
                 out / "training" / level.name,
                 lambda done, loss, level=level: progress(level.name, done, level.steps, loss),  # type: ignore[misc]
             )
-        a = module.alpha_bar.double().numpy() if a is None else a
         levels.append(_store(out, level.name, module, images, a))
     ladder = save_ladder(out, config.name, config.sample_shape, config.labels, config.scheduler, levels)
     return measure(ladder)

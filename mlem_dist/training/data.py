@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import pad
 
 from mlem_dist.errors import UsageError
 
@@ -39,9 +39,11 @@ def _fit(images: Tensor, sample_shape: tuple[int, int, int], source: Path) -> Te
     channels, height, width = sample_shape
     _, c, h, w = images.shape
     if c != channels or h > height or w > width:
-        raise UsageError(f"images in {source} have shape {(c, h, w)}, expected {channels} channels and at most {height}x{width}")
+        raise UsageError(
+            f"images in {source} have shape {(c, h, w)}, expected {channels} channels and at most {height}x{width}"
+        )
     top, left = (height - h) // 2, (width - w) // 2
-    return F.pad(images, (left, width - w - left, top, height - h - top))
+    return pad(images, (left, width - w - left, top, height - h - top))
 
 
 def load_images(folder: Path, sample_shape: tuple[int, int, int], classes: int) -> Images:
@@ -55,8 +57,12 @@ def load_images(folder: Path, sample_shape: tuple[int, int, int], classes: int) 
         images = torch.from_numpy(_idx(folder, f"{part}-images-idx3-ubyte").copy())
         label = torch.from_numpy(_idx(folder, f"{part}-labels-idx1-ubyte").astype(np.int64))
         if images.ndim != 3 or len(images) != len(label) or not len(label):
-            raise UsageError(f"{folder}: {part} has images {tuple(images.shape)} and {len(label)} labels, expected one label per image")
+            raise UsageError(
+                f"{folder}: {part} has images {tuple(images.shape)} and {len(label)} labels, expected one each"
+            )
         if int(label.max()) >= max(classes, 1):
-            raise UsageError(f"{folder}: label {int(label.max())} is out of range for the configuration's {classes} labels")
+            raise UsageError(
+                f"{folder}: label {int(label.max())} is out of range for the configuration's {classes} labels"
+            )
         parts += [_fit(images[:, None], sample_shape, folder), label]
     return Images(*parts)

@@ -49,7 +49,9 @@ def _batch(images: Images, config: TrainConfig, level: LevelConfig, step: int) -
     for epoch in np.unique(position // n):
         here = position // n == epoch
         index[here] = _permutation(config.seed, int(epoch), n)[position[here] % n]
-    rng = torch.Generator().manual_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1))
+    rng = torch.Generator().manual_seed(
+        int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    )
     x0 = to_range(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
     t = torch.randint(config.scheduler["num_train_timesteps"], (level.batch_size,), generator=rng)
@@ -128,8 +130,8 @@ def train_unet(
             loss = (predicted - model.target(x0, noise, t)).square().mean()
             if not math.isfinite(loss.item()):
                 raise DivergedError(
-                    f"level {level.name!r}: the loss is {loss.item()} at step {step}; the checkpoint in {folder} is the last "
-                    "good one; lower the learning rate"
+                    f"level {level.name!r}: the loss is {loss.item()} at step {step}; the last good checkpoint is "
+                    f"in {folder}; lower the learning rate"
                 )
             optimizer.zero_grad()
             loss.backward()
@@ -164,7 +166,9 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> nn.
 
 
 @torch.inference_mode()
-def denoising_error(model: nn.Module, images: Images, a: np.ndarray, bands: int = 10, per_band: int = 1000) -> list[float]:
+def denoising_error(
+    model: nn.Module, images: Images, a: np.ndarray, bands: int = 10, per_band: int = 1000
+) -> list[float]:
     """Mean squared error per value of the predicted noise on held-out images, in equal bands of timesteps.
 
     The images, timesteps and noises are the same for every level.

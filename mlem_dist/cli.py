@@ -1,0 +1,384 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from mlem_dist import __version__
+from mlem_dist.errors import UsageError
+
+DEFAULT_NFE = 10.0
+
+
+class Count(click.ParamType[int]):
+    """A positive whole number: 1000, 1e6 or 1_000_000."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number, or a usage error that names the value."""
+        try:
+            number = float(value) if not isinstance(value, str) or "e" in value.lower() else int(value)
+            if number == int(number) and 1 <= number <= 10**15:
+                return int(number)
+        except (ValueError, OverflowError):
+            pass
+        self.fail(f"{value!r} is not a positive whole number such as 1000, 1e6 or 1_000_000", param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="mlem-dist")
+def cli() -> None:
+    """Synthesise large image datasets from a ladder of diffusion models on Ray."""
+
+
+def _plan_options(command: Any) -> Any:
+    """The options that decide a plan."""
+    for option in reversed(
+        [
+            click.option(
+                "--ladder", "ladder_name", default="fashion", show_default=True, help="Bundled name or folder."
+            ),
+            click.option("--solver", type=click.Choice(["ddpm", "ddim"]), default="ddpm", show_default=True),
+            click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps."),
+            click.option(
+                "--nfe",
+                type=float,
+                help=f"Compute per sample, in evaluations of the best level.  [default: {DEFAULT_NFE:g}]",
+            ),
+            click.option(
+                "--probabilities",
+                type=click.Choice(["theory", "inverse-cost", "constant"]),
+                help="How the budget is spread over the levels.  [default: theory]",
+            ),
+            click.option(
+                "--draw",
+                type=click.Choice(["systematic", "independent"]),
+                help="Evenly spread or independent coins.  [default: systematic]",
+            ),
+            click.option(
+                "--increments",
+                type=click.Choice(["held", "impulse"]),
+                help="Keep each increment until the next (biased, smaller error), or divide it by its probability "
+                "(unbiased ML-EM).  [default: held]",
+            ),
+            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
+            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option("--num", type=Count(), required=True, help="Images: 1000, 1e6, 1_000_000.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Dataset folder; a rerun finishes it.")
+@_plan_options
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of `mlem-dist draw` for all blocks.")
+@click.option("--labels", default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
+@click.option("--block-size", type=Count(), default=50, show_default=True, help="Samples that advance together.")
+@click.option("--shard-size", type=Count(), default=2000, show_default=True, help="Samples per Parquet file.")
+@click.option("--placement", default="pools", show_default=True, help="pools, together, or level ranges: 1-2,3,4.")
+@click.option("--devices", type=Count(), help="CPU cores or GPUs to use.  [default: all that Ray has]")
+@click.option(
+    "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
+)
+@click.option("--engine", type=click.Choice(["ray", "inline"]), default="ray", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the final report as JSON.")
+def generate(
+    num: int,
+    out: Path,
+    plan_file: Path | None,
+    labels: str,
+    block_size: int,
+    shard_size: int,
+    placement: str,
+    devices: int | None,
+    address: str | None,
+    engine: str,
+    as_json: bool,
+    device: str,
+    **plan_options: Any,
+) -> None:
+    """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
+    started = time.monotonic()
+    from mlem_dist.ladder.ladder import Ladder, bundled
+    from mlem_dist.report.progress import Display
+    from mlem_dist.runtime.generate import complete, open_dataset
+    from mlem_dist.runtime.job import Job
+    from mlem_dist.runtime.placement import parse_placement
+
+    ladder = Ladder.load(plan_options["ladder_name"])
+    chosen = _labels(labels, len(ladder.labels))
+    pools = parse_placement(placement, len(ladder.levels))
+    remote = False
+    if engine == "ray":
+        from mlem_dist.runtime import cluster
+
+        remote = cluster.is_remote(address)
+    device = _local_device(device, remote)
+    plan = _plan(ladder, device, plan_file, **plan_options)
+    if remote:
+        cluster.connect(address)
+        device = cluster.device_type(device)
+    name = plan_options["ladder_name"]
+    job = Job(
+        ladder=name if name in bundled() else str(ladder.folder),
+        digest=ladder.digest,
+        num=num,
+        labels=chosen,
+        solver=plan_options["solver"],
+        steps=plan_options["steps"],
+        plan=_plan(ladder, device, plan_file, **plan_options) if remote else plan,
+        seed=plan_options["seed"],
+        block_size=block_size,
+        shard_size=shard_size,
+        device=device,
+    )
+    dataset = open_dataset(job, ladder, out)
+    if not dataset.missing and dataset.manifest.shards:
+        click.echo(f"{out} is finished already: {num:,} images in {job.shards} shards.")
+        return
+    if len(dataset.missing) < job.shards:
+        click.echo(f"{out}: {job.shards - len(dataset.missing)} of {job.shards} shards are there; going on.", err=True)
+    if engine == "ray":
+        if not remote:
+            cluster.connect(address)
+        count = cluster.count_devices(device, devices)
+
+        def run(shards: Any) -> Any:
+            return cluster.run_ray(job, ladder, out, shards, pools, count)
+    else:
+        from mlem_dist.runtime.inline import run_inline
+
+        threads = devices or _cores()
+
+        def run(shards: Any) -> Any:
+            return run_inline(job, ladder, out, shards, threads)
+
+    todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
+    display = Display(todo, block_size, [level.name for level in ladder.levels])
+    with display:
+        for progress in complete(dataset, ladder, run):
+            display.show(progress)
+    _report(out, job, display, time.monotonic() - started, as_json)
+
+
+def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) -> None:
+    last = display.last
+    made = last.samples if last else 0
+    sampling = last.seconds if last else 0.0
+    calls = display.calls_per_sample()
+    if as_json:
+        report = {
+            "out": str(out),
+            "num": job.num,
+            "made": made,
+            "shards": job.shards,
+            "seconds": seconds,
+            "sampling_seconds": sampling,
+            "first_block_seconds": last.first_block if last else None,
+            "images_per_second": made / sampling if sampling else None,
+            "calls_per_sample": calls,
+            "busy": last.busy if last else None,
+            "busy_seconds": {pool.name: pool.busy for pool in last.pools} if last else {},
+            "deaths": sum(pool.deaths for pool in last.pools) if last else 0,
+        }
+        click.echo(json.dumps(report))
+        return
+    click.echo(f"Wrote {made:,} images to {out} ({job.num:,} in {job.shards} shards) in {seconds:.1f} s.")
+    if last:
+        click.echo(
+            f"Sampling: {made / sampling:.1f} images/s on {last.devices} {job.device} devices, {last.busy:.0%} busy."
+        )
+        click.echo("Evaluations per image: " + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()))
+    click.echo(f"Open it:  python -c \"import pandas; print(pandas.read_parquet('{out}/data'))\"")
+    click.echo(f"See it:   mlem-dist show {out}")
+
+
+@cli.command()
+@_plan_options
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
+def draw(out: Path, device: str, **plan_options: Any) -> None:
+    """Draw one plan and keep it, for `generate --plan`."""
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.solver.integrate import block_rng
+    from mlem_dist.solver.plan import Plan, plan_to_dict
+
+    ladder = Ladder.load(plan_options["ladder_name"])
+    if out.exists():
+        raise UsageError(f"--out {out} exists; choose another name")
+    device = _local_device(device, False)
+    recipe = _plan(ladder, device, None, **plan_options)
+    assert not isinstance(recipe, Plan)
+    plan = recipe.plan(plan_options["steps"], block_rng(plan_options["seed"], 0))
+    out.write_text(json.dumps(plan_to_dict(plan, ladder.digest, plan_options["solver"])) + "\n")
+    calls = dict(zip((level.name for level in ladder.levels), plan.calls.sum(1).tolist(), strict=True))
+    click.echo(f"Wrote {out}: {plan.nfe(ladder.cost(device)):.2f} evaluations of the best level; calls {calls}")
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def show(out: Path) -> None:
+    """Make the contact sheet OUT/preview.png of a dataset."""
+    from mlem_dist.report.sheet import save_contact_sheet
+
+    click.echo(f"Wrote {save_contact_sheet(out)}")
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def verify(out: Path) -> None:
+    """Compare every file of a dataset with the digest recorded when it was written."""
+    from mlem_dist.dataset.manifest import read_manifest
+    from mlem_dist.dataset.shards import damage
+
+    manifest = read_manifest(out)
+    if not manifest.shards:
+        click.echo(f"{out} is not finished; run `mlem-dist generate` again to finish it.", err=True)
+        sys.exit(3)
+    problems = [problem for shard in manifest.shards if (problem := damage(out, shard))]
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        sys.exit(1)
+    click.echo(f"{out}: all {len(manifest.shards)} shards are as they were written.")
+
+
+@cli.group()
+def ladder() -> None:
+    """Look at ladders."""
+
+
+@ladder.command("show")
+@click.argument("name")
+def ladder_show(name: str) -> None:
+    """Print the levels of a ladder, by bundled name or folder."""
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.tables import ladder_table
+
+    click.echo(ladder_table(Ladder.load(name)))
+
+
+@ladder.command("measure")
+@click.argument("folder", type=click.Path(path_type=Path))
+def ladder_measure(folder: Path) -> None:
+    """Measure the cost of each level on this machine and store it in FOLDER/ladder.json."""
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.tables import ladder_table
+    from mlem_dist.training.assemble import measure
+
+    click.echo(ladder_table(measure(Ladder.load(folder))))
+
+
+@cli.command()
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="Folder of the four IDX files of an MNIST."
+)
+@click.option("--config", "config_file", type=click.Path(path_type=Path), required=True, help="YAML; see the docs.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Ladder folder; a rerun goes on.")
+def train(data: Path, config_file: Path, out: Path) -> None:
+    """Train a ladder. The same command again continues after a kill."""
+    from mlem_dist.report.progress import training_bar
+    from mlem_dist.report.tables import ladder_table
+    from mlem_dist.training.assemble import train_ladder
+    from mlem_dist.training.config import read_config
+    from mlem_dist.training.data import load_images
+
+    config = read_config(config_file)
+    images = load_images(data, config.sample_shape, len(config.labels))
+    if (out / "ladder.json").exists():
+        raise UsageError(f"--out {out} holds a finished ladder; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, expected a folder")
+    with training_bar() as progress:
+        trained = train_ladder(config, images, out, progress)
+    click.echo(ladder_table(trained))
+
+
+def _labels(text: str, classes: int) -> tuple[int, ...]:
+    if text == "all" or not classes:
+        return tuple(range(max(1, classes)))
+    try:
+        labels = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--labels {text!r}: expected all or numbers such as 0,3,9") from None
+    if bad := [label for label in labels if not 0 <= label < classes]:
+        raise UsageError(f"--labels: {bad[0]} is out of range, the ladder has classes 0 to {classes - 1}")
+    if len(set(labels)) != len(labels):
+        raise UsageError(f"--labels {text}: a class stands there twice")
+    return labels
+
+
+def _local_device(device: str, remote: bool) -> str:
+    """The device type here; undecided ("auto") where Ray is elsewhere."""
+    if remote:
+        return device
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no CUDA device on this machine; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _plan(
+    ladder: Any,
+    device: str,
+    plan_file: Path | None,
+    *,
+    solver: str,
+    steps: int,
+    nfe: float | None,
+    probabilities: Any,
+    draw: Any,
+    increments: Any,
+    seed: int,
+    ladder_name: str,
+) -> Any:
+    """The plan in a file, or the recipe that the options give."""
+    from mlem_dist.solver.plan import Recipe, read_plan
+    from mlem_dist.solver.probabilities import rule_weights, scale_to_budget
+    from mlem_dist.solver.steps import timesteps
+
+    timesteps(len(ladder.alpha_bar), steps, "trailing")
+    if plan_file is not None:
+        given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
+        if clash := [option for option, value in given.items() if value is not None]:
+            raise UsageError(f"{clash[0]} and --plan exclude each other: a plan has its own; leave one out")
+        return read_plan(plan_file, ladder.digest, [level.name for level in ladder.levels], solver, steps)
+    cost = ladder.cost(device)
+    nfe = DEFAULT_NFE if nfe is None else nfe
+    if not nfe > 0:
+        raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
+    p = scale_to_budget(rule_weights(probabilities or "theory", cost), cost, steps, nfe)
+    return Recipe(tuple(p.tolist()), draw or "systematic", increments or "held")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def main() -> NoReturn:
+    """Run the command line: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 Ctrl-C, 143 SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except (click.ClickException, UsageError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"Error: {message}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Stopped. Finished shards are kept; the same command goes on from there.", err=True)
+        sys.exit(130)
+    except (RuntimeError, OSError) as error:
+        click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)

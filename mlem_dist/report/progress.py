@@ -1,0 +1,95 @@
+"""Progress for people: a bar on a terminal, a line every ten seconds elsewhere, always on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from mlem_dist.runtime.progress import Progress
+
+LINE_SECONDS = 10.0
+
+
+class Display:
+    """Shows the progress of a generation of `total` samples in blocks of `block_size`; `names` are the levels'."""
+
+    def __init__(self, total: int, block_size: int, names: Sequence[str]) -> None:
+        self.total, self.block_size, self.names = total, block_size, names
+        self.last: Progress | None = None
+        self._line_at = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Display:
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self.total, unit="img", dynamic_ncols=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.close()
+
+    def show(self, progress: Progress) -> None:
+        """Show a snapshot."""
+        self.last = progress
+        if self._bar:
+            self._bar.set_postfix_str(self._details(progress), refresh=False)
+            self._bar.update(progress.samples - self._bar.n)
+            self._bar.refresh()
+        elif time.monotonic() - self._line_at >= LINE_SECONDS:
+            self._line_at = time.monotonic()
+            print(self._line(progress), file=sys.stderr, flush=True)
+
+    def calls_per_sample(self) -> dict[str, float]:
+        """Evaluations of each level per sample so far, by name."""
+        last = self.last
+        if not last or not last.blocks:
+            return {}
+        return {name: last.calls.get(number, 0) / last.blocks for number, name in enumerate(self.names, 1)}
+
+    def _line(self, progress: Progress) -> str:
+        rate = progress.samples / progress.seconds
+        left = f"{(self.total - progress.samples) / rate:.0f} s left" if rate else "time left unknown"
+        return f"{progress.samples:,} of {self.total:,} images, {rate:.1f}/s, {left}, {self._details(progress)}"
+
+    def _details(self, progress: Progress) -> str:
+        if progress.state != "sampling" or not progress.blocks:
+            return progress.state
+        device_seconds = progress.seconds * progress.devices
+        busy = " ".join(f"{pool.name} {pool.busy / device_seconds:.0%}" for pool in progress.pools)
+        calls = " ".join(f"{name} {count:.1f}" for name, count in self.calls_per_sample().items())
+        deaths = sum(pool.deaths for pool in progress.pools)
+        return f"calls/img: {calls}; busy: {busy}" + (f"; {deaths} actors replaced" if deaths else "")
+
+
+@contextlib.contextmanager
+def training_bar() -> Iterator[Callable[[str, int, int, float], None]]:
+    """A function that shows a level's name, its steps done, its steps in all and its loss."""
+    bar: Any = None
+    line_at = time.monotonic()
+
+    def show(name: str, done: int, steps: int, loss: float) -> None:
+        nonlocal bar, line_at
+        if sys.stderr.isatty():
+            if bar is None or bar.desc != f"{name}: ":
+                if bar is not None:
+                    bar.close()
+                bar = tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True)
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(done - bar.n)
+        elif time.monotonic() - line_at >= LINE_SECONDS:
+            line_at = time.monotonic()
+            print(f"{name}: step {done} of {steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()

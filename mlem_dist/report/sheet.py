@@ -1,0 +1,54 @@
+"""Contact sheets."""
+
+import io
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from mlem_dist.dataset.manifest import read_manifest
+from mlem_dist.errors import UsageError
+
+COLUMNS = 12
+MARGIN = 110
+
+
+def contact_sheet(out: Path, scale: int = 2) -> Image.Image:
+    """A picture of a dataset: twelve images of each class, a row each; in order of sample id where there are none.
+
+    Raises:
+        UsageError: the folder is no dataset, or has no finished shard yet.
+    """
+    manifest = read_manifest(out)
+    classes: list[int] = manifest.config["labels"] if manifest.labels else list(range(10))
+    rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
+    for path in sorted((out / "data").glob("*.parquet")):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            for i, record in enumerate(file.read_row_group(group).to_pylist()):
+                row = classes.index(record["label"]) if manifest.labels else i % len(classes)
+                if len(rows[row]) < COLUMNS:
+                    rows[row].append(record["image"]["bytes"])
+        if all(len(row) == COLUMNS for row in rows.values()):
+            break
+    if not any(rows.values()):
+        raise UsageError(f"{out} has no finished shard yet; run `mlem-dist generate` again to finish it")
+    first = Image.open(io.BytesIO(next(row[0] for row in rows.values() if row)))
+    width, height = first.width * scale, first.height * scale
+    margin = MARGIN if manifest.labels else 0
+    sheet = Image.new("RGB", (margin + COLUMNS * width, len(classes) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, pngs in rows.items():
+        if manifest.labels:
+            draw.text((6, y * height + height // 2 - 6), manifest.labels[classes[y]][:18], fill="black")
+        for x, png in enumerate(pngs):
+            image = Image.open(io.BytesIO(png)).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(image, (margin + x * width, y * height))
+    return sheet
+
+
+def save_contact_sheet(out: Path) -> Path:
+    """Write the contact sheet of a dataset to `preview.png` in its folder, and return that path."""
+    path = out / "preview.png"
+    contact_sheet(out).save(path)
+    return path

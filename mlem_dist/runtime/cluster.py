@@ -1,0 +1,122 @@
+"""The Ray engine's driver: connect or start Ray, run a coordinator, relay its progress."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.coordinator import Coordinator
+from mlem_dist.runtime.job import Job
+from mlem_dist.runtime.placement import allot, pool_loads
+from mlem_dist.runtime.progress import Progress
+
+ANSWER_SECONDS = 10
+POLL_SECONDS = 0.5
+
+
+def is_remote(address: str | None) -> bool:
+    """Whether Ray is somewhere already, rather than to be started here."""
+    return (address or os.environ.get("RAY_ADDRESS", "local")) != "local"
+
+
+def connect(address: str | None) -> None:
+    """Connect to the Ray at `address`, to the one that this process belongs to, or start one here.
+
+    Raises:
+        UsageError: nothing answers at the address within some seconds.
+    """
+    if address and address != "local":
+        _check_answer(address)
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+    except ConnectionError as error:
+        raise UsageError(f"no Ray answers at {address or 'RAY_ADDRESS'}: {' '.join(str(error).split())}") from None
+
+
+def _check_answer(address: str) -> None:
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise UsageError(
+            f"--address {address!r}: expected HOST:PORT of a Ray head, auto or local; from outside a cluster use "
+            "`ray job submit`"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS / 2).close()
+        # Something listens, but ray.init would wait for minutes if it is not a Ray head.
+        check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        healthy = subprocess.run(check, capture_output=True, timeout=ANSWER_SECONDS, check=False).returncode == 0
+    except (OSError, OverflowError, subprocess.TimeoutExpired):
+        healthy = False
+    if not healthy:
+        raise UsageError(
+            f"no Ray head answers at --address {address}; start one with `ray start --head` or leave it out"
+        )
+
+
+def device_type(device: str) -> str:
+    """ "cpu" or "cuda" for "auto" on the connected cluster."""
+    if device != "auto":
+        return device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+
+
+def count_devices(device: str, wanted: int | None) -> int:
+    """How many CPU cores or GPUs of the connected cluster to use.
+
+    Raises:
+        UsageError: there are none, or fewer than wanted.
+    """
+    resource = "GPU" if device == "cuda" else "CPU"
+    # Whole devices of each node: a bundle cannot lie across two.
+    found = sum(int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"])
+    if found < (wanted or 1):
+        raise UsageError(
+            f"{wanted or 1} {resource}s are needed and Ray has {found}; "
+            + ("use --device cpu or a cluster with GPUs" if device == "cuda" and not found else "lower --devices")
+        )
+    return wanted or found
+
+
+def run_ray(
+    job: Job, ladder: Ladder, out: Path, shards: Sequence[int], pools: Sequence[range], devices: int
+) -> Iterator[Progress]:
+    """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
+
+    `pools` are the levels (from 1) of each pool.
+
+    Raises:
+        PoolError: actors die faster than they work.
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    seats = allot(pool_loads(job, pools, ladder.cost(job.device)), devices)
+    names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
+    kind: Any = ray.remote(Coordinator)
+    coordinator = kind.options(num_cpus=0).remote(job, out.absolute(), pools, names, seats, ladder.labels)
+    run = coordinator.run.remote(shards)
+    try:
+        while not ray.wait([run], timeout=POLL_SECONDS)[0]:
+            yield ray.get(coordinator.progress.remote())
+        ray.get(run)
+        yield ray.get(coordinator.progress.remote())
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    finally:
+        ray.kill(coordinator)

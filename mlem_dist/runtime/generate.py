@@ -1,0 +1,53 @@
+"""Make a dataset: what is missing of it, by one engine or the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlem_dist.dataset.manifest import Manifest, check_out, finish, finished_shards
+from mlem_dist.dataset.shards import shard_path
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.job import Job, versions
+from mlem_dist.runtime.progress import Progress
+
+Engine = Callable[[Sequence[int]], Iterator[Progress]]
+"""Makes the shards of the given indices, yielding its progress."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder and how much of it is there: the manifest, and the indices of the missing shards."""
+
+    out: Path
+    job: Job
+    manifest: Manifest
+    missing: tuple[int, ...]
+
+
+def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
+    """The dataset of `job` in `out`, fresh or begun by an earlier run. Touches nothing.
+
+    Raises:
+        UsageError: `out` cannot be used for this job; see `check_out`.
+    """
+    config = job.config
+    manifest = check_out(out, config) or Manifest(config, ladder.labels, versions(), {}, ())
+    done = finished_shards(out, manifest)
+    missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
+    return Dataset(out, job, manifest, missing)
+
+
+def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:
+    """Make the missing shards and finish the dataset, with the engine's progress."""
+    dataset.manifest.write(dataset.out)
+    yield from engine(dataset.missing)
+    done = finished_shards(dataset.out, dataset.manifest)
+    shards = tuple(done[shard_path(i, dataset.job.shards)] for i in range(dataset.job.shards))
+    names = [level.name for level in ladder.levels]
+    calls = dict(zip(names, dataset.job.expected_calls().tolist(), strict=True))
+    finish(
+        dataset.out,
+        Manifest(dataset.manifest.config, dataset.manifest.labels, dataset.manifest.versions, calls, shards),
+    )

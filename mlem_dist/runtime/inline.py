@@ -1,0 +1,59 @@
+"""The in-process engine: the one-process reference, block after block, with the same files."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.job import Blocks, Job, write_job_shard
+from mlem_dist.runtime.progress import PoolProgress, Progress
+from mlem_dist.runtime.worker import Levels
+from mlem_dist.solver.integrate import integrate
+
+
+def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devices: int) -> Iterator[Progress]:
+    """Make the given shards on `devices` CPU cores, a block on each, or on one GPU, with a snapshot after every block.
+
+    Raises:
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    began, busy = time.monotonic(), time.process_time()
+    # Within a block one thread, as in the actors: sums over several would be rounded in another order.
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    blocks, levels = Blocks(job, ladder), Levels(ladder, job.device)
+
+    def make(block: int) -> np.ndarray:
+        x = integrate(levels, blocks.table, job.block_plan(block), blocks.noise(block), blocks.label(block))
+        return blocks.images(block, x)
+
+    first: float | None = None
+    samples = done = 0
+    todo = iter([(shard, block) for shard in shards for block in job.shard_blocks(shard)])
+    flying: deque[tuple[int, int, Future[np.ndarray]]] = deque()
+    images: list[np.ndarray] = []
+    with ThreadPoolExecutor(devices) as pool:
+        while True:
+            while len(flying) <= devices and (item := next(todo, None)):
+                flying.append((*item, pool.submit(make, item[1])))
+            if not flying:
+                return
+            shard, block, future = flying.popleft()
+            images.append(future.result())
+            seconds = time.monotonic() - began
+            first = first or seconds
+            samples += job.rows_of(shard, block)
+            done += 1
+            used = time.process_time() - busy if job.device == "cpu" else seconds
+            progress = PoolProgress("in process", devices, used, 0)
+            yield Progress("sampling", seconds, first, samples, done, dict(levels.calls), devices, (progress,))
+            if block == job.shard_blocks(shard)[-1]:
+                write_job_shard(job, out, ladder.labels, shard, images)
+                images = []

@@ -1,0 +1,53 @@
+"""What a run reports while it goes on, in one form for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolProgress:
+    """One pool.
+
+    Attributes:
+        name: its levels' names.
+        actors: those able to work now.
+        busy: device seconds so far; CPU seconds on CPUs.
+        deaths: actors lost so far.
+    """
+
+    name: str
+    actors: int
+    busy: float
+    deaths: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot of a run.
+
+    Attributes:
+        state: what it does: "waiting for ...", "loading levels", "sampling".
+        seconds: since the engine began.
+        first_block: seconds until the first block was finished; None before.
+        samples: finished samples, without those of earlier runs.
+        blocks: finished blocks.
+        calls: evaluations of each level (from 1), each of one block.
+        devices: CPU cores or GPUs in use.
+        pools: the pools in order of their levels.
+    """
+
+    state: str
+    seconds: float
+    first_block: float | None
+    samples: int
+    blocks: int
+    calls: Mapping[int, int]
+    devices: int
+    pools: Sequence[PoolProgress]
+
+    @property
+    def busy(self) -> float:
+        """The share of all device time that pools were busy, from 0 to 1."""
+        return sum(pool.busy for pool in self.pools) / max(self.seconds * self.devices, 1e-9)
