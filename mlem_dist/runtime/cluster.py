@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -43,7 +45,6 @@ def connect(address: str | None) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            configure_logging=True,
         )
     except ConnectionError as error:
         raise UsageError(f"no Ray answers at {address or 'RAY_ADDRESS'}: {' '.join(str(error).split())}") from None
@@ -108,8 +109,10 @@ def run_ray(
     """
     seats = allot(pool_loads(job, pools, ladder.cost(job.device)), devices)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
+    # The driver owns the devices: they are free again when it ends, however it ends.
+    group = placement_group([{"GPU" if job.device == "cuda" else "CPU": 1}] * devices, strategy="PACK")
     kind: Any = ray.remote(Coordinator)
-    coordinator = kind.options(num_cpus=0).remote(job, out.absolute(), pools, names, seats, ladder.labels)
+    coordinator = kind.options(num_cpus=0).remote(job, out.absolute(), pools, names, seats, group, ladder.labels)
     run = coordinator.run.remote(shards)
     try:
         while not ray.wait([run], timeout=POLL_SECONDS)[0]:
@@ -120,3 +123,4 @@ def run_ray(
         raise error.cause if isinstance(error.cause, Exception) else error from None
     finally:
         ray.kill(coordinator)
+        remove_placement_group(group)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mlem_dist.dataset.shards import Shard
@@ -34,6 +34,7 @@ class Coordinator:
         pools: the levels (from 1) of each pool.
         names: of the pools, for messages.
         seats: of each pool; none for a pool that the plan never calls.
+        group: a bundle of one device for each device that the seats name.
         labels: class names.
     """
 
@@ -44,11 +45,12 @@ class Coordinator:
         pools: Sequence[range],
         names: Sequence[str],
         seats: Sequence[Sequence[Seat]],
+        group: PlacementGroup,
         labels: Sequence[str],
     ) -> None:
         self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
-        self.seats, self.names = seats, names
-        self.devices = 1 + max(seat.device for pool in seats for seat in pool)
+        self.seats, self.names, self.group = seats, names, group
+        self.devices = group.bundle_count
         actors = sum(map(len, seats))
         # Enough blocks that no actor of any pool waits for one.
         self.depth = max(SLOTS, -(-SLOTS * actors // len(seats[0])))
@@ -90,28 +92,18 @@ class Coordinator:
             tuple(PoolProgress(pool.name, pool.alive, pool.busy, pool.deaths) for pool in self.running.values()),
         )
 
-    async def pids(self) -> dict[str, list[int]]:
-        """Process ids of the actors by pool name, for people who debug or kill them."""
-        found = {}
-        for pool in self.running.values():
-            actors = [member.actor for member in pool.members if member.actor is not None]
-            found[pool.name] = list(await asyncio.gather(*(actor.pid.remote() for actor in actors)))
-        return found
-
     async def _start_pools(self) -> None:
-        resource = "GPU" if self.job.device == "cuda" else "CPU"
-        group = placement_group([{resource: 1}] * self.devices, strategy="PACK")
-        self.state = f"waiting for {self.devices} {resource}s that others use"
-        await group.ready()
+        self.state = f"waiting for {self.devices} devices that others use"
+        await self.group.ready()
         self.state = "loading levels"
         for index, seats in enumerate(self.seats):
             if seats:
                 slots = SLOTS if index else self.depth
-                self.running[index] = Pool(self.names[index], seats, slots, self._creator(index, group))
+                self.running[index] = Pool(self.names[index], seats, slots, self._creator(index))
         await asyncio.gather(*(pool.start() for pool in self.running.values()))
         self.state = "sampling"
 
-    def _creator(self, index: int, group: Any) -> Any:
+    def _creator(self, index: int) -> Any:
         kind = ray.remote(LevelWorker if index else TrajectoryWorker)
 
         def create(seat: Seat) -> Any:
@@ -119,7 +111,9 @@ class Coordinator:
             return kind.options(
                 num_cpus=0 if cuda else seat.share,
                 num_gpus=seat.share if cuda else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.device),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    self.group, placement_group_bundle_index=seat.device
+                ),
             ).remote(self.job, self.pools, index, 1)
 
         return create

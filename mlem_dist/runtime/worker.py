@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
@@ -88,10 +87,6 @@ class LevelWorker:
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for number in range(max(1, self.pools[self.pool].start - 1), self.pools[self.pool].stop):
             self.levels[number](x, t, label)
-
-    def pid(self) -> int:
-        """The actor's process id."""
-        return os.getpid()
 
     @torch.inference_mode()
     def evaluate(self, block: int, ask: Ask, x: np.ndarray) -> tuple[Work, np.ndarray]:

@@ -59,7 +59,7 @@ class Plan:
         by_step: list[list[Term]] = [[] for _ in range(steps)]
         for k in range(levels):
             fires = np.flatnonzero(self.fire[k])
-            for start, stop in zip(fires, np.append(fires[1:], steps), strict=True):
+            for start, stop in zip(fires, np.append(fires, steps)[1:], strict=True):
                 weights = tuple(np.trim_zeros(self.weight[k, start:stop], "b").tolist())
                 if not weights:
                     continue

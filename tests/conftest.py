@@ -1,0 +1,46 @@
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.job import Job
+from mlem_dist.solver.plan import Plan, Recipe
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Ladder:
+    return Ladder.load("fashion")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for all tests: a fresh one takes seconds."""
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_job(fashion: Ladder):
+    """Small jobs of the default ladder, with every level called."""
+
+    def make(plan: Plan | Recipe | None = None, **changes) -> Job:
+        levels = len(fashion.levels)
+        p = (1.0, *(0.5**k for k in range(1, levels)))
+        values = {
+            "ladder": "fashion",
+            "digest": fashion.digest,
+            "num": 44,
+            "labels": tuple(range(10)),
+            "solver": "ddpm",
+            "steps": 12,
+            "plan": plan or Recipe(p, "systematic", "held"),
+            "seed": 3,
+            "block_size": 8,
+            "shard_size": 16,
+            "device": "cpu",
+        }
+        return Job(**(values | changes))
+
+    return make

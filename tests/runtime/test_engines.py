@@ -1,0 +1,158 @@
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlem_dist.errors import UsageError
+from mlem_dist.runtime import cluster
+from mlem_dist.runtime.generate import complete, open_dataset
+from mlem_dist.runtime.inline import run_inline
+from mlem_dist.runtime.job import Blocks, NonFiniteError
+from mlem_dist.runtime.placement import parse_placement
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.plan import Recipe, single_level
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make_inline(job, ladder, out, devices=1):
+    list(complete(open_dataset(job, ladder, out), ladder, lambda shards: run_inline(job, ladder, out, shards, devices)))
+    return files(out)
+
+
+def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None):
+    pools = parse_placement(placement, len(ladder.levels))
+    last = None
+    dataset = open_dataset(job, ladder, out)
+    for last in complete(dataset, ladder, lambda shards: cluster.run_ray(job, ladder, out, shards, pools, devices)):
+        watch(last)
+    return files(out), last
+
+
+@pytest.fixture(scope="module")
+def reference_cache(tmp_path_factory):
+    """Files of the in-process engine, by job."""
+    found = {}
+
+    def get(job, ladder):
+        key = repr(job.config)
+        if key not in found:
+            found[key] = make_inline(job, ladder, tmp_path_factory.mktemp("reference"))
+        return found[key]
+
+    return get
+
+
+def plans(levels: int) -> dict[str, object]:
+    p = (1.0, *(0.6**k for k in range(1, levels)))
+    return {
+        "held": Recipe(p, "systematic", "held"),
+        "impulse": Recipe(p, "independent", "impulse"),
+        "best level alone": single_level(levels, levels, 12),
+    }
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("devices", "placement"), [(1, "pools"), (2, "pools"), (3, "pools"), (2, "together")])
+@pytest.mark.parametrize("plan", ["held", "impulse", "best level alone"])
+def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cache, tmp_path, devices, placement, plan):
+    job = make_job(plans(len(fashion.levels))[plan])
+    found, _ = make_ray(job, fashion, tmp_path / "out", devices, placement)
+    assert found == reference_cache(job, fashion)
+    assert sum(name.endswith(".parquet") for name in found) == job.shards == 3
+
+
+def test_the_inline_engine_does_not_depend_on_its_threads(fashion, make_job, reference_cache, tmp_path):
+    job = make_job()
+    assert make_inline(job, fashion, tmp_path / "out", devices=3) == reference_cache(job, fashion)
+
+
+def processes(kind: str) -> list[int]:
+    """Process ids of the Ray actors of a class."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if title.startswith(f"ray::{kind}"):
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("kind", ["LevelWorker", "TrajectoryWorker"])
+def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path, kind):
+    job = make_job(num=320, steps=40, shard_size=64)
+    killed = []
+
+    def kill(progress):
+        if progress.blocks and not killed:
+            killed.append(processes(kind)[0])
+            os.kill(killed[0], signal.SIGKILL)
+
+    found, last = make_ray(job, fashion, tmp_path / "out", 2, watch=kill)
+    assert killed
+    assert sum(pool.deaths for pool in last.pools) == 1
+    assert last.samples == 320
+    assert found == reference_cache(job, fashion)
+
+
+def test_a_sample_does_not_depend_on_num(fashion, make_job):
+    job = make_job(num=3)
+    blocks = Blocks(job, fashion)
+    levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
+    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.label(0))
+    assert len(x) == job.block_size
+    longer = Blocks(make_job(num=44), fashion)
+    y = integrate(levels, longer.table, longer.job.block_plan(0), longer.noise(0), longer.label(0))
+    assert (blocks.images(0, x) == longer.images(0, y)).all()
+
+
+def test_a_non_finite_block_fails_loudly(fashion, make_job):
+    blocks = Blocks(make_job(), fashion)
+    x = blocks.noise(0)(-1)
+    x[5, 0, 3, 3] = np.nan
+    with pytest.raises(NonFiniteError, match="1 of 8 samples are not finite"):
+        blocks.images(0, x)
+
+
+def test_a_resumed_run_makes_only_what_is_missing(fashion, make_job, reference_cache, tmp_path):
+    job, out = make_job(), tmp_path / "out"
+    dataset = open_dataset(job, fashion, out)
+    for progress in complete(dataset, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)):
+        if progress.samples > 20:
+            break
+    kept = {path: path.stat().st_mtime_ns for path in (out / "data").iterdir()}
+    assert 0 < len(kept) < job.shards
+    missing = open_dataset(job, fashion, out).missing
+    assert len(missing) == job.shards - len(kept)
+    assert make_inline(job, fashion, out) == reference_cache(job, fashion)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    again = open_dataset(job, fashion, out)
+    assert not again.missing
+    (out / "data" / "train-00001-of-00003.parquet").unlink()
+    assert open_dataset(job, fashion, out).missing == (1,)
+    assert make_inline(job, fashion, out) == reference_cache(job, fashion)
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(fashion, make_job, tmp_path):
+    make_inline(make_job(num=8), fashion, tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(UsageError, match=r"num was 8, now 16; seed was 3, now 4"):
+        open_dataset(make_job(num=16, seed=4), fashion, tmp_path)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_more_devices_than_ray_has_are_refused():
+    assert cluster.count_devices("cpu", None) == 3
+    with pytest.raises(UsageError, match="4 CPUs are needed and Ray has 3"):
+        cluster.count_devices("cpu", 4)
+    with pytest.raises(UsageError, match="1 GPUs are needed and Ray has 0"):
+        cluster.count_devices("cuda", None)

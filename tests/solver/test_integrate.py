@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.plan import Recipe, single_level
+from mlem_dist.solver.steps import StepTable, step_table
+
+
+def test_independent_impulses_have_the_exact_mean_over_trajectories():
+    """For a linear drift the mean of x_N is a product; x_N over plans must scatter around it."""
+    slopes = {1: 0.4, 2: 0.8, 3: 1.0}
+    levels = {k: (lambda x, t, label, slope=slope: slope * x) for k, slope in slopes.items()}
+    n = 8
+    table = StepTable(np.arange(n)[::-1], np.full(n, 0.95), np.full(n, -0.2), np.zeros(n))
+    recipe = Recipe((1.0, 0.5, 0.3), "independent", "impulse")
+    label = torch.zeros(1, dtype=torch.int64)
+    rng = np.random.default_rng(0)
+    ends = np.array(
+        [
+            float(integrate(levels, table, recipe.plan(n, rng), lambda step: torch.ones(1, 1, 1, 1), label))
+            for _ in range(6000)
+        ]
+    )
+    exact = (0.95 - 0.2 * slopes[3]) ** n
+    error = ends.std() / np.sqrt(len(ends))
+    assert abs(ends.mean() - exact) < 3.5 * error
+    # The error bar is narrow enough to tell the best level from the one below.
+    assert abs((0.95 - 0.2 * slopes[2]) ** n - exact) > 10 * error
+
+
+@pytest.mark.parametrize("solver", ["ddpm"])
+def test_the_best_level_alone_is_the_diffusers_loop(fashion, solver):
+    """The whole loop of diffusers' scheduler with a real level and the same noise."""
+    number = len(fashion.levels)
+    level = fashion.load_level(number, "cpu")
+    scheduler = DDPMScheduler.from_pretrained(fashion.folder / "scheduler", timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    noise = block_noise(1, 0, (4, *fashion.sample_shape), "cpu")
+    label = torch.tensor([0, 3, 7, 9])
+    x = noise(-1)
+    table = step_table(fashion.alpha_bar, 20, 1.0)
+    with torch.inference_mode():
+        for i, t in enumerate(scheduler.timesteps):
+            predicted = level(x, torch.full((4,), int(t)), label)
+            # The scheduler draws its own noise: take its mean and add ours.
+            mean = scheduler.step(predicted, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
+            theirs = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+            x = mean - float(table.c[i]) * theirs + float(table.c[i]) * noise(i)
+    ours = integrate({number: level}, table, single_level(number, number, 20), noise, label)
+    assert (ours - x).abs().max() < 1e-3
+    assert x.abs().max() > 0.5
+
+
+def test_noise_depends_on_seed_block_and_step_alone():
+    noise = block_noise(0, 0, (2, 3), "cpu")
+    assert torch.equal(noise(5), block_noise(0, 0, (2, 3), "cpu")(5))
+    others = [noise(4), block_noise(0, 1, (2, 3), "cpu")(5), block_noise(1, 0, (2, 3), "cpu")(5)]
+    assert all(not torch.equal(noise(5), other) for other in others)

@@ -1,0 +1,158 @@
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mlem_dist.errors import UsageError
+from mlem_dist.solver.integrate import evaluate
+from mlem_dist.solver.plan import (
+    Plan,
+    Recipe,
+    held,
+    impulse,
+    plan_to_dict,
+    read_plan,
+    single_level,
+    systematic,
+)
+from mlem_dist.solver.probabilities import increment_cost, rule_weights, scale_to_budget
+
+COST = np.array([0.02, 0.3, 1.2, 5.0])
+STEPS = 6
+
+
+def toy(k: int):
+    return lambda x, t, label: torch.tanh(x * (1 + 1 / k)) + t[:, None] * 0.01 / k
+
+
+LEVELS = {k: toy(k) for k in range(1, 5)}
+X = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
+
+
+def drift(plan: Plan, step: int) -> torch.Tensor:
+    """The drift that a plan of impulses uses at a step."""
+    terms = plan.terms[step]
+    label = torch.zeros(len(X), dtype=torch.int64)
+    values = evaluate(LEVELS, terms, X, 7, label)
+    return sum(term.weights[0] * value for term, value in zip(terms, values, strict=True))
+
+
+BEST = LEVELS[4](X, torch.full((len(X),), 7), None)
+PROBABILITIES = np.array([1.0, 0.7, 0.3, 0.11])
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_impulses_of_independent_coins_are_unbiased_over_all_plans(step):
+    mean = torch.zeros_like(X)
+    for coins in itertools.product([0, 1], repeat=3):
+        fire = np.zeros((4, STEPS), dtype=bool)
+        fire[0] = True
+        fire[1:, step] = coins
+        chance = np.prod(np.where(coins, PROBABILITIES[1:], 1 - PROBABILITIES[1:]))
+        mean += chance * drift(impulse(fire, PROBABILITIES), step)
+    assert (mean - BEST).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_impulses_of_systematic_coins_are_unbiased_over_all_plans(step):
+    # The coins of a level change only where some i p + u is whole: all plans are those between these points.
+    points = [np.unique(np.append(-(np.arange(STEPS + 1) * p) % 1, [0, 1])) for p in PROBABILITIES[1:]]
+    mean, total = torch.zeros_like(X), 0.0
+    for cells in itertools.product(*(list(itertools.pairwise(p)) for p in points)):
+        u = np.array([0.5, *(sum(cell) / 2 for cell in cells)])
+        chance = float(np.prod([high - low for low, high in cells]))
+        mean += chance * drift(impulse(systematic(PROBABILITIES, STEPS, u), PROBABILITIES), step)
+        total += chance
+    assert total == pytest.approx(1)
+    assert (mean - BEST).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("draw", ["independent", "systematic"])
+def test_coins_fall_with_their_probability_at_every_step(draw):
+    rng = np.random.default_rng(0)
+    recipe = Recipe(tuple(PROBABILITIES), draw, "impulse")
+    count = sum(recipe.plan(STEPS, rng).fire.astype(int) for _ in range(4000))
+    error = np.sqrt(PROBABILITIES * (1 - PROBABILITIES) / 4000)[:, None]
+    assert (np.abs(count / 4000 - PROBABILITIES[:, None]) <= 4.5 * error).all()
+
+
+def test_systematic_coins_are_evenly_spread():
+    for seed in range(50):
+        fire = systematic(np.array([1.0, 0.1]), 250, np.random.default_rng(seed).random(2))
+        assert fire[0].all()
+        assert fire[1].sum() == 25
+        assert set(np.diff(np.flatnonzero(fire[1]))) == {10}
+
+
+def test_a_certain_plan_is_euler_maruyama_with_the_best_level():
+    ones = np.ones((4, STEPS), dtype=bool)
+    for plan in (impulse(ones, np.ones(4)), held(ones), single_level(4, 4, STEPS)):
+        assert plan.calls.sum(1).tolist() == [0, 0, 0, STEPS]
+        assert [len(terms) for terms in plan.terms] == [1] * STEPS
+        assert torch.equal(drift(plan, 2), BEST)
+
+
+def test_single_level_calls_that_level_only():
+    plan = single_level(2, 4, STEPS)
+    assert plan.calls.sum(1).tolist() == [0, STEPS, 0, 0]
+    assert torch.equal(drift(plan, 0), LEVELS[2](X, torch.full((len(X),), 7), None))
+
+
+def test_a_held_increment_lasts_until_the_next():
+    fire = np.array([[1] * 5, [0, 1, 0, 1, 0]], dtype=bool)
+    plan = held(fire)
+    assert plan.weight.tolist() == [[1] * 5, [0, 1, 1, 1, 1]]
+    spans = [
+        (term.level, term.below, term.start, term.stop) for terms in plan.terms for term in terms if term.level == 2
+    ]
+    assert spans == [(2, 1, 1, 3), (2, 1, 3, 5)]
+
+
+def test_a_value_of_no_weight_is_not_evaluated():
+    fire = np.ones((2, 3), dtype=bool)
+    plan = Plan(fire, np.array([[1.0, 1, 1], [0, 2, 0]]))
+    assert plan.calls.sum(1).tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("rule", ["constant", "inverse-cost", "theory"])
+@pytest.mark.parametrize("nfe", [2.0, 5.0, 20.0, 100.0])
+def test_probabilities_meet_the_budget(rule, nfe):
+    p = scale_to_budget(rule_weights(rule, COST), COST, 250, nfe)
+    assert p[0] == 1
+    assert ((p > 0) & (p <= 1)).all()
+    assert (np.diff(p) <= 0).all()
+    assert 250 * (p @ increment_cost(COST)) / COST[-1] == pytest.approx(nfe, rel=1e-6)
+    rng = np.random.default_rng(1)
+    drawn = np.mean([Recipe(tuple(p), "systematic", "impulse").plan(250, rng).nfe(COST) for _ in range(20)])
+    # A plan shares evaluations at a step, so it costs at most what was budgeted, but for the luck of the draw.
+    assert 0.7 * nfe < drawn < nfe + 1
+
+
+def test_theory_is_the_rule_of_the_paper_for_its_own_costs():
+    gamma, k = 2.5, np.arange(1, 6)
+    weights = rule_weights("theory", 2.0 ** (gamma * k))
+    np.testing.assert_allclose(weights / weights[0], 2.0 ** (-(1 + gamma / 2) * (k - 1)))
+
+
+def test_a_budget_below_the_base_level_is_refused():
+    with pytest.raises(UsageError, match="below the cost of the base level"):
+        scale_to_budget(rule_weights("theory", COST), COST, 250, 0.9)
+
+
+def test_a_budget_for_everything_is_euler_maruyama():
+    assert scale_to_budget(rule_weights("theory", COST), COST, 250, 250).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("increments", ["impulse", "held"])
+def test_json_round_trip(tmp_path, increments):
+    plan = Recipe((1.0, 0.37, 0.1), "independent", increments).plan(40, np.random.default_rng(5))
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan_to_dict(plan, "digest", "ddpm")))
+    found = read_plan(path, "digest", ["a", "b", "c"], "ddpm", 40)
+    assert np.array_equal(found.fire, plan.fire)
+    assert np.array_equal(found.weight, plan.weight)
+    for changed in (("other", "ddpm", 40), ("digest", "ddim", 40), ("digest", "ddpm", 50)):
+        with pytest.raises(UsageError, match="made for another"):
+            read_plan(path, changed[0], ["a", "b", "c"], *changed[1:])
