@@ -89,10 +89,13 @@ def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:
     Raises:
         UsageError: `out` is a file, is not writable, holds something else or a run of another configuration.
     """
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, expected a folder; choose another path")
-    parent = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file, expected a folder; choose another path")
+        parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    except PermissionError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
     if not out.is_dir() or not any(path.name != WORK for path in out.iterdir()):
         return None

@@ -1,0 +1,212 @@
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
+SMALL = ["--steps", "20", "--nfe", "4", "--block-size", "8", "--shard-size", "16"]
+
+
+def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def other_plan(tmp_path_factory) -> Path:
+    """A plan for 30 steps."""
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    done = command("draw", "--steps", "30", "--nfe", "5", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def spoil_nothing(folder: Path) -> None:
+    pass
+
+
+def flip_byte(folder: Path) -> None:
+    path = next(folder.glob("unet-s/*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def remove_weights(folder: Path) -> None:
+    next(folder.glob("unet-s/*.safetensors")).unlink()
+
+
+def other_schema(folder: Path) -> None:
+    path = folder / "ladder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+
+
+def other_labels(folder: Path) -> None:
+    path = folder / "ladder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": ["a", "b"]}))
+
+
+BAD = {
+    "num 0": (["--num", "0"], "0"),
+    "num -5": (["--num", "-5"], "-5"),
+    "num abc": (["--num", "abc"], "abc"),
+    "num 1.5": (["--num", "1.5"], "1.5"),
+    "num 1e400": (["--num", "1e400"], "1e400"),
+    "nfe below the base level": (["--nfe", "0.001"], "below the cost of the base level"),
+    "nfe nan": (["--nfe", "nan"], "nan"),
+    "unknown ladder": (["--ladder", "nonesuch"], "nonesuch"),
+    "label out of range": (["--labels", "3,10"], "10 is out of range"),
+    "label word": (["--labels", "bag"], "bag"),
+    "steps beyond the schedule": (["--steps", "1001"], "1001"),
+    "shard not a multiple": (["--block-size", "8", "--shard-size", "20"], "take 16"),
+    "placement": (["--placement", "1,3"], "1,3"),
+    "device": (["--device", "cuda"], "cuda"),
+    "unknown option": (["--nonesuch"], "nonesuch"),
+    "ray client": (["--address", "ray://127.0.0.1:10001"], "ray job submit"),
+    "plan missing": (["--plan", "nonesuch.json"], "nonesuch.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_in_one_sentence(tmp_path, name):
+    arguments, message = BAD[name]
+    out = tmp_path / "out"
+    given = arguments if "--num" in arguments else ["--num", "16", *arguments]
+    done = command("generate", "--out", str(out), *given)
+    assert_refused(done, message)
+    assert not out.exists()
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_plan_for_other_steps_is_refused(tmp_path, other_plan):
+    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--steps", "20", "--plan", str(other_plan))
+    assert_refused(done, "another steps: 30, not 20")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (flip_byte, "corrupted"),
+        (remove_weights, "missing"),
+        (other_schema, "schema_version is 99"),
+        (other_labels, "does not fit"),
+    ],
+)
+def test_a_broken_ladder_is_refused(tmp_path, fashion, spoil, message):
+    folder = tmp_path / "ladder"
+    shutil.copytree(fashion.folder, folder)
+    spoil(folder)
+    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--ladder", str(folder))
+    assert_refused(done, message)
+
+
+def test_a_plan_for_another_ladder_is_refused(tmp_path, fashion, other_plan):
+    raw = json.loads(other_plan.read_text()) | {"ladder": "0" * 64}
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(raw))
+    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--steps", "30", "--plan", str(plan))
+    assert_refused(done, "another ladder")
+
+
+def test_an_out_path_that_cannot_be_used_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    for path, message in ((file, "is a file"), (file / "below", "not a writable folder"), (folder, "something else")):
+        before = tree(tmp_path)
+        assert_refused(command("generate", "--num", "8", "--out", str(path)), message)
+        assert tree(tmp_path) == before
+
+
+def test_an_address_that_does_not_answer_is_refused_soon(tmp_path):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        silent = listening.getsockname()[1]
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            closed = unused.getsockname()[1]
+        for port in (silent, closed):
+            started = time.monotonic()
+            done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--address", f"127.0.0.1:{port}")
+            assert_refused(done, f"127.0.0.1:{port}")
+            assert time.monotonic() - started < 15
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+    """SIGKILL of the driver's whole process group half-way, on Ray."""
+    arguments = ["--num", "320", *SMALL, "--devices", "2", "--address", "local"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = command("generate", *arguments, "--out", str(whole))
+    assert done.returncode == 0, done.stderr
+    run = subprocess.Popen(
+        [SCRIPT, "generate", *arguments, "--out", str(killed)], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while len(list(killed.glob("data/*.parquet"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    kept = {path: path.stat().st_mtime_ns for path in killed.glob("data/*.parquet")}
+    assert 4 <= len(kept) < 20
+    marked = {path.stem for path in killed.glob(".mlem/train-*.json")}
+    done = command("generate", *arguments, "--out", str(killed), "--json")
+    assert done.returncode == 0, done.stderr
+    # Ray's processes outlive their driver for a moment and may have finished some more.
+    assert 0 < json.loads(done.stdout)["made"] <= 320 - 16 * len(marked)
+    assert tree(killed) == tree(whole)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.stem in marked)
+    again = command("generate", *arguments, "--out", str(killed))
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+
+
+def test_the_report_the_sheet_and_verify(tmp_path):
+    out = tmp_path / "out"
+    done = command("generate", "--num", "3e1", *SMALL, "--labels", "2,7", "--engine", "inline", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    for word in ("30 images", "images/s", "unet-s", "pandas", "mlem-dist show"):
+        assert word in done.stdout
+    assert command("show", str(out)).returncode == 0
+    assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")
+    assert command("verify", str(out)).returncode == 0
+    shard = next((out / "data").iterdir())
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    damaged = command("verify", str(out))
+    assert damaged.returncode == 1
+    assert shard.name in damaged.stderr
+
+
+def test_a_memorised_plan_is_used_for_every_block(tmp_path, other_plan):
+    out = tmp_path / "out"
+    arguments = ["--num", "16", "--steps", "30", "--block-size", "8", "--shard-size", "8", "--engine", "inline"]
+    done = command("generate", *arguments, "--plan", str(other_plan), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "mlem.json").read_text())["config"]["plan"] == json.loads(other_plan.read_text())
+
+
+def test_ladder_show_prints_every_level(fashion):
+    done = command("ladder", "show", "fashion")
+    assert done.returncode == 0
+    assert all(level.name in done.stdout for level in fashion.levels)
