@@ -1,6 +1,6 @@
 """Images per second of the Ray runtime against the in-process engine: same plan, same cores, same files.
 
-    python benchmarks/runtime/engines.py --num 3000 --rounds 2 --out benchmarks/results/engines.json
+python benchmarks/runtime/engines.py --num 3000 --rounds 2 --out benchmarks/results/engines.json
 """
 
 import json

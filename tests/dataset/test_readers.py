@@ -73,7 +73,9 @@ def test_polars(dataset):
 def test_duckdb(dataset):
     import duckdb
 
-    rows = duckdb.sql(f"select label, count(*), any_value(image.bytes) from '{dataset}/data/*.parquet' group by 1 order by 1")
+    rows = duckdb.sql(
+        f"select label, count(*), any_value(image.bytes) from '{dataset}/data/*.parquet' group by 1 order by 1"
+    )
     found = rows.fetchall()
     assert [count for _, count, _ in found] == [5, 5, 5, 5, 4, 4, 4, 4, 4, 4]
     check(found[0][2])
