@@ -120,10 +120,12 @@ class Coordinator:
 
     async def _runner(self) -> None:
         for shard, block in self.todo:
-            await self._finished(shard, block, await self._block(block))
+            images, calls = await self._block(block)
+            self.calls += calls
+            await self._finished(shard, block, images)
 
-    async def _block(self, block: int) -> ray.ObjectRef[Any]:
-        """Run a block to its images; if its worker dies, from the start on another."""
+    async def _block(self, block: int) -> tuple[ray.ObjectRef[Any], Counter[int]]:
+        """Run a block to its images and its calls by level; if its worker dies, from the start on another."""
         for _ in range(TRIES):
             async with self.running[0].member() as member:
                 try:
@@ -135,25 +137,23 @@ class Coordinator:
                         raise
         raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
 
-    async def _segments(self, block: int, member: Member) -> ray.ObjectRef[Any]:
+    async def _segments(self, block: int, member: Member) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         home = self.running[0]
+        calls: Counter[int] = Counter()
         segment: Segment
         segment, payload = await home.call_member(member, "start", block)
-        self._count(segment.work)
+        calls.update(segment.work.calls)
         while segment.asks:
-            answers = await asyncio.gather(*(self._answer(block, ask, payload) for ask in segment.asks))
+            answers = await asyncio.gather(*(self._answer(block, ask, payload, calls) for ask in segment.asks))
             segment, payload = await home.call_member(member, "resume", block, *answers)
-            self._count(segment.work)
-        return payload
+            calls.update(segment.work.calls)
+        return payload, calls
 
-    async def _answer(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> ray.ObjectRef[Any]:
+    async def _answer(self, block: int, ask: Ask, state: ray.ObjectRef[Any], calls: Counter[int]) -> ray.ObjectRef[Any]:
         work: Work
         work, answer = await self.running[ask.pool].call("evaluate", block, ask, state)
-        self._count(work)
+        calls.update(work.calls)
         return answer
-
-    def _count(self, work: Work) -> None:
-        self.calls.update(work.calls)
 
     async def _finished(self, shard: int, block: int, images: ray.ObjectRef[Any]) -> None:
         if self.first_block is None:

@@ -33,7 +33,7 @@ class Progress:
         first_block: seconds until the first block was finished; None before.
         samples: finished samples, without those of earlier runs.
         blocks: finished blocks.
-        calls: evaluations of each level (from 1), each of one block.
+        calls: evaluations of each level (from 1), each of one block, in the finished blocks.
         devices: CPU cores or GPUs in use.
         pools: the pools in order of their levels.
     """
