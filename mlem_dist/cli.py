@@ -109,7 +109,7 @@ def generate(
 ) -> None:
     """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
     started = time.monotonic()
-    from mlem_dist.ladder.ladder import Ladder, bundled
+    from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.progress import Display
     from mlem_dist.runtime.generate import complete, open_dataset
     from mlem_dist.runtime.job import Job
@@ -128,9 +128,8 @@ def generate(
     if remote:
         cluster.connect(address)
         device = cluster.device_type(device)
-    name = plan_options["ladder_name"]
     job = Job(
-        ladder=name if name in bundled() else str(ladder.folder),
+        ladder=ladder.source,
         digest=ladder.digest,
         num=num,
         labels=chosen,
@@ -144,7 +143,10 @@ def generate(
     )
     dataset = open_dataset(job, ladder, out)
     if not dataset.missing and dataset.manifest.shards:
-        click.echo(f"{out} is finished already: {num:,} images in {job.shards} shards.")
+        if as_json:
+            _report(out, job, Display(0, block_size, ()), time.monotonic() - started, as_json)
+        else:
+            click.echo(f"{out} is finished already: {num:,} images in {job.shards} shards.")
         return
     if len(dataset.missing) < job.shards:
         click.echo(f"{out}: {job.shards - len(dataset.missing)} of {job.shards} shards are there; going on.", err=True)
@@ -163,6 +165,8 @@ def generate(
         def run(shards: Any) -> Any:
             return run_inline(job, ladder, out, shards, threads)
 
+    # ray.init has put its own handler in place, which exits with 15.
+    signal.signal(signal.SIGTERM, _terminated)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
     display = Display(todo, block_size, [level.name for level in ladder.levels])
     with display:
@@ -361,6 +365,10 @@ def _plan(
     return Recipe(tuple(p.tolist()), draw or "systematic", increments or "held")
 
 
+def _terminated(number: int, frame: Any) -> NoReturn:
+    sys.exit(128 + number)
+
+
 def _cores() -> int:
     import os
 
@@ -369,7 +377,7 @@ def _cores() -> int:
 
 def main() -> NoReturn:
     """Run the command line: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 Ctrl-C, 143 SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except (click.ClickException, UsageError) as error:

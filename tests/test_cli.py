@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mlem_dist.ladder.ladder import Ladder
+
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 SMALL = ["--steps", "20", "--nfe", "4", "--block-size", "8", "--shard-size", "16"]
 
@@ -178,6 +180,30 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     again = command("generate", *arguments, "--out", str(killed))
     assert again.returncode == 0
     assert "finished already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "engine", "code"),
+    [(signal.SIGINT, "inline", 130), (signal.SIGTERM, "inline", 143), (signal.SIGTERM, "ray", 143)],
+)
+def test_a_stopped_run_keeps_its_shards_and_says_so(tmp_path, number, engine, code):
+    out = tmp_path / "out"
+    arguments = ["--num", "4000", *SMALL, "--engine", engine, "--address", "local", "--out", str(out)]
+    run = subprocess.Popen([SCRIPT, "generate", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("data/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert "Traceback" not in stderr
+    assert list(out.glob("data/*.parquet"))
+
+
+def test_a_folder_named_like_a_bundled_ladder_is_that_folder(tmp_path, fashion):
+    shutil.copytree(fashion.folder, tmp_path / "fashion")
+    assert Ladder.load(tmp_path / "fashion").source == str(tmp_path / "fashion")
+    assert Ladder.load("fashion").source == "fashion"
 
 
 def test_the_report_the_sheet_and_verify(tmp_path):

@@ -28,6 +28,7 @@ from mlem_dist.ladder.levels import GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import read_alpha_bar
 
 SCHEMA_VERSION = 1
+PACKAGE = Path(str(files("mlem_dist.ladder")))
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -164,6 +165,11 @@ class Ladder:
                 f"{len(self.labels)} labels: it has {found}, expected {expected}"
             )
 
+    @property
+    def source(self) -> str:
+        """What `load` takes to find this ladder: its name if it is bundled, so on any machine, else its folder."""
+        return self.folder.name if self.folder.parent == PACKAGE else str(self.folder)
+
     @cached_property
     def alpha_bar(self) -> np.ndarray:
         """The noise schedule, float64 (T,)."""
@@ -238,7 +244,7 @@ class Ladder:
 
 def bundled() -> Iterator[str]:
     """The names of the ladders in the package."""
-    for folder in Path(str(files("mlem_dist.ladder"))).iterdir():
+    for folder in PACKAGE.iterdir():
         if (folder / "ladder.json").is_file():
             yield folder.name
 
@@ -302,9 +308,8 @@ def save_ladder(
 def _find(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source).resolve()
-    folder = Path(str(files("mlem_dist.ladder"))) / str(source)
     if str(source) in bundled():
-        return folder
+        return PACKAGE / str(source)
     raise UsageError(
         f"no ladder {str(source)!r}: expected a ladder folder or one of {', '.join(sorted(bundled())) or 'none'}"
     )

@@ -68,7 +68,8 @@ def _check_answer(address: str) -> None:
         healthy = False
     if not healthy:
         raise UsageError(
-            f"no Ray head answers at --address {address}; start one with `ray start --head` or leave it out"
+            f"no Ray head answers at --address {address}; start one with `ray start --head`, "
+            "export RAY_AUTH_MODE=token if it uses tokens, or leave the option out"
         )
 
 

@@ -25,6 +25,7 @@ from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
 PENDING_WRITES = 4
+BLOCKS_PER_DEVICE = 3
 
 
 class Coordinator:
@@ -51,9 +52,8 @@ class Coordinator:
         self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
         self.seats, self.names, self.group = seats, names, group
         self.devices = group.bundle_count
-        actors = sum(map(len, seats))
-        # Enough blocks that no actor of any pool waits for one.
-        self.depth = max(SLOTS, -(-SLOTS * actors // len(seats[0])))
+        # Enough blocks that no device waits for one; more would only finish later.
+        self.depth = max(SLOTS, -(-BLOCKS_PER_DEVICE * self.devices // len(seats[0])))
         self.calls: Counter[int] = Counter()
         self.samples = self.blocks = 0
         self.state = "starting"

@@ -42,7 +42,8 @@ def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
 def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:
     """Make the missing shards and finish the dataset, with the engine's progress."""
     dataset.manifest.write(dataset.out)
-    yield from engine(dataset.missing)
+    if dataset.missing:
+        yield from engine(dataset.missing)
     done = finished_shards(dataset.out, dataset.manifest)
     shards = tuple(done[shard_path(i, dataset.job.shards)] for i in range(dataset.job.shards))
     names = [level.name for level in ladder.levels]

@@ -137,7 +137,7 @@ class Pool:
         # An unavailable actor may still run: its late answer must not meet its replacement's.
         ray.kill(actor)
         if self._in_a_row >= BREAKER:
-            self._break(error)
+            self._break(f"{BREAKER} actors in a row died; the last one: {error}")
             return
         task = asyncio.get_running_loop().create_task(self._fill(member))
         self._restarts.add(task)
@@ -152,14 +152,17 @@ class Pool:
                 self.deaths += 1
                 self._in_a_row += 1
                 if self._in_a_row >= BREAKER:
-                    self._break(error)
+                    self._break(f"{BREAKER} actors in a row died; the last one: {error}")
+            except Exception as error:
+                # Not a death but a defect: nobody awaits a restart, so the pool must say it.
+                self._break(f"an actor cannot load its levels: {error}")
             else:
                 member.actor = actor
                 self._hand_out()
                 return
 
-    def _break(self, error: Exception) -> None:
-        self._broken = PoolError(f"pool {self.name}: {BREAKER} actors in a row died; the last one: {error}")
+    def _break(self, reason: str) -> None:
+        self._broken = PoolError(f"pool {self.name}: {reason}")
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_exception(self._broken)

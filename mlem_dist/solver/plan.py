@@ -90,7 +90,8 @@ def draw_coins(p: np.ndarray, steps: int, draw: Draw, rng: np.random.Generator) 
     """bool (K, N): each level's coins with probability p_k at every step, independent between levels.
 
     "independent" coins are Bernoulli; "systematic" ones share one uniform u per level and fire where
-    floor(i p + u) steps up: the same probability at every step, evenly spread.
+    floor(i p + u) steps up: the same probability at every step, evenly spread. Their impulses are unbiased at every
+    step; over a trajectory, where the coins of neighbouring steps depend on each other, only to first order.
     """
     if draw == "independent":
         return rng.random((len(p), steps)) < p[:, None]

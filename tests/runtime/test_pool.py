@@ -1,0 +1,76 @@
+import asyncio
+import os
+
+import numpy as np
+import pytest
+import ray
+
+from mlem_dist.runtime.placement import Seat
+from mlem_dist.runtime.pool import Pool, PoolError
+from mlem_dist.runtime.worker import Work
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+@ray.remote(num_cpus=0)
+class Actor:
+    """Dies while it prepares, or at its n-th call."""
+
+    def __init__(self, dies_at: int) -> None:
+        self.left = dies_at
+
+    def prepare(self) -> None:
+        if not self.left:
+            os._exit(1)
+
+    def double(self, x: np.ndarray) -> tuple[Work, np.ndarray]:
+        self.left -= 1
+        if not self.left:
+            os._exit(1)
+        return Work(0.5, {1: 1}), 2 * x
+
+
+def make_pool(seats: int, *lives: int) -> Pool:
+    """The first actors live as long as `lives` says, their replacements long."""
+    left = list(lives)
+    return Pool("p", [Seat(0, 1.0)] * seats, 2, lambda seat: Actor.remote(left.pop(0) if left else 1000))
+
+
+def test_actors_that_die_while_they_start_break_the_pool():
+    with pytest.raises(PoolError, match="4 actors in a row died"):
+        asyncio.run(make_pool(1, 0, 0, 0, 0, 0).start())
+
+
+def test_calls_of_a_dead_actor_are_made_elsewhere():
+    async def main():
+        pool = make_pool(2, 3, 4)
+        await pool.start()
+        answers = await asyncio.gather(*(pool.call("double", np.full(3, i)) for i in range(20)))
+        found = ray.get([payload for _, payload in answers])
+        assert [int(x[0]) for x in found] == [2 * i for i in range(20)]
+        assert pool.deaths == 2
+        # Every finished call is counted once.
+        assert pool.busy == 10
+        while pool.alive < 2:
+            await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+
+
+def test_no_more_calls_at_once_than_slots():
+    async def main():
+        pool = make_pool(2)
+        await pool.start()
+        taken = []
+
+        async def hold():
+            async with pool.member() as member:
+                taken.append(member)
+                assert member.taken <= 2
+                await asyncio.sleep(0.02)
+
+        await asyncio.gather(*(hold() for _ in range(12)))
+        assert {id(member) for member in taken} == {id(member) for member in pool.members}
+        assert [member.taken for member in pool.members] == [0, 0]
+
+    asyncio.run(main())
