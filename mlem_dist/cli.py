@@ -178,7 +178,7 @@ def generate(
 def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) -> None:
     last = display.last
     made = last.samples if last else 0
-    sampling = last.seconds if last else 0.0
+    sampling = last.seconds - (last.ready or 0) if last else 0.0
     calls = display.calls_per_sample()
     if as_json:
         report = {
@@ -188,6 +188,7 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
             "shards": job.shards,
             "seconds": seconds,
             "sampling_seconds": sampling,
+            "ready_seconds": last.ready if last else None,
             "first_block_seconds": last.first_block if last else None,
             "images_per_second": made / sampling if sampling else None,
             "calls_per_sample": calls,
@@ -200,7 +201,8 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
     click.echo(f"Wrote {made:,} images to {out} ({job.num:,} in {job.shards} shards) in {seconds:.1f} s.")
     if last:
         click.echo(
-            f"Sampling: {made / sampling:.1f} images/s on {last.devices} {job.device} devices, {last.busy:.0%} busy."
+            f"Sampling: {made / sampling:.1f} images/s on {last.devices} {'GPUs' if job.device == 'cuda' else 'CPU cores'}, "
+            f"after {last.ready or 0:.1f} s of loading."
         )
         click.echo("Evaluations per image: " + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()))
     click.echo(f"Open it:  python -c \"import pandas; print(pandas.read_parquet('{out}/data'))\"")

@@ -1,6 +1,6 @@
-"""Images per second of the Ray runtime against the in-process engine: same plan, same cores, same files.
+"""Images per second of the Ray runtime, by placement, against the in-process engine: same plan, same cores, same files.
 
-python benchmarks/runtime/engines.py --num 3000 --rounds 2 --out benchmarks/results/engines.json
+python benchmarks/runtime/engines.py --num 1500 --out benchmarks/results/engines.json
 """
 
 import json
@@ -10,61 +10,64 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
+LOCAL = ["--engine", "ray", "--address", "local", "--placement"]
+ENGINES = {
+    "in process": ["--engine", "inline"],
+    "ray, pools": [*LOCAL, "pools"],
+    "ray, 1-2,3,4": [*LOCAL, "1-2,3,4"],
+    "ray, together": [*LOCAL, "together"],
+}
 
 
-def run(engine: str, num: int, devices: int, options: list[str]) -> dict:
+def run(engine: str, num: int, devices: int, block_size: int) -> tuple[dict[str, Any], list[str]]:
+    """One run: its report, and the digests of its files."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        command = [SCRIPT, "generate", "--num", str(num), "--out", str(out), "--engine", engine, "--json"]
-        command += ["--devices", str(devices), *(["--address", "local"] if engine == "ray" else []), *options]
+        command = [SCRIPT, "generate", "--num", str(num), "--out", str(out), "--devices", str(devices), "--json"]
+        command += ["--block-size", str(block_size), *ENGINES[engine]]
         report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         manifest = json.loads((out / "mlem.json").read_text())
-    steady = report["sampling_seconds"] - report["first_block_seconds"]
-    return {
-        "engine": engine,
-        "digests": [shard["sha256"] for shard in manifest["shards"]],
-        # Of all blocks but the first: start-up is reported on its own.
-        "steady_images_per_second": (num - 50) / steady,
-        "busy_share": sum(report["busy_seconds"].values()) / (report["sampling_seconds"] * devices),
-        **{key: report[key] for key in ("seconds", "sampling_seconds", "first_block_seconds", "images_per_second")},
-        "calls_per_sample": report["calls_per_sample"],
-        "busy_seconds": report["busy_seconds"],
-    }
+    busy = sum(report["busy_seconds"].values()) / (report["sampling_seconds"] * devices)
+    kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds")
+    result = {"engine": engine, "busy_share": busy, **{key: report[key] for key in kept}}
+    result |= {"calls_per_sample": report["calls_per_sample"], "busy_seconds": report["busy_seconds"]}
+    return result, [shard["sha256"] for shard in manifest["shards"]]
 
 
 @click.command()
-@click.option("--num", default=3000)
-@click.option("--rounds", default=2)
+@click.option("--num", default=1500)
+@click.option("--rounds", default=1)
 @click.option("--devices", default=2)
+@click.option("--block-size", default=50)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.argument("options", nargs=-1)
-def main(num: int, rounds: int, devices: int, out: Path, options: tuple[str, ...]) -> None:
+def main(num: int, rounds: int, devices: int, block_size: int, out: Path) -> None:
+    """Rates are of the time after loading; loading is reported on its own."""
     runs = []
+    files = set()
     for _ in range(rounds):
-        for engine in ("inline", "ray"):
-            runs.append(run(engine, num, devices, list(options)))
-            print({key: value for key, value in runs[-1].items() if key != "digests"}, flush=True)
-    assert len({tuple(one.pop("digests")) for one in runs}) == 1, "the engines wrote different files"
-
-    def middle(engine: str, key: str) -> float:
-        return median(one[key] for one in runs if one["engine"] == engine)
-
+        for engine in ENGINES:
+            result, digests = run(engine, num, devices, block_size)
+            runs.append(result)
+            files.add(tuple(digests))
+            print({key: value for key, value in result.items() if not isinstance(value, dict)}, flush=True)
+    if len(files) != 1:
+        sys.exit("the engines wrote different files")
+    rate = {name: median(one["images_per_second"] for one in runs if one["engine"] == name) for name in ENGINES}
     result = {
         "machine": f"{platform.machine()}, {devices} cores",
         "num": num,
-        "options": options,
-        "ratio_steady": middle("ray", "steady_images_per_second") / middle("inline", "steady_images_per_second"),
-        "ratio_with_start_up": middle("ray", "images_per_second") / middle("inline", "images_per_second"),
-        "ray_busy_share": middle("ray", "busy_share"),
-        "ray_first_block_seconds": middle("ray", "first_block_seconds"),
+        "rounds": rounds,
+        "block_size": block_size,
+        "ratio_to_in_process": {name: rate[name] / rate["in process"] for name in ENGINES},
         "runs": runs,
     }
     out.write_text(json.dumps(result, indent=1) + "\n")
-    print({key: value for key, value in result.items() if key != "runs"})
+    print(json.dumps(result["ratio_to_in_process"]))
 
 
 if __name__ == "__main__":

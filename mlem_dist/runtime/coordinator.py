@@ -58,6 +58,7 @@ class Coordinator:
         self.samples = self.blocks = 0
         self.state = "starting"
         self.began = time.monotonic()
+        self.ready: float | None = None
         self.first_block: float | None = None
         self.running: dict[int, Pool] = {}
 
@@ -84,6 +85,7 @@ class Coordinator:
         return Progress(
             self.state,
             time.monotonic() - self.began,
+            self.ready,
             self.first_block,
             self.samples,
             self.blocks,
@@ -102,6 +104,7 @@ class Coordinator:
                 self.running[index] = Pool(self.names[index], seats, slots, self._creator(index))
         await asyncio.gather(*(pool.start() for pool in self.running.values()))
         self.state = "sampling"
+        self.ready = time.monotonic() - self.began
 
     def _creator(self, index: int) -> Any:
         kind = ray.remote(LevelWorker if index else TrajectoryWorker)

@@ -34,6 +34,9 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
         x = integrate(levels, blocks.table, job.block_plan(block), blocks.noise(block), blocks.label(block))
         return blocks.images(block, x)
 
+    for number in range(1, len(ladder.levels) + 1):
+        levels.load(number)
+    ready = time.monotonic() - began
     first: float | None = None
     samples = done = 0
     todo = iter([(shard, block) for shard in shards for block in job.shard_blocks(shard)])
@@ -53,7 +56,7 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
             done += 1
             used = time.process_time() - busy if job.device == "cpu" else seconds
             progress = PoolProgress("in process", devices, used, 0)
-            yield Progress("sampling", seconds, first, samples, done, dict(levels.calls), devices, (progress,))
+            yield Progress("sampling", seconds, ready, first, samples, done, dict(levels.calls), devices, (progress,))
             if block == job.shard_blocks(shard)[-1]:
                 write_job_shard(job, out, ladder.labels, shard, images)
                 images = []

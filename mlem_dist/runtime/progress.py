@@ -30,6 +30,7 @@ class Progress:
     Attributes:
         state: what it does: "waiting for ...", "loading levels", "sampling".
         seconds: since the engine began.
+        ready: seconds until all levels were loaded; None before.
         first_block: seconds until the first block was finished; None before.
         samples: finished samples, without those of earlier runs.
         blocks: finished blocks.
@@ -40,6 +41,7 @@ class Progress:
 
     state: str
     seconds: float
+    ready: float | None
     first_block: float | None
     samples: int
     blocks: int

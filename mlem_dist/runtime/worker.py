@@ -54,10 +54,14 @@ class Levels(dict[int, Drift]):
         self._lock = threading.Lock()
 
     def __missing__(self, number: int) -> Drift:
+        self.load(number)
+        return self[number]
+
+    def load(self, number: int) -> None:
+        """Load a level unless it is loaded."""
         with self._lock:
             if number not in self:
                 self[number] = self._counted(number, self._ladder.load_level(number, self._device))
-        return self[number]
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
         def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
