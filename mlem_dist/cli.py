@@ -200,10 +200,9 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
         return
     click.echo(f"Wrote {made:,} images to {out} ({job.num:,} in {job.shards} shards) in {seconds:.1f} s.")
     if last:
-        click.echo(
-            f"Sampling: {made / sampling:.1f} images/s on {last.devices} {'GPUs' if job.device == 'cuda' else 'CPU cores'}, "
-            f"after {last.ready or 0:.1f} s of loading."
-        )
+        devices = "GPUs" if job.device == "cuda" else "CPU cores"
+        rate = f"{made / sampling:.1f} images/s on {last.devices} {devices}"
+        click.echo(f"Sampling: {rate}, after {last.ready or 0:.1f} s of loading.")
         click.echo("Evaluations per image: " + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()))
     click.echo(f"Open it:  python -c \"import pandas; print(pandas.read_parquet('{out}/data'))\"")
     click.echo(f"See it:   mlem-dist show {out}")
