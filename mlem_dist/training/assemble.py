@@ -12,7 +12,7 @@ from torch import nn
 
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.schedule import alpha_bar
-from mlem_dist.training.config import TrainConfig
+from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
 
@@ -70,19 +70,22 @@ def train_ladder(
     levels: list[Level] = []
     a = alpha_bar(config.scheduler)
     for level in config.levels:
-        if level.kind == "gaussian":
-            module = fit_gaussian(config, level, images)
-        else:
-            module = train_unet(
-                config,
-                level,
-                images,
-                out / "training" / level.name,
-                lambda done, loss, level=level: progress(level.name, done, level.steps, loss),  # type: ignore[misc]
-            )
+        module = _train(config, level, images, out / "training" / level.name, progress)
         levels.append(_store(out, level.name, module, images, a))
     ladder = save_ladder(out, config.name, config.sample_shape, config.labels, config.scheduler, levels)
     return measure(ladder)
+
+
+def _train(
+    config: TrainConfig,
+    level: LevelConfig,
+    images: Images,
+    folder: Path,
+    progress: Callable[[str, int, int, float], None],
+) -> nn.Module:
+    if level.kind == "gaussian":
+        return fit_gaussian(config, level, images)
+    return train_unet(config, level, images, folder, lambda done, loss: progress(level.name, done, level.steps, loss))
 
 
 def _store(out: Path, name: str, module: nn.Module, images: Images, a: np.ndarray) -> Level:
