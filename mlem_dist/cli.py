@@ -15,6 +15,7 @@ from mlem_dist import __version__
 from mlem_dist.errors import UsageError
 
 DEFAULT_NFE = 10.0
+_stop_code = 130
 
 
 class Count(click.ParamType[int]):
@@ -165,8 +166,7 @@ def generate(
         def run(shards: Any) -> Any:
             return run_inline(job, ladder, out, shards, threads)
 
-    # ray.init has put its own handler in place, which exits with 15.
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _terminated)  # ray.init has put its own handler in place.
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
     display = Display(todo, block_size, [level.name for level in ladder.levels])
     with display:
@@ -367,7 +367,10 @@ def _plan(
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
-    sys.exit(128 + number)
+    # Ray's calls make exit code 1 of a SystemExit raised in them, and hand on a KeyboardInterrupt as a new one.
+    global _stop_code
+    _stop_code = 128 + number
+    raise KeyboardInterrupt
 
 
 def _cores() -> int:
@@ -387,7 +390,7 @@ def main() -> NoReturn:
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Stopped. Finished shards are kept; the same command goes on from there.", err=True)
-        sys.exit(130)
+        sys.exit(_stop_code)
     except (RuntimeError, OSError) as error:
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
