@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.levels import GaussianLevel, UNetLevel
+from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import read_alpha_bar
 
 SCHEMA_VERSION = 1
@@ -41,7 +41,7 @@ class Level:
         kind: "gaussian" or "unet".
         path: relative to the ladder folder; a safetensors file for a Gaussian, a folder for a UNet.
         patch: the pixel-unshuffle around a UNet, 1 for none.
-        prediction: what a UNet was trained to return, "epsilon" or "v_prediction"; levels return the noise either way.
+        prediction: what a UNet's output means, "epsilon", "v_prediction" or "residual", see `UNetLevel`.
         parameters: number of stored values.
         sha256: hex digest of each file, by path relative to the ladder folder.
         seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
@@ -137,9 +137,15 @@ class Ladder:
             expected: Any = [max(1, len(self.labels)), math.prod(self.sample_shape)]
             found: Any = _tensor_shapes(self.folder / level.path).get("mean")
         elif level.kind == "unet":
-            if level.prediction not in ("epsilon", "v_prediction"):
+            if level.prediction not in PREDICTIONS:
                 raise UsageError(
-                    f"level {level.name!r}: prediction is {level.prediction!r}, expected epsilon or v_prediction"
+                    f"level {level.name!r}: prediction is {level.prediction!r}, "
+                    f"expected one of {', '.join(PREDICTIONS)}"
+                )
+            if level.prediction == "residual" and self.levels[0].kind != "gaussian":
+                raise UsageError(
+                    f"level {level.name!r} corrects a Gaussian level, but level 1 is {self.levels[0].name!r}, "
+                    f"a {self.levels[0].kind}"
                 )
             if height % level.patch or width % level.patch:
                 raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
@@ -222,7 +228,7 @@ class Ladder:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
         return module.eval().requires_grad_(False).to(device)
 
-    def _load_gaussian(self, level: Level) -> nn.Module:
+    def _load_gaussian(self, level: Level) -> GaussianLevel:
         state = {key: value.float() for key, value in load_file(self.folder / level.path).items()}
         classes, d, rank = state["basis"].shape
         module = GaussianLevel(classes, d, rank, self.alpha_bar)
@@ -239,7 +245,8 @@ class Ladder:
             local_files_only=True,
             low_cpu_mem_usage=False,
         )
-        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar)
+        gaussian = self._load_gaussian(self.levels[0]) if level.prediction == "residual" else None
+        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian)
 
 
 def bundled() -> Iterator[str]:
@@ -251,7 +258,8 @@ def bundled() -> Iterator[str]:
 
 def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
     """Write a level's weights, as `dtype`, into a ladder folder, and return its entry."""
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in module.state_dict().items()}
+    stored = module.model if isinstance(module, UNetLevel) else module
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in stored.state_dict().items()}
     if isinstance(module, GaussianLevel):
         kind, path, patch, prediction = "gaussian", f"{name}.safetensors", 1, "epsilon"
         save_file(state, folder / path)
@@ -262,7 +270,7 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
         model: Any = module.model
         model.save_config(folder / path)
         weights = folder / path / "diffusion_pytorch_model.safetensors"
-        save_file({key.removeprefix("model."): value for key, value in state.items()}, weights, {"format": "pt"})
+        save_file(state, weights, {"format": "pt"})
         written = [folder / path / "config.json", weights]
     else:
         raise TypeError(f"no ladder format for a {type(module).__name__}")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+PREDICTIONS = ("epsilon", "v_prediction", "residual")
+
 
 class GaussianLevel(nn.Module):
     """The exact denoiser of one Gaussian per class, low rank plus isotropic.
@@ -63,43 +65,47 @@ class GaussianLevel(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none).
+    """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none), as a prediction of the noise.
 
-    The model predicts the noise ("epsilon") or v = sqrt(a) noise - sqrt(1 - a) x0 ("v_prediction", Salimans & Ho,
-    arXiv:2202.00512), a = alpha_bar[t]; the latter is turned into the noise, sqrt(a) v + sqrt(1 - a) x.
+    What the model's output u means, with a = alpha_bar[t]:
+
+        "epsilon"       noise = u
+        "v_prediction"  noise = sqrt(1 - a) x + sqrt(a) u          (Salimans & Ho, arXiv:2202.00512)
+        "residual"      noise = gaussian(x, t) + sqrt(a) u         corrects the ladder's Gaussian level
+
+    The second is the third for a Gaussian of mean 0 and covariance I.
     """
 
     alpha_bar: Tensor
 
-    def __init__(self, model: nn.Module, patch: int, prediction: str, alpha_bar: np.ndarray) -> None:
+    def __init__(
+        self, model: nn.Module, patch: int, prediction: str, alpha_bar: np.ndarray, gaussian: GaussianLevel | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.patch = patch
         self.prediction = prediction
+        self.gaussian = gaussian
         config: Any = model.config
         self.conditional: bool = config.num_class_embeds is not None
         self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
 
-    def predict(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """What the model itself predicts, in the shape of x."""
-        small = pixel_unshuffle(x, self.patch)
-        out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
-        return pixel_shuffle(out, self.patch)
-
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` is trained to return for x = sqrt(a) x0 + sqrt(1 - a) noise."""
-        if self.prediction == "epsilon":
-            return noise
-        a = self.alpha_bar[t][:, None, None, None]
-        return a.sqrt() * noise - (1 - a).sqrt() * x0
-
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
-        out = self.predict(x, t, label)
+        small = pixel_unshuffle(x, self.patch)
+        out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
+        out = pixel_shuffle(out, self.patch).float()
         if self.prediction == "epsilon":
             return out
         a = self.alpha_bar[t][:, None, None, None]
-        return a.sqrt() * out + (1 - a).sqrt() * x
+        mean = self.gaussian(x, t, label) if self.gaussian is not None else (1 - a).sqrt() * x
+        return mean + a.sqrt() * out
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """(B, 1, 1, 1): the weight that turns the squared error of the noise into that of the model's output."""
+        return (
+            torch.ones(len(t), 1, 1, 1) if self.prediction == "epsilon" else 1 / self.alpha_bar[t][:, None, None, None]
+        )
 
 
 def new_unet_level(
@@ -109,10 +115,11 @@ def new_unet_level(
     prediction: str,
     alpha_bar: np.ndarray,
     model: Mapping[str, Any],
+    gaussian: GaussianLevel | None,
 ) -> UNetLevel:
     """An untrained `UNetLevel` for samples of `sample_shape`, unconditional for 0 classes.
 
-    `model` holds further arguments of `UNet2DModel`.
+    `model` holds further arguments of `UNet2DModel`; `gaussian` is the level that a "residual" corrects.
     """
     from diffusers import UNet2DModel
 
@@ -124,4 +131,4 @@ def new_unet_level(
         num_class_embeds=classes or None,
         **model,
     )
-    return UNetLevel(unet, patch, prediction, alpha_bar)
+    return UNetLevel(unet, patch, prediction, alpha_bar, gaussian)

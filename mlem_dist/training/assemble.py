@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
+from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -67,25 +69,33 @@ def train_ladder(
     Raises:
         DivergedError: a loss became NaN or infinite.
     """
-    levels: list[Level] = []
     a = alpha_bar(config.scheduler)
-    for level in config.levels:
-        module = _train(config, level, images, out / "training" / level.name, progress)
-        levels.append(_store(out, level.name, module, images, a))
+    trained: dict[str, nn.Module] = {}
+    stored: dict[str, Level] = {}
+    # Teachers before their pupils.
+    for level in sorted(config.levels, key=lambda level: bool(level.teacher)):
+        if level.kind == "gaussian":
+            trained[level.name] = fit_gaussian(config, level, images)
+        else:
+            first = trained.get(config.levels[0].name)
+            trained[level.name] = train_unet(
+                config,
+                level,
+                images,
+                out / "training" / level.name,
+                first if isinstance(first, GaussianLevel) and level.prediction == "residual" else None,
+                trained[level.teacher] if level.teacher else None,
+                partial(_report, progress, level),
+            )
+        # From here on a level is what was stored of it.
+        stored[level.name] = _store(out, level.name, trained[level.name], images, a)
+    levels = [stored[level.name] for level in config.levels]
     ladder = save_ladder(out, config.name, config.sample_shape, config.labels, config.scheduler, levels)
     return measure(ladder)
 
 
-def _train(
-    config: TrainConfig,
-    level: LevelConfig,
-    images: Images,
-    folder: Path,
-    progress: Callable[[str, int, int, float], None],
-) -> nn.Module:
-    if level.kind == "gaussian":
-        return fit_gaussian(config, level, images)
-    return train_unet(config, level, images, folder, lambda done, loss: progress(level.name, done, level.steps, loss))
+def _report(progress: Callable[[str, int, int, float], None], level: LevelConfig, done: int, loss: float) -> None:
+    progress(level.name, done, level.steps, loss)
 
 
 def _store(out: Path, name: str, module: nn.Module, images: Images, a: np.ndarray) -> Level:

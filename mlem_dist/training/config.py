@@ -7,17 +7,22 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.levels import PREDICTIONS
 
 
 @dataclass(frozen=True)
 class LevelConfig:
-    """One level: a Gaussian of a rank, or a UNet with its `UNet2DModel` arguments and its training length."""
+    """One level: a Gaussian of a rank, or a UNet with its `UNet2DModel` arguments and its training length.
+
+    A UNet with a `teacher`, the name of another UNet level, learns that level's prediction instead of the noise.
+    """
 
     name: str
     kind: Literal["gaussian", "unet"]
     rank: int = 0
     patch: int = 1
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction: Literal["epsilon", "v_prediction", "residual"] = "epsilon"
+    teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     batch_size: int = 64
@@ -73,6 +78,19 @@ def read_config(path: Path) -> TrainConfig:
             raise UsageError(f"{path}: level {level.name!r}: steps is {level.steps}, expected at least 1")
         if level.kind not in ("gaussian", "unet"):
             raise UsageError(f"{path}: level {level.name!r}: kind is {level.kind!r}, expected gaussian or unet")
+        if level.prediction not in PREDICTIONS:
+            raise UsageError(
+                f"{path}: level {level.name!r}: prediction is {level.prediction!r}, "
+                f"expected one of {', '.join(PREDICTIONS)}"
+            )
+        if level.prediction == "residual" and levels[0].kind != "gaussian":
+            raise UsageError(f"{path}: level {level.name!r} corrects a Gaussian level, but the first level is none")
+        teachers = [other.name for other in levels if other.kind == "unet" and not other.teacher]
+        if level.teacher and level.teacher not in teachers:
+            raise UsageError(
+                f"{path}: level {level.name!r}: teacher is {level.teacher!r}, expected a UNet level without a teacher "
+                f"of its own: {', '.join(teachers) or 'there is none'}"
+            )
     return TrainConfig(
         name=config.name,
         sample_shape=tuple(config.sample_shape),  # type: ignore[arg-type]  # three numbers, from a YAML list

@@ -4,8 +4,10 @@ import json
 import math
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
+from mlem_dist.ladder.levels import GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -75,12 +77,17 @@ def train_unet(
     level: LevelConfig,
     images: Images,
     folder: Path,
+    gaussian: GaussianLevel | None,
+    teacher: nn.Module | None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> nn.Module:
+) -> UNetLevel:
     """Train one UNet level, and return its exponential moving average.
 
+    It learns to predict the noise or, with a `teacher`, what that level predicts; a "residual" corrects `gaussian`.
+
     `folder` keeps `checkpoint.safetensors`, written every 45 seconds and from which a later call continues with the
-    same batches, and `log.jsonl`, a line with step, loss (mean squared error per value) and seconds every 100 steps.
+    same batches, and `log.jsonl`: every 100 steps a line with step, loss (mean squared error per value of the model's
+    output) and seconds; at every twentieth of the steps the held-out `denoising_error` of the average as well.
     `progress` is called after each step with the number of steps done and the loss.
 
     Raises:
@@ -92,20 +99,21 @@ def train_unet(
     a = torch.tensor(schedule, dtype=torch.float32)
     torch.manual_seed(config.seed)
     model = new_unet_level(
-        config.sample_shape, len(config.labels), level.patch, level.prediction, schedule, level.model
+        config.sample_shape, len(config.labels), level.patch, level.prediction, schedule, level.model, gaussian
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=level.learning_rate, weight_decay=1e-4)
-    # Adam's moments and the average live in one flat dictionary, so that a checkpoint needs no pickle.
-    average = {name: value.clone() for name, value in model.state_dict().items()}
-    names = [name for name, _ in model.named_parameters()]
+    average = deepcopy(model).eval()
+    weights, averaged = model.model.state_dict(), average.model.state_dict()
+    optimizer = torch.optim.AdamW(model.model.parameters(), lr=level.learning_rate, weight_decay=1e-4)
+    names = [name for name, _ in model.model.named_parameters()]
     start = 0
     if checkpoint.exists():
         with safe_open(checkpoint, "pt") as file:
             start = int(file.metadata()["step"])
             saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-        model.load_state_dict({name: saved[f"model/{name}"] for name in average})
-        average = {name: saved[f"average/{name}"] for name in average}
-        for name, parameter in model.named_parameters():
+        for name, value in weights.items():
+            value.copy_(saved[f"model/{name}"])
+            averaged[name].copy_(saved[f"average/{name}"])
+        for name, parameter in model.model.named_parameters():
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(start)),
                 "exp_avg": saved[f"exp_avg/{name}"],
@@ -113,8 +121,9 @@ def train_unet(
             }
 
     def save(step: int) -> None:
-        state = {f"model/{name}": value for name, value in model.state_dict().items()}
-        state |= {f"average/{name}": value for name, value in average.items()}
+        # One flat dictionary with Adam's moments and the average, so that a checkpoint needs no pickle.
+        state = {f"model/{name}": value for name, value in weights.items()}
+        state |= {f"average/{name}": value for name, value in averaged.items()}
         for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
@@ -126,8 +135,10 @@ def train_unet(
     with (folder / "log.jsonl").open("a") as log:
         for step in range(start, level.steps):
             x0, label, noise, t = _batch(images, config, level, step)
-            predicted = model.predict(add_noise(x0, noise, t, a), t, label)
-            loss = (predicted - model.target(x0, noise, t)).square().mean()
+            x = add_noise(x0, noise, t, a)
+            with torch.no_grad():
+                target = noise if teacher is None else teacher(x, t, label)
+            loss = (model.loss_weight(t) * (model(x, t, label) - target).square()).mean()
             if not math.isfinite(loss.item()):
                 raise DivergedError(
                     f"level {level.name!r}: the loss is {loss.item()} at step {step}; the last good checkpoint is "
@@ -135,34 +146,36 @@ def train_unet(
                 )
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = _learning_rate(level, step)
             optimizer.step()
             decay = min(level.ema, (1 + step) / (10 + step))
             with torch.no_grad():
-                for name, value in model.state_dict().items():
-                    average[name].lerp_(value, 1 - decay)
+                for name, value in weights.items():
+                    averaged[name].lerp_(value, 1 - decay)
             losses.append(loss.item())
             done, now = step + 1, time.monotonic()
             progress(done, losses[-1])
             if done % 100 == 0 or done == level.steps:
-                line = {"step": done, "loss": sum(losses) / len(losses), "seconds": now - began}
+                line: dict[str, Any] = {"step": done, "loss": sum(losses) / len(losses), "seconds": now - began}
+                if done % max(100, level.steps // 2000 * 100) == 0 or done == level.steps:
+                    line["denoising_error"] = denoising_error(average, images, schedule, per_band=100)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 losses = []
             if now - saved_at > CHECKPOINT_SECONDS or done == level.steps:
                 save(done)
                 saved_at = now
-    model.load_state_dict(average)
-    return model.eval()
+    return average
 
 
-def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> nn.Module:
+def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> GaussianLevel:
     """The Gaussian level of the training images."""
     classes, d = max(1, len(config.labels)), math.prod(config.sample_shape)
     gaussian = GaussianLevel(classes, d, level.rank, alpha_bar(config.scheduler))
     gaussian.fit(to_range(images.train), images.train_label)
-    return gaussian.eval()
+    gaussian.eval()
+    return gaussian
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
 from mlem_dist.training.train import add_noise
 
 
@@ -29,6 +29,20 @@ def test_the_gaussian_level_is_the_exact_posterior_mean():
         centred = x[i].flatten().double() - a**0.5 * level.mean[c].double()
         exact = (1 - a) ** 0.5 * torch.linalg.solve(a * cov + (1 - a) * torch.eye(d), centred)
         assert (found[i].flatten() - exact).abs().max() < 1e-4
+
+
+def test_a_residual_of_zero_is_the_gaussian_level():
+    alpha_bar = np.linspace(0.999, 1e-4, 20)
+    rng = torch.Generator().manual_seed(0)
+    gaussian = GaussianLevel(2, 64, 4, alpha_bar)
+    gaussian.fit(torch.randn(100, 1, 8, 8, generator=rng), torch.arange(100) % 2)
+    blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    level = new_unet_level((1, 8, 8), 2, 2, "residual", alpha_bar, blocks | {"norm_num_groups": 4}, gaussian)
+    x, t, label = torch.randn(3, 1, 8, 8, generator=rng), torch.tensor([0, 9, 19]), torch.tensor([0, 1, 1])
+    assert not torch.equal(level(x, t, label), gaussian(x, t, label))
+    torch.nn.init.zeros_(level.model.conv_out.weight)
+    torch.nn.init.zeros_(level.model.conv_out.bias)
+    assert torch.equal(level(x, t, label), gaussian(x, t, label))
 
 
 def test_levels_cost_more_and_err_less_from_one_to_the_next(fashion):

@@ -11,7 +11,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.config import read_config
 from mlem_dist.training.data import load_images
-from mlem_dist.training.train import DivergedError
+from mlem_dist.training.train import DivergedError, denoising_error
 
 CONFIG = {
     "name": "squares",
@@ -95,6 +95,41 @@ def test_training_resumes_to_the_same_ladder(tmp_path, data, monkeypatch):
     assert Ladder.load(tmp_path / "whole").cost("cpu").min() > 0
 
 
+@pytest.mark.parametrize("changes", [{"prediction": "residual"}, {"prediction": "epsilon"}, {"teacher": "large"}])
+def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, data, changes):
+    path = tmp_path / "config.yaml"
+    raw = json.loads(json.dumps(CONFIG))
+    unet = raw["levels"].pop() | {"steps": 20}
+    raw["levels"] += [unet | changes, unet | {"name": "large", "patch": 1}]
+    path.write_text(yaml.safe_dump(raw))
+    config = read_config(path)
+    images = load_images(data, config.sample_shape, 2)
+    ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
+    assert [level.name for level in ladder.levels] == ["gaussian", "unet", "large"]
+    for number, level in enumerate(ladder.levels, 1):
+        found = denoising_error(ladder.load_level(number, "cpu"), images, ladder.alpha_bar)
+        assert found == pytest.approx(level.denoising_error, rel=1e-6)
+    log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 20
+    assert len(log[-1]["denoising_error"]) == 10
+
+
+def test_a_pupil_comes_closer_to_its_teacher_than_to_the_noise(tmp_path, data):
+    """The noise that no model can know is not in what it learns from."""
+    path = tmp_path / "config.yaml"
+    raw = json.loads(json.dumps(CONFIG))
+    unet = raw["levels"].pop()
+    raw["levels"] += [unet | {"teacher": "large"}, unet | {"name": "large"}]
+    path.write_text(yaml.safe_dump(raw))
+    config = read_config(path)
+    train_ladder(config, load_images(data, config.sample_shape, 2), tmp_path / "out", lambda *progress: None)
+    losses = {
+        name: json.loads((tmp_path / f"out/training/{name}/log.jsonl").read_text().splitlines()[-1])["loss"]
+        for name in ("unet", "large")
+    }
+    assert losses["unet"] < 0.5 * losses["large"]
+
+
 def test_a_diverging_loss_stops_at_once_and_keeps_the_checkpoint(tmp_path, data, monkeypatch):
     config = config_file(tmp_path)
     images = load_images(data, config.sample_shape, 2)
@@ -137,6 +172,8 @@ def test_missing_and_unfit_data_are_refused(tmp_path, data):
         ({"kind": "mlp"}, "mlp"),
         ({"size": 3}, "unknown keys 'size'"),
         ({"name": "gaussian"}, "twice"),
+        ({"prediction": "x0"}, "x0"),
+        ({"teacher": "unet"}, "teacher is 'unet'"),
     ],
 )
 def test_a_wrong_configuration_is_refused(tmp_path, changes, message):
