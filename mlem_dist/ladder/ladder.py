@@ -142,10 +142,12 @@ class Ladder:
                     f"level {level.name!r}: prediction is {level.prediction!r}, "
                     f"expected one of {', '.join(PREDICTIONS)}"
                 )
-            if level.prediction == "residual" and self.levels[0].kind != "gaussian":
+            if level.prediction == "residual" and (
+                self.levels[0].kind != "gaussian" or self.value_range != (-1.0, 1.0)
+            ):
                 raise UsageError(
-                    f"level {level.name!r} corrects a Gaussian level, but level 1 is {self.levels[0].name!r}, "
-                    f"a {self.levels[0].kind}"
+                    f"level {level.name!r}: prediction residual needs a Gaussian as first level and the value range "
+                    f"[-1, 1], got {self.levels[0].kind} and {list(self.value_range)}"
                 )
             if height % level.patch or width % level.patch:
                 raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
@@ -156,7 +158,8 @@ class Ladder:
                 )
             size = config.get("sample_size")
             inner = channels * level.patch**2
-            expected = [inner, inner, height // level.patch, width // level.patch, len(self.labels) or None]
+            seen = 2 * inner if level.prediction == "residual" else inner
+            expected = [seen, inner, height // level.patch, width // level.patch, len(self.labels) or None]
             found = [
                 config.get("in_channels"),
                 config.get("out_channels"),

@@ -69,11 +69,13 @@ class UNetLevel(nn.Module):
 
     What the model's output u means, with a = alpha_bar[t]:
 
-        "epsilon"       noise = u
-        "v_prediction"  noise = sqrt(1 - a) x + sqrt(a) u          (Salimans & Ho, arXiv:2202.00512)
-        "residual"      noise = gaussian(x, t) + sqrt(a) u         corrects the ladder's Gaussian level
+        "epsilon"       noise = u(x)
+        "v_prediction"  noise = sqrt(1 - a) x + sqrt(a) u(x)       (Salimans & Ho, arXiv:2202.00512)
+        "residual"      noise = (x - sqrt(a) x0) / sqrt(1 - a) + sqrt(a) u(x, x0)
 
-    The second is the third for a Gaussian of mean 0 and covariance I.
+    where x0 is the image that the ladder's Gaussian level expects, clamped to [-1, 1]; the model sees it as further
+    channels. A small model need not spend its capacity on what a linear one knows, and clamping alone is worth much
+    where images are black or white.
     """
 
     alpha_bar: Tensor
@@ -92,14 +94,17 @@ class UNetLevel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
+        a = self.alpha_bar[t][:, None, None, None]
+        if self.gaussian is None:
+            out = self._model(x, t, label)
+            return out if self.prediction == "epsilon" else (1 - a).sqrt() * x + a.sqrt() * out
+        x0 = ((x - (1 - a).sqrt() * self.gaussian(x, t, label)) / a.sqrt()).clamp(-1, 1)
+        return (x - a.sqrt() * x0) / (1 - a).sqrt() + a.sqrt() * self._model(torch.cat([x, x0], 1), t, label)
+
+    def _model(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         small = pixel_unshuffle(x, self.patch)
         out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
-        out = pixel_shuffle(out, self.patch).float()
-        if self.prediction == "epsilon":
-            return out
-        a = self.alpha_bar[t][:, None, None, None]
-        mean = self.gaussian(x, t, label) if self.gaussian is not None else (1 - a).sqrt() * x
-        return mean + a.sqrt() * out
+        return pixel_shuffle(out, self.patch)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """(B, 1, 1, 1): the weight that turns the squared error of the noise into that of the model's output."""
@@ -126,7 +131,7 @@ def new_unet_level(
     channels, height, width = sample_shape
     unet: Any = UNet2DModel(
         sample_size=(height // patch, width // patch),
-        in_channels=channels * patch**2,
+        in_channels=channels * patch**2 * (1 if gaussian is None else 2),
         out_channels=channels * patch**2,
         num_class_embeds=classes or None,
         **model,
