@@ -84,9 +84,15 @@ def _plan_options(command: Any) -> Any:
 @_plan_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of `mlem-dist draw` for all blocks.")
 @click.option("--labels", default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
-@click.option("--block-size", type=Count(), default=50, show_default=True, help="Samples that advance together.")
+@click.option("--block-size", type=Count(), default=100, show_default=True, help="Samples that advance together.")
 @click.option("--shard-size", type=Count(), default=2000, show_default=True, help="Samples per Parquet file.")
-@click.option("--placement", default="pools", show_default=True, help="pools, together, or level ranges: 1-2,3,4.")
+@click.option(
+    "--placement",
+    default="auto",
+    show_default=True,
+    help="Which levels share a pool of actors: pools (each its own), together, ranges such as 1-2,3,4, or auto, "
+    "the fastest by prediction.",
+)
 @click.option("--devices", type=Count(), help="CPU cores or GPUs to use.  [default: all that Ray has]")
 @click.option(
     "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
@@ -112,13 +118,14 @@ def generate(
     started = time.monotonic()
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.progress import Display
+    from mlem_dist.report.tables import placement_reason
     from mlem_dist.runtime.generate import complete, open_dataset
     from mlem_dist.runtime.job import Job
     from mlem_dist.runtime.placement import parse_placement
 
     ladder = Ladder.load(plan_options["ladder_name"])
     chosen = _labels(labels, len(ladder.labels))
-    pools = parse_placement(placement, len(ladder.levels))
+    pools = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
     remote = False
     if engine == "ray":
         from mlem_dist.runtime import cluster
@@ -155,9 +162,14 @@ def generate(
         if not remote:
             cluster.connect(address)
         count = cluster.count_devices(device, devices)
+        if pools is None:
+            found = cluster.choose_placement(job, ladder, count)
+            click.echo(placement_reason(found, count), err=True)
+            pools = found[0].pools
+        seated = pools
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, pools, count)
+            return cluster.run_ray(job, ladder, out, shards, seated, count)
     else:
         from mlem_dist.runtime.inline import run_inline
 

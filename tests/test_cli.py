@@ -155,13 +155,16 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    """SIGKILL of the driver's whole process group half-way, on Ray."""
+    """SIGKILL of the driver's whole process group half-way, on Ray; then to the end with another placement."""
     arguments = ["--num", "320", *SMALL, "--devices", "2", "--address", "local"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = command("generate", *arguments, "--out", str(whole))
     assert done.returncode == 0, done.stderr
+    assert "Placement 1-" in done.stderr
     run = subprocess.Popen(
-        [SCRIPT, "generate", *arguments, "--out", str(killed)], start_new_session=True, stderr=subprocess.DEVNULL
+        [SCRIPT, "generate", *arguments, "--placement", "pools", "--out", str(killed)],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 100
     while len(list(killed.glob("data/*.parquet"))) < 4 and time.monotonic() < deadline:

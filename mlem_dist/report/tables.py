@@ -1,6 +1,9 @@
-"""Tables for the terminal."""
+"""Tables and sentences for the terminal."""
+
+from collections.abc import Sequence
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.placement import Candidate
 
 
 def ladder_table(ladder: Ladder) -> str:
@@ -19,3 +22,15 @@ def ladder_table(ladder: Ladder) -> str:
         f"{', '.join(ladder.labels) or 'unconditional'}, digest {ladder.digest[:12]}"
     )
     return "\n".join([head, *lines])
+
+
+def placement_reason(found: Sequence[Candidate], devices: int) -> str:
+    """Why the first of the placements that fit is taken: its predicted rate beside that of the most divided one."""
+    best, divided = found[0], max(found, key=lambda candidate: len(candidate.pools))
+    text = f"Placement {best}: predicted {_predicted(best, devices)}"
+    return text if best is divided else f"{text}; {divided} would make {_predicted(divided, devices)}."
+
+
+def _predicted(candidate: Candidate, devices: int) -> str:
+    share = candidate.lost / candidate.seconds
+    return f"{devices / candidate.seconds:.1f} images/s, {share:.0%} of the device time spent between pools"

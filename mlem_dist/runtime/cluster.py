@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
+import torch
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -19,7 +21,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.coordinator import Coordinator
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import allot, pool_loads
+from mlem_dist.runtime.placement import Candidate, allot, candidates, evaluations, pool_loads
 from mlem_dist.runtime.progress import Progress
 
 ANSWER_SECONDS = 10
@@ -97,6 +99,29 @@ def count_devices(device: str, wanted: int | None) -> int:
     return wanted or found
 
 
+def choose_placement(job: Job, ladder: Ladder, devices: int) -> list[Candidate]:
+    """The placements that the connected cluster has memory for, the fastest first.
+
+    Raises:
+        UsageError: there is none.
+    """
+    weights = np.array([4.0 * level.parameters for level in ladder.levels])
+    return candidates(job, ladder.cost(job.device), weights, devices, _memory(job.device))
+
+
+def _memory(device: str) -> float:
+    """Bytes of the smallest device: of one GPU, or of a node's memory per CPU core."""
+    if device == "cuda":
+        kind: Any = ray.remote(_gpu_bytes)
+        return float(ray.get(kind.options(num_cpus=0, num_gpus=0.01).remote()))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min(float(found["memory"] / found["CPU"]) for found in nodes if found.get("CPU", 0) >= 1)
+
+
+def _gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def run_ray(
     job: Job, ladder: Ladder, out: Path, shards: Sequence[int], pools: Sequence[range], devices: int
 ) -> Iterator[Progress]:
@@ -108,7 +133,7 @@ def run_ray(
         PoolError: actors die faster than they work.
         NonFiniteError: a block ended with NaN or infinite values.
     """
-    seats = allot(pool_loads(job, pools, ladder.cost(job.device)), devices)
+    seats = allot(pool_loads(evaluations(job), pools, ladder.cost(job.device)), devices)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
     # The driver owns the devices: they are free again when it ends, however it ends.
     group = placement_group([{"GPU" if job.device == "cuda" else "CPU": 1}] * devices, strategy="PACK")

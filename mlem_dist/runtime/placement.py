@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -13,6 +15,16 @@ from mlem_dist.runtime.job import Job
 
 # A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
 LEAST_SHARE = 0.05
+
+TRIP_SECONDS = {"cpu": 0.012, "cuda": 0.001}
+"""Device time lost by one trip of a block's state to another pool and back; benchmarks/runtime/engines.py measures it
+on CPU cores, which Ray's own work takes time from. On a GPU only the copies count, and their time is assumed."""
+
+WEIGHT_SHARE = 0.5
+"""The share of a device's memory that weights may take; the rest is for activations and states."""
+
+Evaluations = Mapping[tuple[tuple[int, int], ...], float]
+"""How often, per sample, terms are evaluated together at one step, by the (level, below) of each."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +58,76 @@ def parse_placement(text: str, levels: int) -> tuple[range, ...]:
     return pools
 
 
-def pool_loads(job: Job, pools: Sequence[range], cost: np.ndarray) -> np.ndarray:
-    """Expected seconds per sample in each pool, float64, for level costs `cost` (K,); averaged over 16 blocks."""
+def evaluations(job: Job) -> Evaluations:
+    """What a job's plans evaluate per sample, averaged over 16 blocks."""
+    counts = Counter(
+        tuple((term.level, term.below) for term in terms)
+        for block in range(16)
+        for terms in job.block_plan(block).terms
+        if terms
+    )
+    return {together: count / 16 for together, count in counts.items()}
+
+
+def pool_loads(counts: Evaluations, pools: Sequence[range], cost: np.ndarray) -> np.ndarray:
+    """Expected seconds per sample in each pool, float64, for level costs `cost` (K,)."""
     load = np.zeros(len(pools))
-    for block in range(16):
-        for terms in job.block_plan(block).terms:
-            for index, pool in enumerate(pools):
-                called = {k for term in terms if term.level in pool for k in (term.level, term.below) if k}
-                load[index] += sum(cost[k - 1] for k in called) / 16
+    for together, count in counts.items():
+        for index, pool in enumerate(pools):
+            called = {k for term in together if term[0] in pool for k in term if k}
+            load[index] += count * sum(cost[k - 1] for k in called)
     return load
+
+
+def trips(counts: Evaluations, pools: Sequence[range]) -> float:
+    """Expected trips of a block's state to other pools than the first."""
+    return sum(
+        count * sum(any(level in pool for level, _ in together) for pool in pools[1:])
+        for together, count in counts.items()
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement with its predicted device seconds per sample, of which `lost` go into trips."""
+
+    pools: tuple[range, ...]
+    seconds: float
+    lost: float
+
+    def __str__(self) -> str:
+        return ",".join(f"{pool[0]}-{pool[-1]}" if len(pool) > 1 else str(pool[0]) for pool in self.pools)
+
+
+def candidates(job: Job, cost: np.ndarray, weights: np.ndarray, devices: int, memory: float) -> list[Candidate]:
+    """Every placement that fits on `devices` devices of `memory` bytes each, the fastest first.
+
+    An actor holds the weights of its pool's levels and of the one below; `weights` (K,) is the bytes of each level.
+    Predicted are the levels' own seconds, for `cost` (K,) seconds per sample, and those that trips take.
+
+    Raises:
+        UsageError: no placement fits.
+    """
+    levels = len(cost)
+    counts = evaluations(job)
+    found = []
+    for cuts in product((False, True), repeat=levels - 1):
+        starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
+        pools = tuple(map(range, starts, starts[1:]))
+        load = pool_loads(counts, pools, cost)
+        held = np.zeros(devices)
+        for pool, seats in zip(pools, allot(load, devices), strict=True):
+            for seat in seats:
+                held[seat.device] += weights[max(1, pool.start - 1) - 1 : pool.stop - 1].sum()
+        if held.max() <= WEIGHT_SHARE * memory:
+            lost = trips(counts, pools) * TRIP_SECONDS[job.device] / job.block_size
+            found.append(Candidate(pools, float(load.sum()) + lost, lost))
+    if not found:
+        raise UsageError(
+            f"the ladder's weights take {weights.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
+            f"{devices} devices of {memory / 2**30:.3g} GiB; use more devices or larger ones"
+        )
+    return sorted(found, key=lambda candidate: (candidate.seconds, len(candidate.pools)))
 
 
 def allot(load: np.ndarray, devices: int) -> list[list[Seat]]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime.placement import LEAST_SHARE, allot, parse_placement
+from mlem_dist.runtime.placement import LEAST_SHARE, WEIGHT_SHARE, allot, candidates, parse_placement
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 64])
@@ -34,3 +34,28 @@ def test_placements():
     for text in ("", "1,3", "2-3,1", "1-2", "0-3", "1-3-3,", "a"):
         with pytest.raises(UsageError, match="placement"):
             parse_placement(text, 3)
+
+
+GIB = 2.0**30
+COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
+
+
+def test_auto_keeps_levels_together_where_they_fit(make_job):
+    found = candidates(make_job(), COST, np.full(4, GIB), 2, 100 * GIB)
+    assert len(found) == 8
+    assert found[0].pools == (range(1, 5),)
+    assert found[0].lost == 0
+    assert [str(candidate) for candidate in (found[0], found[-1])] == ["1-4", "1,2,3,4"]
+    seconds = [candidate.seconds for candidate in found]
+    assert seconds == sorted(seconds)
+
+
+def test_auto_divides_a_ladder_that_is_too_large_for_a_device(make_job):
+    weights = np.array([0.0, 1, 2, 30]) * GIB
+    found = candidates(make_job(), COST, weights, 8, 34 * GIB / WEIGHT_SHARE)
+    assert (range(1, 5),) in [candidate.pools for candidate in found]
+    found = candidates(make_job(), COST, weights, 8, 32.5 * GIB / WEIGHT_SHARE)
+    assert found
+    assert all(candidate.pools[-1] == range(4, 5) for candidate in found)
+    with pytest.raises(UsageError, match="33 GiB"):
+        candidates(make_job(), COST, weights, 8, 32 * GIB)
