@@ -235,7 +235,7 @@ def draw(out: Path, device: str, **plan_options: Any) -> None:
     device = _local_device(device, False)
     recipe = _plan(ladder, device, None, **plan_options)
     assert not isinstance(recipe, Plan)
-    plan = recipe.plan(plan_options["steps"], block_rng(plan_options["seed"], 0))
+    plan = recipe.plan(block_rng(plan_options["seed"], 0))
     out.write_text(json.dumps(plan_to_dict(plan, ladder.digest, plan_options["solver"])) + "\n")
     calls = dict(zip((level.name for level in ladder.levels), plan.calls.sum(1).tolist(), strict=True))
     click.echo(f"Wrote {out}: {plan.nfe(ladder.cost(device)):.2f} evaluations of the best level; calls {calls}")
@@ -374,8 +374,8 @@ def _plan(
     nfe = DEFAULT_NFE if nfe is None else nfe
     if not nfe > 0:
         raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    p = scale_to_budget(rule_weights(probabilities or "theory", cost), cost, steps, nfe)
-    return Recipe(tuple(p.tolist()), draw or "systematic", increments or "held")
+    p = scale_to_budget(rule_weights(probabilities or "theory", cost, steps), cost, nfe)
+    return Recipe(p, draw or "systematic", increments or "held")
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import ray
 
@@ -27,7 +28,7 @@ def make_job(fashion: Ladder):
 
     def make(plan: Plan | Recipe | None = None, **changes) -> Job:
         levels = len(fashion.levels)
-        p = (1.0, *(0.5**k for k in range(1, levels)))
+        p = np.repeat(0.5 ** np.arange(levels)[:, None], changes.get("steps", 12), axis=1)
         values = {
             "ladder": "fashion",
             "digest": fashion.digest,

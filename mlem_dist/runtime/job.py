@@ -81,7 +81,7 @@ class Job:
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
-            config["plan"] = asdict(self.plan) | {"probabilities": list(self.plan.probabilities)}
+            config["plan"] = asdict(self.plan) | {"probabilities": self.plan.probabilities.tolist()}
         return config | {"labels": list(self.labels)}
 
     @property
@@ -111,7 +111,7 @@ class Job:
         """The plan of a block: the memorised one, or its own draw."""
         if isinstance(self.plan, Plan):
             return self.plan
-        return self.plan.plan(self.steps, block_rng(self.seed, block))
+        return self.plan.plan(block_rng(self.seed, block))
 
     def expected_calls(self) -> np.ndarray:
         """Evaluations of each level per sample, float64 (K,), averaged over the first 16 blocks."""

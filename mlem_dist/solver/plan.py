@@ -86,27 +86,28 @@ class Plan:
         return float(self.calls.sum(1) @ cost / cost[-1])
 
 
-def draw_coins(p: np.ndarray, steps: int, draw: Draw, rng: np.random.Generator) -> np.ndarray:
-    """bool (K, N): each level's coins with probability p_k at every step, independent between levels.
+def draw_coins(p: np.ndarray, draw: Draw, rng: np.random.Generator) -> np.ndarray:
+    """bool (K, N): coins that fall with probability p (K, N), independent between levels.
 
-    "independent" coins are Bernoulli; "systematic" ones share one uniform u per level and fire where
-    floor(i p + u) steps up: the same probability at every step, evenly spread. Their impulses are unbiased at every
-    step; over a trajectory, where the coins of neighbouring steps depend on each other, only to first order.
+    "independent" coins are Bernoulli; "systematic" ones share one uniform u per level and fire where the running sum
+    of p, plus u, passes a whole number: the same probability at every step, evenly spread. Their impulses are unbiased
+    at every step; over a trajectory, where the coins of neighbouring steps depend on each other, only to first order.
     """
     if draw == "independent":
-        return rng.random((len(p), steps)) < p[:, None]
-    return systematic(p, steps, rng.random(len(p)))
+        return rng.random(p.shape) < p
+    return systematic(p, rng.random(len(p)))
 
 
-def systematic(p: np.ndarray, steps: int, u: np.ndarray) -> np.ndarray:
-    """bool (K, N): where floor(i p_k + u_k) steps up, for u (K,) in [0, 1)."""
-    edges = np.floor(np.arange(steps + 1) * p[:, None] + u[:, None])
-    return np.diff(edges, axis=1) > 0
+def systematic(p: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """bool (K, N): where floor(sum_{j <= i} p_k(j) + u_k) steps up, for u (K,) in [0, 1)."""
+    # Sums of equal numbers a little below a whole one, by rounding, count as whole.
+    sums = np.cumsum(np.pad(p, ((0, 0), (1, 0))), axis=1) + u[:, None] + 1e-9
+    return np.diff(np.floor(sums), axis=1) > 0
 
 
 def impulse(fire: np.ndarray, p: np.ndarray) -> Plan:
     """The estimator of ML-EM: each drawn increment enters its own step, divided by its probability. Unbiased."""
-    return Plan(fire, np.where(fire, 1 / p[:, None], 0.0))
+    return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire))
 
 
 def held(fire: np.ndarray) -> Plan:
@@ -124,19 +125,18 @@ def single_level(level: int, levels: int, steps: int) -> Plan:
     return Plan(fire, fire.astype(np.float64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
-    """How every block draws its own plan: probabilities p_k per level, the kind of coins and of increments."""
+    """How every block draws its own plan: probabilities p (K, N), the kind of coins and of increments."""
 
-    probabilities: tuple[float, ...]
+    probabilities: np.ndarray
     draw: Draw
     increments: Increments
 
-    def plan(self, steps: int, rng: np.random.Generator) -> Plan:
+    def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
-        p = np.array(self.probabilities)
-        fire = draw_coins(p, steps, self.draw, rng)
-        return impulse(fire, p) if self.increments == "impulse" else held(fire)
+        fire = draw_coins(self.probabilities, self.draw, rng)
+        return impulse(fire, self.probabilities) if self.increments == "impulse" else held(fire)
 
 
 def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def reference_cache(tmp_path_factory):
 
 
 def plans(levels: int) -> dict[str, object]:
-    p = (1.0, *(0.6**k for k in range(1, levels)))
+    p = np.repeat(0.6 ** np.arange(levels)[:, None], 12, axis=1)
     return {
         "held": Recipe(p, "systematic", "held"),
         "impulse": Recipe(p, "independent", "impulse"),

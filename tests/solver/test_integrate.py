@@ -14,12 +14,12 @@ def test_independent_impulses_have_the_exact_mean_over_trajectories():
     levels = {k: (lambda x, t, label, slope=slope: slope * x) for k, slope in slopes.items()}
     n = 8
     table = StepTable(np.arange(n)[::-1], np.full(n, 0.95), np.full(n, -0.2), np.zeros(n))
-    recipe = Recipe((1.0, 0.5, 0.3), "independent", "impulse")
+    recipe = Recipe(np.repeat([[1.0], [0.5], [0.3]], n, axis=1), "independent", "impulse")
     label = torch.zeros(1, dtype=torch.int64)
     rng = np.random.default_rng(0)
     ends = np.array(
         [
-            float(integrate(levels, table, recipe.plan(n, rng), lambda step: torch.ones(1, 1, 1, 1), label))
+            float(integrate(levels, table, recipe.plan(rng), lambda step: torch.ones(1, 1, 1, 1), label))
             for _ in range(6000)
         ]
     )
