@@ -148,14 +148,13 @@ def calibrate(
     images, label = images.to(device), label.to(device)
     levels, errors = [], []
     for k, level in zip(numbers, ladder.levels, strict=True):
-        progress("time and denoising error", k - 1, len(modules))
+        progress("time and denoising error", k, len(modules))
         seconds = {
             batch: seconds_per_sample(modules[k], ladder.sample_shape, len(ladder.labels), device, batch)
             for batch in BATCHES
         }
         errors.append(denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band))
         levels.append(LevelCalibration(level.name, level.kind, seconds, errors[-1].mean(1)))
-    progress("time and denoising error", len(modules), len(modules))
     cost = np.array([level.seconds[BATCHES[-1]] for level in levels])
 
     rng = np.random.default_rng(0)
@@ -174,7 +173,7 @@ def calibrate(
         increments, effect = propagate(modules, table, states, classes, probe, report)
         counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
         em = {}
-        for done, m in enumerate(counts):
+        for done, m in enumerate(counts, 1):
             report("Euler-Maruyama with fewer steps", done, len(counts))
             coarse = step_table(ladder.alpha_bar, m, eta)
             plan = single_level(len(modules), len(modules), m)
@@ -217,7 +216,7 @@ def best_trajectory(
     states = []
     request = next(run)
     while True:
-        progress("trajectories", request.step, len(table))
+        progress("trajectories", request.step + 1, len(table))
         states.append(request.x)
         try:
             request = run.send(evaluate(levels, request.terms, request.x, request.t, label))
@@ -256,7 +255,7 @@ def propagate(
     increments, effect = np.empty((2, best, len(table), len(label)))
     g = probe
     for i in reversed(range(len(table))):
-        progress("increments and their effect", len(table) - 1 - i, len(table))
+        progress("increments and their effect", len(table) - i, len(table))
         t = torch.full_like(label, int(table.t[i]))
         # The states may come out of inference mode.
         x = states[i].clone().requires_grad_()
