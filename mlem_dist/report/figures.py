@@ -57,18 +57,20 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
     rms = np.array([level.rms_error for level in calibration.levels])
     error, increments = calibration.gamma.get("error"), calibration.gamma.get("increments")
     floor = error.floor if error else 0.0
-    _points(left, ms, rms, names, "RMS denoising error", "C0", hollow=True)
+    _points(left, ms, rms, names, "with the floor", "C0", hollow=True)
     if error:
         above = [(time, value - floor, name) for time, value, name in zip(ms, rms, names, strict=True) if value > floor]
         times, values, shown = zip(*above, strict=True)
         _points(left, times, values, shown, f"above the floor, {floor:.4f}", "C0")
         _line(left, error)
     mean = np.sqrt(calibration.solvers["ddpm"].increments.mean(1))
-    _points(right, ms[1:], mean[1:], names[1:], "RMS increment, DDPM trajectories", "C1")
+    _points(right, ms[1:], mean[1:], names[1:], "DDPM trajectories", "C1")
     if increments:
         _line(right, increments)
-    for axes, title in ((left, "Denoising error against time"), (right, "Increment over the next lower level")):
-        axes.set(xscale="log", yscale="log", xlabel=f"ms per sample, batch {BATCHES[-1]}", title=title)
+    for axes, title in ((left, "RMS denoising error"), (right, "RMS increment over the next lower level")):
+        axes.set(
+            xscale="log", yscale="log", xlabel=f"ms per sample, batch {BATCHES[-1]}", ylabel="per value", title=title
+        )
         axes.margins(x=0.15, y=0.12)
         axes.legend()
     return figure
@@ -99,7 +101,7 @@ def _figure(title: str, rows: int, columns: int, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), layout="constrained")
-    figure.subplots(rows, columns)
+    figure.subplots(rows, columns, sharey="row" if rows > 1 else False)
     figure.suptitle(title)
     for axes in figure.axes:
         axes.grid(alpha=0.3)

@@ -29,7 +29,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
     head = f"{ladder.name} on {calibration.device}, torch {calibration.torch}, digest {ladder.digest[:12]}"
     levels = [
         [
-            *("", "level", *(f"ms/sample, batch {batch}" for batch in BATCHES), "RMS error"),
+            *("", "level", *(f"ms, batch {batch}" for batch in BATCHES), "RMS error"),
             *(f"{quantity} {name}" for quantity in ("increment", "effect") for name, _ in solvers),
         ]
     ]

@@ -34,7 +34,7 @@ NAME = "calibration.json"
 
 BATCHES = (1, 8, 64)
 BANDS = 10
-EM_STEPS = (5, 10, 20, 25, 50)
+EM_STEPS = (5, 10, 20, 50)
 RESAMPLES = 200
 
 Progress = Callable[[str, int, int], None]
