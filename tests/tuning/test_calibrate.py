@@ -16,8 +16,9 @@ from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
-from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.plan import Plan, single_level
 from mlem_dist.solver.steps import step_table
+from mlem_dist.tuning.allocate import coin_error, neyman
 from mlem_dist.tuning.calibrate import best_trajectory, calibrate, propagate, store, stored
 
 FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
@@ -33,11 +34,18 @@ def linear(matrix: torch.Tensor):
     return lambda x, t, label: (x.flatten(1) @ matrix.T).view_as(x)
 
 
+def signs(samples: int) -> torch.Tensor:
+    """All sixteen sign probes of four values, (16, samples, 1, 2, 2)."""
+    return (
+        torch.tensor([*itertools.product((-1.0, 1.0), repeat=4)]).reshape(16, 1, 1, 2, 2).expand(-1, samples, 1, 2, 2)
+    )
+
+
 @pytest.fixture
 def toy():
     """Three linear levels of four values, cheapest first; matrices that do not commute."""
     rng = torch.Generator().manual_seed(0)
-    matrices = [0.1 * torch.randn(4, 4, generator=rng) for _ in range(2)]
+    matrices = [0.03 * torch.randn(4, 4, generator=rng) for _ in range(2)]
     matrices = [0.5 * torch.eye(4), 0.5 * torch.eye(4) + matrices[0], 0.5 * torch.eye(4) + matrices[0] + matrices[1]]
     return {k: linear(m) for k, m in enumerate(matrices, 1)}, [m.double().numpy() for m in matrices]
 
@@ -49,9 +57,7 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
     table = step_table(SCHEDULE, 10, eta)
     label = torch.zeros(3, dtype=torch.int64)
     states = best_trajectory(levels, table, block_noise(0, 0, (3, 1, 2, 2), "cpu"), label, silent)
-    signs = torch.tensor([*itertools.product((-1.0, 1.0), repeat=4)]).reshape(16, 1, 1, 2, 2)
-    probes = signs.expand(16, 3, 1, 2, 2)
-    found = [propagate(levels, table, states, label, probe) for probe in probes]
+    found = [propagate(levels, table, states, label, probe) for probe in signs(3)]
     effect = np.mean([effect for _, effect in found], axis=0)
     below = [np.zeros((4, 4)), *matrices]
     for i in range(10):
@@ -64,6 +70,25 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
             np.testing.assert_allclose(found[0][0][k, i], (increment**2).mean(1), rtol=1e-4)
             exact = ((table.b[i] * increment @ onward.T) ** 2).mean(1)
             np.testing.assert_allclose(effect[k, i], exact, rtol=1e-3)
+
+
+def test_coins_make_the_error_that_their_effects_predict(toy):
+    """ML-EM with Neyman probabilities against the best level, over many plans; to first order, so within a tenth."""
+    levels, _ = toy
+    table = step_table(SCHEDULE, 20, 1.0)
+    label = torch.zeros(100, dtype=torch.int64)
+    noise = block_noise(0, 0, (100, 1, 2, 2), "cpu")
+    states = best_trajectory(levels, table, noise, label, silent)
+    effect = np.mean([propagate(levels, table, states, label, v)[1].mean(2) for v in signs(100)], axis=0)
+    rng = np.random.default_rng(0)
+    p = neyman(effect, np.array([0.01, 1.0, 4.0]), 2 * effect[1:].sum())
+    assert p[1:].mean() < 0.5
+    errors = []
+    for _ in range(800):
+        fire = rng.random(p.shape) < p
+        plan = Plan(fire, np.where(fire, 1 / p, 0.0))
+        errors.append(float((integrate(levels, table, plan, noise, label) - states[-1]).square().mean()))
+    assert np.mean(errors) == pytest.approx(coin_error(p, effect), rel=0.1)
 
 
 def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
