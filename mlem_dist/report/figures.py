@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list
 
 def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
     """Both readings of gamma as lines in logarithmic axes; on the left Figure 2 of Jacot, arXiv:2603.24594."""
-    figure = _figure(f"{ladder.name} on {calibration.device}", 1, 2, 4.4)
+    figure = _figure(f"{ladder.name} on {calibration.device}", 1, 2, 4.4, sharex=True)
     left, right = figure.axes
     ms = [level.seconds[BATCHES[-1]] * 1e3 for level in calibration.levels]
     names = [level.name for level in calibration.levels]
@@ -78,7 +78,7 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
 
 def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
     """By timestep, from noise to image, a column per solver: increments above, their effect on the sample below."""
-    figure = _figure(f"{ladder.name} on {calibration.device}", 2, len(calibration.solvers), 7.5)
+    figure = _figure(f"{ladder.name} on {calibration.device}", 2, len(calibration.solvers), 7.5, sharey="row")
     grid = np.array(figure.axes).reshape(2, -1)
     for column, (name, solver) in zip(grid.T, calibration.solvers.items(), strict=True):
         groups = np.array_split(np.arange(len(solver.t)), min(BINS, len(solver.t)))
@@ -92,16 +92,15 @@ def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
             axes.set(yscale="log", xlabel="timestep (noise on the left, image on the right)", ylabel=label)
             axes.invert_xaxis()
         column[0].set_title(f"{name.upper()}, {len(solver.t)} steps")
-    if len(calibration.levels) > 1:
-        grid[0, 0].legend(title="level, over the one below")
+    grid[0, 0].legend(title="level, over the one below")
     return figure
 
 
-def _figure(title: str, rows: int, columns: int, height: float) -> Figure:
+def _figure(title: str, rows: int, columns: int, height: float, **shared: Any) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), layout="constrained")
-    figure.subplots(rows, columns, sharey="row" if rows > 1 else False)
+    figure.subplots(rows, columns, **shared)
     figure.suptitle(title)
     for axes in figure.axes:
         axes.grid(alpha=0.3)

@@ -78,7 +78,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
 def gamma_statement(reading: Reading) -> str:
     """One reading of gamma, with its intervals, and whether it says that the ladder is in the HTMC regime."""
     what = {
-        "error": f"RMS denoising error above a floor of {reading.floor:.4f} ({_between(reading.floor_interval)})",
+        "error": f"RMS denoising error above a floor of {reading.floor:.4f} ({_between(reading.floor_interval, 4)})",
         "increments": "RMS increment",
     }[reading.quantity]
     spread = reading.gamma_range
@@ -96,10 +96,8 @@ def gamma_statement(reading: Reading) -> str:
     )
 
 
-def _between(ends: Interval) -> str:
-    low, high = ends
-    digits = 2 if abs(low) >= 0.1 else 4
-    return f"{low:.{digits}f} to {high:.{digits}f}"
+def _between(ends: Interval, digits: int = 2) -> str:
+    return " to ".join(f"{end:.{digits}f}" for end in ends)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -141,8 +141,10 @@ def calibrate(
         samples: trajectories per solver.
 
     Raises:
-        UsageError: a level's weights are unreadable.
+        UsageError: the ladder has one level only, or a level's weights are unreadable.
     """
+    if len(ladder.levels) < 2:
+        raise UsageError(f"ladder {ladder.name!r} has one level, and calibration compares levels; expected two or more")
     numbers = range(1, len(ladder.levels) + 1)
     modules = {k: ladder.load_level(k, device) for k in numbers}
     images, label = images.to(device), label.to(device)

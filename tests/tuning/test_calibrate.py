@@ -237,7 +237,7 @@ def test_the_command_stores_in_the_ladder_and_leaves_its_digest(small, data, mon
     monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", little)
     digest = Ladder.load(small).digest
     done = run(str(small), "--data", str(data), "--device", "cpu")
-    assert "unet-s" in done.stdout
+    assert all(level.name in done.stdout for level in Ladder.load(small).levels)
     assert "at least three UNets" in done.stdout
     assert Ladder.load(small).digest == digest
     assert json.loads((small / "calibration.json").read_text())["ladder"] == digest
@@ -265,3 +265,10 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path, small, data,
         with pytest.raises(UsageError, match=message):
             run(*arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ladder_of_one_level_is_refused(small):
+    raw = json.loads((small / "ladder.json").read_text())
+    (small / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:1]}))
+    with pytest.raises(UsageError, match="one level"):
+        calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.zeros(1).long(), "cpu")
