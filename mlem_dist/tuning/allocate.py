@@ -23,9 +23,11 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
     weights[0] = np.inf
     if not effect[1:].any():
         return (weights > 0).astype(np.float64)
-    # At C = low the error is too large, unless no increment but the first matters; at C = high all p are 1 or W = 0.
-    high = 1 / weights[1:][weights[1:] > 0].min()
-    low = high * 1e-12
+    # Were no p cut off at 1, the error would be sum W / (C weights) - sum W; cutting calls for a larger C. At C = high
+    # all p are 1, but those of increments without effect.
+    matter = effect[1:] > 0
+    low = (effect[1:][matter] / weights[1:][matter]).sum() / (error + effect[1:].sum())
+    high = max(low, 1 / weights[1:][matter].min())
     for _ in range(60):
         middle = np.sqrt(low * high)
         if coin_error(np.minimum(1, middle * weights), effect) > error:

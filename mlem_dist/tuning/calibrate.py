@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -130,7 +130,7 @@ def calibrate(
 ) -> Calibration:
     """Measure `ladder` on `device`, "cpu" or "cuda".
 
-    Costs about 10 `per_band` + 8 `samples` `steps` evaluations of every level.
+    Evaluates every level some 10 `per_band` + 2 `samples` `steps` times, and the best one 10 `samples` `steps` times.
 
     Args:
         images: held-out images, uint8 (n, C, H, W), that no level was trained on.
@@ -159,45 +159,11 @@ def calibrate(
         levels.append(LevelCalibration(level.name, level.kind, seconds, errors[-1].mean(1)))
     cost = np.array([level.seconds[BATCHES[-1]] for level in levels])
 
-    rng = np.random.default_rng(0)
     steps = min(steps, len(ladder.alpha_bar))
     classes = torch.arange(samples, device=device) % max(1, len(ladder.labels))
-    noise = block_noise(0, 0, (samples, *ladder.sample_shape), device)
-    solvers = {}
-    for name, eta in ETA.items():
-        table = step_table(ladder.alpha_bar, steps, eta)
-
-        def report(stage: str, done: int, total: int, name: str = name) -> None:
-            progress(f"{name}: {stage}", done, total)
-
-        states = best_trajectory(modules, table, noise, classes, report)
-        probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(device) * 2.0 - 1
-        increments, effect = propagate(modules, table, states, classes, probe, report)
-        counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
-        em = {}
-        for done, m in enumerate(counts, 1):
-            report("Euler-Maruyama with fewer steps", done, len(counts))
-            coarse = step_table(ladder.alpha_bar, m, eta)
-            plan = single_level(len(modules), len(modules), m)
-            end = integrate(modules, coarse, plan, coarse_noise(noise, table, steps // m), classes)
-            em[m] = _per_sample((end - states[-1]).square())
-        solvers[name] = SolverCalibration(
-            t=table.t,
-            increments=increments.mean(2),
-            effect=effect.mean(2),
-            speed_up=tuple(_speed_up(m, em[m], effect, cost, rng) for m in counts),
-        )
-        if name == "ddpm":
-            increments_ddpm = increments.mean(1)
-
-    unets = [i for i, level in enumerate(levels) if level.kind == "unet"]
-    upper = [i for i in unets if i - 1 in unets]
-    gamma = {}
-    if len(upper) >= 2:
-        names = tuple(levels[i].name for i in unets)
-        gamma["error"] = read_error(names, cost[unets], np.stack(errors)[unets], rng)
-        names = tuple(levels[i].name for i in upper)
-        gamma["increments"] = read_increments(names, cost[upper], increments_ddpm[upper], rng)
+    solvers, increments = {}, {}
+    for name in ETA:
+        solvers[name], increments[name] = _along_trajectories(ladder, modules, name, steps, classes, cost, progress)
     return Calibration(
         device=device_key(device),
         torch=torch.__version__,
@@ -205,8 +171,54 @@ def calibrate(
         images=per_band,
         levels=tuple(levels),
         solvers=solvers,
-        gamma=gamma,
+        gamma=_gamma(levels, cost, np.stack(errors), increments["ddpm"].mean(1)),
     )
+
+
+def _along_trajectories(
+    ladder: Ladder,
+    levels: Mapping[int, nn.Module],
+    solver: str,
+    steps: int,
+    label: Tensor,
+    cost: np.ndarray,
+    progress: Progress,
+) -> tuple[SolverCalibration, np.ndarray]:
+    """What is measured with one solver on samples of classes label (B,), and their increments, float64 (K, N, B)."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(f"{solver}: {stage}", done, total)
+
+    table = step_table(ladder.alpha_bar, steps, ETA[solver])
+    noise = block_noise(0, 0, (len(label), *ladder.sample_shape), label.device)
+    states = best_trajectory(levels, table, noise, label, report)
+    probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(label.device) * 2.0 - 1
+    increments, effect = propagate(levels, table, states, label, probe, report)
+    counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
+    rng = np.random.default_rng(0)
+    rows = []
+    for done, m in enumerate(counts, 1):
+        report("Euler-Maruyama with fewer steps", done, len(counts))
+        coarse = step_table(ladder.alpha_bar, m, ETA[solver])
+        plan = single_level(len(levels), len(levels), m)
+        end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), label)
+        rows.append(_speed_up(m, _per_sample((end - states[-1]).square()), effect, cost, rng))
+    return SolverCalibration(table.t, increments.mean(2), effect.mean(2), tuple(rows)), increments
+
+
+def _gamma(
+    levels: Sequence[LevelCalibration], cost: np.ndarray, errors: np.ndarray, increments: np.ndarray
+) -> dict[str, Reading]:
+    """Both readings, from errors (K, bands, per_band) and increments (K, samples); none for fewer than three UNets."""
+    unets = [k for k, level in enumerate(levels) if level.kind == "unet"]
+    upper = [k for k in unets if k - 1 in unets]
+    if len(upper) < 2:
+        return {}
+    rng = np.random.default_rng(0)
+    return {
+        "error": read_error(tuple(levels[k].name for k in unets), cost[unets], errors[unets], rng),
+        "increments": read_increments(tuple(levels[k].name for k in upper), cost[upper], increments[upper], rng),
+    }
 
 
 @torch.inference_mode()
