@@ -320,6 +320,41 @@ def train(data: Path, config_file: Path, out: Path) -> None:
     click.echo(ladder_table(trained))
 
 
+@cli.command()
+@click.argument("name", metavar="LADDER")
+@click.option(
+    "--data", type=click.Path(path_type=Path), required=True, help="Folder of the four IDX files of an MNIST."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for calibration.json and figures.  [default: the ladder's]"
+)
+def calibrate(name: str, data: Path, device: str, out: Path | None) -> None:
+    """Measure LADDER on this device: time, error, increments and their effect, gamma, predicted speed-up.
+
+    Writes calibration.json, beside other devices' entries, and two figures.
+    """
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.figures import require_matplotlib, save_figures
+    from mlem_dist.report.progress import calibration_bar
+    from mlem_dist.report.tables import calibration_table
+    from mlem_dist.training.data import load_images
+    from mlem_dist.tuning.calibrate import calibrate as measure
+    from mlem_dist.tuning.calibrate import device_key, store, stored
+
+    require_matplotlib()
+    ladder = Ladder.load(name)
+    device = _local_device(device, False)
+    folder = ladder.folder if out is None else out
+    replaced = device_key(device) in stored(folder, ladder)
+    images = load_images(data, ladder.sample_shape, len(ladder.labels))
+    with calibration_bar() as progress:
+        calibration = measure(ladder, images.test, images.test_label, device, progress)
+    click.echo(calibration_table(ladder, calibration))
+    written = [store(folder, ladder, calibration), *save_figures(folder, ladder, calibration)]
+    click.echo(f"Wrote {', '.join(map(str, written))}" + (f"; replaced {calibration.device}" if replaced else ""))
+
+
 def _labels(text: str, classes: int) -> tuple[int, ...]:
     if text == "all" or not classes:
         return tuple(range(max(1, classes)))

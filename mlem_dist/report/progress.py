@@ -70,26 +70,40 @@ class Display:
 
 
 @contextlib.contextmanager
-def training_bar() -> Iterator[Callable[[str, int, int, float], None]]:
-    """A function that shows a level's name, its steps done, its steps in all and its loss."""
+def _stage_bar(unit: str) -> Iterator[Callable[[str, int, int, str], None]]:
+    """A function that shows a stage's name, how many units of it are done and how many there are, and a note."""
     bar: Any = None
     line_at = time.monotonic()
 
-    def show(name: str, done: int, steps: int, loss: float) -> None:
+    def show(name: str, done: int, total: int, note: str) -> None:
         nonlocal bar, line_at
         if sys.stderr.isatty():
             if bar is None or bar.desc != f"{name}: ":
                 if bar is not None:
                     bar.close()
-                bar = tqdm(total=steps, desc=name, unit="step", dynamic_ncols=True)
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
+            bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
         elif time.monotonic() - line_at >= LINE_SECONDS:
             line_at = time.monotonic()
-            print(f"{name}: step {done} of {steps}, loss {loss:.4f}", file=sys.stderr, flush=True)
+            print(", ".join(filter(None, [f"{name}: {unit} {done} of {total}", note])), file=sys.stderr, flush=True)
 
     try:
         yield show
     finally:
         if bar is not None:
             bar.close()
+
+
+@contextlib.contextmanager
+def training_bar() -> Iterator[Callable[[str, int, int, float], None]]:
+    """A function that shows a level's name, its steps done, its steps in all and its loss."""
+    with _stage_bar("step") as show:
+        yield lambda name, done, steps, loss: show(name, done, steps, f"loss {loss:.4f}")
+
+
+@contextlib.contextmanager
+def calibration_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows what is being measured, how much of it is done, and how much there is."""
+    with _stage_bar("part") as show:
+        yield lambda stage, done, total: show(stage, done, total, "")

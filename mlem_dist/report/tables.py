@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.placement import Candidate
+from mlem_dist.tuning.calibrate import BANDS, BATCHES, Calibration
+from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
 
 
 def ladder_table(ladder: Ladder) -> str:
@@ -15,13 +17,94 @@ def ladder_table(ladder: Ladder) -> str:
         costs = [f"{level.seconds[device] * 1e3:.3f}" for device in devices]
         shown = "-" if error is None else f"{error:.4f}"
         rows.append([str(number), level.name, level.kind, f"{level.parameters:,}", *costs, shown])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = (
         f"{ladder.name}: {'x'.join(map(str, ladder.sample_shape))}, "
         f"{', '.join(ladder.labels) or 'unconditional'}, digest {ladder.digest[:12]}"
     )
-    return "\n".join([head, *lines])
+    return f"{head}\n{_aligned(rows)}"
+
+
+def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
+    """What was measured: a table of the levels, one of the noise bands, gamma, and the predicted speed-up."""
+    solvers = calibration.solvers.items()
+    head = f"{ladder.name} on {calibration.device}, torch {calibration.torch}, digest {ladder.digest[:12]}"
+    levels = [
+        [
+            *("", "level", *(f"ms, batch {batch}" for batch in BATCHES), "RMS error"),
+            *(f"{quantity} {name}" for quantity in ("increment", "effect") for name, _ in solvers),
+        ]
+    ]
+    for k, level in enumerate(calibration.levels):
+        levels.append(
+            [
+                *(str(k + 1), level.name, *(f"{level.seconds[batch] * 1e3:.3f}" for batch in BATCHES)),
+                f"{level.rms_error:.4f}",
+                *(f"{solver.increments[k].mean() ** 0.5:.4f}" for _, solver in solvers),
+                *(f"{solver.effect[k].sum() ** 0.5:.4f}" for _, solver in solvers),
+            ]
+        )
+    train_steps = len(ladder.alpha_bar)
+    bands = [["timesteps", *(level.name for level in calibration.levels)]]
+    for band in range(BANDS):
+        start, stop = band * train_steps // BANDS, (band + 1) * train_steps // BANDS
+        bands.append(
+            [f"{start} ... {stop - 1}", *(f"{level.denoising_error[band]:.3g}" for level in calibration.levels)]
+        )
+    readings = [gamma_statement(reading) for reading in calibration.gamma.values()] or [
+        "gamma: cannot be read; a line needs at least three UNets in a row."
+    ]
+    speed_up = [["solver", "EM steps", "error", "ML-EM nfe", "speed-up", "95 %"]]
+    for name, solver in solvers:
+        for row in solver.speed_up:
+            numbers = [f"{row.error:.3g}", f"{row.nfe:.1f}", f"{row.ratio:.2f}", _between(row.interval)]
+            speed_up.append([name, str(row.em_steps), *numbers])
+    steps = len(calibration.solvers["ddpm"].t)
+    return "\n".join(
+        [
+            head,
+            _aligned(levels),
+            "",
+            f"Mean squared denoising error by band of noise, {calibration.images} held-out images each:",
+            _aligned(bands),
+            "",
+            *readings,
+            "",
+            f"Predicted: ML-EM of {steps} steps with Neyman probabilities, at the error of Euler-Maruyama (EM) with",
+            "the best level:",
+            _aligned(speed_up),
+        ]
+    )
+
+
+def gamma_statement(reading: Reading) -> str:
+    """One reading of gamma, with its intervals, and whether it says that the ladder is in the HTMC regime."""
+    what = {
+        "error": f"RMS denoising error above a floor of {reading.floor:.4f} ({_between(reading.floor_interval, 4)})",
+        "increments": "RMS increment",
+    }[reading.quantity]
+    spread = reading.gamma_range
+    if spread is None:
+        reason = f"{len(reading.levels)} levels are too few to tell whether they lie on a line"
+        without = ""
+    else:
+        reason = f"the intervals reach to both sides of {THRESHOLD:g}"
+        without = f", {_between(spread)} without any one level"
+    regime = f"undecided, {reason}" if reading.htmc == "undecided" else reading.htmc
+    return (
+        f"gamma by {reading.quantity}: {reading.gamma:.2f} (95 %: {_between(reading.gamma_interval)}{without}); "
+        f"{what} ~ time^-{reading.slope:.2f}.\n"
+        f"  In the HTMC regime (gamma > {THRESHOLD:g}): {regime}."
+    )
+
+
+def _between(ends: Interval, digits: int = 2) -> str:
+    return " to ".join(f"{end:.{digits}f}" for end in ends)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
 def placement_reason(found: Sequence[Candidate], devices: int) -> str:

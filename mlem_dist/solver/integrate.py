@@ -38,6 +38,24 @@ def block_noise(seed: int, block: int, shape: Sequence[int], device: torch.devic
     return noise
 
 
+def coarse_noise(noise: Noise, fine: StepTable, ratio: int) -> Noise:
+    """The Brownian path of `noise`, drawn for the steps of `fine`, for the table of every `ratio`-th of its times.
+
+    The noise of a coarse step is the sum of those of the fine steps it spans, each carried forward by the a of the fine
+    steps after it, scaled to unit variance.
+    """
+
+    def coarse(step: int) -> Tensor:
+        if step < 0:
+            return noise(step)
+        spanned = range(step * ratio, (step + 1) * ratio)
+        weight = [fine.c[i] * fine.a[i + 1 : spanned.stop].prod() for i in spanned]
+        scale = float(np.linalg.norm(weight))
+        return torch.stack([noise(i) * float(w / scale) for i, w in zip(spanned, weight, strict=True)]).sum(0)
+
+    return coarse
+
+
 def block_rng(seed: int, block: int) -> np.random.Generator:
     """The coins of a block: a function of (seed, block) alone."""
     return np.random.default_rng([seed, block])

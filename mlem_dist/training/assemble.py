@@ -1,11 +1,9 @@
 """From trained levels to a ladder folder."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -20,27 +19,6 @@ from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
 
 HALF_LOSS = 0.005
 """The relative loss in denoising error below which weights are stored in half precision."""
-
-
-@torch.inference_mode()
-def seconds_per_sample(
-    module: nn.Module, shape: tuple[int, int, int], classes: int, device: str, batch: int = 64
-) -> float:
-    """Median time of seven warm evaluations of a batch, per sample, on one CPU thread or one GPU."""
-    x = torch.randn(batch, *shape, device=device)
-    t = torch.zeros(batch, dtype=torch.int64, device=device)
-    label = torch.arange(batch, device=device) % max(1, classes)
-    times = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(9):
-        start = time.perf_counter()
-        module(x, t, label)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return median(times[2:]) / batch
 
 
 def measure(ladder: Ladder) -> Ladder:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mlem_dist.ladder.levels import GaussianLevel, UNetLevel, new_unet_level
+from mlem_dist.ladder.measure import add_noise, denoising_errors, to_range
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -25,17 +26,6 @@ CHECKPOINT_SECONDS = 45.0
 
 class DivergedError(RuntimeError):
     """The training loss became non-finite; the last checkpoint is kept."""
-
-
-def to_range(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def add_noise(x0: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise, at timesteps t (B,) of the schedule a (T,)."""
-    at = a[t][:, None, None, None]
-    return at.sqrt() * x0 + (1 - at).sqrt() * noise
 
 
 @lru_cache(maxsize=2)
@@ -178,7 +168,6 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
     return gaussian
 
 
-@torch.inference_mode()
 def denoising_error(
     model: nn.Module, images: Images, a: np.ndarray, bands: int = 10, per_band: int = 1000
 ) -> list[float]:
@@ -186,18 +175,4 @@ def denoising_error(
 
     The images, timesteps and noises are the same for every level.
     """
-    schedule = torch.tensor(a, dtype=torch.float32)
-    errors = []
-    for band in range(bands):
-        rng = torch.Generator().manual_seed(band)
-        index = torch.randint(len(images.test), (per_band,), generator=rng)
-        t = torch.randint(band * len(a) // bands, (band + 1) * len(a) // bands, (per_band,), generator=rng)
-        total = 0.0
-        for rows in torch.arange(per_band).split(100):
-            x0 = to_range(images.test[index[rows]])
-            noise = torch.randn(x0.shape, generator=rng)
-            x = add_noise(x0, noise, t[rows], schedule)
-            predicted = model(x, t[rows], images.test_label[index[rows]])
-            total += float((predicted - noise).square().mean(dim=(1, 2, 3)).sum())
-        errors.append(total / per_band)
-    return errors
+    return denoising_errors(model, images.test, images.test_label, a, bands, per_band).mean(1).tolist()

@@ -5,7 +5,7 @@ import torch
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
-from mlem_dist.training.train import add_noise
+from mlem_dist.ladder.measure import add_noise
 
 
 def test_the_gaussian_level_is_the_exact_posterior_mean():

@@ -1,0 +1,75 @@
+"""What is measured of one level: seconds per sample, and the error of the noise that it predicts."""
+
+import time
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+WARM = 2
+REPEATS = 7
+
+
+@torch.inference_mode()
+def seconds_per_sample(
+    module: nn.Module, shape: tuple[int, int, int], classes: int, device: str, batch: int = 64
+) -> float:
+    """Median time of seven warm evaluations of a batch, per sample, on one CPU thread or one GPU.
+
+    On a CPU it is the thread's own time, in which other programs that share the cores do not count.
+    """
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    x = torch.randn(batch, *shape, device=device)
+    t = torch.zeros(batch, dtype=torch.int64, device=device)
+    label = torch.arange(batch, device=device) % max(1, classes)
+    times = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(WARM + REPEATS):
+            start = clock()
+            module(x, t, label)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(clock() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return median(times[WARM:]) / batch
+
+
+def to_range(images: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise, at timesteps t (B,) of the schedule a (T,)."""
+    at = a[t][:, None, None, None]
+    return at.sqrt() * x0 + (1 - at).sqrt() * noise
+
+
+@torch.inference_mode()
+def denoising_errors(
+    module: nn.Module, images: Tensor, label: Tensor, a: np.ndarray, bands: int, per_band: int
+) -> np.ndarray:
+    """Squared error of the predicted noise, mean over the values of a sample, float64 (bands, per_band).
+
+    Band j holds the timesteps j T / bands ... (j + 1) T / bands of the schedule a (T,). Images (n, C, H, W) uint8 with
+    classes label (n,) int64 lie on the module's device. Which images, timesteps and noises are drawn from them depends
+    on nothing but the numbers, so the errors of several levels are pairs.
+    """
+    device = images.device
+    schedule = torch.tensor(a, dtype=torch.float32, device=device)
+    errors = np.empty((bands, per_band))
+    for band in range(bands):
+        rng = torch.Generator().manual_seed(band)
+        index = torch.randint(len(images), (per_band,), generator=rng)
+        times = torch.randint(band * len(a) // bands, (band + 1) * len(a) // bands, (per_band,), generator=rng)
+        for rows in torch.arange(per_band).split(100):
+            x0 = to_range(images[index[rows]])
+            noise = torch.randn(x0.shape, generator=rng).to(device)
+            t = times[rows].to(device)
+            predicted = module(add_noise(x0, noise, t, schedule), t, label[index[rows]])
+            errors[band, rows.numpy()] = (predicted - noise).square().mean(dim=(1, 2, 3)).cpu().numpy()
+    return errors

@@ -1,0 +1,133 @@
+"""Figures of a calibration, by matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.tuning.calibrate import BATCHES, Calibration
+from mlem_dist.tuning.gamma import Reading
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BINS = 25
+"""Steps are shown in so many groups: one step's effect is measured with a few dozen samples."""
+
+
+def require_matplotlib() -> None:
+    """Refuse to begin work whose figures could not be drawn.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib, which is not installed: pip install 'mlem-dist[train]'")
+
+
+def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list[Path]:
+    """Write both figures of a calibration into `folder`, named by the device type, and return their paths."""
+    device = calibration.device.partition("/")[0]
+    paths = []
+    for name, figure in (
+        ("error-against-time", error_against_time(ladder, calibration)),
+        ("increments", increments_by_noise(ladder, calibration)),
+    ):
+        path = folder / f"{name}-{device}.png"
+        temporary = path.with_suffix(".tmp")
+        figure.savefig(temporary, format="png", dpi=130)
+        temporary.replace(path)
+        paths.append(path)
+    return paths
+
+
+def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
+    """Both readings of gamma as lines in logarithmic axes; on the left Figure 2 of Jacot, arXiv:2603.24594."""
+    figure = _figure(f"{ladder.name} on {calibration.device}", 1, 2, 4.4, sharex=True)
+    left, right = figure.axes
+    ms = [level.seconds[BATCHES[-1]] * 1e3 for level in calibration.levels]
+    names = [level.name for level in calibration.levels]
+    rms = np.array([level.rms_error for level in calibration.levels])
+    error, increments = calibration.gamma.get("error"), calibration.gamma.get("increments")
+    floor = error.floor if error else 0.0
+    _points(left, ms, rms, names, "with the floor", "C0", hollow=True)
+    if error:
+        above = [(time, value - floor, name) for time, value, name in zip(ms, rms, names, strict=True) if value > floor]
+        times, values, shown = zip(*above, strict=True)
+        _points(left, times, values, shown, f"above the floor, {floor:.4f}", "C0")
+        _line(left, error)
+    mean = np.sqrt(calibration.solvers["ddpm"].increments.mean(1))
+    _points(right, ms[1:], mean[1:], names[1:], "DDPM trajectories", "C1")
+    if increments:
+        _line(right, increments)
+    for axes, title in ((left, "RMS denoising error"), (right, "RMS increment over the next lower level")):
+        axes.set(
+            xscale="log", yscale="log", xlabel=f"ms per sample, batch {BATCHES[-1]}", ylabel="per value", title=title
+        )
+        axes.margins(x=0.15, y=0.12)
+        axes.legend()
+    return figure
+
+
+def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
+    """By timestep, from noise to image, a column per solver: increments above, their effect on the sample below."""
+    figure = _figure(f"{ladder.name} on {calibration.device}", 2, len(calibration.solvers), 7.5, sharey="row")
+    grid = np.array(figure.axes).reshape(2, -1)
+    for column, (name, solver) in zip(grid.T, calibration.solvers.items(), strict=True):
+        groups = np.array_split(np.arange(len(solver.t)), min(BINS, len(solver.t)))
+        t = [solver.t[group].mean() for group in groups]
+        for axes, values, label in (
+            (column[0], solver.increments, "mean squared increment per value"),
+            (column[1], solver.effect, "squared effect W on the sample, one step"),
+        ):
+            for k, level in enumerate(calibration.levels[1:], 1):
+                axes.plot(t, [values[k, group].mean() for group in groups], color=f"C{k}", label=level.name)
+            axes.set(yscale="log", xlabel="timestep (noise on the left, image on the right)", ylabel=label)
+            axes.invert_xaxis()
+        column[0].set_title(f"{name.upper()}, {len(solver.t)} steps")
+    grid[0, 0].legend(title="level, over the one below")
+    return figure
+
+
+def _figure(title: str, rows: int, columns: int, height: float, **shared: Any) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, height), layout="constrained")
+    figure.subplots(rows, columns, **shared)
+    figure.suptitle(title)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _points(
+    axes: Axes,
+    ms: Sequence[float],
+    values: Sequence[float] | np.ndarray,
+    names: Sequence[str],
+    label: str,
+    color: str,
+    hollow: bool = False,
+) -> None:
+    axes.plot(ms, values, "o", color=color, mfc="white" if hollow else color, label=label)
+    for x, y, name in zip(ms, values, names, strict=True):
+        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+
+
+def _line(axes: Axes, reading: Reading) -> None:
+    ends = reading.seconds[[0, -1]]
+    low, high = reading.gamma_interval
+    axes.plot(
+        ends * 1e3,
+        reading.factor * ends**-reading.slope,
+        "k--",
+        lw=1,
+        label=f"slope -{reading.slope:.2f}: gamma {reading.gamma:.2f} ({low:.2f} to {high:.2f})",
+    )

@@ -1,0 +1,1 @@
+"""Measure a ladder, and decide from the measurements how to use it."""

@@ -1,0 +1,48 @@
+"""Where evaluations are best spent: the Neyman rule for the probabilities of independent coins.
+
+With W_k(i) the squared effect on the final sample of adding b_i times level k's increment at step i, coins of
+probability p_k(i) add, to first order, the error sum_ik W_k(i) (1 / p_k(i) - 1). Spending T_k + T_{k-1} per increment,
+the least expected cost at a given error has p_k(i) = min(1, C sqrt(W_k(i) / (T_k + T_{k-1}))) (Neyman, 1934; for
+multilevel estimators Giles, doi:10.1287/opre.1070.0496). The first level's increment is always drawn, p_1 = 1.
+"""
+
+import numpy as np
+
+from mlem_dist.solver.probabilities import increment_cost
+
+
+def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
+    """The probabilities p, float64 (K, N), of least expected cost whose coins add at most `error`.
+
+    Args:
+        effect: W, float64 (K, N).
+        cost: T, float64 (K,), seconds per sample.
+        error: positive, in the unit of `effect`.
+    """
+    weights = np.sqrt(effect / increment_cost(cost)[:, None])
+    weights[0] = np.inf
+    if not effect[1:].any():
+        return (weights > 0).astype(np.float64)
+    # Were no p cut off at 1, the error would be sum W / (C weights) - sum W; cutting calls for a larger C. At C = high
+    # all p are 1, but those of increments without effect.
+    matter = effect[1:] > 0
+    low = (effect[1:][matter] / weights[1:][matter]).sum() / (error + effect[1:].sum())
+    high = max(low, 1 / weights[1:][matter].min())
+    for _ in range(60):
+        middle = np.sqrt(low * high)
+        if coin_error(np.minimum(1, middle * weights), effect) > error:
+            low = middle
+        else:
+            high = middle
+    return np.minimum(1, high * weights)
+
+
+def coin_error(p: np.ndarray, effect: np.ndarray) -> float:
+    """The expected squared error that independent coins of probabilities p (K, N) add, to first order."""
+    drawn = p > 0
+    return float((effect[drawn] * (1 / p[drawn] - 1)).sum())
+
+
+def expected_cost(p: np.ndarray, cost: np.ndarray) -> float:
+    """Seconds per sample: sum_ik p_k(i) (T_k + T_{k-1})."""
+    return float((p * increment_cost(cost)[:, None]).sum())

@@ -1,0 +1,387 @@
+"""Measure a ladder on a device: time, denoising error, increments, their effect on the samples, gamma, speed-up.
+
+The result is stored as `calibration.json`, by device, beside the ladder or in a folder of its own; it is no part of the
+ladder's digest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
+from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
+from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.steps import ETA, StepTable, step_table
+from mlem_dist.tuning.allocate import expected_cost, neyman
+from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
+
+SCHEMA_VERSION = 1
+NAME = "calibration.json"
+
+BATCHES = (1, 8, 64)
+BANDS = 10
+EM_STEPS = (5, 10, 20, 50)
+RESAMPLES = 200
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being measured, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class LevelCalibration:
+    """One level: `seconds` per sample by batch size, and `denoising_error`, mean squared error per value by band."""
+
+    name: str
+    kind: str
+    seconds: dict[int, float]
+    denoising_error: np.ndarray
+
+    @property
+    def rms_error(self) -> float:
+        """Root of the mean squared denoising error over all bands."""
+        return math.sqrt(self.denoising_error.mean())
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """What ML-EM saves at the error that Euler-Maruyama with the best level makes in `em_steps` steps.
+
+    Attributes:
+        em_steps: m; Euler-Maruyama costs m T_K.
+        error: its mean squared error per value against the N-step trajectory of the same noise.
+        nfe: the expected cost of ML-EM on the N steps, in evaluations of the best level, with independent coins of
+            Neyman probabilities that add the same error to first order.
+        ratio: m / nfe, the predicted speed-up.
+        interval: of `ratio`, 95 % by bootstrap over samples.
+    """
+
+    em_steps: int
+    error: float
+    nfe: float
+    ratio: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class SolverCalibration:
+    """Trajectories of the best level with one solver of N steps.
+
+    Attributes:
+        t: int64 (N,), the timestep of each step.
+        increments: float64 (K, N), E|f^k - f^(k-1)|^2 per value at the states of the trajectory, f^0 = 0.
+        effect: W, float64 (K, N): the expected squared change, per value, of the final sample when step i's drift gains
+            level k's increment once more, to first order in it.
+        speed_up: by number of Euler-Maruyama steps.
+    """
+
+    t: np.ndarray
+    increments: np.ndarray
+    effect: np.ndarray
+    speed_up: tuple[SpeedUp, ...]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything measured of a ladder on one device.
+
+    Attributes:
+        device: "cpu" or "cuda", a slash, and the name of the processor or GPU.
+        samples: trajectories per solver.
+        images: held-out images per band of noise.
+        levels: cheapest first.
+        solvers: by name, "ddpm" and "ddim".
+        gamma: by what is set against time: "error", the UNets' denoising errors, and "increments", those between UNets
+            on the DDPM trajectories; empty for fewer than three UNets, through which any line could be drawn.
+    """
+
+    device: str
+    torch: str
+    samples: int
+    images: int
+    levels: tuple[LevelCalibration, ...]
+    solvers: dict[str, SolverCalibration]
+    gamma: dict[str, Reading]
+
+
+def calibrate(
+    ladder: Ladder,
+    images: Tensor,
+    label: Tensor,
+    device: str,
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    per_band: int = 500,
+    steps: int = 100,
+    samples: int = 32,
+) -> Calibration:
+    """Measure `ladder` on `device`, "cpu" or "cuda".
+
+    Evaluates every level some 10 `per_band` + 2 `samples` `steps` times, and the best one 10 `samples` `steps` times.
+
+    Args:
+        images: held-out images, uint8 (n, C, H, W), that no level was trained on.
+        label: int64 (n,), their classes.
+        progress: told what is being done.
+        per_band: images per band of noise for the denoising error.
+        steps: N of the trajectories, at most the length of the noise schedule.
+        samples: trajectories per solver.
+
+    Raises:
+        UsageError: the ladder has one level only, or a level's weights are unreadable.
+    """
+    if len(ladder.levels) < 2:
+        raise UsageError(f"ladder {ladder.name!r} has one level, and calibration compares levels; expected two or more")
+    numbers = range(1, len(ladder.levels) + 1)
+    modules = {k: ladder.load_level(k, device) for k in numbers}
+    images, label = images.to(device), label.to(device)
+    levels, errors = [], []
+    for k, level in zip(numbers, ladder.levels, strict=True):
+        progress("time and denoising error", k, len(modules))
+        seconds = {
+            batch: seconds_per_sample(modules[k], ladder.sample_shape, len(ladder.labels), device, batch)
+            for batch in BATCHES
+        }
+        errors.append(denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band))
+        levels.append(LevelCalibration(level.name, level.kind, seconds, errors[-1].mean(1)))
+    cost = np.array([level.seconds[BATCHES[-1]] for level in levels])
+
+    steps = min(steps, len(ladder.alpha_bar))
+    classes = torch.arange(samples, device=device) % max(1, len(ladder.labels))
+    solvers, increments = {}, {}
+    for name in ETA:
+        solvers[name], increments[name] = _along_trajectories(ladder, modules, name, steps, classes, cost, progress)
+    return Calibration(
+        device=device_key(device),
+        torch=torch.__version__,
+        samples=samples,
+        images=per_band,
+        levels=tuple(levels),
+        solvers=solvers,
+        gamma=_gamma(levels, cost, np.stack(errors), increments["ddpm"].mean(1)),
+    )
+
+
+def _along_trajectories(
+    ladder: Ladder,
+    levels: Mapping[int, nn.Module],
+    solver: str,
+    steps: int,
+    label: Tensor,
+    cost: np.ndarray,
+    progress: Progress,
+) -> tuple[SolverCalibration, np.ndarray]:
+    """What is measured with one solver on samples of classes label (B,), and their increments, float64 (K, N, B)."""
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(f"{solver}: {stage}", done, total)
+
+    table = step_table(ladder.alpha_bar, steps, ETA[solver])
+    noise = block_noise(0, 0, (len(label), *ladder.sample_shape), label.device)
+    states = best_trajectory(levels, table, noise, label, report)
+    probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(label.device) * 2.0 - 1
+    increments, effect = propagate(levels, table, states, label, probe, report)
+    counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
+    rng = np.random.default_rng(0)
+    rows = []
+    for done, m in enumerate(counts, 1):
+        report("Euler-Maruyama with fewer steps", done, len(counts))
+        coarse = step_table(ladder.alpha_bar, m, ETA[solver])
+        plan = single_level(len(levels), len(levels), m)
+        end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), label)
+        rows.append(_speed_up(m, _per_sample((end - states[-1]).square()), effect, cost, rng))
+    return SolverCalibration(table.t, increments.mean(2), effect.mean(2), tuple(rows)), increments
+
+
+def _gamma(
+    levels: Sequence[LevelCalibration], cost: np.ndarray, errors: np.ndarray, increments: np.ndarray
+) -> dict[str, Reading]:
+    """Both readings, from errors (K, bands, per_band) and increments (K, samples); none for fewer than three UNets."""
+    unets = [k for k, level in enumerate(levels) if level.kind == "unet"]
+    upper = [k for k in unets if k - 1 in unets]
+    if len(upper) < 2:
+        return {}
+    rng = np.random.default_rng(0)
+    return {
+        "error": read_error(tuple(levels[k].name for k in unets), cost[unets], errors[unets], rng),
+        "increments": read_increments(tuple(levels[k].name for k in upper), cost[upper], increments[upper], rng),
+    }
+
+
+@torch.inference_mode()
+def best_trajectory(
+    levels: Mapping[int, Drift], table: StepTable, noise: Noise, label: Tensor, progress: Progress
+) -> list[Tensor]:
+    """x_0 ... x_N, each float32 (B, C, H, W), of Euler-Maruyama with the best of the levels 1 ... K."""
+    run = trajectory(table, single_level(len(levels), len(levels), len(table)), noise)
+    states = []
+    request = next(run)
+    while True:
+        progress("trajectories", request.step + 1, len(table))
+        states.append(request.x)
+        try:
+            request = run.send(evaluate(levels, request.terms, request.x, request.t, label))
+        except StopIteration as end:
+            return [*states, end.value]
+
+
+def propagate(
+    levels: Mapping[int, Drift],
+    table: StepTable,
+    states: Sequence[Tensor],
+    label: Tensor,
+    probe: Tensor,
+    progress: Progress = lambda stage, done, total: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The increments along a trajectory of the best level, and what each does to the final sample.
+
+    With J_i the derivative of x_N by x_{i+1} along the trajectory, level k's increment D at step i moves the final
+    sample by J_i b_i D to first order. For a probe v of independent random signs, |J_i b_i D|^2 = E<v, J_i b_i D>^2,
+    and g_i = J_i^T v obeys the adjoint recursion
+
+        g_{N-1} = v ,    g_{i-1} = a_i g_i + b_i (df^K/dx (x_i, t_i))^T g_i
+
+    so that one pass back over the trajectory serves every level and step.
+
+    Args:
+        levels: by number, 1 ... K.
+        states: x_0 ... x_N.
+        label: int64 (B,).
+        probe: v, signs +-1 in the shape of x.
+
+    Returns:
+        float64 (K, N, B) each: mean square of the increments' values, and <v, J_i b_i D>^2 over the number of values.
+    """
+    best = len(levels)
+    increments, effect = np.empty((2, best, len(table), len(label)))
+    g = probe
+    for i in reversed(range(len(table))):
+        progress("increments and their effect", len(table) - i, len(table))
+        t = torch.full_like(label, int(table.t[i]))
+        # The states may come out of inference mode.
+        x = states[i].clone().requires_grad_()
+        top = levels[best](x, t, label)
+        below = torch.zeros_like(x)
+        for k in range(1, best + 1):
+            with torch.no_grad():
+                value = levels[k](x, t, label) if k < best else top
+                increment = value - below
+            below = value
+            increments[k - 1, i] = _per_sample(increment.square())
+            effect[k - 1, i] = (float(table.b[i]) * _per_sample(g * increment)) ** 2 * x[0].numel()
+        (pull,) = torch.autograd.grad(top, x, g)
+        g = float(table.a[i]) * g + float(table.b[i]) * pull
+    return increments, effect
+
+
+def _per_sample(values: Tensor) -> np.ndarray:
+    """Mean over all but the first dimension, float64 (B,)."""
+    return values.detach().flatten(1).double().mean(1).cpu().numpy()
+
+
+def _speed_up(em_steps: int, em: np.ndarray, effect: np.ndarray, cost: np.ndarray, rng: np.random.Generator) -> SpeedUp:
+    """The comparison at `em_steps` steps, from errors em (B,) and effects (K, N, B) of the same samples."""
+
+    def nfe(index: np.ndarray | slice) -> float:
+        w = effect[:, :, index].mean(2)
+        return expected_cost(neyman(w, cost, float(em[index].mean())), cost) / float(cost[-1])
+
+    resampled = [em_steps / nfe(rng.integers(len(em), size=len(em))) for _ in range(RESAMPLES)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    found = nfe(slice(None))
+    return SpeedUp(em_steps, float(em.mean()), found, em_steps / found, (float(low), float(high)))
+
+
+def device_key(device: str) -> str:
+    """What a device's entry is filed under: its type and name, such as "cuda/NVIDIA H200"."""
+    if device == "cuda":
+        return f"cuda/{torch.cuda.get_device_name()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"cpu/{names[0] if names else platform.processor() or platform.machine()}"
+
+
+def stored(folder: Path, ladder: Ladder) -> dict[str, Any]:
+    """The entries of `folder`/calibration.json by device, as JSON; none if there is no such file. Touches nothing.
+
+    Raises:
+        UsageError: the folder cannot be written to, or the file is unreadable, of another schema version or of another
+            ladder.
+    """
+    path = folder / NAME
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        raise UsageError(f"{path} cannot be written: {place} is not a writable folder; choose another one with --out")
+    if not path.exists():
+        return {}
+    try:
+        raw = json.loads(path.read_text())
+        version, digest, devices = raw["schema_version"], raw["ladder"], dict(raw["devices"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a calibration ({error}); move it away or choose another --out") from None
+    if version != SCHEMA_VERSION:
+        raise UsageError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; choose another --out")
+    if digest != ladder.digest:
+        raise UsageError(
+            f"{path} belongs to another ladder: its digest is {str(digest)[:12]}, that of {ladder.name!r} is "
+            f"{ladder.digest[:12]}; move the file away or choose another --out"
+        )
+    return devices
+
+
+def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:
+    """Write the calibration into `folder`/calibration.json beside the entries of other devices, and return that path.
+
+    An earlier entry of the same device is replaced.
+
+    Raises:
+        UsageError: as `stored`.
+    """
+    devices = stored(folder, ladder)
+    devices[calibration.device] = _plain(asdict(calibration)) | {
+        "gamma": {
+            quantity: _plain(asdict(reading))
+            | {name: _plain(getattr(reading, name)) for name in ("gamma", "gamma_interval", "gamma_range", "htmc")}
+            for quantity, reading in calibration.gamma.items()
+        }
+    }
+    raw = {"schema_version": SCHEMA_VERSION, "ladder": ladder.digest, "devices": devices}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    # Innermost lists on one line each.
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(raw, indent=1, allow_nan=False))
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+    return path
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return f"[{' '.join(found[1].split())}]"
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: arrays as lists, numbers with six significant digits, infinities and NaN as None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

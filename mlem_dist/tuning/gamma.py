@@ -1,0 +1,177 @@
+"""The cost exponent gamma: a level of cost T is wrong by T^(-1/gamma), up to a factor.
+
+Jacot (arXiv:2603.24594) shows that ML-EM pays in the Harder-than-Monte-Carlo (HTMC) regime, gamma > 2. A ladder shows
+gamma in two ways:
+
+    error        RMS denoising error = floor + A T^(-1/gamma), the floor fitted (Figure 2 of the paper)
+    increments   sqrt(E|f^k - f^(k-1)|^2) = A T_k^(-1/gamma), which has no floor
+
+Both are straight lines in the logarithms, fitted by least squares over levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+THRESHOLD = 2.0
+"""The HTMC regime is gamma above this."""
+
+RESAMPLES = 1000
+# The floors that are tried: from none to where the best level is above it by a ten-thousandth of its error.
+EXCESS = np.geomspace(1e-4, 1, 500)
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One reading of gamma.
+
+    Attributes:
+        quantity: what was set against time.
+        levels: the names of the levels on the line.
+        seconds: T, float64 (n,), seconds per sample.
+        values: float64 (n,), the quantity, with its floor.
+        slope: 1 / gamma, the decrease of log(values - floor) with log(seconds).
+        slope_interval: 95 %, by bootstrap over samples: it says nothing about how well levels follow a line.
+        slope_range: least and greatest slope when any one level is left out; None where no line would be left.
+        floor, floor_interval: 0 for increments.
+        factor: A.
+    """
+
+    quantity: Literal["error", "increments"]
+    levels: tuple[str, ...]
+    seconds: np.ndarray
+    values: np.ndarray
+    slope: float
+    slope_interval: Interval
+    slope_range: Interval | None
+    floor: float
+    floor_interval: Interval
+    factor: float
+
+    @property
+    def gamma(self) -> float:
+        """1 / slope; infinite where the quantity does not fall with time."""
+        return _inverse(self.slope)
+
+    @property
+    def gamma_interval(self) -> Interval:
+        """95 %, by bootstrap over samples."""
+        return _inverse(self.slope_interval[1]), _inverse(self.slope_interval[0])
+
+    @property
+    def gamma_range(self) -> Interval | None:
+        """Least and greatest gamma when any one level is left out."""
+        return self.slope_range and (_inverse(self.slope_range[1]), _inverse(self.slope_range[0]))
+
+    @property
+    def htmc(self) -> Literal["yes", "no", "undecided"]:
+        """Whether gamma > 2: decided if the interval and the range without any one level both say so.
+
+        Undecided where leaving one level out leaves no line: as many levels as parameters lie on any law.
+        """
+        if self.gamma_range is None:
+            return "undecided"
+        ends = [*self.gamma_interval, *self.gamma_range]
+        return "yes" if min(ends) > THRESHOLD else "no" if max(ends) <= THRESHOLD else "undecided"
+
+
+def read_error(levels: tuple[str, ...], seconds: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Reading:
+    """Gamma from squared denoising errors.
+
+    Args:
+        levels: n names, at least three.
+        seconds: float64 (n,).
+        errors: float64 (n, bands, per_band), the same images and noises in each level; resampled within bands.
+        rng: draws the resamples.
+    """
+    bands, per_band = errors.shape[1:]
+    resampled = np.empty((RESAMPLES, len(levels)))
+    for row in resampled:
+        index = rng.integers(per_band, size=(1, bands, per_band))
+        row[:] = np.take_along_axis(errors, index, axis=2).mean((1, 2))
+    return _read("error", levels, seconds, np.sqrt(errors.mean((1, 2))), np.sqrt(resampled), fit_above_floor, 3)
+
+
+def read_increments(
+    levels: tuple[str, ...], seconds: np.ndarray, increments: np.ndarray, rng: np.random.Generator
+) -> Reading:
+    """Gamma from squared increments.
+
+    Args:
+        levels: n names, at least two.
+        seconds: float64 (n,), the time of the increment's upper level.
+        increments: float64 (n, samples), the same trajectories for each level; trajectories are resampled.
+        rng: draws the resamples.
+    """
+    samples = increments.shape[1]
+    index = rng.integers(samples, size=(RESAMPLES, samples))
+    resampled = increments[:, index].mean(2).T
+    return _read("increments", levels, seconds, np.sqrt(increments.mean(1)), np.sqrt(resampled), fit_power, 2)
+
+
+Fit = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def fit_power(seconds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slope s, factor A and floor 0, each (...), of values (..., n) = A seconds^-s, by least squares of logarithms."""
+    x = np.log(seconds) - np.log(seconds).mean()
+    y = np.log(values)
+    slope = -(y @ x) / (x @ x)
+    factor = np.exp(y.mean(-1) + slope * np.log(seconds).mean())
+    return slope, factor, np.zeros_like(slope)
+
+
+def fit_above_floor(seconds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slope s, factor A and floor F, each (...), of values (..., n) = F + A seconds^-s.
+
+    Of all floors from 0 to just below the least value, the one above which the logarithms lie closest to a line.
+    """
+    least = values.min(-1, keepdims=True)
+    floors = (least * (1 - EXCESS))[..., None]
+    slope, factor, _ = fit_power(seconds, values[..., None, :] - floors)
+    line = np.log(factor)[..., None] - slope[..., None] * np.log(seconds)
+    misfit = ((np.log(values[..., None, :] - floors) - line) ** 2).sum(-1)
+    best = misfit.argmin(-1)[..., None]
+    return tuple(np.take_along_axis(found, best, -1)[..., 0] for found in (slope, factor, floors[..., 0]))  # type: ignore[return-value]  # three of them
+
+
+def _read(
+    quantity: Literal["error", "increments"],
+    levels: tuple[str, ...],
+    seconds: np.ndarray,
+    values: np.ndarray,
+    resampled: np.ndarray,
+    fit: Fit,
+    needed: int,
+) -> Reading:
+    slope, factor, floor = fit(seconds, values)
+    slopes, _, floors = fit(seconds, resampled)
+    n = len(levels)
+    without = [float(fit(np.delete(seconds, k), np.delete(values, k))[0]) for k in range(n)] if n > needed else None
+    return Reading(
+        quantity=quantity,
+        levels=levels,
+        seconds=seconds,
+        values=values,
+        slope=float(slope),
+        slope_interval=_interval(slopes),
+        slope_range=(min(without), max(without)) if without else None,
+        floor=float(floor),
+        floor_interval=_interval(floors),
+        factor=float(factor),
+    )
+
+
+def _interval(values: np.ndarray) -> Interval:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _inverse(slope: float) -> float:
+    return 1 / slope if slope > 0 else float("inf")

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+
+from mlem_dist.solver.probabilities import increment_cost
+from mlem_dist.tuning.allocate import coin_error, expected_cost, neyman
+
+COST = np.array([0.01, 1.0, 4.0, 16.0])
+EFFECT = np.random.default_rng(0).gamma(2, 1, (4, 30)) * np.array([9.0, 1.0, 0.2, 0.05])[:, None]
+
+
+def test_the_coins_add_the_error_asked_for():
+    for error in (1.0, 30.0, 1000.0):
+        p = neyman(EFFECT, COST, error)
+        assert coin_error(p, EFFECT) == pytest.approx(error, rel=1e-6)
+        assert (p[0] == 1).all()
+        assert (p <= 1).all()
+
+
+def test_no_other_probabilities_are_cheaper_at_the_same_error():
+    """Any small change that keeps the error to first order and p at most 1 leaves the cost or raises it."""
+    p = neyman(EFFECT, COST, 200.0)
+    assert p[1:].max() < 1
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        changed = p.copy()
+        changed[1:] *= np.exp(0.3 * rng.standard_normal(p[1:].shape))
+        # Rescaled to the same error: sum W / p is inversely proportional to the scale.
+        w = EFFECT[1:]
+        changed[1:] *= (w / changed[1:]).sum() / (w / p[1:]).sum()
+        if changed.max() <= 1:
+            assert coin_error(changed, EFFECT) == pytest.approx(200.0)
+            assert expected_cost(changed, COST) > expected_cost(p, COST)
+
+
+def test_cost_below_one_is_the_closed_form():
+    """(sum sqrt(W tau))^2 / (error + sum W), where no probability reaches 1."""
+    tau = increment_cost(COST)[1:, None]
+    p = neyman(EFFECT, COST, 300.0)
+    expected = np.sqrt(EFFECT[1:] * tau).sum() ** 2 / (300.0 + EFFECT[1:].sum())
+    assert expected_cost(p, COST) == pytest.approx(expected + 30 * COST[0])
+
+
+def test_increments_without_effect_are_never_drawn():
+    effect = EFFECT.copy()
+    effect[2] = 0
+    assert not neyman(effect, COST, 10.0)[2].any()
+    assert neyman(effect[:1], COST[:1], 10.0).tolist() == np.ones((1, 30)).tolist()

@@ -1,0 +1,274 @@
+import gzip
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from mlem_dist.cli import cli
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
+from mlem_dist.solver.plan import Plan, single_level
+from mlem_dist.solver.steps import step_table
+from mlem_dist.tuning.allocate import coin_error, neyman
+from mlem_dist.tuning.calibrate import best_trajectory, calibrate, propagate, store, stored
+
+FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
+SCHEDULE = np.cumprod(1 - np.linspace(1e-3, 0.1, 100))
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def linear(matrix: torch.Tensor):
+    """The drift f(x, t) = M x of samples with as many values as M has rows."""
+    return lambda x, t, label: (x.flatten(1) @ matrix.T).view_as(x)
+
+
+def signs(samples: int) -> torch.Tensor:
+    """All sixteen sign probes of four values, (16, samples, 1, 2, 2)."""
+    return (
+        torch.tensor([*itertools.product((-1.0, 1.0), repeat=4)]).reshape(16, 1, 1, 2, 2).expand(-1, samples, 1, 2, 2)
+    )
+
+
+@pytest.fixture
+def toy():
+    """Three linear levels of four values, cheapest first; matrices that do not commute."""
+    rng = torch.Generator().manual_seed(0)
+    matrices = [0.03 * torch.randn(4, 4, generator=rng) for _ in range(2)]
+    matrices = [0.5 * torch.eye(4), 0.5 * torch.eye(4) + matrices[0], 0.5 * torch.eye(4) + matrices[0] + matrices[1]]
+    return {k: linear(m) for k, m in enumerate(matrices, 1)}, [m.double().numpy() for m in matrices]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
+    """Averaged over all sixteen sign probes, it is |J_i b_i D|^2 with J_i = prod_{j > i} (a_j I + b_j M)."""
+    levels, matrices = toy
+    table = step_table(SCHEDULE, 10, eta)
+    label = torch.zeros(3, dtype=torch.int64)
+    states = best_trajectory(levels, table, block_noise(0, 0, (3, 1, 2, 2), "cpu"), label, silent)
+    found = [propagate(levels, table, states, label, probe) for probe in signs(3)]
+    effect = np.mean([effect for _, effect in found], axis=0)
+    below = [np.zeros((4, 4)), *matrices]
+    for i in range(10):
+        onward = np.eye(4)
+        for j in range(i + 1, 10):
+            onward = (table.a[j] * np.eye(4) + table.b[j] * matrices[-1]) @ onward
+        x = states[i].double().flatten(1).numpy()
+        for k in range(3):
+            increment = x @ (matrices[k] - below[k]).T
+            np.testing.assert_allclose(found[0][0][k, i], (increment**2).mean(1), rtol=1e-4)
+            exact = ((table.b[i] * increment @ onward.T) ** 2).mean(1)
+            np.testing.assert_allclose(effect[k, i], exact, rtol=1e-3)
+
+
+def test_coins_make_the_error_that_their_effects_predict(toy):
+    """ML-EM with Neyman probabilities against the best level, over many plans; to first order, so within a tenth."""
+    levels, _ = toy
+    table = step_table(SCHEDULE, 20, 1.0)
+    label = torch.zeros(100, dtype=torch.int64)
+    noise = block_noise(0, 0, (100, 1, 2, 2), "cpu")
+    states = best_trajectory(levels, table, noise, label, silent)
+    effect = np.mean([propagate(levels, table, states, label, v)[1].mean(2) for v in signs(100)], axis=0)
+    rng = np.random.default_rng(0)
+    p = neyman(effect, np.array([0.01, 1.0, 4.0]), 2 * effect[1:].sum())
+    assert p[1:].mean() < 0.5
+    errors = []
+    for _ in range(800):
+        fire = rng.random(p.shape) < p
+        plan = Plan(fire, np.where(fire, 1 / p, 0.0))
+        errors.append(float((integrate(levels, table, plan, noise, label) - states[-1]).square().mean()))
+    assert np.mean(errors) == pytest.approx(coin_error(p, effect), rel=0.1)
+
+
+def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
+    """Push a step of the best level by a little of an increment, run on, and compare along the probe."""
+    levels = {k: fashion.load_level(k, "cpu") for k in (1, len(fashion.levels))}
+    # A ladder of its first and last level.
+    levels = dict(enumerate(levels.values(), 1))
+    table = step_table(fashion.alpha_bar, 5, 0.0)
+    label = torch.tensor([2, 7])
+    noise = block_noise(0, 0, (2, *fashion.sample_shape), "cpu")
+    states = best_trajectory(levels, table, noise, label, silent)
+    probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(1)) * 2.0 - 1
+    _, effect = propagate(levels, table, states, label, probe)
+    step, push = 2, 0.02
+    ends = []
+    for sign in (-push, push):
+        x = states[step]
+        for i in range(step, len(table)):
+            t = torch.full((2,), int(table.t[i]))
+            with torch.inference_mode():
+                drift = levels[2](x, t, label)
+                if i == step:
+                    drift = drift + sign * (drift - levels[1](x, t, label))
+            x = float(table.a[i]) * x + float(table.b[i]) * drift
+        ends.append(x)
+    moved = ((ends[1] - ends[0]) / (2 * push) * probe).flatten(1).sum(1).numpy() ** 2 / probe[0].numel()
+    np.testing.assert_allclose(effect[1, step], moved, rtol=0.02)
+
+
+def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
+    """Strong order 1, as the noise is additive: half the step, a quarter of the squared error."""
+    table = step_table(SCHEDULE, 100, 1.0)
+    levels = {1: lambda x, t, label: torch.tanh(x)}
+    label = torch.zeros(500, dtype=torch.int64)
+    noise = block_noise(0, 0, (500, 1, 2, 2), "cpu")
+    fine = best_trajectory(levels, table, noise, label, silent)[-1]
+
+    def error(steps: int, noise) -> float:
+        coarse = integrate(levels, step_table(SCHEDULE, steps, 1.0), single_level(1, 1, steps), noise, label)
+        return float((coarse - fine).square().mean())
+
+    errors = [error(steps, coarse_noise(noise, table, 100 // steps)) for steps in (5, 10, 20)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[2] < 0.1 * error(20, noise)
+    z = coarse_noise(noise, table, 5)(3)
+    assert float(z.var()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def measured(fashion):
+    """The bundled ladder, measured very little."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (20, *fashion.sample_shape), generator=rng, dtype=torch.uint8)
+    return calibrate(fashion, images, torch.arange(20) % 10, "cpu", per_band=4, steps=10, samples=3)
+
+
+def test_the_bundled_ladder_is_measured(fashion, measured):
+    seconds = np.array([[level.seconds[batch] for batch in (1, 8, 64)] for level in measured.levels])
+    assert (np.diff(seconds[:, -1]) > 0).all()
+    # Larger batches are cheaper per sample, but for noise in the times.
+    assert (seconds[1:, 0] > 0.8 * seconds[1:, -1]).all()
+    assert [level.name for level in measured.levels] == [level.name for level in fashion.levels]
+    for solver in measured.solvers.values():
+        k, n = len(fashion.levels), 10
+        assert solver.increments.shape == solver.effect.shape == (k, n)
+        assert (solver.increments > 0).all()
+        assert (solver.effect >= 0).all()
+        assert [row.em_steps for row in solver.speed_up] == [5]
+    assert {*measured.gamma} == {"error", "increments"}
+
+
+def test_other_devices_keep_their_entries(tmp_path, fashion, measured):
+    other = replace(measured, device="cuda/Some GPU", samples=77)
+    path = store(tmp_path / "new", fashion, measured)
+    store(tmp_path / "new", fashion, other)
+    store(tmp_path / "new", fashion, measured)
+    raw = json.loads(path.read_text())
+    assert raw["ladder"] == fashion.digest
+    assert {*raw["devices"]} == {measured.device, "cuda/Some GPU"}
+    assert raw["devices"]["cuda/Some GPU"]["samples"] == 77
+    mine = raw["devices"][measured.device]
+    np.testing.assert_allclose(mine["solvers"]["ddpm"]["effect"], measured.solvers["ddpm"].effect, rtol=1e-5)
+    assert mine["gamma"]["error"]["htmc"] == measured.gamma["error"].htmc
+    assert [*(tmp_path / "new").iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw | {"ladder": "0" * 64}, "belongs to another ladder"),
+        (lambda raw: raw | {"schema_version": 99}, "schema_version is 99"),
+        (lambda raw: {}, "not a calibration"),
+        (lambda raw: [], "not a calibration"),
+    ],
+)
+def test_another_ladders_calibration_is_never_overwritten(tmp_path, fashion, measured, change, message):
+    path = store(tmp_path, fashion, measured)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    before = path.read_bytes()
+    for refused in (lambda: stored(tmp_path, fashion), lambda: store(tmp_path, fashion, measured)):
+        with pytest.raises(UsageError, match=message):
+            refused()
+    assert path.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path, fashion):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="--out"):
+        stored(tmp_path / "file", fashion)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (40, 28, 28)))
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, 40))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path, fashion) -> Path:
+    """The two lowest levels of the bundled ladder, as a folder."""
+    folder = tmp_path / "small"
+    shutil.copytree(fashion.folder, folder)
+    for name in ("calibration.json", *FIGURES):
+        (folder / name).unlink(missing_ok=True)
+    raw = json.loads((folder / "ladder.json").read_text())
+    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:2]}))
+    return folder
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["calibrate", *arguments], standalone_mode=False, catch_exceptions=False)
+
+
+def test_the_command_stores_in_the_ladder_and_leaves_its_digest(small, data, monkeypatch):
+    little = partial(calibrate, per_band=4, steps=10, samples=3)
+    monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", little)
+    digest = Ladder.load(small).digest
+    done = run(str(small), "--data", str(data), "--device", "cpu")
+    assert all(level.name in done.stdout for level in Ladder.load(small).levels)
+    assert "at least three UNets" in done.stdout
+    assert Ladder.load(small).digest == digest
+    assert json.loads((small / "calibration.json").read_text())["ladder"] == digest
+    for figure in FIGURES:
+        assert (small / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_nothing_is_begun(small, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    before = [*small.iterdir()]
+    with pytest.raises(UsageError, match=r"pip install 'mlem-dist\[train\]'"):
+        run(str(small), "--data", str(data))
+    assert [*small.iterdir()] == before
+
+
+def test_bad_input_is_refused_before_anything_is_measured(tmp_path, small, data, monkeypatch):
+    monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", lambda *arguments: pytest.fail("measured"))
+    (small / "calibration.json").write_text(json.dumps({"schema_version": 1, "ladder": "0" * 64, "devices": {}}))
+    for arguments, message in (
+        (["nonesuch", "--data", str(data)], "nonesuch"),
+        (["fashion", "--data", str(tmp_path), "--out", str(tmp_path / "out")], "no training data"),
+        ([str(small), "--data", str(data)], "belongs to another ladder"),
+        (["fashion", "--data", str(data), "--out", str(data / "t10k-labels-idx1-ubyte.gz")], "choose another one"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(*arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ladder_of_one_level_is_refused(small):
+    raw = json.loads((small / "ladder.json").read_text())
+    (small / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:1]}))
+    with pytest.raises(UsageError, match="one level"):
+        calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.zeros(1).long(), "cpu")
