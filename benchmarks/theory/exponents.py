@@ -252,7 +252,7 @@ def analyse_poisson(ml: Sequence[Measured], rng: np.random.Generator) -> dict[st
         "gamma": POISSON_GAMMA,
         "level": POISSON_ACCURACY,
         "rate": rate,
-        "distance_of_genuine_poisson": {"median": np.median(genuine), "quantile_95": np.quantile(genuine, 0.95)},
+        "distance_of_genuine_poisson": {"median": float(np.median(genuine)), "95 %": float(np.quantile(genuine, 0.95))},
         "points": points,
     }
 
@@ -260,20 +260,21 @@ def analyse_poisson(ml: Sequence[Measured], rng: np.random.Generator) -> dict[st
 def panel_exponents(axes: Axes, result: dict[str, Any], em: Sequence[dict[str, Any]]) -> None:
     gamma = result["gamma"]
     cloud = np.array([(one["steps"] * 2 ** (gamma * one["level"]), one["error"]) for one in em]).T
-    axes.loglog(*cloud, ".", color="0.8", markersize=4, zorder=0, label="EM, all levels and step counts")
-    for key, name, colour, marker in (("em", "EM, best choice", "C0", "o"), ("mlem", "ML-EM", "C3", "s")):
+    axes.loglog(*cloud, ".", color="0.8", markersize=4, zorder=0, label="EM, any level and steps")
+    for key, name, colour, marker in (("em", "EM, best", "C0", "o"), ("mlem", "ML-EM", "C3", "s")):
         one = result[key]
         cost, error = (np.array([point[what] for point in one["points"]]) for what in ("cost", "error"))
         middle = np.exp(np.log(cost).mean()), np.exp(np.log(error).mean())
         ends = cost[[0, -1]] * [0.5, 2]
         fitted, predicted = one["exponent"]["value"], one["predicted"]
-        axes.loglog(cost, error, marker, color=colour, markersize=5, label=name)
-        axes.loglog(ends, middle[1] * (ends / middle[0]) ** fitted, "-", color=colour, label=f"fitted {fitted:.3f}")
+        axes.loglog(cost, error, marker, color=colour, markersize=5)
+        line = middle[1] * (ends / middle[0]) ** fitted
+        axes.loglog(ends, line, marker + "-", markevery=[], color=colour, label=f"{name}: fitted {fitted:.3f}")
         line = middle[1] * (ends / middle[0]) ** predicted
         axes.loglog(ends, line, "--", color="k", linewidth=1, label=f"predicted {predicted:.3f}")
     regime = "HTMC" if gamma > 2 else "border of HTMC" if gamma == 2 else "below HTMC"
     axes.set(title=rf"$\gamma$ = {gamma:g} ({regime})", xlabel="nominal cost per sample", ylim=(5e-4, 1))
-    axes.legend(fontsize=8, loc="lower left")
+    axes.legend(fontsize=9, loc="upper right")
 
 
 def panel_steps(cost: Axes, error: Axes, results: Sequence[dict[str, Any]]) -> None:
@@ -287,11 +288,12 @@ def panel_steps(cost: Axes, error: Axes, results: Sequence[dict[str, Any]]) -> N
         cost.loglog(steps, costs / unit, "o", color=f"C{number}", markersize=5, label=label)
         cost.loglog(steps, expected / unit, "--", color=f"C{number}", linewidth=1)
         error.loglog(steps, errors, "o-", color=f"C{number}", markersize=4, label=label)
-    steps = np.array([2**5, 2**12])
+    steps = np.array([2**5, 2**10])
     cost.loglog(steps, steps, ":", color="k", label="EM with the best level")
     cost.set(title="Cost against steps, same accuracy", xlabel="steps N", ylabel="cost / cost of one best-level call")
-    cost.legend(fontsize=8, title="points: measured, dashes: formula", title_fontsize=8)
-    error.set(title="Error of the same runs", xlabel="steps N", ylabel="strong L² error", ylim=(5e-3, 4e-2))
+    cost.legend(fontsize=8, title="points: measured, dashes: formula", title_fontsize=8, loc="upper right")
+    cost.set_ylim(2, 2e4)
+    error.set(title="Error of the same runs", xlabel="steps N", ylabel="strong L² error", ylim=(5e-3, 5e-2))
     error.legend(fontsize=8)
 
 
@@ -318,7 +320,7 @@ def panel_poisson(axes: Axes, spread: Axes, result: dict[str, Any]) -> None:
     spread.errorbar(steps, value, bars, fmt="o", color="C0", markersize=4, label="variance / mean of the calls")
     spread.plot(steps, [1 - point["p"] for point in points], "k--", linewidth=1, label="1 - p; 1 is Poisson")
     error = np.array([point["error"] for point in points])
-    spread.plot(steps, error / error[-1], "s-", color="C3", markersize=4, label="strong L² error / that at the last N")
+    spread.plot(steps, error / error[-1], "s-", color="C3", markersize=4, label="error / error at the last N")
     spread.set(title="Poisson limit of the same runs", xlabel="steps N", xscale="log", ylim=(0, None))
     spread.legend(fontsize=8)
 
@@ -381,11 +383,13 @@ def show(report: dict[str, Any]) -> None:
 @click.option("--seed", default=0)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Path of the results, without suffix.")
 def main(batches: int, seed: int, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     runs = design()
     workers = min(batches, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers) as pool:
         results = list(pool.map(partial(measure, runs, seed), range(batches)))
+    seconds, used = time.monotonic() - start, os.times()
     rng = np.random.default_rng([seed, batches])
     resampled = resampling(batches * BATCH, rng)
     measured = [
@@ -399,7 +403,8 @@ def main(batches: int, seed: int, out: Path) -> None:
     em = select("em", None)
     report: dict[str, Any] = {
         "machine": f"{platform.machine()}, {workers} cores",
-        "seconds": 0.0,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(used.children_user + used.children_system, 1),
         "replicas": batches * BATCH,
         "seed": seed,
         "exponents": [analyse_exponents(em, select("accuracy", gamma), gamma) for gamma in GAMMAS],
@@ -410,7 +415,6 @@ def main(batches: int, seed: int, out: Path) -> None:
     for exponents, steps in zip(report["exponents"], report["steps"], strict=True):
         for point in exponents["mlem"]["points"] + steps["points"]:
             point["em_cost"] = em_cost(exponents, point["error"])
-    report["seconds"] = round(time.monotonic() - start, 1)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     figure(report, out.with_suffix(".png"))
     show(report)
