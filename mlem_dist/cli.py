@@ -56,8 +56,9 @@ def _plan_options(command: Any) -> Any:
             ),
             click.option(
                 "--probabilities",
-                type=click.Choice(["theory", "inverse-cost", "constant"]),
-                help="How the budget is spread over the levels.  [default: theory]",
+                type=click.Choice(["neyman", "theory", "inverse-cost", "constant"]),
+                help="How the budget is spread over levels and steps.  [default: neyman if the ladder is calibrated, "
+                "else theory]",
             ),
             click.option(
                 "--draw",
@@ -398,8 +399,10 @@ def _plan(
     from mlem_dist.solver.plan import Recipe, read_plan
     from mlem_dist.solver.probabilities import rule_weights, scale_to_budget
     from mlem_dist.solver.steps import timesteps
+    from mlem_dist.tuning.allocate import neyman_weights
+    from mlem_dist.tuning.calibrate import read_effect
 
-    timesteps(len(ladder.alpha_bar), steps, "trailing")
+    t = timesteps(len(ladder.alpha_bar), steps, "trailing")
     if plan_file is not None:
         given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
         if clash := [option for option, value in given.items() if value is not None]:
@@ -409,8 +412,17 @@ def _plan(
     nfe = DEFAULT_NFE if nfe is None else nfe
     if not nfe > 0:
         raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    p = scale_to_budget(rule_weights(probabilities or "theory", cost, steps), cost, nfe)
-    return Recipe(p, draw or "systematic", increments or "held")
+    effect = read_effect(ladder, solver) if probabilities in (None, "neyman") else None
+    if effect is not None:
+        weights = neyman_weights(effect[1], effect[0], t, cost)
+    elif probabilities == "neyman":
+        raise UsageError(
+            f"--probabilities neyman needs a calibrated ladder; run `mlem-dist calibrate {ladder.source} --data DATA` "
+            "or choose theory"
+        )
+    else:
+        weights = rule_weights(probabilities or "theory", cost, steps)
+    return Recipe(scale_to_budget(weights, cost, nfe), draw or "systematic", increments or "held")
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

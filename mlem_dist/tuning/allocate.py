@@ -10,6 +10,9 @@ import numpy as np
 
 from mlem_dist.solver.probabilities import increment_cost
 
+SMOOTHING = 6
+"""Percent of the trajectory that a measured effect is averaged over."""
+
 
 def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
     """The probabilities p, float64 (K, N), of least expected cost whose coins add at most `error`.
@@ -35,6 +38,24 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
         else:
             high = middle
     return np.minimum(1, high * weights)
+
+
+def neyman_weights(effect: np.ndarray, at: np.ndarray, t: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """The rule's relative probabilities sqrt(W_k(i) / (T_k + T_{k-1})), float64 (K, N), on another grid of steps.
+
+    An effect grows with the square of its step's length, which is the same factor for all steps of a grid.
+
+    Args:
+        effect: W, float64 (K, M), measured from few samples and hence averaged over neighbouring steps here.
+        at: int64 (M,), the timesteps of its steps, decreasing.
+        t: int64 (N,), the timesteps wanted.
+        cost: T, float64 (K,), seconds per sample.
+    """
+    half = effect.shape[1] * SMOOTHING // 200
+    padded = np.pad(effect, ((0, 0), (half, half)), mode="edge")
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1, axis=1).mean(2)
+    there = np.stack([np.interp(t, at[::-1], row[::-1]) for row in smooth])
+    return np.sqrt(there / increment_cost(cost)[:, None])
 
 
 def coin_error(p: np.ndarray, effect: np.ndarray) -> float:

@@ -328,6 +328,10 @@ def stored(folder: Path, ladder: Ladder) -> dict[str, Any]:
     place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
         raise UsageError(f"{path} cannot be written: {place} is not a writable folder; choose another one with --out")
+    return _read(path, ladder)
+
+
+def _read(path: Path, ladder: Ladder) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
@@ -343,6 +347,21 @@ def stored(folder: Path, ladder: Ladder) -> dict[str, Any]:
             f"{ladder.digest[:12]}; move the file away or choose another --out"
         )
     return devices
+
+
+def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Timesteps int64 (M,) and effects W float64 (K, M) of a solver, from the ladder's own calibration, if it has one.
+
+    Effects are the same on all devices but for rounding; those of the first in the file are taken.
+
+    Raises:
+        UsageError: the ladder's calibration.json is unreadable, of another schema version or of another ladder.
+    """
+    devices = _read(ladder.folder / NAME, ladder)
+    if not devices:
+        return None
+    measured = next(iter(devices.values()))["solvers"][solver]
+    return np.array(measured["t"]), np.array(measured["effect"], dtype=np.float64)
 
 
 def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mlem_dist.solver.probabilities import increment_cost
-from mlem_dist.tuning.allocate import coin_error, expected_cost, neyman
+from mlem_dist.tuning.allocate import coin_error, expected_cost, neyman, neyman_weights
 
 COST = np.array([0.01, 1.0, 4.0, 16.0])
 EFFECT = np.random.default_rng(0).gamma(2, 1, (4, 30)) * np.array([9.0, 1.0, 0.2, 0.05])[:, None]
@@ -38,6 +38,18 @@ def test_cost_below_one_is_the_closed_form():
     p = neyman(EFFECT, COST, 300.0)
     expected = np.sqrt(EFFECT[1:] * tau).sum() ** 2 / (300.0 + EFFECT[1:].sum())
     assert expected_cost(p, COST) == pytest.approx(expected + 30 * COST[0])
+
+
+def test_weights_on_another_grid_follow_the_rule():
+    """Effects that change slowly, measured with noise on 100 steps, for 250 steps."""
+    at, t = np.linspace(999, 0, 100).astype(int), np.linspace(999, 3, 250).astype(int)
+    scale = np.array([9.0, 1.0, 0.2, 0.05])[:, None]
+    noise = np.random.default_rng(0).gamma(10, 0.1, (4, 100))
+    weights = neyman_weights(scale * np.exp(-at / 400) * noise, at, t, COST)
+    exact = np.sqrt(scale * np.exp(-t / 400) / increment_cost(COST)[:, None])
+    assert weights.shape == (4, 250)
+    np.testing.assert_allclose(weights, exact, rtol=0.3)
+    np.testing.assert_allclose(weights.mean(1), exact.mean(1), rtol=0.03)
 
 
 def test_increments_without_effect_are_never_drawn():

@@ -149,7 +149,7 @@ def test_the_bundled_ladder_is_measured(fashion, measured):
     seconds = np.array([[level.seconds[batch] for batch in (1, 8, 64)] for level in measured.levels])
     assert (np.diff(seconds[:, -1]) > 0).all()
     # Larger batches are cheaper per sample, but for noise in the times.
-    assert (seconds[1:, 0] > 0.8 * seconds[1:, -1]).all()
+    assert (seconds[1:, 0] > 0.5 * seconds[1:, -1]).all()
     assert [level.name for level in measured.levels] == [level.name for level in fashion.levels]
     for solver in measured.solvers.values():
         k, n = len(fashion.levels), 10
@@ -243,6 +243,27 @@ def test_the_command_stores_in_the_ladder_and_leaves_its_digest(small, data, mon
     assert json.loads((small / "calibration.json").read_text())["ladder"] == digest
     for figure in FIGURES:
         assert (small / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_budgets_are_spent_by_the_calibration_where_there_is_one(small, fashion, measured):
+    def drawn(out: str, *options: str) -> list[list[int]]:
+        plan = small / out
+        arguments = ["draw", "--ladder", str(small), "--out", str(plan), "--nfe", "90", *options]
+        CliRunner().invoke(cli, arguments, standalone_mode=False, catch_exceptions=False)
+        return json.loads(plan.read_text())["fire"]
+
+    theory = drawn("theory.json")
+    assert drawn("same.json", "--probabilities", "theory") == theory
+    with pytest.raises(UsageError, match="mlem-dist calibrate"):
+        drawn("refused.json", "--probabilities", "neyman")
+    effect = np.zeros((2, 10))
+    effect[1, 5:] = 1.0
+    solvers = {name: replace(solver, effect=effect) for name, solver in measured.solvers.items()}
+    store(small, Ladder.load(small), replace(measured, solvers=solvers))
+    tuned = drawn("neyman.json")
+    assert drawn("default.json", "--probabilities", "neyman") == tuned
+    assert sum(tuned[1][:100]) == 0 < sum(tuned[1][150:])
+    assert sum(theory[1][:100]) > 0
 
 
 def test_without_matplotlib_nothing_is_begun(small, data, monkeypatch):
