@@ -91,7 +91,7 @@ def _plan_options(command: Any) -> Any:
     "--placement",
     default="auto",
     show_default=True,
-    help="Which levels share a pool of actors: pools (each its own), together, ranges such as 1-2,3,4, or auto, "
+    help="Which levels share a pool of actors: pools (each its own), together, ranges such as 1-3,4, or auto, "
     "the fastest by prediction.",
 )
 @click.option("--devices", type=Count(), help="CPU cores or GPUs to use.  [default: all that Ray has]")

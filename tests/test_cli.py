@@ -38,14 +38,14 @@ def spoil_nothing(folder: Path) -> None:
 
 
 def flip_byte(folder: Path) -> None:
-    path = next(folder.glob("unet-s/*.safetensors"))
+    path = next(folder.glob("unet-1/*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
 
 
 def remove_weights(folder: Path) -> None:
-    next(folder.glob("unet-s/*.safetensors")).unlink()
+    next(folder.glob("unet-1/*.safetensors")).unlink()
 
 
 def other_schema(folder: Path) -> None:
@@ -213,7 +213,7 @@ def test_the_report_the_sheet_and_verify(tmp_path):
     out = tmp_path / "out"
     done = command("generate", "--num", "3e1", *SMALL, "--labels", "2,7", "--engine", "inline", "--out", str(out))
     assert done.returncode == 0, done.stderr
-    for word in ("30 images", "images/s", "unet-s", "pandas", "mlem-dist show"):
+    for word in ("30 images", "images/s", "unet-1", "pandas", "mlem-dist show"):
         assert word in done.stdout
     assert command("show", str(out)).returncode == 0
     assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")

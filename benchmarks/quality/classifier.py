@@ -1,10 +1,11 @@
 """Quality of generated garments in the eyes of a classifier trained on real ones.
 
-python benchmarks/quality/classifier.py --data /usr/share/datasets/fashion-mnist --out benchmarks/results/quality.json
+python benchmarks/quality/classifier.py --data /usr/share/datasets/fashion-mnist --out benchmarks/results/quality
 
 For each level alone, and for the default plan at several budgets: the share of samples that the classifier gives the
 class they were asked for, and the Fréchet distance of its features to those of the real test images. At the end the
-accuracy on real test images of a classifier trained on generated images only.
+accuracy on real test images of a classifier trained on generated images only. Writes OUT.json, and OUT.png with a row
+of images for each row of the table, two of each class.
 """
 
 import io
@@ -116,8 +117,12 @@ def main(
     test, found = seen(judge, real.test)
     rows: list[dict[str, Any]] = []
 
+    sheet: list[np.ndarray] = []
+
     def row(what: str, images: Tensor, label: Tensor, rate: float | None) -> None:
         features, classes = seen(judge, images)
+        two = [images[label == c][:2, 0] for c in range(len(ladder.labels))]
+        sheet.append(torch.cat(two).permute(1, 0, 2).flatten(1).numpy())
         accuracy = float((classes == label.numpy()).mean())
         rows.append({"samples": what, "accuracy": accuracy, "frechet": frechet(features, test), "images_per_s": rate})
         print(rows[-1], flush=True)
@@ -149,7 +154,8 @@ def main(
             "accuracy_on_real_test": float((seen(pupil, real.test)[1] == real.test_label.numpy()).mean()),
         },
     }
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    Image.fromarray(np.concatenate(sheet)).save(out.with_suffix(".png"))
     print({key: value for key, value in result.items() if key != "rows"})
 
 

@@ -1,6 +1,6 @@
 """Images per second of the Ray runtime, by placement, against the in-process engine: same plan, same cores, same files.
 
-python benchmarks/runtime/engines.py --num 1500 --out benchmarks/results/engines.json
+python benchmarks/runtime/engines.py --num 2000 --out benchmarks/results/engines.json
 """
 
 import json
@@ -18,9 +18,9 @@ SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 LOCAL = ["--engine", "ray", "--address", "local", "--placement"]
 ENGINES = {
     "in process": ["--engine", "inline"],
+    "ray, auto": [*LOCAL, "auto"],
+    "ray, 1-3,4,5": [*LOCAL, "1-3,4,5"],
     "ray, pools": [*LOCAL, "pools"],
-    "ray, 1-2,3,4": [*LOCAL, "1-2,3,4"],
-    "ray, together": [*LOCAL, "together"],
 }
 
 
@@ -40,10 +40,10 @@ def run(engine: str, num: int, devices: int, block_size: int) -> tuple[dict[str,
 
 
 @click.command()
-@click.option("--num", default=1500)
+@click.option("--num", default=2000)
 @click.option("--rounds", default=1)
 @click.option("--devices", default=2)
-@click.option("--block-size", default=50)
+@click.option("--block-size", default=100)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(num: int, rounds: int, devices: int, block_size: int, out: Path) -> None:
     """Rates are of the time after loading; loading is reported on its own."""

@@ -108,9 +108,8 @@ class UNetLevel(nn.Module):
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """(B, 1, 1, 1): the weight that turns the squared error of the noise into that of the model's output."""
-        return (
-            torch.ones(len(t), 1, 1, 1) if self.prediction == "epsilon" else 1 / self.alpha_bar[t][:, None, None, None]
-        )
+        a = self.alpha_bar[t][:, None, None, None]
+        return torch.ones_like(a) if self.prediction == "epsilon" else 1 / a
 
 
 def new_unet_level(
