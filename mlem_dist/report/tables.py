@@ -1,5 +1,6 @@
 """Tables and sentences for the terminal."""
 
+import math
 from collections.abc import Sequence
 
 from mlem_dist.ladder.ladder import Ladder
@@ -86,13 +87,16 @@ def gamma_statement(reading: Reading) -> str:
     if spread is None:
         reason = f"{len(reading.levels)} levels are too few to tell whether they lie on a line"
         without = ""
+    elif math.isinf(reading.gamma):
+        reason = "it does not fall from level to level"
+        without = f", {_between(spread)} without any one level"
     else:
         reason = f"the intervals reach to both sides of {THRESHOLD:g}"
         without = f", {_between(spread)} without any one level"
     regime = f"undecided, {reason}" if reading.htmc == "undecided" else reading.htmc
     return (
         f"gamma by {reading.quantity}: {reading.gamma:.2f} (95 %: {_between(reading.gamma_interval)}{without}); "
-        f"{what} ~ time^-{reading.slope:.2f}.\n"
+        f"{what} ~ time^{-reading.slope:.2f}.\n"
         f"  In the HTMC regime (gamma > {THRESHOLD:g}): {regime}."
     )
 

@@ -11,6 +11,7 @@ Both are straight lines in the logarithms, fitted by least squares over levels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -73,9 +74,10 @@ class Reading:
     def htmc(self) -> Literal["yes", "no", "undecided"]:
         """Whether gamma > 2: decided if the interval and the range without any one level both say so.
 
-        Undecided where leaving one level out leaves no line: as many levels as parameters lie on any law.
+        Undecided where leaving one level out leaves no line, as many levels as parameters lie on any law, and where
+        the quantity does not fall with time: the levels are then not of the kind that the theory is about.
         """
-        if self.gamma_range is None:
+        if self.gamma_range is None or math.isinf(self.gamma):
             return "undecided"
         ends = [*self.gamma_interval, *self.gamma_range]
         return "yes" if min(ends) > THRESHOLD else "no" if max(ends) <= THRESHOLD else "undecided"

@@ -66,3 +66,4 @@ def test_the_regime_is_undecided_where_the_evidence_is():
 def test_levels_that_do_not_improve_have_no_finite_gamma():
     rising = read_increments(NAMES, SECONDS, SECONDS[:, None] ** 0.1 * np.ones((5, 16)), np.random.default_rng(0))
     assert rising.gamma == np.inf
+    assert rising.htmc == "undecided"
