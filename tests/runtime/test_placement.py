@@ -3,6 +3,7 @@ import pytest
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.placement import LEAST_SHARE, WEIGHT_SHARE, allot, candidates, parse_placement
+from mlem_dist.solver.plan import Recipe
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 64])
@@ -38,10 +39,11 @@ def test_placements():
 
 GIB = 2.0**30
 COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
+FOUR_LEVELS = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
 
 
 def test_auto_keeps_levels_together_where_they_fit(make_job):
-    found = candidates(make_job(), COST, np.full(4, GIB), 2, 100 * GIB)
+    found = candidates(make_job(FOUR_LEVELS), COST, np.full(4, GIB), 2, 100 * GIB)
     assert len(found) == 8
     assert found[0].pools == (range(1, 5),)
     assert found[0].lost == 0
@@ -52,10 +54,10 @@ def test_auto_keeps_levels_together_where_they_fit(make_job):
 
 def test_auto_divides_a_ladder_that_is_too_large_for_a_device(make_job):
     weights = np.array([0.0, 1, 2, 30]) * GIB
-    found = candidates(make_job(), COST, weights, 8, 34 * GIB / WEIGHT_SHARE)
+    found = candidates(make_job(FOUR_LEVELS), COST, weights, 8, 34 * GIB / WEIGHT_SHARE)
     assert (range(1, 5),) in [candidate.pools for candidate in found]
-    found = candidates(make_job(), COST, weights, 8, 32.5 * GIB / WEIGHT_SHARE)
+    found = candidates(make_job(FOUR_LEVELS), COST, weights, 8, 32.5 * GIB / WEIGHT_SHARE)
     assert found
     assert all(candidate.pools[-1] == range(4, 5) for candidate in found)
     with pytest.raises(UsageError, match="33 GiB"):
-        candidates(make_job(), COST, weights, 8, 32 * GIB)
+        candidates(make_job(FOUR_LEVELS), COST, weights, 8, 32 * GIB)
