@@ -296,36 +296,53 @@ def ladder_measure(folder: Path) -> None:
     click.echo(ladder_table(measure(Ladder.load(folder))))
 
 
+DATA_HELP = "Folder of images: IDX files, Parquet or pictures; see the docs."
+
+
 @cli.command()
-@click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Folder of the four IDX files of an MNIST."
-)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help=DATA_HELP)
 @click.option("--config", "config_file", type=click.Path(path_type=Path), required=True, help="YAML; see the docs.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Ladder folder; a rerun goes on.")
-def train(data: Path, config_file: Path, out: Path) -> None:
-    """Train a ladder. The same command again continues after a kill."""
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
+)
+def train(data: Path, config_file: Path, out: Path, device: str, address: str | None) -> None:
+    """Train a ladder, its levels side by side. The same command again continues after a kill."""
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.figures import require_matplotlib, save_loss_curves
     from mlem_dist.report.progress import training_bar
     from mlem_dist.report.tables import ladder_table
-    from mlem_dist.training.assemble import train_ladder
+    from mlem_dist.runtime import cluster
     from mlem_dist.training.config import read_config
     from mlem_dist.training.data import load_images
+    from mlem_dist.training.resume import WORK, check_training
+    from mlem_dist.training.tasks import train_on_ray
 
+    require_matplotlib()
     config = read_config(config_file)
-    images = load_images(data, config.sample_shape, len(config.labels))
-    if (out / "ladder.json").exists():
-        raise UsageError(f"--out {out} holds a finished ladder; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, expected a folder")
-    with training_bar() as progress:
-        trained = train_ladder(config, images, out, progress)
-    click.echo(ladder_table(trained))
+    remote = cluster.is_remote(address)
+    device = _local_device(device, remote)
+    images = load_images(data, config.sample_shape, config.labels)
+    if images.resized:
+        click.echo(f"{images.resized:,} images are larger than the samples: cropped and scaled down.", err=True)
+    if check_training(config, images, out):
+        click.echo(f"{out} is finished already.")
+    else:
+        cluster.connect(address)
+        signal.signal(signal.SIGTERM, _terminated)  # ray.init has put its own handler in place.
+        total = sum(level.steps for level in config.levels)
+        with training_bar(total) as show:
+            for progress in train_on_ray(config, images, out, cluster.device_type(device)):
+                show(progress)
+    click.echo(ladder_table(Ladder.load(out)))
+    logs = {level.name: out / WORK / level.name for level in config.levels if level.kind == "unet"}
+    click.echo(f"Wrote {save_loss_curves(out / WORK, logs)}")
 
 
 @cli.command()
 @click.argument("name", metavar="LADDER")
-@click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Folder of the four IDX files of an MNIST."
-)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help=DATA_HELP)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for calibration.json and figures.  [default: the ladder's]"
@@ -348,7 +365,7 @@ def calibrate(name: str, data: Path, device: str, out: Path | None) -> None:
     device = _local_device(device, False)
     folder = ladder.folder if out is None else out
     replaced = device_key(device) in stored(folder, ladder)
-    images = load_images(data, ladder.sample_shape, len(ladder.labels))
+    images = load_images(data, ladder.sample_shape, ladder.labels)
     with calibration_bar() as progress:
         calibration = measure(ladder, images.test, images.test_label, device, progress)
     click.echo(calibration_table(ladder, calibration))

@@ -112,7 +112,7 @@ def main(
     out: Path,
 ) -> None:
     ladder = Ladder.load(name)
-    real = load_images(data, ladder.sample_shape, len(ladder.labels))
+    real = load_images(data, ladder.sample_shape, ladder.labels)
     judge = train(real.train, real.train_label, classifier_steps)
     test, found = seen(judge, real.test)
     rows: list[dict[str, Any]] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import yaml
 from mlem_dist.dataset.schema import features
 from mlem_dist.dataset.shards import WORK, Shard, commit, is_whole, marked_shards
 from mlem_dist.errors import UsageError
+from mlem_dist.files import check_writable
 
 SCHEMA_VERSION = 1
 NAME = "mlem.json"
@@ -89,14 +89,7 @@ def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:
     Raises:
         UsageError: `out` is a file, is not writable, holds something else or a run of another configuration.
     """
-    try:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file, expected a folder; choose another path")
-        parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    except PermissionError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-        raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
+    check_writable(out)
     if not out.is_dir() or not any(path.name != WORK for path in out.iterdir()):
         return None
     if not (out / NAME).exists():

@@ -1,5 +1,6 @@
 """Levels: approximators of one drift, each a torch module that predicts the noise of a sample."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,14 +39,22 @@ class GaussianLevel(nn.Module):
 
     def fit(self, x0: Tensor, label: Tensor) -> None:
         """Take mean and covariance per class from x0 (n, C, H, W) in the ladder's value range and label (n,)."""
-        rank = self.variance.shape[1]
+        d, rank = self.basis.shape[1:]
         for c in range(self.mean.shape[0]):
             rows = x0[label == c].flatten(1).double()
             self.mean[c] = rows.mean(0)
-            value, vector = torch.linalg.eigh(torch.cov(rows.T))
-            self.variance[c] = value[-rank:]
-            self.basis[c] = vector[:, -rank:]
-            self.residual[c] = value[:-rank].clamp(min=0).mean()
+            centred = (rows - rows.mean(0)) / math.sqrt(len(rows) - 1)
+            if len(rows) > d:
+                value, vector = torch.linalg.eigh(centred.T @ centred)
+            else:
+                # The same eigenvalues from a smaller matrix; all others are 0, and their directions do not matter.
+                value, left = torch.linalg.eigh(centred @ centred.T)
+                value, left = value[1:], left[:, 1:]
+                vector = centred.T @ left / value.clamp(min=1e-12).sqrt()
+            top = min(rank, len(value))
+            self.variance[c, rank - top :] = value[-top:].clamp(min=0)
+            self.basis[c, :, rank - top :] = vector[:, -top:]
+            self.residual[c] = (centred.square().sum() - value[-top:].sum()).clamp(min=0) / (d - rank)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""

@@ -1,9 +1,9 @@
-"""Figures of a calibration, by matplotlib."""
+"""Figures of a training and of a calibration, by matplotlib."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.training.train import LOG, read_log
 from mlem_dist.tuning.calibrate import BATCHES, Calibration
 from mlem_dist.tuning.gamma import Reading
 
@@ -35,17 +36,10 @@ def require_matplotlib() -> None:
 def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list[Path]:
     """Write both figures of a calibration into `folder`, named by the device type, and return their paths."""
     device = calibration.device.partition("/")[0]
-    paths = []
-    for name, figure in (
-        ("error-against-time", error_against_time(ladder, calibration)),
-        ("increments", increments_by_noise(ladder, calibration)),
-    ):
-        path = folder / f"{name}-{device}.png"
-        temporary = path.with_suffix(".tmp")
-        figure.savefig(temporary, format="png", dpi=130)
-        temporary.replace(path)
-        paths.append(path)
-    return paths
+    return [
+        _save(error_against_time(ladder, calibration), folder / f"error-against-time-{device}.png"),
+        _save(increments_by_noise(ladder, calibration), folder / f"increments-{device}.png"),
+    ]
 
 
 def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
@@ -94,6 +88,31 @@ def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
         column[0].set_title(f"{name.upper()}, {len(solver.t)} steps")
     grid[0, 0].legend(title="level, over the one below")
     return figure
+
+
+def save_loss_curves(folder: Path, levels: Mapping[str, Path]) -> Path:
+    """Write `folder`/loss.png from the logs in each level's training folder, and return its path."""
+    figure = _figure("training", 1, 2, 4.4, sharex=True)
+    left, right = figure.axes
+    for name, place in levels.items():
+        log = read_log(place / LOG)
+        held_out = [line for line in log if "denoising_error" in line]
+        left.plot([line["step"] for line in log], [line["loss"] for line in log], label=name)
+        right.plot(
+            [line["step"] for line in held_out], [np.mean(line["denoising_error"]) for line in held_out], label=name
+        )
+    for axes, title in ((left, "training loss"), (right, "held-out denoising error of the average")):
+        axes.set(yscale="log", xlabel="step", ylabel="mean squared error per value", title=title)
+        axes.legend()
+    return _save(figure, folder / "loss.png")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write a PNG that appears complete or not at all."""
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)
+    return path
 
 
 def _figure(title: str, rows: int, columns: int, height: float, **shared: Any) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -96,10 +96,15 @@ def _stage_bar(unit: str) -> Iterator[Callable[[str, int, int, str], None]]:
 
 
 @contextlib.contextmanager
-def training_bar() -> Iterator[Callable[[str, int, int, float], None]]:
-    """A function that shows a level's name, its steps done, its steps in all and its loss."""
+def training_bar(total: int) -> Iterator[Callable[[Mapping[str, tuple[int, float]]], None]]:
+    """A function that shows, of `total` steps of all levels, those done, and each level's steps and loss."""
     with _stage_bar("step") as show:
-        yield lambda name, done, steps, loss: show(name, done, steps, f"loss {loss:.4f}")
+        yield lambda levels: show(
+            "training",
+            sum(done for done, _ in levels.values()),
+            total,
+            ", ".join(f"{name} {done} (loss {loss:.4f})" for name, (done, loss) in levels.items()),
+        )
 
 
 @contextlib.contextmanager

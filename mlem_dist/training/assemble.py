@@ -1,6 +1,8 @@
 """From trained levels to a ladder folder."""
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,13 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
-from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
+from mlem_dist.training.resume import FINISHED, STORED, WORK, begin_training, check_training, ladder_settings
+from mlem_dist.training.train import denoising_error, fit_gaussian, replace_file, train_unet
 
 HALF_LOSS = 0.005
 """The relative loss in denoising error below which weights are stored in half precision."""
@@ -36,54 +40,110 @@ def measure(ladder: Ladder) -> Ladder:
     return save_ladder(ladder.folder, ladder.name, ladder.sample_shape, ladder.labels, ladder.scheduler, levels)
 
 
-def train_ladder(
-    config: TrainConfig, images: Images, out: Path, progress: Callable[[str, int, int, float], None]
-) -> Ladder:
-    """Train what is not yet trained, level after level, and write the ladder to `out`.
+def training_order(config: TrainConfig) -> list[LevelConfig]:
+    """The levels with what each needs before it: Gaussian levels, then UNets, then those with a teacher.
 
-    Training state stays in `out`/training, so that a call after a kill continues. `progress` is called with the
-    level's name, the steps done, the steps in all and the loss.
+    The largest first among equals, so that side by side the longest training does not begin last.
+    """
+    largest_first = config.levels[::-1]
+    return sorted(largest_first, key=lambda level: (level.kind != "gaussian", bool(level.teacher)))
+
+
+def needs(config: TrainConfig, level: LevelConfig) -> tuple[str | None, str | None]:
+    """The names of the Gaussian level that a level corrects, and of its teacher."""
+    return config.levels[0].name if level.prediction == "residual" else None, level.teacher or None
+
+
+def train_level(
+    config: TrainConfig,
+    level: LevelConfig,
+    images: Images,
+    out: Path,
+    gaussian: nn.Module | None,
+    teacher: nn.Module | None,
+    device: str,
+    progress: Callable[[int, float], None],
+) -> tuple[nn.Module, Level]:
+    """Train one level, or finish its training, and store it in `out`/training/<level>/stored.
+
+    `gaussian` and `teacher` are the levels that `needs` names; `progress` is called with the steps done and the loss.
+
+    Returns:
+        the level as it was stored, on the CPU, and its entry for `ladder.json`.
 
     Raises:
         DivergedError: a loss became NaN or infinite.
+        UsageError: there is not enough memory.
     """
-    a = alpha_bar(config.scheduler)
-    trained: dict[str, nn.Module] = {}
-    stored: dict[str, Level] = {}
-    # Teachers before their pupils.
-    for level in sorted(config.levels, key=lambda level: bool(level.teacher)):
+    folder = out / WORK / level.name
+    try:
+        module: nn.Module
         if level.kind == "gaussian":
-            trained[level.name] = fit_gaussian(config, level, images)
+            module = fit_gaussian(config, level, images).to(device)
         else:
-            first = trained.get(config.levels[0].name)
-            trained[level.name] = train_unet(
-                config,
-                level,
-                images,
-                out / "training" / level.name,
-                first if isinstance(first, GaussianLevel) and level.prediction == "residual" else None,
-                trained[level.teacher] if level.teacher else None,
-                partial(_report, progress, level),
-            )
-        # From here on a level is what was stored of it.
-        stored[level.name] = _store(out, level.name, trained[level.name], images, a)
-    levels = [stored[level.name] for level in config.levels]
-    ladder = save_ladder(out, config.name, config.sample_shape, config.labels, config.scheduler, levels)
-    return measure(ladder)
+            assert gaussian is None or isinstance(gaussian, GaussianLevel)
+            module = train_unet(config, level, images, folder, gaussian, teacher, device, progress)
+        entry = _store(folder / STORED, level.name, module, images, alpha_bar(config.scheduler), device)
+    except (RuntimeError, MemoryError) as error:
+        # The allocator of CPU memory has no error of its own.
+        if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            size = "lower sample_shape" if level.kind == "gaussian" else f"lower batch_size from {level.batch_size}"
+            raise UsageError(f"level {level.name!r}: out of memory on {device}; {size}") from None
+        raise
+    return module.cpu(), entry
 
 
-def _report(progress: Callable[[str, int, int, float], None], level: LevelConfig, done: int, loss: float) -> None:
-    progress(level.name, done, level.steps, loss)
+def train_ladder(
+    config: TrainConfig,
+    images: Images,
+    out: Path,
+    progress: Callable[[str, int, float], None],
+    device: str = "cpu",
+) -> Ladder:
+    """Train what is not yet trained, level after level in this process, and write the ladder to `out`.
+
+    Training state stays in `out`/training, so that a call after a kill continues. `progress` is called with the
+    level's name, the steps done and the loss.
+
+    Raises:
+        DivergedError: a loss became NaN or infinite.
+        UsageError: `out` holds something else, see `check_training`; or there is not enough memory.
+    """
+    check_training(config, images, out)
+    begin_training(config, images, out)
+    modules: dict[str, nn.Module] = {}
+    entries: dict[str, Level] = {}
+    for level in training_order(config):
+        gaussian, teacher = (modules[name] if name else None for name in needs(config, level))
+        modules[level.name], entries[level.name] = train_level(
+            config, level, images, out, gaussian, teacher, device, partial(progress, level.name)
+        )
+    return finish_training(config, images, out, entries)
 
 
-def _store(out: Path, name: str, module: nn.Module, images: Images, a: np.ndarray) -> Level:
+def finish_training(config: TrainConfig, images: Images, out: Path, entries: Mapping[str, Level]) -> Ladder:
+    """Move the stored levels to their places in `out`, write the ladder and measure its costs."""
+    # From here to the end there is no ladder, rather than one whose levels are of two trainings.
+    (out / "ladder.json").unlink(missing_ok=True)
+    for level in config.levels:
+        path = entries[level.name].path
+        if (out / path).is_dir():
+            shutil.rmtree(out / path)
+        (out / WORK / level.name / STORED / path).replace(out / path)
+    levels = [entries[level.name] for level in config.levels]
+    ladder = measure(save_ladder(out, config.name, config.sample_shape, images.labels, config.scheduler, levels))
+    replace_file(out / WORK / FINISHED, json.dumps(ladder_settings(config, images)))
+    return ladder
+
+
+def _store(folder: Path, name: str, module: nn.Module, images: Images, a: np.ndarray, device: str) -> Level:
     """Save a level, in half precision where that costs no accuracy to speak of, with its denoising error."""
-    out.mkdir(parents=True, exist_ok=True)
-    full = denoising_error(module, images, a)
+    folder.mkdir(parents=True, exist_ok=True)
+    full = denoising_error(module, images, a, device)
     state = {key: value.clone() for key, value in module.state_dict().items()}
     module.load_state_dict({key: value.half().float() for key, value in state.items()})
-    half = denoising_error(module, images, a)
+    half = denoising_error(module, images, a, device)
     if sum(half) <= (1 + HALF_LOSS) * sum(full):
-        return replace(save_level(out, name, module, torch.float16), denoising_error=half)
+        return replace(save_level(folder, name, module, torch.float16), denoising_error=half)
     module.load_state_dict(state)
-    return replace(save_level(out, name, module, torch.float32), denoising_error=full)
+    return replace(save_level(folder, name, module, torch.float32), denoising_error=full)

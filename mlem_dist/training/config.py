@@ -1,13 +1,19 @@
 """Training configuration: what to train, read from YAML."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.levels import PREDICTIONS
+from mlem_dist.ladder.schedule import alpha_bar
+
+RESERVED = ("training", "scheduler")
+"""Folders of a ladder that are no level's."""
+
+KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,7 @@ class LevelConfig:
     """One level: a Gaussian of a rank, or a UNet with its `UNet2DModel` arguments and its training length.
 
     A UNet with a `teacher`, the name of another UNet level, learns that level's prediction instead of the noise.
+    It computes in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), by torch.compile where `compile` is set.
     """
 
     name: str
@@ -28,17 +35,22 @@ class LevelConfig:
     batch_size: int = 64
     learning_rate: float = 1e-3
     ema: float = 0.999
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A ladder to train. `sample_shape` is (C, H, W); `scheduler` is a diffusers scheduler configuration."""
+    """A ladder to train. `sample_shape` is (C, H, W); `scheduler` is a diffusers scheduler configuration.
+
+    `labels` are the class names wanted: none for an unconditional ladder, None for those of the data.
+    """
 
     name: str
     sample_shape: tuple[int, int, int]
-    labels: tuple[str, ...]
     scheduler: dict[str, Any]
     levels: tuple[LevelConfig, ...]
+    labels: tuple[str, ...] | None = None
     seed: int = 0
 
 
@@ -46,12 +58,31 @@ def _build(kind: type, values: Any, where: str) -> Any:
     if not isinstance(values, dict):
         raise UsageError(f"{where}: expected a mapping, got {values!r}")
     known = get_type_hints(kind)
-    if unknown := sorted(set(values) - set(known)):
+    if unknown := sorted(set(map(str, values)) - set(known)):
         raise UsageError(f"{where}: unknown keys {', '.join(map(repr, unknown))}, expected some of {', '.join(known)}")
     try:
-        return kind(**values)
+        return kind(**{key: _typed(value, known[key], f"{where}: {key}") for key, value in values.items()})
     except TypeError as error:
         raise UsageError(f"{where}: {str(error).split(') ')[-1]}") from None
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """The value, if it is of the type of its field; YAML has lists for tuples."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(f"{where} is {value!r}, expected one of {', '.join(get_args(kind))}")
+    elif kind is float:
+        try:
+            # YAML takes 1e-3, without a point, for text.
+            return float(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{where} is {value!r}, expected a number") from None
+    else:
+        plain = {int: int, str: str, bool: bool, dict: dict}.get(get_origin(kind) or kind, list)
+        # A bool is an int to Python.
+        if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+            raise UsageError(f"{where} is {value!r}, expected {KINDS[plain]}")
+    return value
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -62,40 +93,68 @@ def read_config(path: Path) -> TrainConfig:
     """
     try:
         raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"training configuration {path} is missing") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise UsageError(f"training configuration {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"training configuration {path} is not YAML: {' '.join(str(error).split())}") from None
     config: TrainConfig = _build(TrainConfig, raw, str(path))
-    levels = tuple(_build(LevelConfig, level, f"{path}: level {i + 1}") for i, level in enumerate(config.levels))
-    names = [level.name for level in levels]
-    if not levels or len(set(names)) != len(names):
-        raise UsageError(f"{path}: expected at least one level and no name twice, got {names}")
-    for level in levels:
-        if level.kind == "gaussian" and level.rank < 1:
-            raise UsageError(f"{path}: level {level.name!r}: rank is {level.rank}, expected at least 1")
-        if level.kind == "unet" and level.steps < 1:
-            raise UsageError(f"{path}: level {level.name!r}: steps is {level.steps}, expected at least 1")
-        if level.kind not in ("gaussian", "unet"):
-            raise UsageError(f"{path}: level {level.name!r}: kind is {level.kind!r}, expected gaussian or unet")
-        if level.prediction not in PREDICTIONS:
-            raise UsageError(
-                f"{path}: level {level.name!r}: prediction is {level.prediction!r}, "
-                f"expected one of {', '.join(PREDICTIONS)}"
-            )
-        if level.prediction == "residual" and levels[0].kind != "gaussian":
-            raise UsageError(f"{path}: level {level.name!r} corrects a Gaussian level, but the first level is none")
-        teachers = [other.name for other in levels if other.kind == "unet" and not other.teacher]
-        if level.teacher and level.teacher not in teachers:
-            raise UsageError(
-                f"{path}: level {level.name!r}: teacher is {level.teacher!r}, expected a UNet level without a teacher "
-                f"of its own: {', '.join(teachers) or 'there is none'}"
-            )
-    return TrainConfig(
+    config = TrainConfig(
         name=config.name,
-        sample_shape=tuple(config.sample_shape),  # type: ignore[arg-type]  # three numbers, from a YAML list
-        labels=tuple(config.labels),
-        scheduler=dict(config.scheduler),
-        levels=levels,
+        sample_shape=_sample_shape(config.sample_shape, str(path)),
+        scheduler=config.scheduler,
+        levels=tuple(_build(LevelConfig, level, f"{path}: level {i + 1}") for i, level in enumerate(config.levels)),
+        labels=None if config.labels is None else tuple(map(str, config.labels)),
         seed=config.seed,
     )
+    try:
+        alpha_bar(config.scheduler)
+    except TypeError as error:
+        raise UsageError(f"{path}: scheduler: {error}; YAML needs the point in numbers such as 1.0e-4") from None
+    names = [level.name for level in config.levels]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"{path}: expected at least one level and no name twice, got {names}")
+    if config.labels is not None and len(set(config.labels)) != len(config.labels):
+        raise UsageError(f"{path}: labels has a name twice: {', '.join(config.labels)}")
+    for level in config.levels:
+        if wrong := _wrong(level, config):
+            raise UsageError(f"{path}: level {level.name!r}: {wrong}")
+    return config
+
+
+def _sample_shape(values: Any, where: str) -> tuple[int, int, int]:
+    if (
+        len(values) != 3
+        or not all(isinstance(value, int) and value >= 1 for value in values)
+        or values[0] not in (1, 3)
+    ):
+        raise UsageError(f"{where}: sample_shape is {values}, expected [1 or 3, height, width]")
+    return values[0], values[1], values[2]
+
+
+def _wrong(level: LevelConfig, config: TrainConfig) -> str | None:
+    """What is wrong with a level, if anything."""
+    channels, height, width = config.sample_shape
+    if not re.fullmatch(r"\w[\w.+-]*", level.name) or level.name in RESERVED:
+        return f"expected a name that can be a folder's, other than {' and '.join(RESERVED)}"
+    if level.kind == "gaussian":
+        values = channels * height * width
+        # The rest of the variance needs a direction to lie in.
+        return None if 1 <= level.rank < values else f"rank is {level.rank}, expected 1 to {values - 1}"
+    for key in ("steps", "batch_size", "patch"):
+        if getattr(level, key) < 1:
+            return f"{key} is {getattr(level, key)}, expected at least 1"
+    if height % level.patch or width % level.patch:
+        return f"patch is {level.patch}, expected a divisor of {height} and {width}"
+    if not level.learning_rate > 0:
+        return f"learning_rate is {level.learning_rate}, expected a positive number"
+    if not 0 <= level.ema < 1:
+        return f"ema is {level.ema}, expected 0 or more and less than 1"
+    if level.prediction == "residual" and config.levels[0].kind != "gaussian":
+        return "a residual corrects a Gaussian level, but the first level is none"
+    teachers = [other.name for other in config.levels if other.kind == "unet" and not other.teacher]
+    if level.teacher and level.teacher not in teachers:
+        return (
+            f"teacher is {level.teacher!r}, expected a UNet level without a teacher of its own: "
+            f"{', '.join(teachers) or 'there is none'}"
+        )
+    return None

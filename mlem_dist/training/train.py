@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,7 +22,10 @@ from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 
+CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 45.0
+LOG = "log.jsonl"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DivergedError(RuntimeError):
@@ -33,20 +37,20 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def _batch(images: Images, config: TrainConfig, level: LevelConfig, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step `step`'s images, labels, noise and timesteps: a function of the seed, the same stream for every level."""
+def _batch(
+    images: Images, seed: int, level: LevelConfig, timesteps: int, step: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Step `step`'s images, labels, noise and timesteps: a function of the seed, the same on any device and level."""
     n = len(images.train)
     position = np.arange(step * level.batch_size, (step + 1) * level.batch_size)
     index = np.empty(level.batch_size, dtype=np.int64)
     for epoch in np.unique(position // n):
         here = position // n == epoch
-        index[here] = _permutation(config.seed, int(epoch), n)[position[here] % n]
-    rng = torch.Generator().manual_seed(
-        int(np.random.SeedSequence([config.seed, step]).generate_state(1, np.uint64)[0] >> 1)
-    )
+        index[here] = _permutation(seed, int(epoch), n)[position[here] % n]
+    rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
     x0 = to_range(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
-    t = torch.randint(config.scheduler["num_train_timesteps"], (level.batch_size,), generator=rng)
+    t = torch.randint(timesteps, (level.batch_size,), generator=rng)
     return x0, images.train_label[index], noise, t
 
 
@@ -56,10 +60,62 @@ def _learning_rate(level: LevelConfig, step: int) -> float:
     return level.learning_rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / level.steps)))
 
 
-def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary, {"step": str(step)})
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a loss log, without one that a kill has cut off; none if there is no log."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
+    """Write text, or what a function writes to the path it is given, so that a file appears complete or not at all."""
+    # Ray's processes outlive a killed driver for a moment: two may write.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        content(temporary)
     temporary.replace(path)
+
+
+class _State:
+    """What a checkpoint holds: the model's weights, their moving average and Adam's moments."""
+
+    def __init__(self, model: nn.Module, average: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        self.weights, self.averaged = model.state_dict(), average.state_dict()
+        self.parameters, self.optimizer = dict(model.named_parameters()), optimizer
+
+    def load(self, path: Path) -> int:
+        """Take the state in a checkpoint, and return the number of steps done."""
+        with safe_open(path, "pt") as file:
+            for name, value in self.weights.items():
+                value.copy_(file.get_tensor(f"model/{name}"))
+                self.averaged[name].copy_(file.get_tensor(f"average/{name}"))
+            step = int(file.metadata()["step"])
+            for name, parameter in self.parameters.items():
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    **{
+                        moment: torch.empty_like(parameter).copy_(file.get_tensor(f"{moment}/{name}"))
+                        for moment in MOMENTS
+                    },
+                }
+        return step
+
+    def save(self, path: Path, step: int) -> None:
+        """Write a checkpoint: one flat dictionary, so that it needs no pickle, of no device and memory layout."""
+        tensors = {f"model/{name}": value for name, value in self.weights.items()}
+        tensors |= {f"average/{name}": value for name, value in self.averaged.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{moment}/{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, {"step": str(step)}))
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """Move the average."""
+        for name, value in self.weights.items():
+            self.averaged[name].lerp_(value, 1 - decay)
 
 
 def train_unet(
@@ -69,99 +125,88 @@ def train_unet(
     folder: Path,
     gaussian: GaussianLevel | None,
     teacher: nn.Module | None,
+    device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> UNetLevel:
-    """Train one UNet level, and return its exponential moving average.
+    """Train one UNet level on `device`, and return its exponential moving average.
 
     It learns to predict the noise or, with a `teacher`, what that level predicts; a "residual" corrects `gaussian`.
+    In bfloat16 the UNet computes with float32 weights. On a GPU convolutions are laid out channels last.
 
     `folder` keeps `checkpoint.safetensors`, written every 45 seconds and from which a later call continues with the
-    same batches, and `log.jsonl`: every 100 steps a line with step, loss (mean squared error per value of the model's
-    output) and seconds; at every twentieth of the steps the held-out `denoising_error` of the average as well.
-    `progress` is called after each step with the number of steps done and the loss.
+    same batches, on any device, and `log.jsonl`: every 100 steps a line with step, loss (mean squared error per value
+    of the model's output) and seconds; at every twentieth of the steps the held-out `denoising_error` of the average
+    as well. `progress` is called after each step with the number of steps done and the loss.
 
     Raises:
         DivergedError: the loss is NaN or infinite; the last checkpoint stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint.safetensors"
+    checkpoint, log_file = folder / CHECKPOINT, folder / LOG
     schedule = alpha_bar(config.scheduler)
-    a = torch.tensor(schedule, dtype=torch.float32)
+    a = torch.tensor(schedule, dtype=torch.float32, device=device)
     torch.manual_seed(config.seed)
     model = new_unet_level(
-        config.sample_shape, len(config.labels), level.patch, level.prediction, schedule, level.model, gaussian
-    )
+        config.sample_shape, len(images.labels), level.patch, level.prediction, schedule, level.model, gaussian
+    ).to(device)
+    unet: Any = model.model
+    if teacher is not None:
+        teacher.to(device)
+    if device == "cuda":
+        # On CPU this layout was measured to gain nothing.
+        unet.to(memory_format=torch.channels_last)
     average = deepcopy(model).eval()
-    weights, averaged = model.model.state_dict(), average.model.state_dict()
-    optimizer = torch.optim.AdamW(model.model.parameters(), lr=level.learning_rate, weight_decay=1e-4)
-    names = [name for name, _ in model.model.named_parameters()]
-    start = 0
-    if checkpoint.exists():
-        with safe_open(checkpoint, "pt") as file:
-            start = int(file.metadata()["step"])
-            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-        for name, value in weights.items():
-            value.copy_(saved[f"model/{name}"])
-            averaged[name].copy_(saved[f"average/{name}"])
-        for name, parameter in model.model.named_parameters():
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(start)),
-                "exp_avg": saved[f"exp_avg/{name}"],
-                "exp_avg_sq": saved[f"exp_avg_sq/{name}"],
-            }
-
-    def save(step: int) -> None:
-        # One flat dictionary with Adam's moments and the average, so that a checkpoint needs no pickle.
-        state = {f"model/{name}": value for name, value in weights.items()}
-        state |= {f"average/{name}": value for name, value in averaged.items()}
-        for name, parameter in zip(names, optimizer.param_groups[0]["params"], strict=True):
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-        _save(checkpoint, state, step)
+    if level.precision == "bfloat16" or (level.precision == "auto" and device == "cuda"):
+        # The UNet alone: what surrounds it divides by sqrt(alpha_bar), which would magnify the rounding.
+        unet.forward = torch.autocast(device, torch.bfloat16)(unet.forward)
+    if level.compile:
+        unet.compile()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=level.learning_rate, weight_decay=1e-4)
+    state = _State(unet, average.model, optimizer)
+    start = state.load(checkpoint) if checkpoint.exists() else 0
+    kept = "".join(json.dumps(line) + "\n" for line in read_log(log_file) if line["step"] <= start)
+    replace_file(log_file, kept)
 
     model.train()
     began = saved_at = time.monotonic()
     losses: list[float] = []
-    with (folder / "log.jsonl").open("a") as log:
+    with log_file.open("a") as log:
         for step in range(start, level.steps):
-            x0, label, noise, t = _batch(images, config, level, step)
+            x0, label, noise, t = (value.to(device) for value in _batch(images, config.seed, level, len(a), step))
             x = add_noise(x0, noise, t, a)
             with torch.no_grad():
                 target = noise if teacher is None else teacher(x, t, label)
             loss = (model.loss_weight(t) * (model(x, t, label) - target).square()).mean()
-            if not math.isfinite(loss.item()):
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
                 raise DivergedError(
-                    f"level {level.name!r}: the loss is {loss.item()} at step {step}; the last good checkpoint is "
-                    f"in {folder}; lower the learning rate"
+                    f"level {level.name!r}: the loss is {losses[-1]} at step {step}; the last good checkpoint is kept "
+                    f"in {folder}; lower its learning_rate and run the same command again"
                 )
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(model.model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = _learning_rate(level, step)
             optimizer.step()
-            decay = min(level.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for name, value in weights.items():
-                    averaged[name].lerp_(value, 1 - decay)
-            losses.append(loss.item())
+            state.follow(min(level.ema, (1 + step) / (10 + step)))
             done, now = step + 1, time.monotonic()
             progress(done, losses[-1])
             if done % 100 == 0 or done == level.steps:
                 line: dict[str, Any] = {"step": done, "loss": sum(losses) / len(losses), "seconds": now - began}
                 if done % max(100, level.steps // 2000 * 100) == 0 or done == level.steps:
-                    line["denoising_error"] = denoising_error(average, images, schedule, per_band=100)
+                    line["denoising_error"] = denoising_error(average, images, schedule, device, per_band=100)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 losses = []
             if now - saved_at > CHECKPOINT_SECONDS or done == level.steps:
-                save(done)
+                state.save(checkpoint, done)
                 saved_at = now
     return average
 
 
 def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> GaussianLevel:
     """The Gaussian level of the training images."""
-    classes, d = max(1, len(config.labels)), math.prod(config.sample_shape)
+    classes, d = max(1, len(images.labels)), math.prod(config.sample_shape)
     gaussian = GaussianLevel(classes, d, level.rank, alpha_bar(config.scheduler))
     gaussian.fit(to_range(images.train), images.train_label)
     gaussian.eval()
@@ -169,10 +214,11 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
 
 
 def denoising_error(
-    model: nn.Module, images: Images, a: np.ndarray, bands: int = 10, per_band: int = 1000
+    model: nn.Module, images: Images, a: np.ndarray, device: str = "cpu", bands: int = 10, per_band: int = 1000
 ) -> list[float]:
     """Mean squared error per value of the predicted noise on held-out images, in equal bands of timesteps.
 
-    The images, timesteps and noises are the same for every level.
+    The images, timesteps and noises are the same for every level. `device` is the model's.
     """
-    return denoising_errors(model, images.test, images.test_label, a, bands, per_band).mean(1).tolist()
+    test, label = images.test.to(device), images.test_label.to(device)
+    return denoising_errors(model, test, label, a, bands, per_band).mean(1).tolist()

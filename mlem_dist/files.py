@@ -1,0 +1,22 @@
+"""What every part of the program asks of the folders that it writes."""
+
+import os
+from pathlib import Path
+
+from mlem_dist.errors import UsageError
+
+
+def check_writable(out: Path) -> None:
+    """Refuse an `--out` that is not, and cannot become, a folder that this process may write. Touches nothing.
+
+    Raises:
+        UsageError: it is a file, or it or the folder that would hold it is not writable.
+    """
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file, expected a folder; choose another path")
+        parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    except PermissionError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")

@@ -1,0 +1,153 @@
+"""What an earlier call has left in a ladder's folder, and whether this one may go on from it.
+
+OUT/training/<level>/checkpoint.safetensors   see `train_unet`
+OUT/training/<level>/log.jsonl                the loss log
+OUT/training/<level>/settings.json            what the checkpoint was trained with
+OUT/training/<level>/stored/                  the trained level, until all are and it moves to OUT
+OUT/training/finished.json                    the settings of all levels of the ladder in OUT
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mlem_dist.errors import UsageError
+from mlem_dist.files import check_writable
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
+from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.training.config import LevelConfig, TrainConfig
+from mlem_dist.training.data import Images
+from mlem_dist.training.train import CHECKPOINT, replace_file
+
+WORK = "training"
+SETTINGS = "settings.json"
+FINISHED = "finished.json"
+STORED = "stored"
+
+FREE = ("steps", "batch_size", "learning_rate", "ema", "precision", "compile")
+"""Settings that may differ from those of a checkpoint: they say how to go on from it, not what it is."""
+
+
+def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[str, Any]:
+    """All that decides a trained level, flat, as JSON would give it back."""
+    found: dict[str, Any] = {
+        "sample_shape": config.sample_shape,
+        "labels": images.labels,
+        "data": images.digest[:16],
+        "seed": config.seed,
+        **{f"scheduler.{key}": value for key, value in config.scheduler.items()},
+    }
+    if level.kind == "gaussian":
+        found["rank"] = level.rank
+    else:
+        found |= {key: getattr(level, key) for key in ("patch", "prediction", "teacher", *FREE)}
+        found |= {f"model.{key}": value for key, value in level.model.items()}
+        if level.prediction == "residual":
+            found["rank of the Gaussian level"] = config.levels[0].rank
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
+    """Whether `out` holds the finished ladder of this configuration already. Touches nothing.
+
+    Raises:
+        UsageError: `out` is not writable, or holds something else; a class has too few images; a UNet cannot be built;
+            a checkpoint is unreadable, or was trained with other settings.
+    """
+    check_writable(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir():
+        what = "a finished ladder without its training state" if (out / "ladder.json").exists() else "something else"
+        raise UsageError(f"--out {out} holds {what}; choose an empty or new folder")
+    count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
+    if min(count) < 2:
+        poor = count.index(min(count))
+        name = f"class {images.labels[poor]!r}" if images.labels else "the dataset"
+        raise UsageError(f"{name} has {count[poor]} training images, expected at least 2; add some or leave it out")
+    for level in config.levels:
+        if level.kind == "unet":
+            unet = _on_meta(config, level, len(images.labels))
+            _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), unet)
+    if not (out / "ladder.json").exists() or not (out / WORK / FINISHED).exists():
+        return False
+    Ladder.load(out)
+    finished: dict[str, Any] = json.loads((out / WORK / FINISHED).read_text())
+    return finished == ladder_settings(config, images)
+
+
+def ladder_settings(config: TrainConfig, images: Images) -> dict[str, Any]:
+    """The settings of all levels in their order."""
+    return {
+        "name": config.name,
+        "levels": [[level.name, level.kind, settings(config, level, images)] for level in config.levels],
+    }
+
+
+def begin_training(config: TrainConfig, images: Images, out: Path) -> None:
+    """Write down what the checkpoints of this call are trained with, and remove what a kill has left half written."""
+    for level in config.levels:
+        folder = out / WORK / level.name
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.tmp"):
+            left.unlink()
+        replace_file(folder / SETTINGS, json.dumps(settings(config, level, images), indent=1) + "\n")
+
+
+def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module:
+    """The level's UNet, without memory for its weights, after a sample has passed through it.
+
+    Raises:
+        UsageError: it cannot be built, or not for samples of this shape.
+    """
+    a = alpha_bar(config.scheduler)
+    try:
+        with torch.device("meta"):
+            gaussian = GaussianLevel(1, 1, 1, a) if level.prediction == "residual" else None
+            unet: Any = new_unet_level(
+                config.sample_shape, classes, level.patch, level.prediction, a, level.model, gaussian
+            ).model
+            x = torch.empty(1, unet.config.in_channels, *unet.config.sample_size)
+            unet(x, 0, class_labels=torch.zeros(1, dtype=torch.int64) if classes else None)
+    # Diffusers refuses wrong arguments with all kinds of errors, many of them only when a sample passes.
+    except Exception as error:
+        size = "x".join(map(str, config.sample_shape))
+        raise UsageError(
+            f"level {level.name!r}: its model cannot be used for samples of {size} with patch {level.patch}: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    return unet
+
+
+def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], unet: nn.Module) -> None:
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return
+    away = f"or remove {folder} to train the level from the start"
+    try:
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
+        raise UsageError(f"checkpoint {path} cannot be read ({error}); restore it, {away}") from None
+    if (folder / SETTINGS).exists():
+        was = json.loads((folder / SETTINGS).read_text())
+        for key in sorted({*was, *wanted} - set(FREE)):
+            if was.get(key) != wanted.get(key):
+                raise UsageError(
+                    f"level {level.name!r}: its checkpoint was trained with {key} {was.get(key)}, not "
+                    f"{wanted.get(key)}; take that back, {away}"
+                )
+    if {name: list(value.shape) for name, value in unet.state_dict().items()} != {
+        key.removeprefix("model/"): shape for key, shape in shapes.items() if key.startswith("model/")
+    }:
+        raise UsageError(f"level {level.name!r}: checkpoint {path} is one of another model; take that back, {away}")
+    if step > level.steps:
+        raise UsageError(
+            f"level {level.name!r}: its checkpoint is at step {step}, beyond the {level.steps} steps of the "
+            f"configuration; raise steps, {away}"
+        )

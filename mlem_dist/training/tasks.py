@@ -1,0 +1,139 @@
+"""Train the levels of a ladder side by side, each as a Ray task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+from torch import nn
+
+from mlem_dist.ladder.ladder import Level
+from mlem_dist.training.assemble import finish_training, needs, train_level, training_order
+from mlem_dist.training.config import LevelConfig, TrainConfig
+from mlem_dist.training.data import Images
+from mlem_dist.training.resume import begin_training
+
+POLL_SECONDS = 0.5
+TENSORS = ("train", "train_label", "test", "test_label")
+
+Progress = Mapping[str, tuple[int, float]]
+"""For each level that has begun: the steps done, and the loss."""
+
+
+class Board:
+    """An actor on which tasks post their progress."""
+
+    def __init__(self) -> None:
+        self.posted: dict[str, tuple[int, float]] = {}
+
+    def post(self, name: str, done: int, loss: float) -> None:
+        """Say how far a level is."""
+        self.posted[name] = (done, loss)
+
+    def read(self) -> Progress:
+        """What was said last of each level."""
+        return self.posted
+
+
+def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) -> Iterator[Progress]:
+    """Train what is not yet trained, on the connected Ray, and write the ladder to `out`; progress twice a second.
+
+    A level takes one GPU, or on CPUs its share of the cores, and begins when the levels that it needs are there. The
+    result is that of `train_ladder` with as many threads. `check_training` has been called before.
+
+    Raises:
+        DivergedError: a loss became NaN or infinite.
+        UsageError: there is not enough memory.
+        RuntimeError: the process of a level died.
+    """
+    begin_training(config, images, out)
+    threads = threads_per_level(config, device)
+    kind: Any = ray.remote(Board)
+    board = kind.options(num_cpus=0).remote()
+    task: Any = ray.remote(_train)
+    # As arrays, so that the levels on a machine share one copy.
+    arrays = [ray.put(getattr(images, name).numpy()) for name in TENSORS]
+    modules: dict[str, Any] = {}
+    entries: dict[Any, str] = {}
+    for level in training_order(config):
+        gaussian, teacher = (modules[name] if name else None for name in needs(config, level))
+        modules[level.name], entry = task.options(
+            name=f"train {level.name}",
+            num_returns=2,
+            num_cpus=threads,
+            num_gpus=1 if device == "cuda" else 0,
+            # Ray would begin a level again and again that is too large for the memory.
+            max_retries=0,
+        ).remote(board, config, level, images.labels, out.absolute(), gaussian, teacher, device, threads, *arrays)
+        entries[entry] = level.name
+    stored: dict[str, Level] = {}
+    try:
+        while len(stored) < len(entries):
+            ready, _ = ray.wait([ref for ref, name in entries.items() if name not in stored], timeout=POLL_SECONDS)
+            stored |= {entries[ref]: _result(ref, entries[ref]) for ref in ready}
+            yield ray.get(board.read.remote())
+    finally:
+        for ref in entries:
+            ray.cancel(ref, force=True)
+        ray.kill(board)
+    finish_training(config, images, out, stored)
+
+
+def threads_per_level(config: TrainConfig, device: str) -> int:
+    """The threads of a level: its share of the connected Ray's cores when as many train side by side as can."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    pupils = sum(bool(level.teacher) for level in config.levels)
+    beside = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
+    if device == "cuda":
+        beside = min(beside, max(1, sum(int(node.get("GPU", 0)) for node in nodes)))
+    return max(1, min(sum(cores) // beside, *cores))
+
+
+def _result(ref: Any, name: str) -> Any:
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        cause: Any = error
+        # That of a level whose teacher failed is the teacher's.
+        while isinstance(cause, RayTaskError) and cause.cause is not cause:
+            cause = cause.cause
+        raise cause from None
+    except RayError as error:
+        raise RuntimeError(
+            f"level {name!r}: its process died ({str(error).splitlines()[0]}); if that was for lack of memory, lower "
+            "its batch_size; the same command goes on from the last checkpoint"
+        ) from None
+
+
+def _train(
+    board: Any,
+    config: TrainConfig,
+    level: LevelConfig,
+    labels: tuple[str, ...],
+    out: Path,
+    gaussian: nn.Module | None,
+    teacher: nn.Module | None,
+    device: str,
+    threads: int,
+    *arrays: np.ndarray,
+) -> tuple[nn.Module, Level]:
+    torch.set_num_threads(threads)
+    train, train_label, test, test_label = map(torch.from_numpy, arrays)
+    images = Images(train, train_label, test, test_label, labels)
+    posted = 0.0
+
+    def post(done: int, loss: float) -> None:
+        nonlocal posted
+        now = time.monotonic()
+        if now - posted > POLL_SECONDS or done == level.steps:
+            posted = now
+            board.post.remote(level.name, done, loss)
+
+    return train_level(config, level, images, out, gaussian, teacher, device, post)

@@ -1,0 +1,71 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from mlem_dist.training.config import read_config
+
+CONFIG = {
+    "name": "squares",
+    "sample_shape": [1, 8, 8],
+    "labels": ["left", "right"],
+    "scheduler": {"num_train_timesteps": 100, "beta_schedule": "linear", "beta_start": 1e-3, "beta_end": 0.2},
+    "levels": [
+        {"name": "gaussian", "kind": "gaussian", "rank": 4},
+        {
+            "name": "unet",
+            "kind": "unet",
+            "patch": 2,
+            "prediction": "v_prediction",
+            "model": {
+                "block_out_channels": [8, 16],
+                "layers_per_block": 1,
+                "down_block_types": ["DownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "UpBlock2D"],
+                "norm_num_groups": 4,
+            },
+            "steps": 120,
+            "batch_size": 16,
+            "learning_rate": 3e-3,
+            "ema": 0.9,
+        },
+    ],
+}
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Bright squares on the left or the right, 6x6."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 400), ("t10k", 100)):
+        label = rng.integers(0, 2, n)
+        images = np.zeros((n, 6, 6), np.uint8)
+        for image, side in zip(images, label, strict=True):
+            image[1:5, 3 * side : 3 * side + 3] = rng.integers(120, 255)
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", label)
+    return folder
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """A function that reads a configuration: a Gaussian level, and a small UNet with changes for each mapping given."""
+
+    def make(*unets, **changes):
+        raw = json.loads(json.dumps(CONFIG)) | changes
+        unet = raw["levels"].pop()
+        raw["levels"] += [unet | changed for changed in unets]
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return read_config(path)
+
+    return make
