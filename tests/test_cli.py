@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.training.data import load_images
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 SMALL = ["--steps", "20", "--nfe", "4", "--block-size", "8", "--shard-size", "16"]
@@ -22,6 +25,36 @@ def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProces
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/ladders.md").read_text()
+    config = tmp_path / "photos.yaml"
+    small = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1].replace("steps: 8000", "steps: 4")
+    small = re.sub(r"block_out_channels: \[\d+", "block_out_channels: [8", small)
+    small = re.sub(r", (48|64|128)\b", ", 8", small)
+    config.write_text(small)
+    for folder, colour in (("cats", (220, 120, 30)), ("dogs", (90, 60, 40))):
+        (tmp_path / "photos" / folder).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (48, 40 + 4 * i), colour).save(tmp_path / f"photos/{folder}/{i}.png")
+    ladder = tmp_path / "photos-ladder"
+    train = ("train", "--data", str(tmp_path / "photos"), "--config", str(config), "--out", str(ladder))
+    done = command(*train)
+    assert done.returncode == 0, done.stderr
+    assert "12 images are larger than the samples" in done.stderr
+    assert (ladder / "training/loss.png").read_bytes().startswith(b"\x89PNG")
+    before = tree(ladder)
+    again = command(*train)
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+    assert {name: data for name, data in tree(ladder).items() if name != "training/loss.png"} == {
+        name: data for name, data in before.items() if name != "training/loss.png"
+    }
+    out = tmp_path / "out"
+    made = command("generate", "--ladder", str(ladder), "--num", "20", *SMALL, "--out", str(out))
+    assert made.returncode == 0, made.stderr
+    assert load_images(out, (3, 32, 32), None).labels == ("cats", "dogs")
 
 
 @pytest.fixture(scope="module")

@@ -166,6 +166,8 @@ def train_unet(
     start = state.load(checkpoint) if checkpoint.exists() else 0
     kept = "".join(json.dumps(line) + "\n" for line in read_log(log_file) if line["step"] <= start)
     replace_file(log_file, kept)
+    if lines := read_log(log_file):
+        progress(start, lines[-1]["loss"])
 
     model.train()
     began = saved_at = time.monotonic()
