@@ -279,7 +279,7 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path, small, data,
     (small / "calibration.json").write_text(json.dumps({"schema_version": 1, "ladder": "0" * 64, "devices": {}}))
     for arguments, message in (
         (["nonesuch", "--data", str(data)], "nonesuch"),
-        (["fashion", "--data", str(tmp_path), "--out", str(tmp_path / "out")], "no training data"),
+        (["fashion", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")], "no training data"),
         ([str(small), "--data", str(data)], "belongs to another ladder"),
         (["fashion", "--data", str(data), "--out", str(data / "t10k-labels-idx1-ubyte.gz")], "choose another one"),
     ):
