@@ -67,9 +67,10 @@ def _plan_options(command: Any) -> Any:
             ),
             click.option(
                 "--increments",
-                type=click.Choice(["held", "impulse"]),
-                help="Keep each increment until the next (biased, smaller error), or divide it by its probability "
-                "(unbiased ML-EM).  [default: held]",
+                type=click.Choice(["extrapolated", "held", "impulse"]),
+                help="Keep each increment until the next, or the line through the last two (both biased, smaller "
+                "error), or divide it by its probability (unbiased ML-EM).  [default: held for ddpm, extrapolated for "
+                "ddim]",
             ),
             click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
             click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
@@ -415,7 +416,7 @@ def _plan(
     """The plan in a file, or the recipe that the options give."""
     from mlem_dist.solver.plan import Recipe, read_plan
     from mlem_dist.solver.probabilities import rule_weights, scale_to_budget
-    from mlem_dist.solver.steps import timesteps
+    from mlem_dist.solver.steps import half_log_snr, timesteps
     from mlem_dist.tuning.allocate import neyman_weights
     from mlem_dist.tuning.calibrate import read_effect
 
@@ -439,7 +440,14 @@ def _plan(
         )
     else:
         weights = rule_weights(probabilities or "theory", cost, steps)
-    return Recipe(scale_to_budget(weights, cost, nfe), draw or "systematic", increments or "held")
+    collapse = ladder.levels[0].kind == "gaussian"
+    return Recipe(
+        scale_to_budget(weights, cost, nfe, collapse),
+        draw or "systematic",
+        increments or ("held" if solver == "ddpm" else "extrapolated"),
+        collapse,
+        half_log_snr(ladder.alpha_bar, t),
+    )
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

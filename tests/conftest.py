@@ -28,7 +28,8 @@ def make_job(fashion: Ladder):
 
     def make(plan: Plan | Recipe | None = None, **changes) -> Job:
         levels = len(fashion.levels)
-        p = np.repeat(0.5 ** np.arange(levels)[:, None], changes.get("steps", 12), axis=1)
+        steps = changes.get("steps", 12)
+        p = np.repeat(0.5 ** np.arange(levels)[:, None], steps, axis=1)
         values = {
             "ladder": "fashion",
             "digest": fashion.digest,
@@ -36,7 +37,7 @@ def make_job(fashion: Ladder):
             "labels": tuple(range(10)),
             "solver": "ddpm",
             "steps": 12,
-            "plan": plan or Recipe(p, "systematic", "held"),
+            "plan": plan or Recipe(p, "systematic", "held", collapse=True),
             "seed": 3,
             "block_size": 8,
             "shard_size": 16,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from mlem_dist.solver.closed_form import AffineDrift
+
 PREDICTIONS = ("epsilon", "v_prediction", "residual")
 
 
@@ -71,6 +73,13 @@ class GaussianLevel(nn.Module):
             thin = ((inside - outside) * (centred @ self.basis[c])) @ self.basis[c].T
             out[rows] = (1 - ac).sqrt() * (outside * centred + thin)
         return out.view_as(x)
+
+    def affine(self, t: np.ndarray) -> AffineDrift:
+        """The same drift at timesteps t (N,), as numbers by eigenmode."""
+        a = self.alpha_bar.double().cpu().numpy()[t][:, None]
+        variance = torch.cat([self.variance, self.residual[:, None]], 1).double().cpu().numpy()
+        gain = np.sqrt(1 - a) / (a * variance[:, None] + 1 - a)
+        return AffineDrift(self.mean, self.basis, gain, np.sqrt(a[:, 0]))
 
 
 class UNetLevel(nn.Module):

@@ -31,7 +31,8 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
     blocks, levels = Blocks(job, ladder), Levels(ladder, job.device)
 
     def make(block: int) -> np.ndarray:
-        x = integrate(levels, blocks.table, job.block_plan(block), blocks.noise(block), blocks.label(block))
+        plan, closed_form = job.block_plan(block), blocks.closed_form(block)
+        x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
         return blocks.images(block, x)
 
     for number in range(1, len(ladder.levels) + 1):

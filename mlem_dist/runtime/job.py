@@ -18,6 +18,8 @@ from mlem_dist import __version__
 from mlem_dist.dataset.shards import Shard, write_shard
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
 from mlem_dist.solver.integrate import Noise, Request, block_noise, block_rng, trajectory
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
 from mlem_dist.solver.steps import ETA, StepTable, step_table
@@ -81,7 +83,8 @@ class Job:
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
-            config["plan"] = asdict(self.plan) | {"probabilities": self.plan.probabilities.tolist()}
+            recipe = asdict(self.plan)
+            config["plan"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in recipe.items()}
         return config | {"labels": list(self.labels)}
 
     @property
@@ -142,9 +145,19 @@ class Blocks:
         shape = (self.job.block_size, *self.ladder.sample_shape)
         return block_noise(self.job.seed, block, shape, self.job.device)
 
+    @cached_property
+    def _affine(self) -> AffineDrift:
+        level = self.ladder.load_level(1, self.job.device)
+        assert isinstance(level, GaussianLevel)
+        return level.affine(self.table.t)
+
+    def closed_form(self, block: int) -> ClosedForm | None:
+        """How a block takes runs of steps with level 1, if its plan collapses them."""
+        return ClosedForm(self._affine, self.table, self.label(block)) if self.job.plan.collapse else None
+
     def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
         """The block's trajectory, to be driven by who evaluates the levels."""
-        return trajectory(self.table, self.job.block_plan(block), self.noise(block))
+        return trajectory(self.table, self.job.block_plan(block), self.noise(block), self.closed_form(block))
 
     def images(self, block: int, x: Tensor) -> np.ndarray:
         """uint8 (B, H, W, C) of a finished block x (B, C, H, W), clipped to the ladder's value range.

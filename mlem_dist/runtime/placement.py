@@ -60,12 +60,12 @@ def parse_placement(text: str, levels: int) -> tuple[range, ...]:
 
 def evaluations(job: Job) -> Evaluations:
     """What a job's plans evaluate per sample, averaged over 16 blocks."""
-    counts = Counter(
-        tuple((term.level, term.below) for term in terms)
-        for block in range(16)
-        for terms in job.block_plan(block).terms
-        if terms
-    )
+    counts: Counter[tuple[tuple[int, int], ...]] = Counter()
+    for run in (run for block in range(16) for run in job.block_plan(block).runs):
+        counts[tuple((term.level, term.below) for term in run.terms)] += 1
+        # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
+        counts[((1, 0),)] += bool(run.base)
+    del counts[()]
     return {together: count / 16 for together, count in counts.items()}
 
 

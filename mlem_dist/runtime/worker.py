@@ -126,8 +126,7 @@ class TrajectoryWorker(LevelWorker):
     def start(self, block: int) -> tuple[Segment, np.ndarray]:
         """Begin a block, afresh if it was begun before, and run its first segment; returns as `resume` does."""
         clock = self._clock()
-        run = self.blocks.trajectory(block)
-        return self._run(block, run, next(run), None, clock)
+        return self._run(block, self.blocks.trajectory(block), None, None, clock)
 
     @torch.inference_mode()
     def resume(self, block: int, *answers: np.ndarray) -> tuple[Segment, np.ndarray]:
@@ -145,12 +144,13 @@ class TrajectoryWorker(LevelWorker):
         self,
         block: int,
         run: Generator[Request, list[Tensor], Tensor],
-        request: Request,
+        request: Request | None,
         answers: Sequence[np.ndarray] | None,
         clock: Any,
     ) -> tuple[Segment, np.ndarray]:
         label = self.blocks.label(block)
         try:
+            request = request or next(run)
             while True:
                 asks = self._asks(request)
                 if asks and answers is None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem_dist.solver.closed_form import ClosedForm, Held
 from mlem_dist.solver.plan import Plan, Term
 from mlem_dist.solver.steps import StepTable
 
@@ -61,17 +62,28 @@ def block_rng(seed: int, block: int) -> np.random.Generator:
     return np.random.default_rng([seed, block])
 
 
-def trajectory(table: StepTable, plan: Plan, noise: Noise) -> Generator[Request, list[Tensor], Tensor]:
+def trajectory(
+    table: StepTable, plan: Plan, noise: Noise, closed_form: ClosedForm | None = None
+) -> Generator[Request, list[Tensor], Tensor]:
     """x_{i+1} = a_i x_i + b_i sum_j w_j(i) v_j + c_i z_i, over the terms v_j of the plan that are live at step i.
 
-    A generator: it yields a `Request` where a step evaluates terms, takes their values, and returns x_N.
+    A generator: it yields a `Request` where a step evaluates terms, takes their values, and returns x_N. A plan that
+    collapses needs `closed_form`.
     """
     x = noise(-1)
     live: list[tuple[Term, Tensor]] = []
-    for i in range(len(table)):
-        if plan.terms[i]:
-            live += zip(plan.terms[i], (yield Request(i, int(table.t[i]), x, plan.terms[i])), strict=True)
+    held: dict[Term, Held] = {}
+    for run in plan.runs:
+        i = run.start
+        if run.terms:
+            live += zip(run.terms, (yield Request(i, int(table.t[i]), x, run.terms)), strict=True)
         live = [(term, value) for term, value in live if i < term.stop]
+        if run.base:
+            assert closed_form is not None
+            held = {term: held.get(term) or closed_form.held(value) for term, value in live}
+            weights = [(held[term], term.weights_at(i, run.stop)) for term, _ in live]
+            x = closed_form.advance(i, x, run.base, weights, noise)
+            continue
         step = float(table.a[i]) * x
         for term, value in live:
             step.add_(value, alpha=float(table.b[i]) * term.weights[i - term.start])
@@ -91,17 +103,24 @@ def evaluate(levels: Mapping[int, Drift], terms: Sequence[Term], x: Tensor, t: i
 
 
 @torch.inference_mode()
-def integrate(levels: Mapping[int, Drift], table: StepTable, plan: Plan, noise: Noise, label: Tensor) -> Tensor:
+def integrate(
+    levels: Mapping[int, Drift],
+    table: StepTable,
+    plan: Plan,
+    noise: Noise,
+    label: Tensor,
+    closed_form: ClosedForm | None = None,
+) -> Tensor:
     """The one-process reference: x_N, float32 (B, C, H, W), of a block with classes label (B,) int64.
 
-    `levels` maps the level number, from 1, to its drift.
+    `levels` maps the level number, from 1, to its drift; a plan that collapses needs `closed_form`.
     """
-    run = trajectory(table, plan, noise)
-    request = next(run, None)
-    while request is not None:
+    run = trajectory(table, plan, noise, closed_form)
+    values = None
+    while True:
         try:
-            request = run.send(evaluate(levels, request.terms, request.x, request.t, label))
+            request = run.send(values)  # type: ignore[arg-type]  # None starts it
         except StopIteration as end:
             x: Tensor = end.value
             return x
-    raise ValueError("the plan evaluates nothing")
+        values = evaluate(levels, request.terms, request.x, request.t, label)

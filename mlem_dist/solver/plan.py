@@ -14,8 +14,8 @@ import numpy as np
 from mlem_dist.errors import UsageError
 
 Draw = Literal["independent", "systematic"]
-Increments = Literal["impulse", "held"]
-SCHEMA_VERSION = 1
+Increments = Literal["impulse", "held", "extrapolated"]
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,25 @@ class Term:
         """The first step after `start` at which the value is no longer used."""
         return self.start + len(self.weights)
 
+    def weights_at(self, start: int, stop: int) -> tuple[float, ...]:
+        """The weights in steps start ... stop - 1, zero where the value is no longer used."""
+        weights = self.weights[start - self.start : stop - self.start]
+        return weights + (0.0,) * (stop - start - len(weights))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steps start ... stop - 1, of which only the first evaluates `terms`.
+
+    Where `base` is not empty, it holds the weight of level 1 in the drift of each of these steps, which are taken in
+    closed form.
+    """
+
+    start: int
+    stop: int
+    terms: tuple[Term, ...]
+    base: tuple[float, ...] = ()
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -43,10 +62,15 @@ class Plan:
     Attributes:
         fire: bool (K, N), whether level k's increment is evaluated at step i.
         weight: float64 (K, N), the weight in step i's drift of level k's latest evaluated increment.
+        previous: float64 (K, N), the weight of the one evaluated before that.
+        collapse: whether runs of steps that evaluate level 1 alone are taken in closed form, which needs a level 1 that
+            is affine in x.
     """
 
     fire: np.ndarray
     weight: np.ndarray
+    previous: np.ndarray
+    collapse: bool = False
 
     @cached_property
     def terms(self) -> tuple[tuple[Term, ...], ...]:
@@ -58,9 +82,10 @@ class Plan:
         levels, steps = self.fire.shape
         by_step: list[list[Term]] = [[] for _ in range(steps)]
         for k in range(levels):
-            fires = np.flatnonzero(self.fire[k])
-            for start, stop in zip(fires, np.append(fires, steps)[1:], strict=True):
-                weights = tuple(np.trim_zeros(self.weight[k, start:stop], "b").tolist())
+            ends = [*np.flatnonzero(self.fire[k]), steps, steps]
+            for start, stop, end in zip(ends, ends[1:], ends[2:], strict=False):
+                both = np.append(self.weight[k, start:stop], self.previous[k, stop:end])
+                weights = tuple(np.trim_zeros(both, "b").tolist())
                 if not weights:
                     continue
                 here = by_step[start]
@@ -71,19 +96,36 @@ class Plan:
         return tuple(map(tuple, by_step))
 
     @cached_property
-    def calls(self) -> np.ndarray:
-        """bool (K, N): which levels are called at each step."""
-        called = np.zeros(self.fire.shape, dtype=bool)
+    def runs(self) -> tuple[Run, ...]:
+        """The steps, in order: one by one, or with runs of level 1 alone joined to the step before them."""
+        found: list[Run] = []
         for i, terms in enumerate(self.terms):
-            for term in terms:
-                called[term.level - 1, i] = True
-                if term.below:
-                    called[term.below - 1, i] = True
+            base = terms[0].weights if terms and (terms[0].level, terms[0].below) == (1, 0) else ()
+            if not self.collapse or len(base) != 1:
+                found.append(Run(i, i + 1, terms))
+            elif found and found[-1].base and len(terms) == 1:
+                last = found.pop()
+                found.append(Run(last.start, i + 1, last.terms, last.base + base))
+            else:
+                found.append(Run(i, i + 1, terms[1:], base))
+        return tuple(found)
+
+    @cached_property
+    def calls(self) -> np.ndarray:
+        """bool (K, N): which levels are called at each step; a run in closed form is no call."""
+        called = np.zeros(self.fire.shape, dtype=bool)
+        for run in self.runs:
+            for number in {k for term in run.terms for k in (term.level, term.below) if k}:
+                called[number - 1, run.start] = True
         return called
 
     def nfe(self, cost: np.ndarray) -> float:
-        """The plan's cost per sample in evaluations of the best level, for level costs `cost` (K,) in seconds."""
-        return float(self.calls.sum(1) @ cost / cost[-1])
+        """The plan's cost per sample in evaluations of the best level, for level costs `cost` (K,) in seconds.
+
+        A run in closed form costs about as much as a call of level 1.
+        """
+        closed = sum(bool(run.base) for run in self.runs)
+        return float((self.calls.sum(1) @ cost + closed * cost[0]) / cost[-1])
 
 
 def draw_coins(p: np.ndarray, draw: Draw, rng: np.random.Generator) -> np.ndarray:
@@ -105,38 +147,72 @@ def systematic(p: np.ndarray, u: np.ndarray) -> np.ndarray:
     return np.diff(np.floor(sums), axis=1) > 0
 
 
-def impulse(fire: np.ndarray, p: np.ndarray) -> Plan:
+def impulse(fire: np.ndarray, p: np.ndarray, collapse: bool = False) -> Plan:
     """The estimator of ML-EM: each drawn increment enters its own step, divided by its probability. Unbiased."""
-    return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire))
+    return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire), np.zeros(p.shape), collapse)
 
 
-def held(fire: np.ndarray) -> Plan:
+def held(fire: np.ndarray, collapse: bool = False) -> Plan:
     """Each increment enters with weight 1 from its evaluation until the next one.
 
     No variance, but biased: the error is of the order of what an increment changes between two evaluations.
     """
-    return Plan(fire, np.maximum.accumulate(fire, axis=1).astype(np.float64))
+    weight = np.maximum.accumulate(fire, axis=1).astype(np.float64)
+    return Plan(fire, weight, np.zeros(fire.shape), collapse)
 
 
-def single_level(level: int, levels: int, steps: int) -> Plan:
+def extrapolated(fire: np.ndarray, log_snr: np.ndarray, collapse: bool = False) -> Plan:
+    """The line through the last two evaluations of each increment, in lambda, up to one gap beyond the last.
+
+    With l the last evaluation before step i and p the one before that, the increment enters as
+    v_l + r (v_l - v_p), r = min(1, (lambda_i - lambda_l) / (lambda_l - lambda_p)); until there are two, it is held.
+    Biased: the error is of the order of the increment's second derivative times the square of the gap.
+
+    Args:
+        log_snr: lambda, float64 (N,), increasing.
+    """
+    weight, previous = held(fire).weight, np.zeros(fire.shape)
+    for k, fires in enumerate(map(np.flatnonzero, fire)):
+        for before, last, stop in zip(fires, fires[1:], [*fires[2:], fire.shape[1]], strict=False):
+            ahead = (log_snr[last:stop] - log_snr[last]) / (log_snr[last] - log_snr[before])
+            previous[k, last:stop] = -np.minimum(1.0, ahead)
+    return Plan(fire, weight - previous, previous, collapse)
+
+
+def single_level(level: int, levels: int, steps: int, collapse: bool = False) -> Plan:
     """Euler-Maruyama with one level (from 1) of a ladder of `levels`."""
     fire = np.zeros((levels, steps), dtype=bool)
     fire[:level] = True
-    return Plan(fire, fire.astype(np.float64))
+    return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape), collapse)
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How every block draws its own plan: probabilities p (K, N), the kind of coins and of increments."""
+    """How every block draws its own plan.
+
+    Attributes:
+        probabilities: p, float64 (K, N).
+        draw: the kind of coins.
+        increments: how a drawn increment enters.
+        collapse: as in `Plan`.
+        log_snr: lambda, float64 (N,), increasing; for extrapolated increments.
+    """
 
     probabilities: np.ndarray
     draw: Draw
     increments: Increments
+    collapse: bool = False
+    log_snr: np.ndarray | None = None
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
         fire = draw_coins(self.probabilities, self.draw, rng)
-        return impulse(fire, self.probabilities) if self.increments == "impulse" else held(fire)
+        if self.increments == "impulse":
+            return impulse(fire, self.probabilities, self.collapse)
+        if self.increments == "held":
+            return held(fire, self.collapse)
+        assert self.log_snr is not None
+        return extrapolated(fire, self.log_snr, self.collapse)
 
 
 def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:
@@ -148,6 +224,8 @@ def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:
         "steps": plan.fire.shape[1],
         "fire": plan.fire.astype(int).tolist(),
         "weight": plan.weight.tolist(),
+        "previous": plan.previous.tolist(),
+        "collapse": plan.collapse,
     }
 
 
@@ -162,12 +240,15 @@ def plan_from_dict(raw: Mapping[str, Any], levels: int, where: str = "plan") -> 
     try:
         fire = np.array(raw["fire"], dtype=bool)
         weight = np.array(raw["weight"], dtype=np.float64)
+        previous = np.array(raw["previous"], dtype=np.float64)
+        collapse = bool(raw["collapse"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{where}: fire and weight must be matrices of numbers ({error})") from None
+        raise UsageError(f"{where}: fire, weight and previous must be matrices of numbers ({error})") from None
     expected = (levels, raw.get("steps"))
-    if fire.shape != expected or weight.shape != expected or not np.isfinite(weight).all():
-        raise UsageError(f"{where}: fire {fire.shape} and weight {weight.shape} must be finite, of shape {expected}")
-    return Plan(fire, weight)
+    for name, matrix in (("fire", fire), ("weight", weight), ("previous", previous)):
+        if matrix.shape != expected or not np.isfinite(matrix).all():
+            raise UsageError(f"{where}: {name} {matrix.shape} must be finite numbers, of shape {expected}")
+    return Plan(fire, weight, previous, collapse)
 
 
 def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str, steps: int) -> Plan:

@@ -27,38 +27,53 @@ def increment_cost(cost: np.ndarray) -> np.ndarray:
     return cost + np.concatenate([[0.0], cost[:-1]])
 
 
-def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float) -> np.ndarray:
+def expected_cost(p: np.ndarray, cost: np.ndarray, collapse: bool = False) -> float:
+    """Seconds per sample of plans with probabilities p (K, N): sum_ik p_k(i) (T_k + T_{k-1}).
+
+    With `collapse` the first level costs T_1 not per step, but per run of steps that evaluate it alone.
+    """
+    seconds = float((p * increment_cost(cost)[:, None]).sum())
+    if not collapse:
+        return seconds
+    begins = 1 - (1 - p[1:]).prod(0)
+    begins[:1] = 1
+    return seconds - float(cost[0] * (p[0] - begins).sum())
+
+
+def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse: bool = False) -> np.ndarray:
     """p_k(i) = min(1, C weights_k(i)), p_1 = 1, with C such that the expected cost is a budget.
 
-    The budget `nfe` is in evaluations of the best level.
-
-    The expected cost of a sample is N T_1 + sum_i sum_{k>1} p_k(i) (T_k + T_{k-1}), in units of T_K. A budget that
-    pays for the best level at every step gives p = 1 throughout, which is Euler-Maruyama with that level.
+    The budget `nfe` is in evaluations of the best level. One that pays for the best level at every step gives p = 1
+    throughout, which is Euler-Maruyama with that level.
 
     Args:
         weights: float64 (K, N), not negative.
         cost: float64 (K,), seconds per sample.
+        nfe: the budget.
+        collapse: as in `expected_cost`.
 
     Raises:
-        UsageError: the budget is below the cost of the base level at every step.
+        UsageError: the budget is below the cost of the base level.
     """
     steps = weights.shape[1]
-    unit = increment_cost(cost) / cost[-1]
     if nfe >= steps or len(cost) == 1:
         return np.ones_like(weights)
-    if nfe < steps * unit[0]:
-        raise UsageError(
-            f"--nfe {nfe:g} is below the cost of the base level alone, {steps * unit[0]:.3g} for {steps} steps; "
-            "raise --nfe or lower --steps"
-        )
 
     def probabilities(scale: float) -> np.ndarray:
         return np.concatenate([np.ones((1, steps)), np.minimum(1.0, scale * weights[1:])])
 
+    def spent(scale: float) -> float:
+        return expected_cost(probabilities(scale), cost, collapse) / float(cost[-1])
+
+    if nfe < spent(0):
+        raise UsageError(
+            f"--nfe {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
+            "raise --nfe" + ("" if collapse else " or lower --steps")
+        )
     low, high = 0.0, 1 / weights[1:][weights[1:] > 0].min()
     for _ in range(200):
         middle = (low + high) / 2
-        if unit @ probabilities(middle).sum(1) < nfe:
+        if spent(middle) < nfe:
             low = middle
         else:
             high = middle

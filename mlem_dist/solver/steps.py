@@ -43,6 +43,12 @@ def timesteps(train_steps: int, steps: int, spacing: Spacing) -> np.ndarray:
     return (np.arange(train_steps, 0, -train_steps / steps)[:steps].round() - 1).astype(np.int64)
 
 
+def half_log_snr(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """lambda = log(alpha_bar / (1 - alpha_bar)) / 2 at the timesteps t, float64 (N,)."""
+    ab = alpha_bar[t]
+    return np.asarray(np.log(ab / (1 - ab)) / 2)
+
+
 def step_table(alpha_bar: np.ndarray, steps: int, eta: float, spacing: Spacing = "trailing") -> StepTable:
     """The table of DDPM (eta = 1, the SDE), DDIM (eta = 0, the ODE) or any eta between, for a noise prediction f.
 

@@ -62,8 +62,3 @@ def coin_error(p: np.ndarray, effect: np.ndarray) -> float:
     """The expected squared error that independent coins of probabilities p (K, N) add, to first order."""
     drawn = p > 0
     return float((effect[drawn] * (1 / p[drawn] - 1)).sum())
-
-
-def expected_cost(p: np.ndarray, cost: np.ndarray) -> float:
-    """Seconds per sample: sum_ik p_k(i) (T_k + T_{k-1})."""
-    return float((p * increment_cost(cost)[:, None]).sum())

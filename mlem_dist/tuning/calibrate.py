@@ -25,8 +25,9 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, StepTable, step_table
-from mlem_dist.tuning.allocate import expected_cost, neyman
+from mlem_dist.tuning.allocate import neyman
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 
 SCHEMA_VERSION = 1

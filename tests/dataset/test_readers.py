@@ -19,7 +19,7 @@ def dataset(fashion, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("dataset")
     p = np.repeat(0.4 ** np.arange(len(fashion.levels))[:, None], 10, axis=1)
-    plan = Recipe(p, "systematic", "held")
+    plan = Recipe(p, "systematic", "held", collapse=True)
     job = Job("fashion", fashion.digest, 44, tuple(range(10)), "ddpm", 10, plan, 0, 8, 16, "cpu")
     list(complete(open_dataset(job, fashion, out), fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
     return out

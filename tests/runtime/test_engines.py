@@ -51,6 +51,7 @@ def plans(levels: int) -> dict[str, object]:
     p = np.repeat(0.6 ** np.arange(levels)[:, None], 12, axis=1)
     return {
         "held": Recipe(p, "systematic", "held"),
+        "extrapolated in closed form": Recipe(p, "systematic", "extrapolated", True, np.arange(12.0)),
         "impulse": Recipe(p, "independent", "impulse"),
         "best level alone": single_level(levels, levels, 12),
     }
@@ -58,7 +59,7 @@ def plans(levels: int) -> dict[str, object]:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(("devices", "placement"), [(1, "pools"), (2, "pools"), (3, "pools"), (2, "together")])
-@pytest.mark.parametrize("plan", ["held", "impulse", "best level alone"])
+@pytest.mark.parametrize("plan", ["held", "extrapolated in closed form", "impulse", "best level alone"])
 def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cache, tmp_path, devices, placement, plan):
     job = make_job(plans(len(fashion.levels))[plan])
     found, _ = make_ray(job, fashion, tmp_path / "out", devices, placement)

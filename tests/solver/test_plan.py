@@ -10,6 +10,7 @@ from mlem_dist.solver.integrate import evaluate
 from mlem_dist.solver.plan import (
     Plan,
     Recipe,
+    extrapolated,
     held,
     impulse,
     plan_to_dict,
@@ -17,7 +18,7 @@ from mlem_dist.solver.plan import (
     single_level,
     systematic,
 )
-from mlem_dist.solver.probabilities import increment_cost, rule_weights, scale_to_budget
+from mlem_dist.solver.probabilities import expected_cost, increment_cost, rule_weights, scale_to_budget
 
 COST = np.array([0.02, 0.3, 1.2, 5.0])
 STEPS = 6
@@ -111,9 +112,42 @@ def test_a_held_increment_lasts_until_the_next():
     assert spans == [(2, 1, 1, 3), (2, 1, 3, 5)]
 
 
+def test_extrapolated_increments_follow_a_line_in_lambda_no_further_than_one_gap():
+    log_snr = np.array([0.0, 1, 3, 4, 6, 7, 9, 20])
+    fire = np.array([[1, 0, 1, 0, 0, 1, 0, 0]], dtype=bool)
+    plan = extrapolated(fire, log_snr)
+    line = 2 - 3 * log_snr
+    drift = np.zeros(8)
+    for term in (term for terms in plan.terms for term in terms):
+        drift[term.start : term.stop] += line[term.start] * np.array(term.weights)
+    # From step 2 the line is known, from 7 the last step is more than one gap, 7 - 3, beyond the last evaluation.
+    np.testing.assert_allclose(drift, [2, 2, *line[2:7], 2 - 3 * 11])
+    for k in range(8):
+        steps = plan.weight[:, k] + plan.previous[:, k]
+        assert steps == pytest.approx(1), "a constant increment stays what it is"
+
+
+def test_a_plan_in_closed_form_calls_the_first_level_only_for_increments():
+    fire = np.array([[1] * 6, [0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=bool)
+    plan = held(fire, collapse=True)
+    assert [(run.start, run.stop, len(run.terms), len(run.base)) for run in plan.runs] == [
+        (0, 2, 0, 2),
+        (2, 4, 1, 2),
+        (4, 6, 1, 2),
+    ]
+    # At step 4 both increments fire and are held equally long: one call of level 3, one of level 1.
+    assert plan.calls.sum(1).tolist() == [2, 1, 1]
+    cost = np.array([1.0, 10.0, 100.0])
+    assert plan.nfe(cost) == pytest.approx((2 + 10 + 100 + 3) / 100)
+    assert held(fire).calls.sum(1).tolist() == [6, 1, 1]
+    # With the best level at every step nothing is left of the first one.
+    assert all(not run.base for run in single_level(3, 3, 6, collapse=True).runs)
+    assert len(single_level(1, 3, 6, collapse=True).runs) == 1
+
+
 def test_a_value_of_no_weight_is_not_evaluated():
     fire = np.ones((2, 3), dtype=bool)
-    plan = Plan(fire, np.array([[1.0, 1, 1], [0, 2, 0]]))
+    plan = Plan(fire, np.array([[1.0, 1, 1], [0, 2, 0]]), np.zeros((2, 3)))
     assert plan.calls.sum(1).tolist() == [3, 1]
 
 
@@ -134,6 +168,20 @@ def test_probabilities_meet_the_budget(rule, nfe, slope):
     assert 0.6 * nfe < drawn < nfe + 1
 
 
+@pytest.mark.parametrize("nfe", [0.5, 3.0, 20.0])
+def test_probabilities_meet_the_budget_in_closed_form(nfe):
+    p = scale_to_budget(rule_weights("theory", COST, 250), COST, nfe, collapse=True)
+    rng = np.random.default_rng(1)
+    recipe = Recipe(p, "independent", "held", True)
+    drawn = np.mean([recipe.plan(rng).nfe(COST) for _ in range(400)])
+    # As above; independent coins share only by chance.
+    assert 0.8 * nfe < drawn < 1.1 * nfe
+    steps = scale_to_budget(rule_weights("theory", COST, 250), COST, 3.0)
+    assert expected_cost(scale_to_budget(rule_weights("theory", COST, 250), COST, 3.0, True), COST) > expected_cost(
+        steps, COST
+    )
+
+
 def test_theory_is_the_rule_of_the_paper_for_its_own_costs():
     gamma, k = 2.5, np.arange(1, 6)
     weights = rule_weights("theory", 2.0 ** (gamma * k), 1)[:, 0]
@@ -149,15 +197,17 @@ def test_a_budget_for_everything_is_euler_maruyama():
     assert (scale_to_budget(rule_weights("theory", COST, 250), COST, 250) == np.ones((4, 250))).all()
 
 
-@pytest.mark.parametrize("increments", ["impulse", "held"])
+@pytest.mark.parametrize("increments", ["impulse", "held", "extrapolated"])
 def test_json_round_trip(tmp_path, increments):
     p = np.repeat([[1.0], [0.37], [0.1]], 40, axis=1)
-    plan = Recipe(p, "independent", increments).plan(np.random.default_rng(5))
+    plan = Recipe(p, "independent", increments, True, np.linspace(-5, 4, 40) ** 3).plan(np.random.default_rng(5))
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_to_dict(plan, "digest", "ddpm")))
     found = read_plan(path, "digest", ["a", "b", "c"], "ddpm", 40)
     assert np.array_equal(found.fire, plan.fire)
     assert np.array_equal(found.weight, plan.weight)
+    assert found.terms == plan.terms
+    assert found.runs == plan.runs
     for changed in (("other", "ddpm", 40), ("digest", "ddim", 40), ("digest", "ddpm", 50)):
         with pytest.raises(UsageError, match="made for another"):
             read_plan(path, changed[0], ["a", "b", "c"], *changed[1:])

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mlem_dist.solver.probabilities import increment_cost
-from mlem_dist.tuning.allocate import coin_error, expected_cost, neyman, neyman_weights
+from mlem_dist.solver.probabilities import expected_cost, increment_cost
+from mlem_dist.tuning.allocate import coin_error, neyman, neyman_weights
 
 COST = np.array([0.01, 1.0, 4.0, 16.0])
 EFFECT = np.random.default_rng(0).gamma(2, 1, (4, 30)) * np.array([9.0, 1.0, 0.2, 0.05])[:, None]

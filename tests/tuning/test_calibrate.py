@@ -16,7 +16,7 @@ from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
-from mlem_dist.solver.plan import Plan, single_level
+from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import step_table
 from mlem_dist.tuning.allocate import coin_error, neyman
 from mlem_dist.tuning.calibrate import best_trajectory, calibrate, propagate, store, stored
@@ -86,7 +86,7 @@ def test_coins_make_the_error_that_their_effects_predict(toy):
     errors = []
     for _ in range(800):
         fire = rng.random(p.shape) < p
-        plan = Plan(fire, np.where(fire, 1 / p, 0.0))
+        plan = impulse(fire, p)
         errors.append(float((integrate(levels, table, plan, noise, label) - states[-1]).square().mean()))
     assert np.mean(errors) == pytest.approx(coin_error(p, effect), rel=0.1)
 

@@ -1,0 +1,112 @@
+"""Runs of steps with a drift that is affine in x, taken in one: in each eigenmode they are numbers that compose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem_dist.solver.steps import StepTable
+
+
+@dataclass(frozen=True)
+class AffineDrift:
+    """f(x, t_i) = G_i (x - m_i mu), with matrices G_i that share their eigenvectors.
+
+    Attributes:
+        mean: mu by class, float32 (classes, d), with d the number of values of a sample.
+        basis: Q by class, float32 (classes, d, r): orthonormal columns, or zero ones.
+        gain: float64 (classes, N, r + 1): the eigenvalues of G_i in the columns of Q and, last, outside them.
+        centre: m, float64 (N,).
+    """
+
+    mean: Tensor
+    basis: Tensor
+    gain: np.ndarray
+    centre: np.ndarray
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value v (B, d) that enters the drift of every step of a run, and Q^T v (B, r)."""
+
+    value: Tensor
+    thin: Tensor
+
+
+class ClosedForm:
+    """Runs of the steps of a table for a block of classes `label` (B,), with f^1 an `AffineDrift`.
+
+    With f = w_i f^1(x, t_i) + h_i, h_i not depending on x, step i is x <- (a_i + b_i w_i g_i) x + ... in an eigenmode
+    of gain g_i. The steps of a run therefore multiply x by the product of these factors, and what each step adds by
+    that of the steps after it. Equal to the single steps but for rounding.
+
+    Args:
+        path: take the noise of every single step, as the comparison of plans on one Brownian path needs it. Otherwise
+            a run draws the sum of its noises at once, from the noise of its first step: the same distribution.
+    """
+
+    def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, path: bool = False) -> None:
+        self.drift, self.table, self.label, self.path = drift, table, label, path
+        self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in label.unique().tolist()]
+        self.mean = self.held(drift.mean[label])
+
+    def held(self, value: Tensor) -> Held:
+        """A value (B, ...) with its projection."""
+        flat = value.flatten(1)
+        thin = flat.new_empty(len(flat), self.drift.basis.shape[2])
+        for c, rows in self.rows:
+            thin[rows] = flat[rows] @ self.drift.basis[c].to(flat.dtype)
+        return Held(flat, thin)
+
+    def advance(
+        self,
+        start: int,
+        x: Tensor,
+        base: Sequence[float],
+        held: Sequence[tuple[Held, Sequence[float]]],
+        noise: Callable[[int], Tensor],
+    ) -> Tensor:
+        """x after the steps start, start + 1, ..., as many as `base` has weights.
+
+        Args:
+            x: (B, C, H, W).
+            base: w_i, the weight of f^1 in each step.
+            held: the values of h, each with its weight in each step.
+            noise: z_i by step.
+        """
+        steps = slice(start, start + len(base))
+        a, b, c = self.table.a[steps], self.table.b[steps], self.table.c[steps]
+        gain = self.drift.gain[:, steps] * np.array(base)[:, None]
+        factor = a[:, None] + b[:, None] * gain
+        # after[:, i] is the product of the factors of the steps that follow step i.
+        after = np.cumprod(np.pad(factor[:, :0:-1], ((0, 0), (1, 0), (0, 0)), constant_values=1.0), axis=1)[:, ::-1]
+
+        def carried(what: np.ndarray) -> np.ndarray:
+            return np.asarray((after * what).sum(1))
+
+        parts = [(self.held(x), after[:, 0] * factor[:, 0])]
+        parts.append((self.mean, -carried((b * self.drift.centre[steps])[:, None] * gain)))
+        parts += [(value, carried((b * np.array(weights))[:, None])) for value, weights in held]
+        if self.path:
+            parts += [(self.held(noise(start + i)), after[:, i] * c[i]) for i in np.flatnonzero(c).tolist()]
+        elif c.any():
+            parts.append((self.held(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
+        return self._sum(parts).view_as(x)
+
+    def _sum(self, parts: Sequence[tuple[Held, np.ndarray]]) -> Tensor:
+        """The sum of values, each multiplied by its coefficient (classes, r + 1) in every mode."""
+        first = parts[0][0].value
+        coefficients = torch.tensor(np.stack([c for _, c in parts]), dtype=first.dtype).to(first.device)[:, self.label]
+        outside = coefficients[:, :, -1:]
+        inside = coefficients[:, :, :-1] - outside
+        out, thin = outside[0] * first, inside[0] * parts[0][0].thin
+        for q, (part, _) in enumerate(parts[1:], 1):
+            out.addcmul_(outside[q], part.value)
+            thin.addcmul_(inside[q], part.thin)
+        for c, rows in self.rows:
+            out[rows] += thin[rows] @ self.drift.basis[c].T.to(out.dtype)
+        return out

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import torch
+
+from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
+from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.plan import Recipe, single_level
+from mlem_dist.solver.steps import ETA, StepTable, half_log_snr, step_table
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def levels(fashion):
+    return {k: fashion.load_level(k, "cpu") for k in (1, 2, 3)}
+
+
+def recipe(fashion, table: StepTable, increments: str, collapse: bool) -> Recipe:
+    p = np.repeat([[1.0], [0.2], [0.06]], len(table), axis=1)
+    return Recipe(p, "systematic", increments, collapse, half_log_snr(fashion.alpha_bar, table.t))
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("increments", ["held", "extrapolated", "impulse"])
+def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, increments):
+    """On one Brownian path, with a real Gaussian level and real UNets on top: equal but for rounding."""
+    table = step_table(fashion.alpha_bar, STEPS, ETA[solver])
+    label = torch.tensor([0, 7, 7, 3])
+    noise = block_noise(4, 0, (4, *fashion.sample_shape), "cpu")
+    single, runs = (
+        recipe(fashion, table, increments, collapse).plan(np.random.default_rng(0)) for collapse in (False, True)
+    )
+    assert len(runs.runs) < STEPS / 3
+    expected = integrate(levels, table, single, noise, label)
+    closed_form = ClosedForm(levels[1].affine(table.t), table, label, path=True)
+    found = integrate(levels, table, runs, noise, label, closed_form)
+    assert (found - expected).abs().max() < 1e-3
+    assert expected.std() > 0.3
+
+
+def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
+    table = step_table(fashion.alpha_bar, 1000, 0.0)
+    label = torch.tensor([1, 9])
+    noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
+    expected = integrate(levels, table, single_level(1, 3, 1000), noise, label)
+    closed_form = ClosedForm(levels[1].affine(table.t), table, label)
+    plan = single_level(1, 3, 1000, collapse=True)
+    assert len(plan.runs) == 1
+    found = integrate({}, table, plan, noise, label, closed_form)
+    assert (found - expected).abs().max() < 1e-3
+
+
+def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, StepTable]:
+    rng = np.random.default_rng(0)
+    basis = np.stack([np.linalg.qr(rng.standard_normal((d, rank)))[0] for _ in range(classes)])
+    table = step_table(np.cumprod(1 - np.linspace(0.01, 0.3, 20)), 10, 1.0)
+    drift = AffineDrift(
+        torch.tensor(rng.standard_normal((classes, d))),
+        torch.tensor(basis),
+        rng.uniform(0.2, 1.2, (classes, 10, rank + 1)),
+        rng.uniform(0.2, 1, 10),
+    )
+    return drift, table
+
+
+def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
+    """The run is affine in x and z: read off both matrices by unit vectors, for the SDE's one draw and its many."""
+    drift, table = small()
+    label = torch.tensor([1, 0])
+    unit = torch.eye(4, dtype=torch.float64)
+    zero = torch.zeros(2, 4, dtype=torch.float64)
+    run, start = [1.0, 0.5, 1.0, 2.0], 3
+
+    def response(path: bool, step: int) -> torch.Tensor:
+        """(2, 4, 4): how each sample's end depends on the noise of a step."""
+        closed_form = ClosedForm(drift, table, label, path)
+        base = closed_form.advance(start, zero, run, [], lambda i: zero)
+        moved = [
+            closed_form.advance(start, zero, run, [], lambda i, u=u: u.expand(2, 4) if i == step else zero)
+            for u in unit
+        ]
+        return torch.stack([end - base for end in moved], -1)
+
+    single = sum(m @ m.mT for m in (response(True, start + i) for i in range(len(run))))
+    at_once = response(False, start)
+    assert (at_once @ at_once.mT - single).abs().max() < 1e-12
+    assert single.diagonal(dim1=1, dim2=2).min() > 0.01
+    # Means: both forms without noise, against the steps written out.
+    ends = [ClosedForm(drift, table, label, p).advance(start, zero, run, [], lambda i: zero) for p in (False, True)]
+    assert torch.equal(*ends)
+    for sample, c in enumerate(label.tolist()):
+        q, mu, x = drift.basis[c].numpy(), drift.mean[c].numpy(), np.zeros(4)
+        for i, w in enumerate(run, start):
+            inside, outside = drift.gain[c, i, :-1], drift.gain[c, i, -1]
+            gain = q @ np.diag(inside - outside) @ q.T + outside * np.eye(4)
+            x = table.a[i] * x + table.b[i] * w * gain @ (x - drift.centre[i] * mu)
+        np.testing.assert_allclose(ends[0][sample].numpy(), x, atol=1e-12)
+
+
+def test_affine_drift_of_a_gaussian_level_is_its_forward_pass(levels, fashion):
+    t = np.array([900, 300, 2])
+    drift = levels[1].affine(t)
+    x = torch.randn(3, *fashion.sample_shape, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([2, 2, 5])
+    for i, time in enumerate(t):
+        expected = levels[1](x, torch.full((3,), int(time)), label).flatten(1)
+        for row, c in enumerate(label.tolist()):
+            centred = x[row].flatten() - float(drift.centre[i]) * drift.mean[c]
+            inside, outside = (torch.tensor(drift.gain[c, i], dtype=torch.float32)[s] for s in (slice(-1), -1))
+            found = outside * centred + drift.basis[c] @ ((inside - outside) * (drift.basis[c].T @ centred))
+            assert (found - expected[row]).abs().max() < 1e-4
