@@ -414,40 +414,16 @@ def _plan(
     ladder_name: str,
 ) -> Any:
     """The plan in a file, or the recipe that the options give."""
-    from mlem_dist.solver.plan import Recipe, read_plan
-    from mlem_dist.solver.probabilities import rule_weights, scale_to_budget
-    from mlem_dist.solver.steps import half_log_snr, timesteps
-    from mlem_dist.tuning.allocate import neyman_weights
-    from mlem_dist.tuning.calibrate import read_effect
+    from mlem_dist.solver.plan import read_plan
+    from mlem_dist.tuning.recipe import make_recipe
 
-    t = timesteps(len(ladder.alpha_bar), steps, "trailing")
     if plan_file is not None:
         given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
         if clash := [option for option, value in given.items() if value is not None]:
             raise UsageError(f"{clash[0]} and --plan exclude each other: a plan has its own; leave one out")
         return read_plan(plan_file, ladder.digest, [level.name for level in ladder.levels], solver, steps)
-    cost = ladder.cost(device)
     nfe = DEFAULT_NFE if nfe is None else nfe
-    if not nfe > 0:
-        raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    effect = read_effect(ladder, solver) if probabilities in (None, "neyman") else None
-    if effect is not None:
-        weights = neyman_weights(effect[1], effect[0], t, cost)
-    elif probabilities == "neyman":
-        raise UsageError(
-            f"--probabilities neyman needs a calibrated ladder; run `mlem-dist calibrate {ladder.source} --data DATA` "
-            "or choose theory"
-        )
-    else:
-        weights = rule_weights(probabilities or "theory", cost, steps)
-    collapse = ladder.levels[0].kind == "gaussian"
-    return Recipe(
-        scale_to_budget(weights, cost, nfe, collapse),
-        draw or "systematic",
-        increments or ("held" if solver == "ddpm" else "extrapolated"),
-        collapse,
-        half_log_snr(ladder.alpha_bar, t),
-    )
+    return make_recipe(ladder, device, solver, steps, nfe, probabilities, draw, increments)
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

@@ -186,6 +186,14 @@ def single_level(level: int, levels: int, steps: int, collapse: bool = False) ->
     return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape), collapse)
 
 
+def switched(small: int, large: int, levels: int, steps: int, at: int) -> Plan:
+    """Euler-Maruyama with level `small` before step `at` and `large` from there on (T-Stitch, arXiv:2402.14167)."""
+    fire = np.zeros((levels, steps), dtype=bool)
+    fire[:small] = True
+    fire[:large, at:] = True
+    return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape))
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """How every block draws its own plan.

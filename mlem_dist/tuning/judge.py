@@ -1,0 +1,117 @@
+"""Plans compared: the same initial noise and Brownian path for all, against the best level at every timestep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.solver.closed_form import ClosedForm
+from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coarse_noise, integrate
+from mlem_dist.solver.plan import Plan, Recipe, single_level
+from mlem_dist.solver.steps import ETA, step_table
+
+BLOCK = 64
+"""Samples that advance together; those of a block share a drawn plan."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a plan costs and how far it ends from the reference.
+
+    Attributes:
+        seconds: per sample, measured on one block.
+        errors: mean squared error per value of each sample, float64 (n,).
+    """
+
+    seconds: float
+    errors: np.ndarray
+
+
+class Judge:
+    """`samples` trajectories of a ladder with one solver, in blocks of 64, with classes in turn.
+
+    Args:
+        ladder: the ladder.
+        solver: "ddpm" or "ddim".
+        device: "cpu", on one thread, or "cuda".
+        samples: how many, a multiple of 64.
+        seed: of the noises and coins; plans are chosen with one seed and judged with another.
+        cache: where the reference is kept, or None to compute it each time.
+    """
+
+    def __init__(
+        self, ladder: Ladder, solver: str, device: str, samples: int, seed: int, cache: Path | None = None
+    ) -> None:
+        assert samples % BLOCK == 0
+        self.ladder, self.solver, self.device = ladder, solver, device
+        self.samples, self.seed, self.cache = samples, seed, cache
+        self.levels: dict[int, Drift] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
+        self.fine = step_table(ladder.alpha_bar, len(ladder.alpha_bar), ETA[solver])
+        self.label = torch.arange(BLOCK, device=device) % max(1, len(ladder.labels))
+
+    def noise(self, block: int, steps: int) -> Noise:
+        """The noise of a block for `steps` steps, a divisor of the schedule's: one Brownian path for all of them."""
+        fine = block_noise(self.seed, block, (BLOCK, *self.ladder.sample_shape), self.device)
+        return coarse_noise(fine, self.fine, len(self.fine) // steps)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """float32 (samples, C, H, W): the best level at every timestep of the noise schedule."""
+        name = f"{self.ladder.digest[:12]}-{self.solver}-{self.seed}-{self.samples}.safetensors"
+        if self.cache and (self.cache / name).exists():
+            return load_file(self.cache / name, device=self.device)["reference"]
+        best = single_level(len(self.levels), len(self.levels), len(self.fine))
+        found = torch.cat([self._end(best, block) for block in range(self.samples // BLOCK)])
+        if self.cache:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            save_file({"reference": found.cpu()}, self.cache / name)
+        return found
+
+    def judge(self, plan: Plan | Recipe) -> Verdict:
+        """The verdict on a memorised plan, or on a recipe by which each block draws its own."""
+        blocks = range(self.samples // BLOCK)
+        plans = [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
+        steps = plans[0].fire.shape[1]
+        table = step_table(self.ladder.alpha_bar, steps, ETA[self.solver])
+        plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
+        closed_form = self._closed_form(plans[0], False)
+        seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))[0]
+        return self.verdict(seconds, lambda block: self._end(plans[block], block))
+
+    def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
+        """The verdict on any way to come from the noise of a block to its end (64, C, H, W)."""
+        ends = torch.cat([end(block) for block in range(self.samples // BLOCK)])
+        errors = (ends - self.reference).square().flatten(1).double().mean(1)
+        return Verdict(seconds, errors.cpu().numpy())
+
+    def timed(self, run: Callable[[], Tensor]) -> tuple[float, Tensor]:
+        """Seconds per sample of a block's `run`: of the thread on a CPU, of the clock on a GPU; and what it returns."""
+        clock = time.perf_counter if self.device == "cuda" else time.thread_time
+        start = clock()
+        found = run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return (clock() - start) / BLOCK, found
+
+    def _end(self, plan: Plan, block: int) -> Tensor:
+        steps = plan.fire.shape[1]
+        table = step_table(self.ladder.alpha_bar, steps, ETA[self.solver])
+        return integrate(self.levels, table, plan, self.noise(block, steps), self.label, self._closed_form(plan, True))
+
+    def _closed_form(self, plan: Plan, path: bool) -> ClosedForm | None:
+        if not plan.collapse:
+            return None
+        table = step_table(self.ladder.alpha_bar, plan.fire.shape[1], ETA[self.solver])
+        base = self.levels[1]
+        assert isinstance(base, GaussianLevel)
+        return ClosedForm(base.affine(table.t), table, self.label, path)
