@@ -124,6 +124,7 @@ def generate(
     from mlem_dist.runtime.generate import complete, open_dataset
     from mlem_dist.runtime.job import Job
     from mlem_dist.runtime.placement import parse_placement
+    from mlem_dist.solver.plan import Plan
 
     ladder = Ladder.load(plan_options["ladder_name"])
     chosen = _labels(labels, len(ladder.labels))
@@ -151,6 +152,8 @@ def generate(
         shard_size=shard_size,
         device=device,
     )
+    if isinstance(plan, Plan) and plan_file is None:
+        click.echo(f"Using the plan tuned for this budget, of {ladder.source}.", err=True)
     dataset = open_dataset(job, ladder, out)
     if not dataset.missing and dataset.manifest.shards:
         if as_json:
@@ -229,15 +232,16 @@ def draw(out: Path, device: str, **plan_options: Any) -> None:
     """Draw one plan and keep it, for `generate --plan`."""
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.solver.integrate import block_rng
-    from mlem_dist.solver.plan import Plan, plan_to_dict
+    from mlem_dist.solver.plan import plan_to_dict
+    from mlem_dist.tuning.recipe import make_recipe
 
     ladder = Ladder.load(plan_options["ladder_name"])
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name")
-    device = _local_device(device, False)
-    recipe = _plan(ladder, device, None, **plan_options)
-    assert not isinstance(recipe, Plan)
-    plan = recipe.plan(block_rng(plan_options["seed"], 0))
+    device, seed = _local_device(device, False), plan_options.pop("seed")
+    choices = plan_options | {"nfe": plan_options["nfe"] or DEFAULT_NFE}
+    del choices["ladder_name"]
+    plan = make_recipe(ladder, device, **choices).plan(block_rng(seed, 0))
     out.write_text(json.dumps(plan_to_dict(plan, ladder.digest, plan_options["solver"])) + "\n")
     calls = dict(zip((level.name for level in ladder.levels), plan.calls.sum(1).tolist(), strict=True))
     click.echo(f"Wrote {out}: {plan.nfe(ladder.cost(device)):.2f} evaluations of the best level; calls {calls}")
@@ -355,7 +359,7 @@ def calibrate(name: str, data: Path, device: str, out: Path | None) -> None:
     """
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.figures import require_matplotlib, save_figures
-    from mlem_dist.report.progress import calibration_bar
+    from mlem_dist.report.progress import parts_bar
     from mlem_dist.report.tables import calibration_table
     from mlem_dist.training.data import load_images
     from mlem_dist.tuning.calibrate import calibrate as measure
@@ -367,11 +371,61 @@ def calibrate(name: str, data: Path, device: str, out: Path | None) -> None:
     folder = ladder.folder if out is None else out
     replaced = device_key(device) in stored(folder, ladder)
     images = load_images(data, ladder.sample_shape, ladder.labels)
-    with calibration_bar() as progress:
+    with parts_bar() as progress:
         calibration = measure(ladder, images.test, images.test_label, device, progress)
     click.echo(calibration_table(ladder, calibration))
     written = [store(folder, ladder, calibration), *save_figures(folder, ladder, calibration)]
     click.echo(f"Wrote {', '.join(map(str, written))}" + (f"; replaced {calibration.device}" if replaced else ""))
+
+
+class Budgets(click.ParamType[tuple[float, ...]]):
+    """Positive numbers such as 5,10,20."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """The numbers, or a usage error that names the value."""
+        try:
+            budgets = tuple(dict.fromkeys(float(part) for part in value.split(",")))
+        except ValueError:
+            budgets = ()
+        if not budgets or not all(0 < nfe < 1e6 for nfe in budgets):
+            self.fail(f"{value!r}: expected positive numbers such as 5,10,20", param, ctx)
+        return budgets
+
+
+@cli.command()
+@click.argument("name", metavar="LADDER")
+@click.option("--nfe", type=Budgets(), default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
+@click.option("--solver", type=click.Choice(["ddpm", "ddim"]), default="ddpm", show_default=True)
+@click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps, as for generate.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; a rerun goes on.")
+def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str, out: Path) -> None:
+    """Find plans for LADDER: try ways to spend each budget, and judge them on other noises.
+
+    Writes plan-SOLVER-NFE.json, frontier-SOLVER.json and frontier-SOLVER.png. Where OUT is the ladder's folder,
+    `generate --nfe NFE` uses the plans.
+    """
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.figures import require_matplotlib, save_frontier
+    from mlem_dist.report.progress import parts_bar
+    from mlem_dist.report.tables import frontier_table
+    from mlem_dist.tuning.tune import open_frontier, plan_path
+    from mlem_dist.tuning.tune import tune as search
+
+    require_matplotlib()
+    ladder = Ladder.load(name)
+    device = _local_device(device, False)
+    if len(ladder.alpha_bar) % steps:
+        raise UsageError(f"--steps {steps}: expected a divisor of {len(ladder.alpha_bar)}, the noise schedule's length")
+    frontier = open_frontier(ladder, solver, steps, device, out)
+    with parts_bar() as progress:
+        rows = list(search(ladder, device, nfe, frontier, progress))
+    figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
+    click.echo(frontier_table(rows, float(ladder.cost(device)[-1])))
+    plans = [str(plan_path(out, solver, budget)) for budget in nfe]
+    click.echo(f"Wrote {', '.join([*plans, str(frontier.path), str(figure)])}")
 
 
 def _labels(text: str, classes: int) -> tuple[int, ...]:
@@ -416,6 +470,7 @@ def _plan(
     """The plan in a file, or the recipe that the options give."""
     from mlem_dist.solver.plan import read_plan
     from mlem_dist.tuning.recipe import make_recipe
+    from mlem_dist.tuning.tune import plan_path
 
     if plan_file is not None:
         given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
@@ -423,6 +478,11 @@ def _plan(
             raise UsageError(f"{clash[0]} and --plan exclude each other: a plan has its own; leave one out")
         return read_plan(plan_file, ladder.digest, [level.name for level in ladder.levels], solver, steps)
     nfe = DEFAULT_NFE if nfe is None else nfe
+    tuned = plan_path(ladder.folder, solver, nfe)
+    if tuned.exists() and (probabilities, draw, increments) == (None, None, None):
+        plan = read_plan(tuned, ladder.digest, [level.name for level in ladder.levels], solver, None)
+        if plan.fire.shape[1] == steps:
+            return plan
     return make_recipe(ladder, device, solver, steps, nfe, probabilities, draw, increments)
 
 

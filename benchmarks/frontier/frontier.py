@@ -7,7 +7,6 @@ Every run starts from the same noises and follows the same Brownian path; the re
 timestep of the noise schedule. A rerun goes on where the last one stopped.
 """
 
-import json
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,9 @@ import torch
 from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
+from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
 from mlem_dist.tuning.recipe import make_recipe
 
@@ -104,38 +105,29 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(name: str, solver: str, samples: int, device: str, out: Path) -> None:
-    """Write OUT/frontier-SOLVER.json."""
+    """Write OUT/frontier-SOLVER.json and .png."""
     torch.set_num_threads(1)
     ladder = Ladder.load(name)
     judge = Judge(ladder, solver, device, samples, SEED, out / "cache")
-    path = out / f"frontier-{solver}.json"
     about = {
         "ladder": ladder.digest,
+        "solver": solver,
         "machine": f"{platform.machine()}, one thread" if device == "cpu" else torch.cuda.get_device_name(),
         "samples": samples,
         "block_size": BLOCK,
         "reference": f"{ladder.levels[-1].name}, {len(ladder.alpha_bar)} steps",
         "best_level_seconds": float(ladder.cost(device)[-1]),
     }
-    rows = []
-    if path.exists():
-        found = json.loads(path.read_text())
-        if {key: found[key] for key in about} != about:
-            raise click.UsageError(f"{path} is of another ladder, machine or number of samples; choose another --out")
-        rows = found["rows"]
-    done = {(row["family"], row["label"]) for row in rows}
-    out.mkdir(parents=True, exist_ok=True)
+    frontier = Frontier(out / f"frontier-{solver}.json", about)
     for family, label, run in cases(ladder, solver):
-        if (family, label) in done:
-            continue
-        verdict = run(judge)
-        errors = [float(f"{error:.4g}") for error in verdict.errors]
-        rows.append({"family": family, "label": label, "seconds": verdict.seconds, "errors": errors})
-        nfe = verdict.seconds / about["best_level_seconds"]
-        print(f"{solver} {family}, {label}: {verdict.seconds * 1e3:.1f} ms ({nfe:.1f} NFE), ", end="")
-        print(f"MSE {verdict.errors.mean():.5f}", flush=True)
-        text = json.dumps(about | {"rows": rows})
-        path.write_text(text.replace('{"family"', '\n{"family"') + "\n")
+        if not frontier.find(family, label):
+            row = frontier.add(family, label, run(judge))
+            nfe = row.seconds / float(ladder.cost(device)[-1])
+            print(
+                f"{solver} {family}, {label}: {row.seconds * 1e3:.1f} ms ({nfe:.1f} NFE), MSE {row.error:.5f}",
+                flush=True,
+            )
+            save_frontier(frontier, out / f"frontier-{solver}.png")
 
 
 if __name__ == "__main__":

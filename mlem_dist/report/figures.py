@@ -13,6 +13,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.train import LOG, read_log
 from mlem_dist.tuning.calibrate import BATCHES, Calibration
+from mlem_dist.tuning.frontier import Frontier, lower_envelope
 from mlem_dist.tuning.gamma import Reading
 
 if TYPE_CHECKING:
@@ -88,6 +89,30 @@ def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
         column[0].set_title(f"{name.upper()}, {len(solver.t)} steps")
     grid[0, 0].legend(title="level, over the one below")
     return figure
+
+
+def save_frontier(frontier: Frontier, path: Path) -> Path:
+    """Write error against time, a curve per family with its best points, and return the path."""
+    about = frontier.about
+    figure = _figure(f"{about['solver'].upper()}, {about['samples']} samples, {about['machine']}", 1, 1, 7.5)
+    axes = figure.axes[0]
+    families = list(dict.fromkeys(row.family for row in frontier.rows))
+    for index, family in enumerate(families):
+        rows = [row for row in frontier.rows if row.family == family]
+        best = lower_envelope(rows)
+        for shown, label, line, alpha in ((rows, None, "", 0.3), (best, family, "-", 1.0)):
+            axes.plot(
+                [row.seconds * 1e3 for row in shown],
+                [row.error for row in shown],
+                ls=line,
+                alpha=alpha,
+                label=label,
+                color=f"C{index % 10}",
+                marker="os^vD"[index // 10 % 5],
+            )
+    axes.set(xscale="log", yscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {about['reference']}")
+    axes.legend(fontsize=8)
+    return _save(figure, path)
 
 
 def save_loss_curves(folder: Path, levels: Mapping[str, Path]) -> Path:

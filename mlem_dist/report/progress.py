@@ -108,7 +108,7 @@ def training_bar(total: int) -> Iterator[Callable[[Mapping[str, tuple[int, float
 
 
 @contextlib.contextmanager
-def calibration_bar() -> Iterator[Callable[[str, int, int], None]]:
+def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A function that shows what is being measured, how much of it is done, and how much there is."""
     with _stage_bar("part") as show:
         yield lambda stage, done, total: show(stage, done, total, "")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.placement import Candidate
 from mlem_dist.tuning.calibrate import BANDS, BATCHES, Calibration
+from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
 
 
@@ -75,6 +76,15 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
             _aligned(speed_up),
         ]
     )
+
+
+def frontier_table(rows: Sequence[Row], best_level: float) -> str:
+    """Time and error of each row, and its time in evaluations of the best level, which takes `best_level` seconds."""
+    table = [["budget", "family", "ms/sample", "NFE", "MSE"]]
+    for row in rows:
+        numbers = [f"{row.seconds * 1e3:.2f}", f"{row.seconds / best_level:.1f}", f"{row.error:.3g}"]
+        table.append([row.label, row.family, *numbers])
+    return _aligned(table)
 
 
 def gamma_statement(reading: Reading) -> str:

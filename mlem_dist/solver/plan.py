@@ -259,8 +259,8 @@ def plan_from_dict(raw: Mapping[str, Any], levels: int, where: str = "plan") -> 
     return Plan(fire, weight, previous, collapse)
 
 
-def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str, steps: int) -> Plan:
-    """Read a plan's JSON file, for use with this ladder, solver and number of steps.
+def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str, steps: int | None) -> Plan:
+    """Read a plan's JSON file, for use with this ladder, solver and number of steps, any if that is None.
 
     Raises:
         UsageError: the file is missing or no plan, or it was made for another ladder, solver or number of steps.
@@ -274,7 +274,7 @@ def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str
     if not isinstance(raw, dict):
         raise UsageError(f"plan {path} is not a JSON object")
     for key, expected in (("ladder", ladder_digest), ("solver", solver), ("steps", steps)):
-        if raw.get(key) != expected:
+        if expected is not None and raw.get(key) != expected:
             raise UsageError(
                 f"plan {path} was made for another {key}: {str(raw.get(key))[:19]}, not {str(expected)[:19]}; "
                 "draw one with `mlem-dist draw`"

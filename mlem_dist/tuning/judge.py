@@ -20,7 +20,7 @@ from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coa
 from mlem_dist.solver.plan import Plan, Recipe, single_level
 from mlem_dist.solver.steps import ETA, step_table
 
-BLOCK = 64
+BLOCK = 32
 """Samples that advance together; those of a block share a drawn plan."""
 
 
@@ -38,13 +38,13 @@ class Verdict:
 
 
 class Judge:
-    """`samples` trajectories of a ladder with one solver, in blocks of 64, with classes in turn.
+    """`samples` trajectories of a ladder with one solver, in blocks of 32, with classes in turn.
 
     Args:
         ladder: the ladder.
         solver: "ddpm" or "ddim".
         device: "cpu", on one thread, or "cuda".
-        samples: how many, a multiple of 64.
+        samples: how many, a multiple of 32.
         seed: of the noises and coins; plans are chosen with one seed and judged with another.
         cache: where the reference is kept, or None to compute it each time.
     """
@@ -89,19 +89,27 @@ class Judge:
         return self.verdict(seconds, lambda block: self._end(plans[block], block))
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
-        """The verdict on any way to come from the noise of a block to its end (64, C, H, W)."""
+        """The verdict on any way to come from the noise of a block to its end (32, C, H, W)."""
         ends = torch.cat([end(block) for block in range(self.samples // BLOCK)])
         errors = (ends - self.reference).square().flatten(1).double().mean(1)
         return Verdict(seconds, errors.cpu().numpy())
 
     def timed(self, run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        """Seconds per sample of a block's `run`: of the thread on a CPU, of the clock on a GPU; and what it returns."""
+        """Seconds per sample of a block's `run`, and what it returns.
+
+        On a CPU one thread's own time, on a GPU the clock's.
+        """
         clock = time.perf_counter if self.device == "cuda" else time.thread_time
-        start = clock()
-        found = run()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return (clock() - start) / BLOCK, found
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            start = clock()
+            found = run()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            return (clock() - start) / BLOCK, found
+        finally:
+            torch.set_num_threads(threads)
 
     def _end(self, plan: Plan, block: int) -> Tensor:
         steps = plan.fire.shape[1]

@@ -1,7 +1,6 @@
 import gzip
 import itertools
 import json
-import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -213,18 +212,6 @@ def data(tmp_path):
     for part in ("train", "t10k"):
         write_idx(folder / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (40, 28, 28)))
         write_idx(folder / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, 40))
-    return folder
-
-
-@pytest.fixture
-def small(tmp_path, fashion) -> Path:
-    """The two lowest levels of the bundled ladder, as a folder."""
-    folder = tmp_path / "small"
-    shutil.copytree(fashion.folder, folder)
-    for name in ("calibration.json", *FIGURES):
-        (folder / name).unlink(missing_ok=True)
-    raw = json.loads((folder / "ladder.json").read_text())
-    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:2]}))
     return folder
 
 

@@ -1,0 +1,94 @@
+"""Error against time: rows of a JSON file that grows run by run, so that a rerun goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.errors import UsageError
+from mlem_dist.files import check_writable
+from mlem_dist.tuning.judge import Verdict
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way to sample costs and how far it ends from the reference.
+
+    Attributes:
+        family: which curve it belongs to.
+        label: which point of it.
+        seconds: per sample.
+        errors: mean squared error per value of each sample, float64 (n,).
+    """
+
+    family: str
+    label: str
+    seconds: float
+    errors: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Mean over the samples."""
+        return float(self.errors.mean())
+
+
+class Frontier:
+    """The rows in the JSON file `path`, which is about `about`.
+
+    Raises:
+        UsageError: the file cannot be written, is unreadable, or is about something else.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        self.rows: list[Row] = []
+        check_writable(path.parent)
+        if not path.exists():
+            return
+        try:
+            raw = json.loads(path.read_text())
+            rows = raw.pop("rows")
+            self.rows = [Row(r["family"], r["label"], r["seconds"], np.array(r["errors"])) for r in rows]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is not a frontier ({error}); move it away or choose another --out") from None
+        for key in sorted(raw.keys() | about.keys()):
+            if raw.get(key) != about.get(key):
+                raise UsageError(
+                    f"{path} is of another {key}: {str(raw.get(key))[:40]}, not {str(about.get(key))[:40]}; "
+                    "choose another --out"
+                )
+
+    def find(self, family: str, label: str) -> Row | None:
+        """The row of a family and label, if it is there."""
+        return next((row for row in self.rows if (row.family, row.label) == (family, label)), None)
+
+    def add(self, family: str, label: str, verdict: Verdict) -> Row:
+        """Append a row and write the file."""
+        row = Row(family, label, verdict.seconds, verdict.errors)
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(_plain(row)) for row in self.rows]
+        text = json.dumps(self.about, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self.path)
+        return row
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    errors = [float(f"{error:.4g}") for error in row.errors]
+    return {"family": row.family, "label": row.label, "seconds": float(f"{row.seconds:.6g}"), "errors": errors}
+
+
+def lower_envelope(rows: Sequence[Row]) -> list[Row]:
+    """The rows that no other one beats in both time and error, by time."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.seconds, row.error)):
+        if not best or row.error < best[-1].error:
+            best.append(row)
+    return best

@@ -1,0 +1,115 @@
+"""The best plan for a budget: ways to spend it tried on one set of noises, and judged on another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, single_level
+from mlem_dist.tuning.frontier import Frontier, Row
+from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.recipe import make_recipe
+
+CHOOSING_SEED, JUDGING_SEED = 0, 1
+CHOOSING_SAMPLES, JUDGING_SAMPLES = 32, 64
+DRAWS = 15
+"""Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
+
+MEMORISED = "memorised"
+EM = "Euler-Maruyama"
+FAMILIES: dict[str, dict[str, Any]] = {
+    "held": {"increments": "held"},
+    "extrapolated": {"increments": "extrapolated"},
+    "ML-EM": {"increments": "impulse", "draw": "independent"},
+}
+"""Recipes by which every block draws its own plan; only the last is unbiased."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being tried, how much of it is done, and how much there is."""
+
+
+def plan_path(folder: Path, solver: str, nfe: float) -> Path:
+    """Where the tuned plan of a solver and budget lies."""
+    return folder / f"plan-{solver}-{nfe:g}.json"
+
+
+def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
+    """The frontier in `out`, new or begun before.
+
+    Raises:
+        UsageError: as `Frontier`.
+    """
+    about = {
+        "ladder": ladder.digest,
+        "solver": solver,
+        "steps": steps,
+        "machine": "one CPU thread" if device == "cpu" else device,
+        "samples": JUDGING_SAMPLES,
+        "reference": f"{ladder.levels[-1].name}, {len(ladder.alpha_bar)} steps",
+    }
+    return Frontier(out / f"frontier-{solver}.json", about)
+
+
+def tune(
+    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, progress: Progress
+) -> Iterator[Row]:
+    """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
+
+    Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments, by the
+    error on the choosing noises; rows hold the error on the judging ones.
+
+    Args:
+        ladder: the ladder.
+        device: "cpu" or "cuda".
+        budgets: evaluations of the best level per sample.
+        frontier: of `open_frontier`.
+        progress: told what is being tried.
+
+    Yields:
+        The rows, budget by budget.
+
+    Raises:
+        UsageError: a budget is below the cost of the base level.
+    """
+    out, solver, steps = frontier.path.parent, frontier.about["solver"], frontier.about["steps"]
+    levels = len(ladder.levels)
+    recipes = {
+        nfe: {name: make_recipe(ladder, device, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
+        for nfe in budgets
+    }
+    choosing = Judge(ladder, solver, device, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache")
+    judging = Judge(ladder, solver, device, JUDGING_SAMPLES, JUDGING_SEED, out / "cache")
+    for nfe in budgets:
+        label = f"{nfe:g} NFE"
+        # A grid that divides the schedule, as the comparison on one Brownian path needs.
+        count = max(n for n in range(1, max(1, round(nfe)) + 1) if len(ladder.alpha_bar) % n == 0)
+        ways: dict[str, Plan | Recipe] = {**recipes[nfe], EM: single_level(levels, levels, count)}
+        for done, (family, way) in enumerate(ways.items(), 1):
+            progress(f"{label}, {family}", done, len(ways))
+            yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
+        found, path = frontier.find(MEMORISED, label), plan_path(out, solver, nfe)
+        if not found or not path.exists():
+            plan = _best_draw(choosing, recipes[nfe], label, progress)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(plan_to_dict(plan, ladder.digest, solver)) + "\n")
+            temporary.replace(path)
+            found = found or frontier.add(MEMORISED, label, judging.judge(plan))
+        yield found
+
+
+def _best_draw(choosing: Judge, recipes: dict[str, Recipe], label: str, progress: Progress) -> Plan:
+    """The best of `DRAWS` plans of the better of the recipes for held and extrapolated increments."""
+    better = min(("held", "extrapolated"), key=lambda name: choosing.judge(recipes[name]).errors.mean())
+    plans, worth = [], []
+    for seed in range(DRAWS):
+        progress(f"{label}, draws", seed + 1, DRAWS)
+        plans.append(recipes[better].plan(np.random.default_rng(seed)))
+        verdict = choosing.judge(plans[-1])
+        # Draws differ a little in cost: error falls at least as fast as 1 / cost.
+        worth.append(verdict.errors.mean() * verdict.seconds)
+    return plans[int(np.argmin(worth))]

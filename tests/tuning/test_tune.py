@@ -1,0 +1,106 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from mlem_dist.cli import cli
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
+from mlem_dist.solver.plan import Plan, read_plan, single_level
+from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.tuning.frontier import Row, lower_envelope
+from mlem_dist.tuning.judge import BLOCK, Judge
+from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED
+
+FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
+
+
+def run(command: str, *arguments: str) -> Result:
+    return CliRunner().invoke(cli, [command, *arguments], standalone_mode=False, catch_exceptions=False)
+
+
+def rows(folder) -> dict[tuple[str, str], list[float]]:
+    return {(row["family"], row["label"]): row["errors"] for row in json.loads((folder / FRONTIER).read_text())["rows"]}
+
+
+def test_a_ladder_is_tuned_judged_and_used(small):
+    arguments = [str(small), "--nfe", "9", "--steps", "50", "--solver", "ddpm", "--device", "cpu", "--out", str(small)]
+    printed = run("tune", *arguments).stdout
+    found = rows(small)
+    assert {family for family, _ in found} == {"held", "extrapolated", "ML-EM", "Euler-Maruyama", "memorised"}
+    assert all(family in printed for family, _ in found)
+    assert (small / "frontier-ddpm.png").read_bytes().startswith(b"\x89PNG")
+
+    # The memorised plan's errors, from the plan's file and the judging noises, step by step.
+    ladder = Ladder.load(small)
+    plan = read_plan(small / PLAN, ladder.digest, ["", ""], "ddpm", 50)
+    assert plan.collapse
+    levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
+    fine, table = (step_table(ladder.alpha_bar, n, ETA["ddpm"]) for n in (1000, 50))
+    label = torch.arange(BLOCK) % 10
+    errors = []
+    for block in range(JUDGING_SAMPLES // BLOCK):
+        noise = block_noise(JUDGING_SEED, block, (BLOCK, *ladder.sample_shape), "cpu")
+        best = integrate(levels, fine, single_level(2, 2, 1000), noise, label)
+        single_steps = Plan(plan.fire, plan.weight, plan.previous)
+        end = integrate(levels, table, single_steps, coarse_noise(noise, fine, 20), label)
+        errors += (end - best).square().mean((1, 2, 3)).tolist()
+    np.testing.assert_allclose(found["memorised", "9 NFE"], errors, rtol=2e-2)
+    assert np.mean(errors) < np.mean(found["Euler-Maruyama", "9 NFE"])
+
+    # Again: nothing is done twice; what was lost is found again, the same.
+    before = {path: path.read_bytes() for path in (small / FRONTIER, small / PLAN)}
+    run("tune", *arguments)
+    assert {path: path.read_bytes() for path in before} == before
+    raw = json.loads((small / FRONTIER).read_text())
+    (small / FRONTIER).write_text(json.dumps(raw | {"rows": raw["rows"][:2]}))
+    (small / PLAN).unlink()
+    run("tune", *arguments)
+    assert rows(small) == found
+    assert (small / PLAN).read_bytes() == before[small / PLAN]
+
+    generate = ["--ladder", str(small), "--num", "4", "--block-size", "4", "--shard-size", "4", "--engine", "inline"]
+    for steps, options, used in (("50", [], True), ("50", ["--increments", "held"], False), ("25", [], False)):
+        out = small.parent / f"out-{steps}-{len(options)}"
+        done = run("generate", *generate, "--out", str(out), "--nfe", "9", "--steps", steps, *options)
+        assert ("tuned" in done.stderr) == used
+        assert ("fire" in json.loads((out / "mlem.json").read_text())["config"]["plan"]) == used
+
+
+def test_the_reference_is_its_own_judge(small, tmp_path):
+    ladder = Ladder.load(small)
+    plan = single_level(2, 2, 1000)
+    for _ in range(2):  # Afresh, and from its file.
+        verdict = Judge(ladder, "ddim", "cpu", BLOCK, 3, tmp_path / "cache").judge(plan)
+        assert verdict.errors.max() == 0
+        assert verdict.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--steps", "300"], "divisor of 1000"),
+        (["--nfe", "5,x"], "positive numbers such as"),
+        (["--nfe", "0.01"], "below the cost of the base level"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_judged(small, tmp_path, change, message):
+    out = tmp_path / "out"
+    with pytest.raises(Exception, match=message):
+        run("tune", str(small), "--out", str(out), *change)
+    assert not out.exists()
+
+
+def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):
+    (tmp_path / FRONTIER).write_text(json.dumps({"ladder": "another", "rows": []}))
+    with pytest.raises(UsageError, match="of another ladder"):
+        run("tune", str(small), "--out", str(tmp_path), "--nfe", "9")
+
+
+def test_the_lower_envelope_holds_what_nothing_beats():
+    points = [(1.0, 5.0), (2.0, 6.0), (2.0, 4.0), (3.0, 4.0), (4.0, 1.0)]
+    found = lower_envelope([Row("a", str(i), s, np.array([e])) for i, (s, e) in enumerate(points)])
+    assert [row.label for row in found] == ["0", "2", "4"]
