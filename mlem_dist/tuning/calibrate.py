@@ -203,7 +203,8 @@ def _along_trajectories(
         coarse = step_table(ladder.alpha_bar, m, ETA[solver])
         plan = single_level(len(levels), len(levels), m)
         end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), label)
-        rows.append(_speed_up(m, _per_sample((end - states[-1]).square()), effect, cost, rng))
+        em = _per_sample((end - states[-1]).square())
+        rows.append(_speed_up(m, em, effect, cost, ladder.levels[0].kind == "gaussian", rng))
     return SolverCalibration(table.t, increments.mean(2), effect.mean(2), tuple(rows)), increments
 
 
@@ -293,12 +294,14 @@ def _per_sample(values: Tensor) -> np.ndarray:
     return values.detach().flatten(1).double().mean(1).cpu().numpy()
 
 
-def _speed_up(em_steps: int, em: np.ndarray, effect: np.ndarray, cost: np.ndarray, rng: np.random.Generator) -> SpeedUp:
+def _speed_up(
+    em_steps: int, em: np.ndarray, effect: np.ndarray, cost: np.ndarray, collapse: bool, rng: np.random.Generator
+) -> SpeedUp:
     """The comparison at `em_steps` steps, from errors em (B,) and effects (K, N, B) of the same samples."""
 
     def nfe(index: np.ndarray | slice) -> float:
         w = effect[:, :, index].mean(2)
-        return expected_cost(neyman(w, cost, float(em[index].mean())), cost) / float(cost[-1])
+        return expected_cost(neyman(w, cost, float(em[index].mean())), cost, collapse) / float(cost[-1])
 
     resampled = [em_steps / nfe(rng.integers(len(em), size=len(em))) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])

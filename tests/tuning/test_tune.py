@@ -72,11 +72,12 @@ def test_a_ladder_is_tuned_judged_and_used(small):
 
 def test_the_reference_is_its_own_judge(small, tmp_path):
     ladder = Ladder.load(small)
-    plan = single_level(2, 2, 1000)
-    for _ in range(2):  # Afresh, and from its file.
-        verdict = Judge(ladder, "ddim", "cpu", BLOCK, 3, tmp_path / "cache").judge(plan)
-        assert verdict.errors.max() == 0
-        assert verdict.seconds > 0
+    judge = Judge(ladder, "ddim", "cpu", BLOCK, 3, tmp_path / "cache")
+    verdict = judge.judge(single_level(2, 2, len(ladder.alpha_bar)))
+    assert verdict.errors.max() == 0
+    assert verdict.seconds > 0
+    kept = Judge(ladder, "ddim", "cpu", BLOCK, 3, tmp_path / "cache")
+    assert torch.equal(kept.reference, judge.reference)
 
 
 @pytest.mark.parametrize(
