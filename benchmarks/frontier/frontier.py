@@ -25,13 +25,12 @@ from mlem_dist.tuning.recipe import make_recipe
 
 SEED = 1
 BASE_STEPS = 1000
-EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
-BUDGETS = (3, 5, 7, 10, 15, 20, 30, 40, 60, 80)
-FAST_STEPS = (5, 8, 10, 15, 20, 30, 40, 60)
-STITCH_STEPS = (10, 20, 40, 100)
-STITCHES = (0.2, 0.4, 0.6, 0.8)
-LONGEST = 130.0
-"""Evaluations of the best level beyond which nothing is run: some hundred are enough for every error of interest."""
+BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200)
+EM_STEPS = (10, 25, 50, 100, 250)
+BUDGETS = (5, 10, 20, 40, 80)
+FAST_STEPS = (5, 8, 10, 15, 20, 30, 40)
+STITCH_STEPS = (10, 20, 50)
+STITCHES = (0.25, 0.5, 0.75)
 
 Case = tuple[str, str, Callable[[Judge], Verdict]]
 
@@ -39,7 +38,6 @@ Case = tuple[str, str, Callable[[Judge], Verdict]]
 def cases(ladder: Ladder, solver: str) -> Iterator[Case]:
     """Family, label, and how to run it; the most interesting first."""
     levels = len(ladder.levels)
-    cost = ladder.cost("cpu")
 
     def recipe(nfe: float, **choices: str) -> Recipe:
         return make_recipe(ladder, "cpu", solver, BASE_STEPS, nfe, **choices)  # type: ignore[arg-type]
@@ -54,10 +52,9 @@ def cases(ladder: Ladder, solver: str) -> Iterator[Case]:
         for nfe in BUDGETS:
             yield name, f"{nfe} NFE", lambda judge, nfe=nfe, choices=choices: judge.judge(recipe(nfe, **choices))
     for k in range(levels, 0, -1):
-        for steps in EM_STEPS:
-            if steps * cost[k - 1] / cost[-1] <= LONGEST:
-                name = f"EM, {ladder.levels[k - 1].name}"
-                yield name, f"{steps} steps", lambda judge, k=k, n=steps: judge.judge(single_level(k, levels, n))
+        for steps in BEST_EM_STEPS if k == levels else EM_STEPS:
+            name = f"EM, {ladder.levels[k - 1].name}"
+            yield name, f"{steps} steps", lambda judge, k=k, n=steps: judge.judge(single_level(k, levels, n))
     if solver == "ddim":
         for name in FAST:
             for steps in FAST_STEPS:
