@@ -94,7 +94,7 @@ def tune(
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
         found, path = frontier.find(MEMORISED, label), plan_path(out, solver, nfe)
         if not found or not path.exists():
-            plan = _best_draw(choosing, recipes[nfe], label, progress)
+            plan = _best_draw(choosing, recipes[nfe], ladder.cost(device), label, progress)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(plan_to_dict(plan, ladder.digest, solver)) + "\n")
             temporary.replace(path)
@@ -102,14 +102,14 @@ def tune(
         yield found
 
 
-def _best_draw(choosing: Judge, recipes: dict[str, Recipe], label: str, progress: Progress) -> Plan:
+def _best_draw(choosing: Judge, recipes: dict[str, Recipe], cost: np.ndarray, label: str, progress: Progress) -> Plan:
     """The best of `DRAWS` plans of the better of the recipes for held and extrapolated increments."""
     better = min(("held", "extrapolated"), key=lambda name: choosing.judge(recipes[name]).errors.mean())
     plans, worth = [], []
     for seed in range(DRAWS):
         progress(f"{label}, draws", seed + 1, DRAWS)
         plans.append(recipes[better].plan(np.random.default_rng(seed)))
-        verdict = choosing.judge(plans[-1])
-        # Draws differ a little in cost: error falls at least as fast as 1 / cost.
-        worth.append(verdict.errors.mean() * verdict.seconds)
+        # Draws differ a little in cost: error falls at least as fast as 1 / cost. By the ladder's costs and not by the
+        # clock, so that the same plan is found again.
+        worth.append(choosing.judge(plans[-1]).errors.mean() * plans[-1].nfe(cost))
     return plans[int(np.argmin(worth))]
