@@ -56,14 +56,15 @@ def _plan_options(command: Any) -> Any:
             ),
             click.option(
                 "--probabilities",
-                type=click.Choice(["neyman", "theory", "inverse-cost", "constant"]),
+                type=click.Choice(["neyman", "theory", "inverse-cost", "constant", "log-snr"]),
                 help="How the budget is spread over levels and steps.  [default: neyman if the ladder is calibrated, "
                 "else theory]",
             ),
             click.option(
                 "--draw",
-                type=click.Choice(["systematic", "independent"]),
-                help="Evenly spread or independent coins.  [default: systematic]",
+                type=click.Choice(["systematic", "independent", "quantiles"]),
+                help="Coins evenly spread, or independent, or none but the quantiles of the probabilities.  "
+                "[default: systematic]",
             ),
             click.option(
                 "--increments",

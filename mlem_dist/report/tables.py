@@ -55,11 +55,11 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
     readings = [gamma_statement(reading) for reading in calibration.gamma.values()] or [
         "gamma: cannot be read; a line needs at least three UNets in a row."
     ]
-    speed_up = [["solver", "EM steps", "error", "ML-EM nfe", "speed-up", "95 %"]]
+    speed_up = [["solver", "EM steps", "error", "ML-EM nfe", "rungs", "speed-up", "95 %"]]
     for name, solver in solvers:
         for row in solver.speed_up:
-            numbers = [f"{row.error:.3g}", f"{row.nfe:.1f}", f"{row.ratio:.2f}", _between(row.interval)]
-            speed_up.append([name, str(row.em_steps), *numbers])
+            numbers = [f"{row.error:.3g}", f"{row.nfe:.1f}", ",".join(map(str, row.rungs))]
+            speed_up.append([name, str(row.em_steps), *numbers, f"{row.ratio:.2f}", _between(row.interval)])
     steps = len(calibration.solvers["ddpm"].t)
     return "\n".join(
         [

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 
-Draw = Literal["independent", "systematic"]
+Draw = Literal["independent", "systematic", "quantiles"]
 Increments = Literal["impulse", "held", "extrapolated"]
 SCHEMA_VERSION = 2
 
@@ -134,10 +134,12 @@ def draw_coins(p: np.ndarray, draw: Draw, rng: np.random.Generator) -> np.ndarra
     "independent" coins are Bernoulli; "systematic" ones share one uniform u per level and fire where the running sum
     of p, plus u, passes a whole number: the same probability at every step, evenly spread. Their impulses are unbiased
     at every step; over a trajectory, where the coins of neighbouring steps depend on each other, only to first order.
+    "quantiles" are systematic with u = 1/2, not drawn at all: level k fires at the quantiles (j + 1/2) / sum p_k of
+    the density p_k / sum p_k.
     """
     if draw == "independent":
         return rng.random(p.shape) < p
-    return systematic(p, rng.random(len(p)))
+    return systematic(p, rng.random(len(p)) if draw == "systematic" else np.full(len(p), 0.5))
 
 
 def systematic(p: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -199,11 +201,13 @@ class Recipe:
     """How every block draws its own plan.
 
     Attributes:
-        probabilities: p, float64 (K, N).
+        probabilities: p, float64 (R, N), of the levels in `rungs`.
         draw: the kind of coins.
         increments: how a drawn increment enters.
         collapse: as in `Plan`.
         log_snr: lambda, float64 (N,), increasing; for extrapolated increments.
+        rungs: the levels in use, by number from 1, increasing up to the best; None for all. An increment is then the
+            difference of neighbouring rungs, and levels between them are not called.
     """
 
     probabilities: np.ndarray
@@ -211,9 +215,18 @@ class Recipe:
     increments: Increments
     collapse: bool = False
     log_snr: np.ndarray | None = None
+    rungs: tuple[int, ...] | None = None
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
+        plan = self._plan_of_rungs(rng)
+        if self.rungs is None:
+            return plan
+        # A skipped level does what the next rung does: neighbouring increments of equal weights are one difference.
+        rows = np.searchsorted(self.rungs, np.arange(1, self.rungs[-1] + 1))
+        return Plan(plan.fire[rows], plan.weight[rows], plan.previous[rows], self.collapse)
+
+    def _plan_of_rungs(self, rng: np.random.Generator) -> Plan:
         fire = draw_coins(self.probabilities, self.draw, rng)
         if self.increments == "impulse":
             return impulse(fire, self.probabilities, self.collapse)

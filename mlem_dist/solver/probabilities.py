@@ -6,20 +6,22 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 
-Rule = Literal["constant", "inverse-cost", "theory"]
+Rule = Literal["constant", "inverse-cost", "theory", "log-snr"]
 
 GAMMA = 2.5
 """The cost exponent that Jacot (arXiv:2603.24594) measures for UNets on CelebA: T ~ error^-gamma."""
 
 
-def rule_weights(rule: Rule, cost: np.ndarray, steps: int) -> np.ndarray:
+def rule_weights(rule: Rule, cost: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
     """Relative probabilities of a rule, float64 (K, N), for levels that cost `cost` (K,) seconds per sample.
 
     "theory" is p_k ~ 2^-(1 + gamma/2)k of Jacot, arXiv:2603.24594, where T_k = 2^(gamma k); written in the measured
-    costs, p_k ~ T_k^-(1/gamma + 1/2). These rules are constant over the steps.
+    costs, p_k ~ T_k^-(1/gamma + 1/2). "constant", "inverse-cost" and "theory" are constant over the steps; "log-snr" is
+    "theory" times what a step adds to lambda, `log_snr` (N,), increasing.
     """
-    power = {"constant": 0.0, "inverse-cost": 1.0, "theory": 1 / GAMMA + 0.5}[rule]
-    return np.repeat(cost[:, None] ** -power, steps, axis=1)
+    power = {"constant": 0.0, "inverse-cost": 1.0}.get(rule, 1 / GAMMA + 0.5)
+    density = np.gradient(log_snr) if rule == "log-snr" and len(log_snr) > 1 else np.ones(len(log_snr))
+    return np.asarray(cost[:, None] ** -power * density)
 
 
 def increment_cost(cost: np.ndarray) -> np.ndarray:

@@ -4,7 +4,13 @@ With W_k(i) the squared effect on the final sample of adding b_i times level k's
 probability p_k(i) add, to first order, the error sum_ik W_k(i) (1 / p_k(i) - 1). Spending T_k + T_{k-1} per increment,
 the least expected cost at a given error has p_k(i) = min(1, C sqrt(W_k(i) / (T_k + T_{k-1}))) (Neyman, 1934; for
 multilevel estimators Giles, doi:10.1287/opre.1070.0496). The first level's increment is always drawn, p_1 = 1.
+
+Not every level need be a rung: the increment from rung l to rung k is the sum of those between, and its effect follows
+from the products W_kl(i) of the effects of increments k and l, of which W_k(i) = W_kk(i).
 """
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -22,7 +28,7 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
         cost: T, float64 (K,), seconds per sample.
         error: positive, in the unit of `effect`.
     """
-    weights = np.sqrt(effect / increment_cost(cost)[:, None])
+    weights = neyman_weights(effect, cost)
     weights[0] = np.inf
     if not effect[1:].any():
         return (weights > 0).astype(np.float64)
@@ -40,22 +46,46 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
     return np.minimum(1, high * weights)
 
 
-def neyman_weights(effect: np.ndarray, at: np.ndarray, t: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """The rule's relative probabilities sqrt(W_k(i) / (T_k + T_{k-1})), float64 (K, N), on another grid of steps.
+def rung_sets(levels: int) -> Iterator[tuple[int, ...]]:
+    """Every choice of rungs of a ladder of `levels`: the first level, the last, and any between them."""
+    if levels == 1:
+        yield (1,)
+        return
+    for count in range(levels - 1):
+        for between in combinations(range(2, levels), count):
+            yield (1, *between, levels)
 
-    An effect grows with the square of its step's length, which is the same factor for all steps of a grid.
+
+def merged(products: np.ndarray, rungs: Sequence[int]) -> np.ndarray:
+    """The effects of the increments between neighbouring rungs, float64 (R, N), from W_kl(i), (K, K, N)."""
+    groups = [slice(below, level) for below, level in pairwise((0, *rungs))]
+    return np.stack([products[group, group].sum((0, 1)) for group in groups])
+
+
+def on_grid(products: np.ndarray, at: np.ndarray, t: np.ndarray) -> np.ndarray:
+    """Effects on another grid of steps, float64 (K, K, N), up to one factor for all.
+
+    That factor is there because an effect grows with the square of its step's length.
 
     Args:
-        effect: W, float64 (K, M), measured from few samples and hence averaged over neighbouring steps here.
+        products: W_kl, float64 (K, K, M), measured from few samples and hence averaged over neighbouring steps here.
         at: int64 (M,), the timesteps of its steps, decreasing.
         t: int64 (N,), the timesteps wanted.
+    """
+    half = products.shape[2] * SMOOTHING // 200
+    padded = np.pad(products, ((0, 0), (0, 0), (half, half)), mode="edge")
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1, axis=2).mean(3)
+    return np.apply_along_axis(lambda row: np.interp(t, at[::-1], row[::-1]), 2, smooth)
+
+
+def neyman_weights(effect: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """The rule's relative probabilities sqrt(W_k(i) / (T_k + T_{k-1})), float64 (K, N).
+
+    Args:
+        effect: W, float64 (K, N).
         cost: T, float64 (K,), seconds per sample.
     """
-    half = effect.shape[1] * SMOOTHING // 200
-    padded = np.pad(effect, ((0, 0), (half, half)), mode="edge")
-    smooth = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1, axis=1).mean(2)
-    there = np.stack([np.interp(t, at[::-1], row[::-1]) for row in smooth])
-    return np.sqrt(there / increment_cost(cost)[:, None])
+    return np.sqrt(effect / increment_cost(cost)[:, None])
 
 
 def coin_error(p: np.ndarray, effect: np.ndarray) -> float:

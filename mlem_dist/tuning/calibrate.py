@@ -27,10 +27,10 @@ from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, 
 from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, StepTable, step_table
-from mlem_dist.tuning.allocate import neyman
+from mlem_dist.tuning.allocate import merged, neyman, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NAME = "calibration.json"
 
 BATCHES = (1, 8, 64)
@@ -65,7 +65,8 @@ class SpeedUp:
         em_steps: m; Euler-Maruyama costs m T_K.
         error: its mean squared error per value against the N-step trajectory of the same noise.
         nfe: the expected cost of ML-EM on the N steps, in evaluations of the best level, with independent coins of
-            Neyman probabilities that add the same error to first order.
+            Neyman probabilities that add the same error to first order, on the best choice of rungs.
+        rungs: that choice, levels by number from 1.
         ratio: m / nfe, the predicted speed-up.
         interval: of `ratio`, 95 % by bootstrap over samples.
     """
@@ -73,6 +74,7 @@ class SpeedUp:
     em_steps: int
     error: float
     nfe: float
+    rungs: tuple[int, ...]
     ratio: float
     interval: Interval
 
@@ -84,15 +86,20 @@ class SolverCalibration:
     Attributes:
         t: int64 (N,), the timestep of each step.
         increments: float64 (K, N), E|f^k - f^(k-1)|^2 per value at the states of the trajectory, f^0 = 0.
-        effect: W, float64 (K, N): the expected squared change, per value, of the final sample when step i's drift gains
-            level k's increment once more, to first order in it.
+        products: W_kl, float64 (K, K, N): with d_k the change of the final sample when step i's drift gains level k's
+            increment once more, to first order in it, the expectation of d_k d_l per value.
         speed_up: by number of Euler-Maruyama steps.
     """
 
     t: np.ndarray
     increments: np.ndarray
-    effect: np.ndarray
+    products: np.ndarray
     speed_up: tuple[SpeedUp, ...]
+
+    @property
+    def effect(self) -> np.ndarray:
+        """W_k = W_kk, float64 (K, N): the expected squared change by each increment."""
+        return np.einsum("kki->ki", self.products)
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ def _along_trajectories(
     noise = block_noise(0, 0, (len(label), *ladder.sample_shape), label.device)
     states = best_trajectory(levels, table, noise, label, report)
     probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(label.device) * 2.0 - 1
-    increments, effect = propagate(levels, table, states, label, probe, report)
+    increments, change = propagate(levels, table, states, label, probe, report)
     counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
     rng = np.random.default_rng(0)
     rows = []
@@ -204,8 +211,8 @@ def _along_trajectories(
         plan = single_level(len(levels), len(levels), m)
         end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), label)
         em = _per_sample((end - states[-1]).square())
-        rows.append(_speed_up(m, em, effect, cost, ladder.levels[0].kind == "gaussian", rng))
-    return SolverCalibration(table.t, increments.mean(2), effect.mean(2), tuple(rows)), increments
+        rows.append(_speed_up(m, em, change, cost, ladder.levels[0].kind == "gaussian", rng))
+    return SolverCalibration(table.t, increments.mean(2), products_of(change), tuple(rows)), increments
 
 
 def _gamma(
@@ -265,10 +272,11 @@ def propagate(
         probe: v, signs +-1 in the shape of x.
 
     Returns:
-        float64 (K, N, B) each: mean square of the increments' values, and <v, J_i b_i D>^2 over the number of values.
+        float64 (K, N, B) each: mean square of the increments' values, and <v, J_i b_i D> over the root of the number of
+        values.
     """
     best = len(levels)
-    increments, effect = np.empty((2, best, len(table), len(label)))
+    increments, change = np.empty((2, best, len(table), len(label)))
     g = probe
     for i in reversed(range(len(table))):
         progress("increments and their effect", len(table) - i, len(table))
@@ -283,10 +291,15 @@ def propagate(
                 increment = value - below
             below = value
             increments[k - 1, i] = _per_sample(increment.square())
-            effect[k - 1, i] = (float(table.b[i]) * _per_sample(g * increment)) ** 2 * x[0].numel()
+            change[k - 1, i] = float(table.b[i]) * _per_sample(g * increment) * x[0].numel() ** 0.5
         (pull,) = torch.autograd.grad(top, x, g)
         g = float(table.a[i]) * g + float(table.b[i]) * pull
-    return increments, effect
+    return increments, change
+
+
+def products_of(change: np.ndarray) -> np.ndarray:
+    """W_kl, float64 (K, K, N), from the changes (K, N, B) of `propagate`."""
+    return np.einsum("kib,lib->kli", change, change) / change.shape[2]
 
 
 def _per_sample(values: Tensor) -> np.ndarray:
@@ -295,18 +308,20 @@ def _per_sample(values: Tensor) -> np.ndarray:
 
 
 def _speed_up(
-    em_steps: int, em: np.ndarray, effect: np.ndarray, cost: np.ndarray, collapse: bool, rng: np.random.Generator
+    em_steps: int, em: np.ndarray, change: np.ndarray, cost: np.ndarray, collapse: bool, rng: np.random.Generator
 ) -> SpeedUp:
-    """The comparison at `em_steps` steps, from errors em (B,) and effects (K, N, B) of the same samples."""
+    """The comparison at `em_steps` steps, from errors em (B,) and changes (K, N, B) of the same samples."""
 
-    def nfe(index: np.ndarray | slice) -> float:
-        w = effect[:, :, index].mean(2)
-        return expected_cost(neyman(w, cost, float(em[index].mean())), cost, collapse) / float(cost[-1])
+    def nfe(rungs: tuple[int, ...], index: np.ndarray) -> float:
+        costs = cost[np.array(rungs) - 1]
+        p = neyman(merged(products_of(change[:, :, index]), rungs), costs, float(em[index].mean()))
+        return expected_cost(p, costs, collapse) / float(cost[-1])
 
-    resampled = [em_steps / nfe(rng.integers(len(em), size=len(em))) for _ in range(RESAMPLES)]
+    everyone = np.arange(len(em))
+    found, rungs = min((nfe(rungs, everyone), rungs) for rungs in rung_sets(len(cost)))
+    resampled = [em_steps / nfe(rungs, rng.integers(len(em), size=len(em))) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
-    found = nfe(slice(None))
-    return SpeedUp(em_steps, float(em.mean()), found, em_steps / found, (float(low), float(high)))
+    return SpeedUp(em_steps, float(em.mean()), found, rungs, em_steps / found, (float(low), float(high)))
 
 
 def device_key(device: str) -> str:
@@ -354,7 +369,7 @@ def _read(path: Path, ladder: Ladder) -> dict[str, Any]:
 
 
 def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Timesteps int64 (M,) and effects W float64 (K, M) of a solver, from the ladder's own calibration, if it has one.
+    """Timesteps int64 (M,) and effects W_kl float64 (K, K, M) of a solver, from the ladder's own calibration, if any.
 
     Effects are the same on all devices but for rounding; those of the first in the file are taken.
 
@@ -365,7 +380,7 @@ def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | 
     if not devices:
         return None
     measured = next(iter(devices.values()))["solvers"][solver]
-    return np.array(measured["t"]), np.array(measured["effect"], dtype=np.float64)
+    return np.array(measured["t"]), np.array(measured["products"], dtype=np.float64)
 
 
 def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:

@@ -2,12 +2,14 @@
 
 from typing import Literal
 
+import numpy as np
+
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments, Recipe
 from mlem_dist.solver.probabilities import Rule, rule_weights, scale_to_budget
 from mlem_dist.solver.steps import half_log_snr, timesteps
-from mlem_dist.tuning.allocate import neyman_weights
+from mlem_dist.tuning.allocate import coin_error, merged, neyman_weights, on_grid, rung_sets
 from mlem_dist.tuning.calibrate import read_effect
 
 DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated"}
@@ -27,7 +29,8 @@ def make_recipe(
     """The recipe of `steps` base steps and `nfe` evaluations of the best level per sample, by the costs on `device`.
 
     What is None is chosen: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
-    coins, held increments for DDPM and extrapolated ones for DDIM.
+    coins, held increments for DDPM and extrapolated ones for DDIM. Neyman's come with the rungs, of all choices of
+    levels, whose coins add the least error at this budget; other probabilities take every level.
 
     Raises:
         UsageError: `steps` or `nfe` is out of range, the ladder has no measured costs, or it is not calibrated and
@@ -37,21 +40,30 @@ def make_recipe(
     cost = ladder.cost(device)
     if not nfe > 0:
         raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    effect = read_effect(ladder, solver) if probabilities in (None, "neyman") else None
-    if effect is not None:
-        weights = neyman_weights(effect[1], effect[0], t, cost)
+    collapse = ladder.levels[0].kind == "gaussian"
+    log_snr = half_log_snr(ladder.alpha_bar, t)
+    rungs = None
+    measured = read_effect(ladder, solver) if probabilities in (None, "neyman") else None
+    if measured is not None:
+        products = on_grid(measured[1], measured[0], t)
+        found = []
+        for choice in rung_sets(len(cost)):
+            effect, costs = merged(products, choice), cost[np.array(choice) - 1]
+            p = scale_to_budget(neyman_weights(effect, costs), costs, nfe, collapse)
+            found.append((coin_error(p, effect), choice, p))
+        _, rungs, p = min(found, key=lambda one: one[0])
     elif probabilities == "neyman":
         raise UsageError(
             f"--probabilities neyman needs a calibrated ladder; run `mlem-dist calibrate {ladder.source} --data DATA` "
             "or choose theory"
         )
     else:
-        weights = rule_weights(probabilities or "theory", cost, steps)
-    collapse = ladder.levels[0].kind == "gaussian"
+        p = scale_to_budget(rule_weights(probabilities or "theory", cost, log_snr), cost, nfe, collapse)
     return Recipe(
-        scale_to_budget(weights, cost, nfe, collapse),
+        p,
         draw or "systematic",
         increments or DEFAULT_INCREMENTS[solver],
         collapse,
-        half_log_snr(ladder.alpha_bar, t),
+        log_snr,
+        rungs,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def tune(
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
         found, path = frontier.find(MEMORISED, label), plan_path(out, solver, nfe)
         if not found or not path.exists():
-            plan = _best_draw(choosing, recipes[nfe], ladder.cost(device), label, progress)
+            draws = partial(progress, f"{label}, draws")
+            plan = best_draw(choosing, recipes[nfe], ladder.cost(device), draws)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(plan_to_dict(plan, ladder.digest, solver)) + "\n")
             temporary.replace(path)
@@ -102,12 +104,17 @@ def tune(
         yield found
 
 
-def _best_draw(choosing: Judge, recipes: dict[str, Recipe], cost: np.ndarray, label: str, progress: Progress) -> Plan:
-    """The best of `DRAWS` plans of the better of the recipes for held and extrapolated increments."""
+def best_draw(
+    choosing: Judge,
+    recipes: dict[str, Recipe],
+    cost: np.ndarray,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """The best of `DRAWS` plans of the better one of the recipes "held" and "extrapolated", for level costs `cost`."""
     better = min(("held", "extrapolated"), key=lambda name: choosing.judge(recipes[name]).errors.mean())
     plans, worth = [], []
     for seed in range(DRAWS):
-        progress(f"{label}, draws", seed + 1, DRAWS)
+        progress(seed + 1, DRAWS)
         plans.append(recipes[better].plan(np.random.default_rng(seed)))
         # Draws differ a little in cost: error falls at least as fast as 1 / cost. By the ladder's costs and not by the
         # clock, so that the same plan is found again.

@@ -88,6 +88,18 @@ def test_systematic_coins_are_evenly_spread():
         assert set(np.diff(np.flatnonzero(fire[1]))) == {10}
 
 
+def test_quantiles_are_no_matter_of_chance():
+    density = np.array([0.0, 1, 1, 2, 2, 2, 1, 1, 0, 0])
+    p = np.stack([np.ones(10), 0.4 * density])
+    plans = [Recipe(p, "quantiles", "held").plan(np.random.default_rng(seed)) for seed in range(2)]
+    # Four calls, where the density's sum passes (j + 1/2) / 4 of its whole.
+    found = np.cumsum(density)[np.flatnonzero(plans[0].fire[1])] / density.sum()
+    at = (np.arange(4) + 0.5) / 4
+    assert (found >= at).all()
+    assert (found - at <= 0.2 + 1e-9).all()
+    assert np.array_equal(plans[0].fire, plans[1].fire)
+
+
 def test_a_certain_plan_is_euler_maruyama_with_the_best_level():
     ones = np.ones((4, STEPS), dtype=bool)
     for plan in (impulse(ones, np.ones((4, STEPS))), held(ones), single_level(4, 4, STEPS)):
@@ -145,17 +157,33 @@ def test_a_plan_in_closed_form_calls_the_first_level_only_for_increments():
     assert len(single_level(1, 3, 6, collapse=True).runs) == 1
 
 
+@pytest.mark.parametrize("draw", ["independent", "systematic"])
+@pytest.mark.parametrize("increments", ["impulse", "held"])
+def test_levels_that_are_no_rungs_are_never_called(draw, increments):
+    """A recipe on rungs 1, 3, 4 of four levels draws what one for a ladder of these three levels does."""
+    p = PROBABILITIES[[0, 2, 3]]
+    whole = Recipe(p, draw, increments, rungs=(1, 3, 4)).plan(np.random.default_rng(3))
+    rungs = Recipe(p, draw, increments).plan(np.random.default_rng(3))
+    assert whole.calls[1].sum() == 0
+    assert np.array_equal(whole.calls[[0, 2, 3]], rungs.calls)
+    number = {0: 0, 1: 1, 2: 3, 3: 4}
+    for mine, theirs in zip(whole.terms, rungs.terms, strict=True):
+        assert [(term.level, term.below, term.weights) for term in mine] == [
+            (number[term.level], number[term.below], term.weights) for term in theirs
+        ]
+
+
 def test_a_value_of_no_weight_is_not_evaluated():
     fire = np.ones((2, 3), dtype=bool)
     plan = Plan(fire, np.array([[1.0, 1, 1], [0, 2, 0]]), np.zeros((2, 3)))
     assert plan.calls.sum(1).tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("rule", ["constant", "inverse-cost", "theory"])
+@pytest.mark.parametrize("rule", ["constant", "inverse-cost", "theory", "log-snr"])
 @pytest.mark.parametrize("nfe", [2.0, 5.0, 20.0, 100.0])
 @pytest.mark.parametrize("slope", [0.0, 3.0])
 def test_probabilities_meet_the_budget(rule, nfe, slope):
-    weights = rule_weights(rule, COST, 250) * np.linspace(1, 0, 250) ** slope
+    weights = rule_weights(rule, COST, np.arange(250.0)) * np.linspace(1, 0, 250) ** slope
     p = scale_to_budget(weights, COST, nfe)
     assert (p[0] == 1).all()
     assert ((p >= 0) & (p <= 1)).all()
@@ -170,31 +198,31 @@ def test_probabilities_meet_the_budget(rule, nfe, slope):
 
 @pytest.mark.parametrize("nfe", [0.5, 3.0, 20.0])
 def test_probabilities_meet_the_budget_in_closed_form(nfe):
-    p = scale_to_budget(rule_weights("theory", COST, 250), COST, nfe, collapse=True)
+    p = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, nfe, collapse=True)
     rng = np.random.default_rng(1)
     recipe = Recipe(p, "independent", "held", True)
     drawn = np.mean([recipe.plan(rng).nfe(COST) for _ in range(400)])
     # As above; independent coins share only by chance.
     assert 0.8 * nfe < drawn < 1.1 * nfe
-    steps = scale_to_budget(rule_weights("theory", COST, 250), COST, 3.0)
-    assert expected_cost(scale_to_budget(rule_weights("theory", COST, 250), COST, 3.0, True), COST) > expected_cost(
-        steps, COST
-    )
+    steps = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 3.0)
+    assert expected_cost(
+        scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 3.0, True), COST
+    ) > expected_cost(steps, COST)
 
 
 def test_theory_is_the_rule_of_the_paper_for_its_own_costs():
     gamma, k = 2.5, np.arange(1, 6)
-    weights = rule_weights("theory", 2.0 ** (gamma * k), 1)[:, 0]
+    weights = rule_weights("theory", 2.0 ** (gamma * k), np.zeros(1))[:, 0]
     np.testing.assert_allclose(weights / weights[0], 2.0 ** (-(1 + gamma / 2) * (k - 1)))
 
 
 def test_a_budget_below_the_base_level_is_refused():
     with pytest.raises(UsageError, match="below the cost of the base level"):
-        scale_to_budget(rule_weights("theory", COST, 250), COST, 0.9)
+        scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 0.9)
 
 
 def test_a_budget_for_everything_is_euler_maruyama():
-    assert (scale_to_budget(rule_weights("theory", COST, 250), COST, 250) == np.ones((4, 250))).all()
+    assert (scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 250) == np.ones((4, 250))).all()
 
 
 @pytest.mark.parametrize("increments", ["impulse", "held", "extrapolated"])

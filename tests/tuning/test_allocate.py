@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mlem_dist.solver.probabilities import expected_cost, increment_cost
-from mlem_dist.tuning.allocate import coin_error, neyman, neyman_weights
+from mlem_dist.tuning.allocate import coin_error, merged, neyman, neyman_weights, on_grid, rung_sets
 
 COST = np.array([0.01, 1.0, 4.0, 16.0])
 EFFECT = np.random.default_rng(0).gamma(2, 1, (4, 30)) * np.array([9.0, 1.0, 0.2, 0.05])[:, None]
@@ -45,11 +45,23 @@ def test_weights_on_another_grid_follow_the_rule():
     at, t = np.linspace(999, 0, 100).astype(int), np.linspace(999, 3, 250).astype(int)
     scale = np.array([9.0, 1.0, 0.2, 0.05])[:, None]
     noise = np.random.default_rng(0).gamma(10, 0.1, (4, 100))
-    weights = neyman_weights(scale * np.exp(-at / 400) * noise, at, t, COST)
+    effect = scale * np.exp(-at / 400) * noise
+    products = on_grid(np.eye(4)[:, :, None] * effect, at, t)
+    assert products.shape == (4, 4, 250)
+    weights = neyman_weights(np.einsum("kki->ki", products), COST)
     exact = np.sqrt(scale * np.exp(-t / 400) / increment_cost(COST)[:, None])
-    assert weights.shape == (4, 250)
     np.testing.assert_allclose(weights, exact, rtol=0.3)
     np.testing.assert_allclose(weights.mean(1), exact.mean(1), rtol=0.03)
+
+
+def test_merged_effects_are_those_of_the_summed_increments():
+    change = np.random.default_rng(2).standard_normal((4, 30, 8))
+    products = np.einsum("kib,lib->kli", change, change) / 8
+    summed = np.stack([change[0], change[1] + change[2] + change[3]])
+    np.testing.assert_allclose(merged(products, (1, 4)), (summed**2).mean(2))
+    np.testing.assert_allclose(merged(products, (1, 2, 3, 4)), (change**2).mean(2))
+    assert [*rung_sets(4)] == [(1, 4), (1, 2, 4), (1, 3, 4), (1, 2, 3, 4)]
+    assert [*rung_sets(1)] == [(1,)]
 
 
 def test_increments_without_effect_are_never_drawn():

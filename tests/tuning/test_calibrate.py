@@ -18,7 +18,7 @@ from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import step_table
 from mlem_dist.tuning.allocate import coin_error, neyman
-from mlem_dist.tuning.calibrate import best_trajectory, calibrate, propagate, store, stored
+from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store, stored
 
 FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
 SCHEDULE = np.cumprod(1 - np.linspace(1e-3, 0.1, 100))
@@ -57,7 +57,7 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
     label = torch.zeros(3, dtype=torch.int64)
     states = best_trajectory(levels, table, block_noise(0, 0, (3, 1, 2, 2), "cpu"), label, silent)
     found = [propagate(levels, table, states, label, probe) for probe in signs(3)]
-    effect = np.mean([effect for _, effect in found], axis=0)
+    effect = np.mean([change**2 for _, change in found], axis=0)
     below = [np.zeros((4, 4)), *matrices]
     for i in range(10):
         onward = np.eye(4)
@@ -78,7 +78,8 @@ def test_coins_make_the_error_that_their_effects_predict(toy):
     label = torch.zeros(100, dtype=torch.int64)
     noise = block_noise(0, 0, (100, 1, 2, 2), "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
-    effect = np.mean([propagate(levels, table, states, label, v)[1].mean(2) for v in signs(100)], axis=0)
+    changes = np.concatenate([propagate(levels, table, states, label, v)[1] for v in signs(100)], axis=2)
+    effect = np.einsum("kki->ki", products_of(changes))
     rng = np.random.default_rng(0)
     p = neyman(effect, np.array([0.01, 1.0, 4.0]), 2 * effect[1:].sum())
     assert p[1:].mean() < 0.5
@@ -100,7 +101,7 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
     noise = block_noise(0, 0, (2, *fashion.sample_shape), "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
     probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(1)) * 2.0 - 1
-    _, effect = propagate(levels, table, states, label, probe)
+    _, change = propagate(levels, table, states, label, probe)
     step, push = 2, 0.02
     ends = []
     for sign in (-push, push):
@@ -114,7 +115,7 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
             x = float(table.a[i]) * x + float(table.b[i]) * drift
         ends.append(x)
     moved = ((ends[1] - ends[0]) / (2 * push) * probe).flatten(1).sum(1).numpy() ** 2 / probe[0].numel()
-    np.testing.assert_allclose(effect[1, step], moved, rtol=0.02)
+    np.testing.assert_allclose(change[1, step] ** 2, moved, rtol=0.02)
 
 
 def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
@@ -156,6 +157,8 @@ def test_the_bundled_ladder_is_measured(fashion, measured):
         assert (solver.increments > 0).all()
         assert (solver.effect >= 0).all()
         assert [row.em_steps for row in solver.speed_up] == [5]
+        assert solver.speed_up[0].rungs[0] == 1
+        assert solver.speed_up[0].rungs[-1] == k
     assert {*measured.gamma} == {"error", "increments"}
 
 
@@ -169,7 +172,7 @@ def test_other_devices_keep_their_entries(tmp_path, fashion, measured):
     assert {*raw["devices"]} == {measured.device, "cuda/Some GPU"}
     assert raw["devices"]["cuda/Some GPU"]["samples"] == 77
     mine = raw["devices"][measured.device]
-    np.testing.assert_allclose(mine["solvers"]["ddpm"]["effect"], measured.solvers["ddpm"].effect, rtol=1e-5)
+    np.testing.assert_allclose(mine["solvers"]["ddpm"]["products"], measured.solvers["ddpm"].products, rtol=1e-5)
     assert mine["gamma"]["error"]["htmc"] == measured.gamma["error"].htmc
     assert [*(tmp_path / "new").iterdir()] == [path]
 
@@ -243,9 +246,9 @@ def test_budgets_are_spent_by_the_calibration_where_there_is_one(small, fashion,
     assert drawn("same.json", "--probabilities", "theory") == theory
     with pytest.raises(UsageError, match="mlem-dist calibrate"):
         drawn("refused.json", "--probabilities", "neyman")
-    effect = np.zeros((2, 10))
-    effect[1, 5:] = 1.0
-    solvers = {name: replace(solver, effect=effect) for name, solver in measured.solvers.items()}
+    products = np.zeros((2, 2, 10))
+    products[1, 1, 5:] = 1.0
+    solvers = {name: replace(solver, products=products) for name, solver in measured.solvers.items()}
     store(small, Ladder.load(small), replace(measured, solvers=solvers))
     tuned = drawn("neyman.json")
     assert drawn("default.json", "--probabilities", "neyman") == tuned
@@ -263,7 +266,7 @@ def test_without_matplotlib_nothing_is_begun(small, data, monkeypatch):
 
 def test_bad_input_is_refused_before_anything_is_measured(tmp_path, small, data, monkeypatch):
     monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", lambda *arguments: pytest.fail("measured"))
-    (small / "calibration.json").write_text(json.dumps({"schema_version": 1, "ladder": "0" * 64, "devices": {}}))
+    (small / "calibration.json").write_text(json.dumps({"schema_version": 2, "ladder": "0" * 64, "devices": {}}))
     for arguments, message in (
         (["nonesuch", "--data", str(data)], "nonesuch"),
         (["fashion", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")], "no training data"),
