@@ -7,65 +7,150 @@ Every run starts from the same noises and follows the same Brownian path; the re
 timestep of the noise schedule. A rerun goes on where the last one stopped.
 """
 
+import json
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
+from mlem_dist.solver.probabilities import expected_cost
+from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
 from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
+from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
 from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.tune import best_draw
 
-SEED = 1
+CHOOSING_SEED, JUDGING_SEED = 0, 1
+CHOOSING_SAMPLES = 64
 BASE_STEPS = 1000
 BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200)
 EM_STEPS = (10, 25, 50, 100, 250)
 BUDGETS = (5, 10, 20, 40, 80)
+MEMORISED_BUDGETS = (5, 10, 20, 40)
 FAST_STEPS = (5, 8, 10, 15, 20, 30, 40)
 STITCH_STEPS = (10, 20, 50)
 STITCHES = (0.25, 0.5, 0.75)
+LEARN_STEPS, LEARN_NFE, UPDATES = 100, 10, 40
+DELTAS = (-3, -2, -1, 0, 1, 2, 3)
+DRAWS = 15
+MOST_NFE = 100
 
-Case = tuple[str, str, Callable[[Judge], Verdict]]
+OURS: dict[str, dict[str, str]] = {"held": {"increments": "held"}, "extrapolated": {"increments": "extrapolated"}}
+FAMILIES = OURS | {
+    "held, quantiles": {"increments": "held", "draw": "quantiles"},
+    "ML-EM, Neyman": {"increments": "impulse", "draw": "independent"},
+    "ML-EM, theory": {"increments": "impulse", "draw": "independent", "probabilities": "theory"},
+}
+
+EVERY_DRAW = "ML-EM, learned, 15 draws"
+Case = tuple[str, str, Callable[[], Verdict]]
 
 
-def cases(ladder: Ladder, solver: str) -> Iterator[Case]:
+def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
     """Family, label, and how to run it; the most interesting first."""
-    levels = len(ladder.levels)
+    ladder, solver = judge.ladder, judge.solver
+    levels, cost = len(ladder.levels), ladder.cost(judge.device)
 
-    def recipe(nfe: float, **choices: str) -> Recipe:
-        return make_recipe(ladder, "cpu", solver, BASE_STEPS, nfe, **choices)  # type: ignore[arg-type]
+    def recipe(nfe: float, choices: dict[str, str]) -> Recipe:
+        return make_recipe(ladder, judge.device, solver, BASE_STEPS, nfe, **choices)  # type: ignore[arg-type]
 
-    families = {
-        "held": {"increments": "held"},
-        "extrapolated": {"increments": "extrapolated"},
-        "ML-EM, Neyman": {"increments": "impulse", "draw": "independent"},
-        "ML-EM, theory": {"increments": "impulse", "draw": "independent", "probabilities": "theory"},
-    }
-    for name, choices in families.items():
+    def memorised(nfe: float) -> Verdict:
+        recipes = {name: recipe(nfe, choices) for name, choices in OURS.items()}
+        return judge.judge(best_draw(choosing, recipes, cost))
+
+    for name, choices in FAMILIES.items():
         for nfe in BUDGETS:
-            yield name, f"{nfe} NFE", lambda judge, nfe=nfe, choices=choices: judge.judge(recipe(nfe, **choices))
+            yield name, f"{nfe} NFE", lambda nfe=nfe, choices=choices: judge.judge(recipe(nfe, choices))
     for k in range(levels, 0, -1):
         for steps in BEST_EM_STEPS if k == levels else EM_STEPS:
-            name = f"EM, {ladder.levels[k - 1].name}"
-            yield name, f"{steps} steps", lambda judge, k=k, n=steps: judge.judge(single_level(k, levels, n))
+            plan = single_level(k, levels, steps)
+            yield f"EM, {ladder.levels[k - 1].name}", f"{steps} steps", lambda plan=plan: judge.judge(plan)
     if solver == "ddim":
         for name in FAST:
             for steps in FAST_STEPS:
-                yield name, f"{steps} steps", partial(fast, name, steps)
-    for small in range(2, levels):
+                yield name, f"{steps} steps", partial(fast, name, steps, judge)
+    for nfe in MEMORISED_BUDGETS:
+        yield "memorised", f"{nfe} NFE", partial(memorised, nfe)
+    for small in range(3, levels):
         for steps in STITCH_STEPS:
             for part in STITCHES:
                 at = round(part * steps)
                 plan = switched(small, levels, levels, steps, at)
                 label = f"{ladder.levels[small - 1].name} for {at} of {steps} steps"
-                yield "T-Stitch", label, lambda judge, plan=plan: judge.judge(plan)
+                yield "T-Stitch", label, lambda plan=plan: judge.judge(plan)
+    yield from learned_cases(judge, choosing, frontier)
+
+
+def learned_cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
+    """The paper's: learned coefficients moved by Delta, draws on one set of noises, the best of them on the other."""
+    logistic, rungs = learned(choosing, frontier.path.parent / f"learned-{judge.solver}.json")
+    cost = judge.ladder.cost(judge.device)
+    for delta in DELTAS:
+        p = logistic.moved(np.array([[0.0], [delta]])).probabilities
+        if expected_cost(p, cost[np.array(rungs) - 1], collapse=True) > MOST_NFE * cost[-1]:
+            continue
+        recipe = Recipe(p, "independent", "impulse", collapse=True, rungs=rungs)
+        plans = [recipe.plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
+        labels = [f"{delta:+d}, draw {seed}" for seed in range(DRAWS)]
+        for label, plan in zip(labels, plans, strict=True):
+            yield EVERY_DRAW, label, lambda plan=plan: choosing.judge(plan)
+        rows = [frontier.find(EVERY_DRAW, label) for label in labels]
+        best = plans[int(np.argmin([row.error for row in rows if row]))]
+        yield "ML-EM, learned, best draw", f"{delta:+d}", lambda best=best: judge.judge(best)
+        yield "ML-EM, learned", f"{delta:+d}", lambda recipe=recipe: judge.judge(recipe)
+
+
+def learned(choosing: Judge, path: Path) -> tuple[Logistic, tuple[int, ...]]:
+    """Coefficients learned from Neyman's probabilities at one budget, for `BASE_STEPS`, and the rungs they are for.
+
+    They are learned on fewer steps. The number of evaluations is what matters, not that of steps they are drawn at
+    (the Poisson limit), so one number is added to every beta, which brings the same budget to more steps.
+    """
+    ladder, solver = choosing.ladder, choosing.solver
+    recipe = make_recipe(ladder, choosing.device, solver, LEARN_STEPS, LEARN_NFE, draw="independent")
+    rungs = recipe.rungs or tuple(range(1, len(ladder.levels) + 1))
+    cost = ladder.cost(choosing.device)[np.array(rungs) - 1]
+
+    def tau(steps: int) -> np.ndarray:
+        return scaled(half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps, "trailing")))
+
+    if not path.exists():
+        blocks = choosing.samples // BLOCK
+        noises = [choosing.noise(block, LEARN_STEPS) for block in range(blocks)]
+        path_of_all = torch.stack([torch.cat([z(i) for z in noises]) for i in range(-1, LEARN_STEPS)])
+        steps = learn(
+            {r: choosing.levels[k] for r, k in enumerate(rungs, 1)},
+            step_table(ladder.alpha_bar, LEARN_STEPS, ETA[solver]),
+            fit_logistic(recipe.probabilities, tau(LEARN_STEPS)),
+            cost,
+            lambda i: path_of_all[i + 1],
+            choosing.label.repeat(blocks),
+            choosing.reference,
+            seed=0,
+        )
+        history = []
+        for step in islice(steps, UPDATES + 1):
+            print(f"{solver} update {len(history)}: error {step.error:.4f}, {step.cost / cost[-1]:.2f} NFE", flush=True)
+            history.append(
+                {"error": step.error, "cost": step.cost, "coefficients": step.logistic.coefficients.tolist()}
+            )
+        path.write_text(json.dumps({"ladder": ladder.digest, "rungs": rungs, "history": history}, indent=1) + "\n")
+    found = json.loads(path.read_text())
+    assert found["ladder"] == ladder.digest
+    # Adam's steps wander about where they end.
+    coefficients = np.mean([step["coefficients"] for step in found["history"][-UPDATES // 4 :]], axis=0)
+    logistic = Logistic(coefficients, tau(BASE_STEPS))
+    return with_budget(logistic, lambda p: expected_cost(p, cost, True), LEARN_NFE * cost[-1]), tuple(found["rungs"])
 
 
 FAST = {
@@ -105,7 +190,8 @@ def main(name: str, solver: str, samples: int, device: str, out: Path) -> None:
     """Write OUT/frontier-SOLVER.json and .png."""
     torch.set_num_threads(1)
     ladder = Ladder.load(name)
-    judge = Judge(ladder, solver, device, samples, SEED, out / "cache")
+    judge = Judge(ladder, solver, device, samples, JUDGING_SEED, out / "cache")
+    choosing = Judge(ladder, solver, device, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache")
     about = {
         "ladder": ladder.digest,
         "solver": solver,
@@ -116,9 +202,9 @@ def main(name: str, solver: str, samples: int, device: str, out: Path) -> None:
         "best_level_seconds": float(ladder.cost(device)[-1]),
     }
     frontier = Frontier(out / f"frontier-{solver}.json", about)
-    for family, label, run in cases(ladder, solver):
+    for family, label, run in cases(judge, choosing, frontier):
         if not frontier.find(family, label):
-            row = frontier.add(family, label, run(judge))
+            row = frontier.add(family, label, run())
             nfe = row.seconds / float(ladder.cost(device)[-1])
             print(
                 f"{solver} {family}, {label}: {row.seconds * 1e3:.1f} ms ({nfe:.1f} NFE), MSE {row.error:.5f}",
