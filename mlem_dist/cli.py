@@ -47,7 +47,13 @@ def _plan_options(command: Any) -> Any:
             click.option(
                 "--ladder", "ladder_name", default="fashion", show_default=True, help="Bundled name or folder."
             ),
-            click.option("--solver", type=click.Choice(["ddpm", "ddim"]), default="ddpm", show_default=True),
+            click.option(
+                "--solver",
+                type=click.Choice(["ddpm", "ddim", "dpm++"]),
+                default="ddpm",
+                show_default=True,
+                help="The SDE by DDPM, or the ODE by DDIM or DPM-Solver++(2M).",
+            ),
             click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps."),
             click.option(
                 "--nfe",

@@ -22,7 +22,7 @@ from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
 from mlem_dist.solver.integrate import Noise, Request, block_noise, block_rng, trajectory
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
-from mlem_dist.solver.steps import ETA, StepTable, step_table
+from mlem_dist.solver.steps import SOLVERS, StepTable, solver_table
 
 
 class NonFiniteError(RuntimeError):
@@ -38,7 +38,7 @@ class Job:
         digest: the ladder's digest.
         num: number of samples.
         labels: the classes to generate, in turn by sample id; (0,) for an unconditional ladder.
-        solver: "ddpm" or "ddim".
+        solver: one of `SOLVERS`.
         steps: N.
         plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
         seed: decides every noise and coin.
@@ -68,8 +68,8 @@ class Job:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}, expected 0 or more")
-        if self.solver not in ETA:
-            raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(ETA)}")
+        if self.solver not in SOLVERS:
+            raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
         if self.shard_size % self.block_size:
             lower = max(1, self.shard_size // self.block_size) * self.block_size
             raise UsageError(
@@ -133,7 +133,7 @@ class Blocks:
     @cached_property
     def table(self) -> StepTable:
         """The solver's steps."""
-        return step_table(self.ladder.alpha_bar, self.job.steps, ETA[self.job.solver])
+        return solver_table(self.ladder.alpha_bar, self.job.steps, self.job.solver)
 
     def label(self, block: int) -> Tensor:
         """int64 (B,): the classes of a block's samples, on the job's device."""

@@ -68,9 +68,10 @@ def trajectory(
     """x_{i+1} = a_i x_i + b_i sum_j w_j(i) v_j + c_i z_i, over the terms v_j of the plan that are live at step i.
 
     A generator: it yields a `Request` where a step evaluates terms, takes their values, and returns x_N. A plan that
-    collapses needs `closed_form`.
+    collapses needs `closed_form`. A table with a memory adds d_i m_{i-1}, m_i = u_i x_i + v_i sum_j w_j(i) v_j.
     """
     x = noise(-1)
+    memory = torch.zeros_like(x)
     live: list[tuple[Term, Tensor]] = []
     held: dict[Term, Held] = {}
     for run in plan.runs:
@@ -80,6 +81,7 @@ def trajectory(
         live = [(term, value) for term, value in live if i < term.stop]
         if run.base:
             assert closed_form is not None
+            assert table.memory is None
             held = {term: held.get(term) or closed_form.held(value) for term, value in live}
             weights = [(held[term], term.weights_at(i, run.stop)) for term, _ in live]
             x = closed_form.advance(i, x, run.base, weights, noise)
@@ -89,6 +91,11 @@ def trajectory(
             step.add_(value, alpha=float(table.b[i]) * term.weights[i - term.start])
         if table.c[i]:
             step.add_(noise(i), alpha=float(table.c[i]))
+        if table.memory:
+            step.add_(memory, alpha=float(table.memory.d[i]))
+            memory = float(table.memory.u[i]) * x
+            for term, value in live:
+                memory.add_(value, alpha=float(table.memory.v[i]) * term.weights[i - term.start])
         x = step
     return x
 

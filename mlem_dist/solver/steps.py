@@ -1,4 +1,4 @@
-"""Affine step tables: one row (t, a, b, c) per step of a one-evaluation solver."""
+"""Affine step tables: one row per step of a solver that evaluates the drift once a step."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,20 +8,35 @@ import numpy as np
 from mlem_dist.errors import UsageError
 
 Spacing = Literal["leading", "linspace", "trailing"]
+Solver = Literal["ddpm", "ddim", "dpm++"]
+SOLVERS: tuple[Solver, ...] = ("ddpm", "ddim", "dpm++")
 ETA = {"ddpm": 1.0, "ddim": 0.0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a two-step solver adds to step i: d_i m_{i-1} with m_i = u_i x_i + v_i f(x_i, t_i); float64 (N,) each.
+
+    d_0 = 0.
+    """
+
+    d: np.ndarray
+    u: np.ndarray
+    v: np.ndarray
 
 
 @dataclass(frozen=True)
 class StepTable:
     """Rows of x_{i+1} = a_i x_i + b_i f(x_i, t_i) + c_i z_i with z_i ~ N(0, I), for i = 0 ... N-1.
 
-    t is int64 (N,), a timestep of the noise schedule; a, b, c are float64 (N,).
+    t is int64 (N,), a timestep of the noise schedule; a, b, c are float64 (N,). Two-step solvers have a `memory`.
     """
 
     t: np.ndarray
     a: np.ndarray
     b: np.ndarray
     c: np.ndarray
+    memory: Memory | None = None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -73,3 +88,40 @@ def step_table(alpha_bar: np.ndarray, steps: int, eta: float, spacing: Spacing =
     # 1 - ab_s - c^2 is zero but for rounding after the last step.
     b = np.sqrt(np.maximum(1 - ab_s - c**2, 0)) - a * np.sqrt(1 - ab_t)
     return StepTable(t, a, b, c)
+
+
+def two_step_table(alpha_bar: np.ndarray, steps: int) -> StepTable:
+    """The table of DPM-Solver++(2M) on the trailing grid, for a noise prediction f (Lu et al., arXiv:2211.01095).
+
+    With s the time after t, alpha = sqrt(ab), sigma = sqrt(1 - ab), h = lambda_s - lambda_t, r = h_{i-1} / h_i and the
+    predicted image m_i = (x_i - sigma_t f) / alpha_t (algorithm 2):
+
+        x_{i+1} = sigma_s / sigma_t x_i - alpha_s (e^-h - 1) ((1 + 1 / 2r) m_i - 1 / 2r m_{i-1})
+
+    The first step has nothing to remember and the last one, to alpha_bar = 1, has an infinite h: both are of first
+    order, which is DDIM.
+
+    Raises:
+        UsageError: if `steps` is out of range.
+    """
+    first_order = step_table(alpha_bar, steps, 0.0)
+    t = first_order.t
+    ab = alpha_bar[t]
+    alpha, sigma = np.sqrt(ab), np.sqrt(1 - ab)
+    # of the image predicted at each step, by a first-order step
+    share = alpha * first_order.a - alpha / sigma * np.append(sigma[1:], 0.0)
+    h = np.diff(half_log_snr(alpha_bar, t))
+    ahead = np.zeros(steps)
+    ahead[1:-1] = h[1:] / h[:-1] / 2
+    d = -share * ahead
+    u, v = 1 / alpha, -sigma / alpha
+    return StepTable(t, first_order.a - d * u, first_order.b - d * v, first_order.c, Memory(d, u, v))
+
+
+def solver_table(alpha_bar: np.ndarray, steps: int, solver: str) -> StepTable:
+    """The table of one of `SOLVERS` on the trailing grid.
+
+    Raises:
+        UsageError: if `steps` is out of range.
+    """
+    return two_step_table(alpha_bar, steps) if solver == "dpm++" else step_table(alpha_bar, steps, ETA[solver])

@@ -18,7 +18,7 @@ from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coarse_noise, integrate
 from mlem_dist.solver.plan import Plan, Recipe, single_level
-from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.solver.steps import solver_table
 
 BLOCK = 32
 """Samples that advance together; those of a block share a drawn plan."""
@@ -56,7 +56,7 @@ class Judge:
         self.ladder, self.solver, self.device = ladder, solver, device
         self.samples, self.seed, self.cache = samples, seed, cache
         self.levels: dict[int, Drift] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
-        self.fine = step_table(ladder.alpha_bar, len(ladder.alpha_bar), ETA[solver])
+        self.fine = solver_table(ladder.alpha_bar, len(ladder.alpha_bar), solver)
         self.label = torch.arange(BLOCK, device=device) % max(1, len(ladder.labels))
 
     def noise(self, block: int, steps: int) -> Noise:
@@ -82,7 +82,7 @@ class Judge:
         blocks = range(self.samples // BLOCK)
         plans = [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
         steps = plans[0].fire.shape[1]
-        table = step_table(self.ladder.alpha_bar, steps, ETA[self.solver])
+        table = solver_table(self.ladder.alpha_bar, steps, self.solver)
         plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
         closed_form = self._closed_form(plans[0], False)
         seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))[0]
@@ -113,13 +113,13 @@ class Judge:
 
     def _end(self, plan: Plan, block: int) -> Tensor:
         steps = plan.fire.shape[1]
-        table = step_table(self.ladder.alpha_bar, steps, ETA[self.solver])
+        table = solver_table(self.ladder.alpha_bar, steps, self.solver)
         return integrate(self.levels, table, plan, self.noise(block, steps), self.label, self._closed_form(plan, True))
 
     def _closed_form(self, plan: Plan, path: bool) -> ClosedForm | None:
         if not plan.collapse:
             return None
-        table = step_table(self.ladder.alpha_bar, plan.fire.shape[1], ETA[self.solver])
+        table = solver_table(self.ladder.alpha_bar, plan.fire.shape[1], self.solver)
         base = self.levels[1]
         assert isinstance(base, GaussianLevel)
         return ClosedForm(base.affine(table.t), table, self.label, path)

@@ -12,7 +12,7 @@ from mlem_dist.solver.steps import half_log_snr, timesteps
 from mlem_dist.tuning.allocate import coin_error, merged, neyman_weights, on_grid, rung_sets
 from mlem_dist.tuning.calibrate import read_effect
 
-DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated"}
+DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
 """By solver: along the noisy path of the SDE a line through two increments is hardly better than the last of them."""
 
 
@@ -29,7 +29,7 @@ def make_recipe(
     """The recipe of `steps` base steps and `nfe` evaluations of the best level per sample, by the costs on `device`.
 
     What is None is chosen: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
-    coins, held increments for DDPM and extrapolated ones for DDIM. Neyman's come with the rungs, of all choices of
+    coins, held increments for DDPM and extrapolated ones for the ODE. Neyman's come with the rungs, of all choices of
     levels, whose coins add the least error at this budget; other probabilities take every level.
 
     Raises:
@@ -40,10 +40,13 @@ def make_recipe(
     cost = ladder.cost(device)
     if not nfe > 0:
         raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    collapse = ladder.levels[0].kind == "gaussian"
+    # A closed form keeps no memory of single steps.
+    collapse = ladder.levels[0].kind == "gaussian" and solver != "dpm++"
     log_snr = half_log_snr(ladder.alpha_bar, t)
     rungs = None
-    measured = read_effect(ladder, solver) if probabilities in (None, "neyman") else None
+    measured = (
+        read_effect(ladder, "ddpm" if solver == "ddpm" else "ddim") if probabilities in (None, "neyman") else None
+    )
     if measured is not None:
         products = on_grid(measured[1], measured[0], t)
         found = []

@@ -67,6 +67,15 @@ def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cach
     assert sum(name.endswith(".parquet") for name in found) == job.shards == 3
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_ray_keeps_the_memory_of_a_two_step_solver(fashion, make_job, tmp_path):
+    job = make_job(plans(len(fashion.levels))["held"], solver="dpm++")
+    found, _ = make_ray(job, fashion, tmp_path / "out", 2, "pools")
+    assert found == make_inline(job, fashion, tmp_path / "reference")
+    other = make_job(plans(len(fashion.levels))["held"], solver="ddim")
+    assert found != make_inline(other, fashion, tmp_path / "other")
+
+
 def test_the_inline_engine_does_not_depend_on_its_threads(fashion, make_job, reference_cache, tmp_path):
     job = make_job()
     assert make_inline(job, fashion, tmp_path / "out", devices=3) == reference_cache(job, fashion)

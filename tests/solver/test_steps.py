@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.schedule import alpha_bar
-from mlem_dist.solver.steps import step_table
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.steps import step_table, two_step_table
 
 SCHEDULES = [
     {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
@@ -66,6 +68,27 @@ def test_table_reproduces_diffusers(config, eta, spacing, steps, kind):
         ours = table.a[i] * ours + table.b[i] * drift(ours, int(t)) + table.c[i] * z
         x = theirs
     assert (ours - x).abs().max() < 1e-5 * max(1.0, float(x.abs().max()))
+
+
+@pytest.mark.parametrize("config", SCHEDULES[:2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 50])
+def test_the_two_step_table_is_dpm_solver(config, steps):
+    scheduler = DPMSolverMultistepScheduler(num_train_timesteps=1000, timestep_spacing="trailing", **config)
+    scheduler.alphas_cumprod = torch.tensor(alpha_bar(config | {"num_train_timesteps": 1000}))
+    scheduler.set_timesteps(steps)
+    table = two_step_table(scheduler.alphas_cumprod.numpy(), steps)
+    assert table.t.tolist() == scheduler.timesteps.tolist()
+    start = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def drift(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) * (0.3 + t.view(-1, 1, 1, 1) / 1000)
+
+    label = torch.zeros(3, dtype=torch.int64)
+    x = start
+    for t in scheduler.timesteps:
+        x = scheduler.step(drift(x, t.expand(3), label), t, x).prev_sample
+    ours = integrate({1: drift}, table, single_level(1, 1, steps), lambda step: start, label)
+    assert (ours - x).abs().max() < 1e-4 * x.abs().max()
 
 
 def test_last_step_returns_the_predicted_image():
