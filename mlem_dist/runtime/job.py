@@ -70,6 +70,10 @@ class Job:
             raise UsageError(f"seed is {self.seed}, expected 0 or more")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        if self.plan.collapse and self.solver == "dpm++":
+            raise UsageError(
+                "the plan takes runs of base steps in closed form, which --solver dpm++ cannot; draw another"
+            )
         if self.shard_size % self.block_size:
             lower = max(1, self.shard_size // self.block_size) * self.block_size
             raise UsageError(

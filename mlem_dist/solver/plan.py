@@ -219,15 +219,18 @@ class Recipe:
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
-        plan = self._plan_of_rungs(rng)
+        return self.plan_of(draw_coins(self.probabilities, self.draw, rng))
+
+    def plan_of(self, fire: np.ndarray) -> Plan:
+        """The plan of these coins, bool (R, N)."""
+        plan = self._plan_of_rungs(fire)
         if self.rungs is None:
             return plan
         # A skipped level does what the next rung does: neighbouring increments of equal weights are one difference.
         rows = np.searchsorted(self.rungs, np.arange(1, self.rungs[-1] + 1))
         return Plan(plan.fire[rows], plan.weight[rows], plan.previous[rows], self.collapse)
 
-    def _plan_of_rungs(self, rng: np.random.Generator) -> Plan:
-        fire = draw_coins(self.probabilities, self.draw, rng)
+    def _plan_of_rungs(self, fire: np.ndarray) -> Plan:
         if self.increments == "impulse":
             return impulse(fire, self.probabilities, self.collapse)
         if self.increments == "held":
