@@ -94,10 +94,10 @@ def generate(num: int, options: list[str]) -> tuple[Tensor, Tensor, float]:
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--ladder", "name", default="fashion")
 @click.option("--num", default=2000, help="Samples per row.")
-@click.option("--steps", default=100, help="Base steps.")
+@click.option("--steps", default=100, help="Of each level alone; budgets take the default.")
 @click.option("--nfe", default="5,10,20")
-@click.option("--train-num", default=10000, help="Generated samples to train a classifier on.")
-@click.option("--train-nfe", default=5.0)
+@click.option("--train-num", default=60000, help="Generated samples to train a classifier on.")
+@click.option("--train-nfe", default=10.0)
 @click.option("--classifier-steps", default=2000)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -128,13 +128,13 @@ def main(
         print(rows[-1], flush=True)
 
     row(f"real, {num} of the training images", real.train[:num], real.train_label[:num], None)
-    common = ["--ladder", name, "--steps", str(steps)]
+    common = ["--ladder", name]
     for number, level in enumerate(ladder.levels, 1):
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             plan = single_level(number, len(ladder.levels), steps)
             json.dump(plan_to_dict(plan, ladder.digest, "ddpm"), file)
             file.flush()
-            row(f"{level.name} alone", *generate(num, [*common, "--plan", file.name]))
+            row(f"{level.name} alone", *generate(num, [*common, "--steps", str(steps), "--plan", file.name]))
     for budget in nfe.split(","):
         row(f"--nfe {budget}", *generate(num, [*common, "--nfe", budget]))
     start = time.monotonic()
