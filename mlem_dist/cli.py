@@ -424,11 +424,9 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     require_matplotlib()
     ladder = Ladder.load(name)
     device = _local_device(device, False)
-    if len(ladder.alpha_bar) % steps:
-        raise UsageError(f"--steps {steps}: expected a divisor of {len(ladder.alpha_bar)}, the noise schedule's length")
     frontier = open_frontier(ladder, solver, steps, device, out)
     with parts_bar() as progress:
-        rows = list(search(ladder, device, nfe, frontier, progress))
+        rows = list(search(ladder, device, nfe, frontier, _cores() if device == "cpu" else 1, progress))
     figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
     click.echo(frontier_table(rows, float(ladder.cost(device)[-1])))
     plans = [str(plan_path(out, solver, budget)) for budget in nfe]

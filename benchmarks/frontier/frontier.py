@@ -188,17 +188,16 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(name: str, solver: str, samples: int, device: str, out: Path) -> None:
     """Write OUT/frontier-SOLVER.json and .png."""
-    torch.set_num_threads(1)
     ladder = Ladder.load(name)
-    judge = Judge(ladder, solver, device, samples, JUDGING_SEED, out / "cache")
-    choosing = Judge(ladder, solver, device, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache")
+    judge = Judge(ladder, solver, device, BASE_STEPS, samples, JUDGING_SEED, out / "cache")
+    choosing = Judge(ladder, solver, device, BASE_STEPS, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache")
     about = {
         "ladder": ladder.digest,
         "solver": solver,
         "machine": f"{platform.machine()}, one thread" if device == "cpu" else torch.cuda.get_device_name(),
         "samples": samples,
         "block_size": BLOCK,
-        "reference": f"{ladder.levels[-1].name}, {len(ladder.alpha_bar)} steps",
+        "reference": f"{ladder.levels[-1].name}, {BASE_STEPS} steps",
         "best_level_seconds": float(ladder.cost(device)[-1]),
     }
     frontier = Frontier(out / f"frontier-{solver}.json", about)

@@ -1,9 +1,10 @@
-"""Plans compared: the same initial noise and Brownian path for all, against the best level at every timestep."""
+"""Plans compared: the same initial noise and Brownian path for all, against the best level at many steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,35 +44,48 @@ class Judge:
     Args:
         ladder: the ladder.
         solver: "ddpm" or "ddim".
-        device: "cpu", on one thread, or "cuda".
+        device: "cpu" or "cuda".
+        steps: of the reference; those of a plan are a divisor of it.
         samples: how many, a multiple of 32.
         seed: of the noises and coins; plans are chosen with one seed and judged with another.
         cache: where the reference is kept, or None to compute it each time.
+        threads: blocks that advance at a time, each on one thread.
     """
 
     def __init__(
-        self, ladder: Ladder, solver: str, device: str, samples: int, seed: int, cache: Path | None = None
+        self,
+        ladder: Ladder,
+        solver: str,
+        device: str,
+        steps: int,
+        samples: int,
+        seed: int,
+        cache: Path | None = None,
+        threads: int = 1,
     ) -> None:
         assert samples % BLOCK == 0
+        # Within a block one thread: it is timed so, and sums over several would be rounded in another order.
+        torch.set_num_threads(1)
+        self.threads = threads
         self.ladder, self.solver, self.device = ladder, solver, device
         self.samples, self.seed, self.cache = samples, seed, cache
         self.levels: dict[int, Drift] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
-        self.fine = solver_table(ladder.alpha_bar, len(ladder.alpha_bar), solver)
+        self.fine = solver_table(ladder.alpha_bar, steps, solver)
         self.label = torch.arange(BLOCK, device=device) % max(1, len(ladder.labels))
 
     def noise(self, block: int, steps: int) -> Noise:
-        """The noise of a block for `steps` steps, a divisor of the schedule's: one Brownian path for all of them."""
+        """The noise of a block for `steps` steps, a divisor of the reference's: one Brownian path for all of them."""
         fine = block_noise(self.seed, block, (BLOCK, *self.ladder.sample_shape), self.device)
         return coarse_noise(fine, self.fine, len(self.fine) // steps)
 
     @cached_property
     def reference(self) -> Tensor:
-        """float32 (samples, C, H, W): the best level at every timestep of the noise schedule."""
-        name = f"{self.ladder.digest[:12]}-{self.solver}-{self.seed}-{self.samples}.safetensors"
+        """float32 (samples, C, H, W): the best level at every step."""
+        name = f"{self.ladder.digest[:12]}-{self.solver}-{len(self.fine)}-{self.seed}-{self.samples}.safetensors"
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]
         best = single_level(len(self.levels), len(self.levels), len(self.fine))
-        found = torch.cat([self._end(best, block) for block in range(self.samples // BLOCK)])
+        found = self._ends(lambda block: self._end(best, block))
         if self.cache:
             self.cache.mkdir(parents=True, exist_ok=True)
             save_file({"reference": found.cpu()}, self.cache / name)
@@ -90,8 +104,7 @@ class Judge:
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
         """The verdict on any way to come from the noise of a block to its end (32, C, H, W)."""
-        ends = torch.cat([end(block) for block in range(self.samples // BLOCK)])
-        errors = (ends - self.reference).square().flatten(1).double().mean(1)
+        errors = (self._ends(end) - self.reference).square().flatten(1).double().mean(1)
         return Verdict(seconds, errors.cpu().numpy())
 
     def timed(self, run: Callable[[], Tensor]) -> tuple[float, Tensor]:
@@ -100,16 +113,15 @@ class Judge:
         On a CPU one thread's own time, on a GPU the clock's.
         """
         clock = time.perf_counter if self.device == "cuda" else time.thread_time
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            start = clock()
-            found = run()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            return (clock() - start) / BLOCK, found
-        finally:
-            torch.set_num_threads(threads)
+        start = clock()
+        found = run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return (clock() - start) / BLOCK, found
+
+    def _ends(self, end: Callable[[int], Tensor]) -> Tensor:
+        with ThreadPoolExecutor(self.threads) as pool:
+            return torch.cat(list(pool.map(end, range(self.samples // BLOCK))))
 
     def _end(self, plan: Plan, block: int) -> Tensor:
         steps = plan.fire.shape[1]

@@ -17,7 +17,7 @@ from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.recipe import make_recipe
 
 CHOOSING_SEED, JUDGING_SEED = 0, 1
-CHOOSING_SAMPLES, JUDGING_SAMPLES = 32, 64
+CHOOSING_SAMPLES, JUDGING_SAMPLES = 64, 64
 DRAWS = 15
 """Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
 
@@ -51,13 +51,13 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "steps": steps,
         "machine": "one CPU thread" if device == "cpu" else device,
         "samples": JUDGING_SAMPLES,
-        "reference": f"{ladder.levels[-1].name}, {len(ladder.alpha_bar)} steps",
+        "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
     return Frontier(out / f"frontier-{solver}.json", about)
 
 
 def tune(
-    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, progress: Progress
+    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: Progress
 ) -> Iterator[Row]:
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
@@ -69,6 +69,7 @@ def tune(
         device: "cpu" or "cuda".
         budgets: evaluations of the best level per sample.
         frontier: of `open_frontier`.
+        threads: blocks that are tried at a time.
         progress: told what is being tried.
 
     Yields:
@@ -83,12 +84,12 @@ def tune(
         nfe: {name: make_recipe(ladder, device, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
         for nfe in budgets
     }
-    choosing = Judge(ladder, solver, device, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache")
-    judging = Judge(ladder, solver, device, JUDGING_SAMPLES, JUDGING_SEED, out / "cache")
+    choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
+    judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
-        # A grid that divides the schedule, as the comparison on one Brownian path needs.
-        count = max(n for n in range(1, max(1, round(nfe)) + 1) if len(ladder.alpha_bar) % n == 0)
+        # A grid that divides the steps, as the comparison on one Brownian path needs.
+        count = max(n for n in range(1, min(steps, max(1, round(nfe))) + 1) if steps % n == 0)
         ways: dict[str, Plan | Recipe] = {**recipes[nfe], EM: single_level(levels, levels, count)}
         for done, (family, way) in enumerate(ways.items(), 1):
             progress(f"{label}, {family}", done, len(ways))

@@ -8,7 +8,7 @@ from click.testing import CliRunner, Result
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
+from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
 from mlem_dist.tuning.frontier import Row, lower_envelope
@@ -39,14 +39,14 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     plan = read_plan(small / PLAN, ladder.digest, ["", ""], "ddpm", 50)
     assert plan.collapse
     levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
-    fine, table = (step_table(ladder.alpha_bar, n, ETA["ddpm"]) for n in (1000, 50))
+    table = step_table(ladder.alpha_bar, 50, ETA["ddpm"])
     label = torch.arange(BLOCK) % 10
     errors = []
     for block in range(JUDGING_SAMPLES // BLOCK):
         noise = block_noise(JUDGING_SEED, block, (BLOCK, *ladder.sample_shape), "cpu")
-        best = integrate(levels, fine, single_level(2, 2, 1000), noise, label)
+        best = integrate(levels, table, single_level(2, 2, 50), noise, label)
         single_steps = Plan(plan.fire, plan.weight, plan.previous)
-        end = integrate(levels, table, single_steps, coarse_noise(noise, fine, 20), label)
+        end = integrate(levels, table, single_steps, noise, label)
         errors += (end - best).square().mean((1, 2, 3)).tolist()
     np.testing.assert_allclose(found["memorised", "9 NFE"], errors, rtol=2e-2)
     assert np.mean(errors) < np.mean(found["Euler-Maruyama", "9 NFE"])
@@ -72,18 +72,19 @@ def test_a_ladder_is_tuned_judged_and_used(small):
 
 def test_the_reference_is_its_own_judge(small, tmp_path):
     ladder = Ladder.load(small)
-    judge = Judge(ladder, "ddim", "cpu", BLOCK, 3, tmp_path / "cache")
-    verdict = judge.judge(single_level(2, 2, len(ladder.alpha_bar)))
+    judge = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3, tmp_path / "cache", threads=2)
+    verdict = judge.judge(single_level(2, 2, 40))
     assert verdict.errors.max() == 0
     assert verdict.seconds > 0
-    kept = Judge(ladder, "ddim", "cpu", BLOCK, 3, tmp_path / "cache")
+    kept = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3, tmp_path / "cache")
     assert torch.equal(kept.reference, judge.reference)
+    assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3).reference, judge.reference)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--steps", "300"], "divisor of 1000"),
+        (["--steps", "1001"], "expected 1 to 1000"),
         (["--nfe", "5,x"], "positive numbers such as"),
         (["--nfe", "0.01"], "below the cost of the base level"),
     ],
