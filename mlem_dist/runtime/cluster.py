@@ -7,18 +7,21 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.cells import CELL_DEVICES, Cell, merged
 from mlem_dist.runtime.coordinator import Coordinator
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Candidate, allot, candidates, evaluations, pool_loads
@@ -123,30 +126,52 @@ def _gpu_bytes() -> int:
 
 
 def run_ray(
-    job: Job, ladder: Ladder, out: Path, shards: Sequence[int], pools: Sequence[range], devices: int
+    job: Job,
+    ladder: Ladder,
+    out: Path,
+    shards: Sequence[int],
+    pools: Sequence[range],
+    devices: int,
+    cell_devices: int = CELL_DEVICES,
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
 
-    `pools` are the levels (from 1) of each pool.
+    `pools` are the levels (from 1) of each pool; each cell of at most `cell_devices` devices has its own. This process
+    does a few calls per cell twice a second.
 
     Raises:
-        PoolError: actors die faster than they work.
+        PoolError: actors or coordinators die faster than they work.
         NonFiniteError: a block ended with NaN or infinite values.
     """
-    seats = allot(pool_loads(evaluations(job), pools, ladder.cost(job.device)), devices)
+    began = time.monotonic()
+    load = pool_loads(evaluations(job), pools, ladder.cost(job.device))
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
-    # The driver owns the devices: they are free again when it ends, however it ends.
-    group = placement_group([{"GPU" if job.device == "cuda" else "CPU": 1}] * devices, strategy="PACK")
+    count = -(-devices // cell_devices)
+    sizes = [devices // count + (index < devices % count) for index in range(count)]
+    # This process owns the devices: they are free again when it ends, however it ends.
+    resource = "GPU" if job.device == "cuda" else "CPU"
+    groups = [placement_group([{resource: 1}] * size, strategy="PACK") for size in sizes]
     kind: Any = ray.remote(Coordinator)
-    coordinator = kind.options(num_cpus=0).remote(job, out.absolute(), pools, names, seats, group, ladder.labels)
-    run = coordinator.run.remote(shards)
+
+    def creator(size: int, group: PlacementGroup) -> Callable[[], Any]:
+        seats = allot(load, size)
+        return lambda: kind.options(num_cpus=0).remote(job, out.absolute(), pools, names, seats, group, ladder.labels)
+
+    cells = [Cell(creator(size, group), size, job, out) for size, group in zip(sizes, groups, strict=True)]
+    todo = deque(shards)
     try:
-        while not ray.wait([run], timeout=POLL_SECONDS)[0]:
-            yield ray.get(coordinator.progress.remote())
-        ray.get(run)
-        yield ray.get(coordinator.progress.remote())
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+        while not all(cell.finished for cell in cells):
+            for cell in cells:
+                todo.extendleft(reversed(cell.poll()))
+            while todo and (hungry := [cell for cell in cells if cell.wants]):
+                min(hungry, key=lambda cell: cell.queued / cell.devices).give(todo.popleft())
+            if not todo:
+                for cell in cells:
+                    cell.close()
+            if all(cell.progress for cell in cells):
+                yield replace(merged([cell.total() for cell in cells]), seconds=time.monotonic() - began)
+            ray.wait([cell.run for cell in cells if not cell.finished] or [cells[0].run], timeout=POLL_SECONDS)
     finally:
-        ray.kill(coordinator)
-        remove_placement_group(group)
+        for cell, group in zip(cells, groups, strict=True):
+            ray.kill(cell.coordinator)
+            remove_placement_group(group)

@@ -29,7 +29,7 @@ BLOCKS_PER_DEVICE = 3
 
 
 class Coordinator:
-    """An asyncio actor that makes the given shards of a job.
+    """An asyncio actor that makes the shards of a job that it is given.
 
     Args:
         pools: the levels (from 1) of each pool.
@@ -61,19 +61,39 @@ class Coordinator:
         self.ready: float | None = None
         self.first_block: float | None = None
         self.running: dict[int, Pool] = {}
+        self.runners = self.depth * len(seats[0])
+        self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        self.added = 0
+        self.expected: int | None = None
 
-    async def run(self, shards: Sequence[int]) -> None:
-        """Make the shards.
+    async def add(self, shard: int) -> None:
+        """One more shard to make."""
+        for block in self.job.shard_blocks(shard):
+            self.todo.put_nowait((shard, block))
+        self.added += 1
+        self._end_if_complete()
+
+    async def close(self, shards: int) -> None:
+        """There will be no more than so many shards; some may still be on their way, as calls overtake each other."""
+        self.expected = shards
+        self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        if self.added == self.expected:
+            for _ in range(self.runners):
+                self.todo.put_nowait(None)
+
+    async def run(self) -> None:
+        """Make every shard that is added, until told that there are no more.
 
         Raises:
             PoolError: actors die faster than they work.
             NonFiniteError: a block ended with NaN or infinite values.
         """
         await self._start_pools()
-        self.todo = iter([(shard, block) for shard in shards for block in self.job.shard_blocks(shard)])
         self.images: dict[int, dict[int, ray.ObjectRef[Any]]] = {}
         self.writing = asyncio.Semaphore(PENDING_WRITES)
-        runners = [asyncio.create_task(self._runner()) for _ in range(self.depth * len(self.seats[0]))]
+        runners = [asyncio.create_task(self._runner()) for _ in range(self.runners)]
         try:
             await asyncio.gather(*runners)
         finally:
@@ -92,6 +112,7 @@ class Coordinator:
             dict(self.calls),
             self.devices,
             tuple(PoolProgress(pool.name, pool.alive, pool.busy, pool.deaths) for pool in self.running.values()),
+            self.todo.qsize(),
         )
 
     async def _start_pools(self) -> None:
@@ -122,7 +143,8 @@ class Coordinator:
         return create
 
     async def _runner(self) -> None:
-        for shard, block in self.todo:
+        while item := await self.todo.get():
+            shard, block = item
             images, calls = await self._block(block)
             self.calls += calls
             await self._finished(shard, block, images)

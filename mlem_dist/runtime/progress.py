@@ -37,6 +37,7 @@ class Progress:
         calls: evaluations of each level (from 1), each of one block, in the finished blocks.
         devices: CPU cores or GPUs in use.
         pools: the pools in order of their levels.
+        queued: blocks that are to be made and not begun.
     """
 
     state: str
@@ -48,6 +49,7 @@ class Progress:
     calls: Mapping[int, int]
     devices: int
     pools: Sequence[PoolProgress]
+    queued: int = 0
 
     @property
     def busy(self) -> float:

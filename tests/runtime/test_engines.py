@@ -24,11 +24,15 @@ def make_inline(job, ladder, out, devices=1):
     return files(out)
 
 
-def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None):
+def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None, **options):
     pools = parse_placement(placement, len(ladder.levels))
     last = None
     dataset = open_dataset(job, ladder, out)
-    for last in complete(dataset, ladder, lambda shards: cluster.run_ray(job, ladder, out, shards, pools, devices)):
+
+    def engine(shards):
+        return cluster.run_ray(job, ladder, out, shards, pools, devices, **options)
+
+    for last in complete(dataset, ladder, engine):
         watch(last)
     return files(out), last
 
@@ -109,6 +113,24 @@ def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_
     found, last = make_ray(job, fashion, tmp_path / "out", 2, watch=kill)
     assert killed
     assert sum(pool.deaths for pool in last.pools) == 1
+    assert last.samples == 320
+    assert found == reference_cache(job, fashion)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
+    """Two cells of one device each; one of them loses its coordinator, and its actors with it."""
+    job = make_job(num=320, steps=40, shard_size=32)
+    killed = []
+
+    def kill(progress):
+        if progress.blocks > 8 and not killed:
+            killed.extend(processes("Coordinator"))
+            os.kill(killed[0], signal.SIGKILL)
+
+    found, last = make_ray(job, fashion, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
+    assert len(killed) == 2
+    assert last.devices == 2
     assert last.samples == 320
     assert found == reference_cache(job, fashion)
 
