@@ -88,6 +88,7 @@ class Job:
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
             recipe = asdict(self.plan)
+            recipe["rungs"] = None if self.plan.rungs is None else list(self.plan.rungs)
             config["plan"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in recipe.items()}
         return config | {"labels": list(self.labels)}
 
