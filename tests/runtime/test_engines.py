@@ -62,7 +62,7 @@ def plans(levels: int) -> dict[str, object]:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("devices", "placement"), [(1, "pools"), (2, "pools"), (3, "pools"), (2, "together")])
+@pytest.mark.parametrize(("devices", "placement"), [(1, "pools"), (3, "pools"), (2, "together")])
 @pytest.mark.parametrize("plan", ["held", "extrapolated in closed form", "impulse", "best level alone"])
 def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cache, tmp_path, devices, placement, plan):
     job = make_job(plans(len(fashion.levels))[plan])
