@@ -139,10 +139,12 @@ def test_a_sample_does_not_depend_on_num(fashion, make_job):
     job = make_job(num=3)
     blocks = Blocks(job, fashion)
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
-    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.label(0))
+    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.label(0), blocks.closed_form(0))
     assert len(x) == job.block_size
     longer = Blocks(make_job(num=44), fashion)
-    y = integrate(levels, longer.table, longer.job.block_plan(0), longer.noise(0), longer.label(0))
+    y = integrate(
+        levels, longer.table, longer.job.block_plan(0), longer.noise(0), longer.label(0), longer.closed_form(0)
+    )
     assert (blocks.images(0, x) == longer.images(0, y)).all()
 
 
