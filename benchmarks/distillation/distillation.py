@@ -1,6 +1,6 @@
 """Whether a small level that learns what the best one predicts, not the noise, leaves a smaller increment to it.
 
-python benchmarks/distillation/distillation.py --data /usr/share/datasets/fashion-mnist --steps 3000 \
+python benchmarks/distillation/distillation.py --data /usr/share/datasets/fashion-mnist --steps 1500 \
     --out benchmarks/results/distillation.json
 
 Trains a small UNet twice from the same start, on the same images and noises: without a teacher, and with the best level
@@ -46,7 +46,7 @@ def small(name: str, steps: int, teacher: str) -> LevelConfig:
 @click.command()
 @click.option("--ladder", "name", default="fashion")
 @click.option("--data", type=click.Path(path_type=Path), required=True)
-@click.option("--steps", default=3000)
+@click.option("--steps", default=1500)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(name: str, data: Path, steps: int, out: Path) -> None:
     torch.set_num_threads(1)
