@@ -1,7 +1,9 @@
 """What every part of the program asks of the folders that it writes."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlem_dist.errors import UsageError
 
@@ -20,3 +22,14 @@ def check_writable(out: Path) -> None:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
+
+
+def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
+    """Write text, or what a function writes to the path it is given, so that a file appears complete or not at all."""
+    # Ray's processes outlive a killed driver for a moment: two may write.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        content(temporary)
+    temporary.replace(path)

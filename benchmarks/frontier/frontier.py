@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -28,10 +29,9 @@ from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
 from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
 from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.tune import best_draw
+from mlem_dist.tuning.tune import CHOOSING_SAMPLES, CHOOSING_SEED, DRAWS, JUDGING_SEED, best_draw
+from mlem_dist.tuning.tune import FAMILIES as TUNED
 
-CHOOSING_SEED, JUDGING_SEED = 0, 1
-CHOOSING_SAMPLES = 64
 BASE_STEPS = 1000
 BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200)
 EM_STEPS = (10, 25, 50, 100, 250)
@@ -42,14 +42,13 @@ STITCH_STEPS = (10, 20, 50)
 STITCHES = (0.25, 0.5, 0.75)
 LEARN_STEPS, LEARN_NFE, UPDATES = 100, 10, 40
 DELTAS = (-3, -2, -1, 0, 1, 2, 3)
-DRAWS = 15
 MOST_NFE = 100
 
-OURS: dict[str, dict[str, str]] = {"held": {"increments": "held"}, "extrapolated": {"increments": "extrapolated"}}
+OURS = {name: TUNED[name] for name in ("held", "extrapolated")}
 FAMILIES = OURS | {
     "held, quantiles": {"increments": "held", "draw": "quantiles"},
-    "ML-EM, Neyman": {"increments": "impulse", "draw": "independent"},
-    "ML-EM, theory": {"increments": "impulse", "draw": "independent", "probabilities": "theory"},
+    "ML-EM, Neyman": TUNED["ML-EM"],
+    "ML-EM, theory": TUNED["ML-EM"] | {"probabilities": "theory"},
 }
 
 EVERY_DRAW = "ML-EM, learned, 15 draws"
@@ -61,8 +60,8 @@ def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
     ladder, solver = judge.ladder, judge.solver
     levels, cost = len(ladder.levels), ladder.cost(judge.device)
 
-    def recipe(nfe: float, choices: dict[str, str]) -> Recipe:
-        return make_recipe(ladder, judge.device, solver, BASE_STEPS, nfe, **choices)  # type: ignore[arg-type]
+    def recipe(nfe: float, choices: dict[str, Any]) -> Recipe:
+        return make_recipe(ladder, judge.device, solver, BASE_STEPS, nfe, **choices)
 
     def memorised(nfe: float) -> Verdict:
         recipes = {name: recipe(nfe, choices) for name, choices in OURS.items()}
@@ -177,7 +176,7 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
             x = scheduler.step(best(x, times, judge.label), t, x).prev_sample
         return x
 
-    return judge.verdict(judge.timed(lambda: end(0))[0], end)
+    return judge.verdict(judge.timed(lambda: end(0)), end)
 
 
 @click.command()

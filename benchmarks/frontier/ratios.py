@@ -8,11 +8,13 @@ of its points, in logarithmic axes a line from point to point; it is not continu
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
 
+from mlem_dist.tuning.frontier import Frontier, Row, lower_envelope
 from mlem_dist.tuning.judge import BLOCK
 
 ERRORS = (1e-2, 3e-3, 1e-3, 3e-4)
@@ -22,12 +24,10 @@ RESAMPLES = 1000
 Curve = tuple[np.ndarray, np.ndarray]
 
 
-def curve(seconds: np.ndarray, errors: np.ndarray) -> Curve:
-    """Logarithms of time and error, along the points that no other one beats in both."""
-    order = np.argsort(seconds)
-    lowest = np.minimum.accumulate(errors[order])
-    kept = order[errors[order] <= lowest]
-    return np.log(seconds[kept]), np.log(errors[kept])
+def curve(rows: Sequence[Row], index: np.ndarray) -> Curve:
+    """Logarithms of time and of the mean error of the samples `index`, along the points that no other one beats."""
+    best = lower_envelope([replace(row, errors=row.errors[index]) for row in rows])
+    return np.log([row.seconds for row in best]), np.log([row.error for row in best])
 
 
 def time_at(line: Curve, error: float) -> float:
@@ -40,15 +40,13 @@ def error_at(line: Curve, log_seconds: float) -> float:
     return float(np.interp(log_seconds, *line, left=np.nan, right=np.nan))
 
 
-def ratios(rows: Sequence[dict], family: str, baseline: Sequence[dict], error: float, index: np.ndarray) -> list[float]:
-    """How much less time the family takes at this error, and how much less error at the baseline's time for it."""
-    lines = []
-    for chosen in ([row for row in rows if row["family"] == family], baseline):
-        seconds = np.array([row["seconds"] for row in chosen])
-        lines.append(curve(seconds, np.array([np.array(row["errors"])[index].mean() for row in chosen])))
-    base = time_at(lines[1], error)
-    time, less = time_at(lines[0], error), error_at(lines[0], base)
-    return np.exp([base - time, np.log(error) - less]).tolist()
+def ratios(family: Curve, baseline: Curve) -> np.ndarray:
+    """For each of ERRORS how much less time the family takes, and how much less error at the baseline's time for it."""
+    found = []
+    for error in ERRORS:
+        base = time_at(baseline, error)
+        found.append([base - time_at(family, error), np.log(error) - error_at(family, base)])
+    return np.exp(found)
 
 
 def resampled(samples: int, rng: np.random.Generator) -> np.ndarray:
@@ -61,24 +59,28 @@ def resampled(samples: int, rng: np.random.Generator) -> np.ndarray:
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 def main(path: Path) -> None:
     """Compare the families of the frontier in PATH."""
-    raw = json.loads(path.read_text())
+    about = {key: value for key, value in json.loads(path.read_text()).items() if key != "rows"}
     # Draws on the choosing noises are no result.
-    rows = [row for row in raw["rows"] if len(row["errors"]) == raw["samples"]]
+    rows = [row for row in Frontier(path, about).rows if len(row.errors) == about["samples"]]
+    families = {
+        family: [row for row in rows if row.family == family] for family in dict.fromkeys(row.family for row in rows)
+    }
     rng = np.random.default_rng(0)
-    indices = [resampled(raw["samples"], rng) for _ in range(RESAMPLES)]
-    everyone = np.arange(raw["samples"])
+    # The first one is the result, the others make its interval.
+    indices = [np.arange(about["samples"]), *(resampled(about["samples"], rng) for _ in range(RESAMPLES))]
+    curves = {family: [curve(chosen, index) for index in indices] for family, chosen in families.items()}
     found = []
     for name, starts in BASELINES.items():
-        baseline = [row for row in rows if row["family"].startswith(starts)]
+        baseline = [row for row in rows if row.family.startswith(starts)]
         if not baseline:
             continue
-        print(f"\n{raw['solver'].upper()} against the best of {name}: time ratio, error ratio (95 %)\n")
+        base = [curve(baseline, index) for index in indices]
+        print(f"\n{about['solver'].upper()} against the best of {name}: time ratio, error ratio (95 %)\n")
         print("| family |" + "".join(f" MSE {error:g} |" for error in ERRORS) + "\n|---|" + "---|" * len(ERRORS))
-        for family in dict.fromkeys(row["family"] for row in rows):
+        for family, mine in curves.items():
+            every = np.stack([ratios(one, other) for one, other in zip(mine, base, strict=True)])
             cells = []
-            for error in ERRORS:
-                here = ratios(rows, family, baseline, error, everyone)
-                again = np.array([ratios(rows, family, baseline, error, index) for index in indices])
+            for error, here, again in zip(ERRORS, every[0], every[1:].swapaxes(0, 1), strict=True):
                 intervals = [_interval(column) for column in again.T]
                 keys = ("time_ratio", "error_ratio")
                 found.append(
@@ -88,9 +90,8 @@ def main(path: Path) -> None:
                 )
                 cells.append(", ".join(_cell(value, interval) for value, interval in zip(here, intervals, strict=True)))
             print(f"| {family} | " + " | ".join(cells) + " |", flush=True)
-    about = {key: value for key, value in raw.items() if key != "rows"} | {"resamples": RESAMPLES}
     out = path.with_name(path.name.replace("frontier", "ratios"))
-    out.write_text(json.dumps(about | {"ratios": found}, indent=1) + "\n")
+    out.write_text(json.dumps(about | {"resamples": RESAMPLES, "ratios": found}, indent=1) + "\n")
 
 
 def _interval(values: np.ndarray) -> list[float] | None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import replace_file
 from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import read_alpha_bar
 
@@ -310,9 +311,7 @@ def save_ladder(
         "scheduler_sha256": _sha256(folder / SCHEDULER),
         "levels": [level.__dict__ for level in levels],
     }
-    temporary = folder / "ladder.json.tmp"
-    temporary.write_text(json.dumps(raw, indent=2) + "\n")
-    temporary.replace(folder / "ladder.json")
+    replace_file(folder / "ladder.json", json.dumps(raw, indent=2) + "\n")
     return Ladder.load(folder)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.train import LOG, read_log
 from mlem_dist.tuning.calibrate import BATCHES, Calibration
@@ -134,9 +135,7 @@ def save_loss_curves(folder: Path, levels: Mapping[str, Path]) -> Path:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Write a PNG that appears complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=130)
-    temporary.replace(path)
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     return path
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from mlem_dist.dataset.shards import shard_path
+from mlem_dist.dataset.shards import is_whole, marked_shards, shard_path
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.pool import DEATHS, PoolError
 from mlem_dist.runtime.progress import PoolProgress, Progress
 
 CELL_DEVICES = 64
-"""At most so many devices per coordinator: one sustains some hundred calls a second, see benchmarks/runtime."""
+"""At most so many devices per coordinator, whose own limit has not been measured yet."""
 
 TRIES = 4
 AHEAD = 6
@@ -93,7 +93,9 @@ class Cell:
         self.deaths += 1
         if self.deaths >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
-        made = [shard for shard in self._given if (self.out / shard_path(shard, self.job.shards)).exists()]
+        # A shard is made when its marker is there, which follows the file.
+        marked = {shard.path for shard in marked_shards(self.out) if is_whole(self.out, shard)}
+        made = [shard for shard in self._given if shard_path(shard, self.job.shards) in marked]
         lost = [shard for shard in self._given if shard not in made]
         if self.progress:
             self._past = replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
@@ -87,10 +88,10 @@ class Job:
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
-            recipe = asdict(self.plan)
-            recipe["rungs"] = None if self.plan.rungs is None else list(self.plan.rungs)
-            config["plan"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in recipe.items()}
-        return config | {"labels": list(self.labels)}
+            config["plan"] = asdict(self.plan)
+        # As it comes back from the manifest: tuples and arrays are lists there.
+        found: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
+        return found
 
     @property
     def shards(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.measure import seconds_per_sample
@@ -19,7 +20,7 @@ from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.resume import FINISHED, STORED, WORK, begin_training, check_training, ladder_settings
-from mlem_dist.training.train import denoising_error, fit_gaussian, replace_file, train_unet
+from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
 
 HALF_LOSS = 0.005
 """The relative loss in denoising error below which weights are stored in half precision."""

@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable
+from mlem_dist.files import check_writable, replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
-from mlem_dist.training.train import CHECKPOINT, replace_file
+from mlem_dist.training.train import CHECKPOINT
 
 WORK = "training"
 SETTINGS = "settings.json"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mlem_dist.files import replace_file
 from mlem_dist.ladder.levels import GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.measure import add_noise, denoising_errors, to_range
 from mlem_dist.ladder.schedule import alpha_bar
@@ -65,17 +65,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Write text, or what a function writes to the path it is given, so that a file appears complete or not at all."""
-    # Ray's processes outlive a killed driver for a moment: two may write.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    else:
-        content(temporary)
-    temporary.replace(path)
 
 
 class _State:

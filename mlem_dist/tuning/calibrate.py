@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
@@ -402,11 +403,9 @@ def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:
     raw = {"schema_version": SCHEMA_VERSION, "ladder": ladder.digest, "devices": devices}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     # Innermost lists on one line each.
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(raw, indent=1, allow_nan=False))
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+    replace_file(path, text + "\n")
     return path
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable
+from mlem_dist.files import check_writable, replace_file
 from mlem_dist.tuning.judge import Verdict
 
 
@@ -74,9 +74,7 @@ class Frontier:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(_plain(row)) for row in self.rows]
         text = json.dumps(self.about, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
+        replace_file(self.path, text)
         return row
 
 

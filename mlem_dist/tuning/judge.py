@@ -19,7 +19,7 @@ from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coarse_noise, integrate
 from mlem_dist.solver.plan import Plan, Recipe, single_level
-from mlem_dist.solver.steps import solver_table
+from mlem_dist.solver.steps import StepTable, solver_table
 
 BLOCK = 32
 """Samples that advance together; those of a block share a drawn plan."""
@@ -95,11 +95,9 @@ class Judge:
         """The verdict on a memorised plan, or on a recipe by which each block draws its own."""
         blocks = range(self.samples // BLOCK)
         plans = [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
-        steps = plans[0].fire.shape[1]
-        table = solver_table(self.ladder.alpha_bar, steps, self.solver)
         plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
-        closed_form = self._closed_form(plans[0], False)
-        seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))[0]
+        table, closed_form = self._grid(plans[0], path=False)
+        seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))
         return self.verdict(seconds, lambda block: self._end(plans[block], block))
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
@@ -107,31 +105,28 @@ class Judge:
         errors = (self._ends(end) - self.reference).square().flatten(1).double().mean(1)
         return Verdict(seconds, errors.cpu().numpy())
 
-    def timed(self, run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-        """Seconds per sample of a block's `run`, and what it returns.
-
-        On a CPU one thread's own time, on a GPU the clock's.
-        """
+    def timed(self, run: Callable[[], Tensor]) -> float:
+        """Seconds per sample of a block's `run`: on a CPU one thread's own time, on a GPU the clock's."""
         clock = time.perf_counter if self.device == "cuda" else time.thread_time
         start = clock()
-        found = run()
+        run()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return (clock() - start) / BLOCK, found
+        return (clock() - start) / BLOCK
 
     def _ends(self, end: Callable[[int], Tensor]) -> Tensor:
         with ThreadPoolExecutor(self.threads) as pool:
             return torch.cat(list(pool.map(end, range(self.samples // BLOCK))))
 
     def _end(self, plan: Plan, block: int) -> Tensor:
-        steps = plan.fire.shape[1]
-        table = solver_table(self.ladder.alpha_bar, steps, self.solver)
-        return integrate(self.levels, table, plan, self.noise(block, steps), self.label, self._closed_form(plan, True))
+        table, closed_form = self._grid(plan, path=True)
+        return integrate(self.levels, table, plan, self.noise(block, len(table)), self.label, closed_form)
 
-    def _closed_form(self, plan: Plan, path: bool) -> ClosedForm | None:
-        if not plan.collapse:
-            return None
+    def _grid(self, plan: Plan, path: bool) -> tuple[StepTable, ClosedForm | None]:
+        """A plan's step table and, if it collapses, its closed form, for single steps' noises with `path`."""
         table = solver_table(self.ladder.alpha_bar, plan.fire.shape[1], self.solver)
+        if not plan.collapse:
+            return table, None
         base = self.levels[1]
         assert isinstance(base, GaussianLevel)
-        return ClosedForm(base.affine(table.t), table, self.label, path)
+        return table, ClosedForm(base.affine(table.t), table, self.label, path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, single_level
 from mlem_dist.tuning.frontier import Frontier, Row
@@ -98,9 +99,7 @@ def tune(
         if not found or not path.exists():
             draws = partial(progress, f"{label}, draws")
             plan = best_draw(choosing, recipes[nfe], ladder.cost(device), draws)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(plan_to_dict(plan, ladder.digest, solver)) + "\n")
-            temporary.replace(path)
+            replace_file(path, json.dumps(plan_to_dict(plan, ladder.digest, solver)) + "\n")
             found = found or frontier.add(MEMORISED, label, judging.judge(plan))
         yield found
 

@@ -93,7 +93,10 @@ def test_the_slope_is_that_of_the_trajectory():
     weight, slope = rng.uniform(0.5, 2, (3, STEPS)), rng.standard_normal((3, STEPS))
     weight[1, 1] = slope[1, 1] = 0
     levels = {k: (lambda x, t, label, k=k: LEVELS[k](x.double(), t, label)) for k in LEVELS}
-    noise = lambda step: NOISE(step).double()  # noqa: E731
+
+    def noise(step):
+        return NOISE(step).double()
+
     _, change = end_and_slope(levels, TABLE, weight, slope, noise, LABEL)
     h = 1e-5
     ends = [end_and_slope(levels, TABLE, weight + s * h * slope, slope, noise, LABEL)[0] for s in (1, -1)]
