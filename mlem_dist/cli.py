@@ -40,13 +40,10 @@ def cli() -> None:
     """Synthesise large image datasets from a ladder of diffusion models on Ray."""
 
 
-def _plan_options(command: Any) -> Any:
-    """The options that decide a plan."""
+def _budget_options(command: Any) -> Any:
+    """The options that say how much is spent and how."""
     for option in reversed(
         [
-            click.option(
-                "--ladder", "ladder_name", default="fashion", show_default=True, help="Bundled name or folder."
-            ),
             click.option(
                 "--solver",
                 type=click.Choice(["ddpm", "ddim", "dpm++"]),
@@ -79,12 +76,22 @@ def _plan_options(command: Any) -> Any:
                 "error), or divide it by its probability (unbiased ML-EM).  [default: held for ddpm, extrapolated for "
                 "ddim]",
             ),
-            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
-            click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         ]
     ):
         command = option(command)
     return command
+
+
+def _plan_options(command: Any) -> Any:
+    """The options that decide a plan."""
+    command = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)(
+        command
+    )
+    command = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)(command)
+    command = _budget_options(command)
+    return click.option(
+        "--ladder", "ladder_name", default="fashion", show_default=True, help="Bundled name or folder."
+    )(command)
 
 
 @cli.command()
@@ -431,6 +438,73 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     click.echo(frontier_table(rows, float(ladder.cost(device)[-1])))
     plans = [str(plan_path(out, solver, budget)) for budget in nfe]
     click.echo(f"Wrote {', '.join([*plans, str(frontier.path), str(figure)])}")
+
+
+@cli.command()
+@click.argument("ladder_name", metavar="LADDER")
+@click.option("--num", type=Count(), required=True, help="Images: 1e6, 1e9.")
+@click.option(
+    "--pool-devices",
+    required=True,
+    help="Devices by kind, KIND:COUNT or KIND:COUNT:GIB with the memory of each, such as h100:64:80,l4:256:24.",
+)
+@click.option(
+    "--cost",
+    "costs",
+    multiple=True,
+    help="A kind's ms per sample of each level, such as h100=0.01,0.2,1.  [default: as measured on a device of that "
+    "name by `ladder measure` or `calibrate`]",
+)
+@_budget_options
+@click.option("--block-size", type=Count(), default=100, show_default=True, help="As for generate.")
+@click.option("--shard-size", type=Count(), default=2000, show_default=True, help="As for generate.")
+@click.option("--out", type=click.Path(path_type=Path), help="A PNG: when each actor of a cell is at work.")
+@click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
+def plan(
+    ladder_name: str,
+    num: int,
+    pool_devices: str,
+    costs: tuple[str, ...],
+    block_size: int,
+    shard_size: int,
+    out: Path | None,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Simulate a cluster that makes NUM images with LADDER: rate, hours, bottleneck, best placement."""
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.figures import require_matplotlib, save_timeline
+    from mlem_dist.report.tables import capacity_table
+    from mlem_dist.runtime.job import Job
+    from mlem_dist.runtime.planner import capacity_report, marginal, plan_capacity, read_kinds
+
+    ladder = Ladder.load(ladder_name)
+    if out is not None:
+        require_matplotlib()
+    kinds = read_kinds(ladder, pool_devices, costs)
+    first = kinds[0]
+    there = ladder.with_cost(first.name, first.cost)
+    job = Job(
+        ladder=ladder.source,
+        digest=ladder.digest,
+        num=num,
+        labels=(0,),
+        solver=choices["solver"],
+        steps=choices["steps"],
+        plan=_plan(there, first.name, None, seed=0, ladder_name=ladder_name, **choices),
+        seed=0,
+        block_size=block_size,
+        shard_size=shard_size,
+        device=first.device,
+    )
+    found = plan_capacity(job, ladder.weights, kinds)
+    gains = marginal(job, found[0])
+    if as_json:
+        click.echo(json.dumps(capacity_report(ladder, job, found, gains)))
+    else:
+        click.echo(capacity_table(ladder, num, found, gains))
+    if out is not None:
+        click.echo(f"Wrote {save_timeline(found[0], out)}", err=True)
 
 
 def _labels(text: str, classes: int) -> tuple[int, ...]:

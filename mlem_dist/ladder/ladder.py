@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -216,6 +216,16 @@ class Ladder:
             )
         key = device if device in known else sorted(known)[0]
         return np.array([level.seconds[key] for level in self.levels])
+
+    def with_cost(self, device: str, cost: np.ndarray) -> Ladder:
+        """The ladder with the costs (K,) of another device, in seconds per sample."""
+        pairs = zip(self.levels, cost.tolist(), strict=True)
+        return replace(self, levels=tuple(replace(one, seconds=one.seconds | {device: value}) for one, value in pairs))
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Bytes of each level's weights in float32, float64 (K,)."""
+        return np.array([4.0 * level.parameters for level in self.levels])
 
     def load_level(self, number: int, device: torch.device | str) -> nn.Module:
         """Level `number` (from 1) as a module in evaluation mode, float32, on `device`.

@@ -12,6 +12,7 @@ import numpy as np
 from mlem_dist.errors import UsageError
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.planner import Capacity
 from mlem_dist.training.train import LOG, read_log
 from mlem_dist.tuning.calibrate import BATCHES, Calibration
 from mlem_dist.tuning.frontier import Frontier, lower_envelope
@@ -113,6 +114,28 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
             )
     axes.set(xscale="log", yscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {about['reference']}")
     axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def save_timeline(found: Capacity, path: Path) -> Path:
+    """Write when the actors of one cell of each part are at work, after loading, and return the path."""
+    figure = _figure("one cell's actors at work, after loading", len(found.parts), 1, 3 + 3 * len(found.parts))
+    for axes, part in zip(figure.axes, found.parts, strict=True):
+        actors = sorted({(busy.pool, busy.actor) for busy in part.timeline})
+        for pool, name in enumerate(part.layout.names):
+            of_pool = [busy for busy in part.timeline if busy.pool == pool]
+            axes.barh(
+                [actors.index((busy.pool, busy.actor)) for busy in of_pool],
+                [busy.stop - busy.start for busy in of_pool],
+                left=[busy.start for busy in of_pool],
+                color=f"C{pool % 10}",
+                edgecolor="white",
+                linewidth=0.2,
+                label=name,
+            )
+        axes.set(xlabel="seconds", ylabel="actor", title=str(part.layout), xlim=(0, None))
+        axes.invert_yaxis()
+        axes.legend(loc="upper right", fontsize=8)
     return _save(figure, path)
 
 

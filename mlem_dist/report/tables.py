@@ -1,10 +1,11 @@
 """Tables and sentences for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.placement import Candidate
+from mlem_dist.runtime.planner import Capacity
 from mlem_dist.tuning.calibrate import BANDS, BATCHES, Calibration
 from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
@@ -126,6 +127,39 @@ def placement_reason(found: Sequence[Candidate], devices: int) -> str:
     best, divided = found[0], max(found, key=lambda candidate: len(candidate.pools))
     text = f"Placement {best}: predicted {_predicted(best, devices)}"
     return text if best is divided else f"{text}; {divided} would make {_predicted(divided, devices)}."
+
+
+def capacity_table(ladder: Ladder, num: int, found: Sequence[Capacity], gains: Mapping[str, float]) -> str:
+    """What devices make of a job: the placements compared, then the best one's pools and levels."""
+    best = found[0]
+    ways = [["placement", "cells", "images/s", "hours", "efficiency", "bottleneck"]]
+    for capacity in found:
+        for part in capacity.parts:
+            numbers = [f"{part.images_per_second:,.4g}", "", f"{part.efficiency:.1%}", part.bottleneck]
+            ways.append([str(part.layout), str(part.cells), *numbers])
+        if len(capacity.parts) > 1:
+            ways.append(["", "", "", "", "", ""])
+            ways[-1][0] = "together"
+            ways[-1][2] = f"{capacity.images_per_second:,.4g}"
+        ways[-1][3] = f"{capacity.seconds / 3600:,.3g}"
+    pools = [["pool", "actors", "busy"]]
+    pools += [[pool.name, str(pool.actors), f"{pool.busy:.0%}"] for part in best.parts for pool in part.pools]
+    levels = [["level", "device-hours"]]
+    for level, hours in zip(ladder.levels, best.level_hours(num), strict=True):
+        levels.append([level.name, f"{hours:,.3g}"])
+    more = [f"{name}: {gain:+,.3g} images/s" for name, gain in gains.items()]
+    return "\n".join(
+        [
+            f"{num:,} images, simulated, without loading; the fastest placement first:",
+            _aligned(ways),
+            "",
+            _aligned(pools),
+            "",
+            _aligned(levels),
+            "",
+            "One more device of " + "; ".join(more),
+        ]
+    )
 
 
 def _predicted(candidate: Candidate, devices: int) -> str:

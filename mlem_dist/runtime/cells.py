@@ -23,6 +23,9 @@ TRIES = 4
 AHEAD = 6
 """Blocks per device that a coordinator has to begin, so that it never waits for the driver."""
 
+POLL_SECONDS = 0.5
+"""How long the driver waits between two rounds over the cells."""
+
 
 class Cell:
     """One coordinator after another: a dead one is replaced, and makes again what it had not finished.

@@ -14,21 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.cells import CELL_DEVICES, Cell, merged
+from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.coordinator import Coordinator
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Candidate, allot, candidates, evaluations, pool_loads
 from mlem_dist.runtime.progress import Progress
 
 ANSWER_SECONDS = 10
-POLL_SECONDS = 0.5
 
 
 def is_remote(address: str | None) -> bool:
@@ -108,8 +106,7 @@ def choose_placement(job: Job, ladder: Ladder, devices: int) -> list[Candidate]:
     Raises:
         UsageError: there is none.
     """
-    weights = np.array([4.0 * level.parameters for level in ladder.levels])
-    return candidates(job, ladder.cost(job.device), weights, devices, _memory(job.device))
+    return candidates(job, ladder.cost(job.device), ladder.weights, devices, _memory(job.device))
 
 
 def _memory(device: str) -> float:

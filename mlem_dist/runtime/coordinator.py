@@ -28,6 +28,11 @@ PENDING_WRITES = 4
 BLOCKS_PER_DEVICE = 3
 
 
+def trajectory_depth(devices: int, actors: int) -> int:
+    """Blocks in flight per trajectory actor: enough that no device waits for one; more would only finish later."""
+    return max(SLOTS, -(-BLOCKS_PER_DEVICE * devices // actors))
+
+
 class Coordinator:
     """An asyncio actor that makes the shards of a job that it is given.
 
@@ -52,8 +57,7 @@ class Coordinator:
         self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
         self.seats, self.names, self.group = seats, names, group
         self.devices = group.bundle_count
-        # Enough blocks that no device waits for one; more would only finish later.
-        self.depth = max(SLOTS, -(-BLOCKS_PER_DEVICE * self.devices // len(seats[0])))
+        self.depth = trajectory_depth(self.devices, len(seats[0]))
         self.calls: Counter[int] = Counter()
         self.samples = self.blocks = 0
         self.state = "starting"

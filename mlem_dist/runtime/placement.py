@@ -58,6 +58,11 @@ def parse_placement(text: str, levels: int) -> tuple[range, ...]:
     return pools
 
 
+def pools_text(pools: Sequence[range]) -> str:
+    """Pools as `parse_placement` reads them: "1-2,3"."""
+    return ",".join(f"{pool[0]}-{pool[-1]}" if len(pool) > 1 else str(pool[0]) for pool in pools)
+
+
 def evaluations(job: Job) -> Evaluations:
     """What a job's plans evaluate per sample, averaged over 16 blocks."""
     counts: Counter[tuple[tuple[int, int], ...]] = Counter()
@@ -96,7 +101,7 @@ class Candidate:
     lost: float
 
     def __str__(self) -> str:
-        return ",".join(f"{pool[0]}-{pool[-1]}" if len(pool) > 1 else str(pool[0]) for pool in self.pools)
+        return pools_text(self.pools)
 
 
 def candidates(job: Job, cost: np.ndarray, weights: np.ndarray, devices: int, memory: float) -> list[Candidate]:

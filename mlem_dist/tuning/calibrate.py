@@ -384,6 +384,23 @@ def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | 
     return np.array(measured["t"]), np.array(measured["products"], dtype=np.float64)
 
 
+def measured_costs(ladder: Ladder, name: str) -> tuple[str, np.ndarray | None]:
+    """The type of a device, "cpu" or "cuda", and its costs T_k, float64 (K,), seconds per sample, if they are known.
+
+    Known are those in the ladder, by device type, and those of the calibrated device in whose name `name` occurs.
+
+    Raises:
+        UsageError: as `read_effect`.
+    """
+    if name in ladder.levels[0].seconds:
+        return ("cpu" if name == "cpu" else "cuda"), ladder.cost(name)
+    for device, measured in _read(ladder.folder / NAME, ladder).items():
+        kind, _, model = device.partition("/")
+        if name.lower() in model.lower():
+            return kind, np.array([level["seconds"][str(BATCHES[-1])] for level in measured["levels"]])
+    return ("cpu" if name == "cpu" else "cuda"), None
+
+
 def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:
     """Write the calibration into `folder`/calibration.json beside the entries of other devices, and return that path.
 

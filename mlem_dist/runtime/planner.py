@@ -1,0 +1,400 @@
+"""Capacity planning: what a cluster would make of a job, by simulation, before anyone pays for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.cells import CELL_DEVICES
+from mlem_dist.runtime.job import Job
+from mlem_dist.runtime.placement import (
+    WEIGHT_SHARE,
+    Evaluations,
+    Seat,
+    allot,
+    candidates,
+    evaluations,
+    pool_loads,
+    pools_text,
+)
+from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, stages
+from mlem_dist.tuning.calibrate import measured_costs
+
+OVERHEADS = {
+    "cpu": Overheads(call=0.002, trip=0.006, latency=0.001, event=0.0008, write=6e-5, poll=0.003, shared=True),
+    "cuda": Overheads(call=0.0005, trip=0.0005, latency=0.001, event=0.0008, write=6e-5, poll=0.003, shared=False),
+}
+"""By device type. Those of CPU cores, and the coordinator's, are measured (benchmarks/runtime/planner.py); a GPU's own
+are assumed."""
+
+SIMULATED = 3
+"""Of all placements, so many that promise most are simulated."""
+
+BLOCKS_PER_DEVICE, LEAST_BLOCKS = 20, 200
+"""A simulation is of so many blocks of a cell, if it has that many, and the rest is extrapolated."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Devices that are alike.
+
+    Attributes:
+        name: such as "h100".
+        count: how many.
+        cost: float64 (K,), each level's seconds per sample.
+        memory: bytes of each; infinite if not known.
+        overheads: of the runtime there.
+    """
+
+    name: str
+    count: int
+    cost: np.ndarray
+    memory: float
+    overheads: Overheads
+
+    @property
+    def device(self) -> str:
+        """ "cpu" or "cuda"."""
+        return next(device for device, overheads in OVERHEADS.items() if overheads == self.overheads)
+
+
+def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]:
+    """The kinds of devices in a text such as "h100:64:80,l4:256", with costs such as "h100=0.01,0.2,1" in ms.
+
+    A kind whose costs are not given has those of the ladder for a device of that name, or those of the calibrated
+    device in whose name it occurs, at the largest batch. "cpu", and what was calibrated on one, are CPU cores; all else
+    are GPUs.
+
+    Raises:
+        UsageError: an entry cannot be read, stands twice, or has no costs.
+    """
+    given: dict[str, np.ndarray] = {}
+    for text in costs:
+        name, _, values = text.partition("=")
+        try:
+            given[name] = np.array([float(value) / 1e3 for value in values.split(",")])
+        except ValueError:
+            given[name] = np.empty(0)
+        if len(given[name]) != len(ladder.levels) or not (given[name] > 0).all():
+            raise UsageError(
+                f"--cost {text!r}: expected KIND= and {len(ladder.levels)} positive numbers, ms per sample by level"
+            )
+    kinds: dict[str, Kind] = {}
+    for text in devices.split(","):
+        name, *numbers = text.split(":")
+        try:
+            count, memory = int(numbers[0]), float(numbers[1]) * 2**30 if numbers[1:] else np.inf
+        except (ValueError, IndexError):
+            count = memory = 0
+        if not name or len(numbers) > 2 or count < 1 or not memory > 0:
+            raise UsageError(f"--pool-devices: {text!r}, expected KIND:COUNT or KIND:COUNT:GIB such as h100:64:80")
+        if name in kinds:
+            raise UsageError(f"--pool-devices: {name} stands there twice")
+        device, cost = measured_costs(ladder, name)
+        if name in given:
+            cost = given.pop(name)
+        if cost is None:
+            raise UsageError(
+                f"no costs of {name!r} are known for ladder {ladder.name!r}; measure them there with `mlem-dist "
+                f"ladder measure` or `calibrate`, or give --cost {name}=MS,MS,... with ms per sample of each level"
+            )
+        kinds[name] = Kind(name, count, cost, memory, OVERHEADS[device])
+    if given:
+        raise UsageError(f"--cost {next(iter(given))}=...: not one of the --pool-devices, {', '.join(kinds)}")
+    return list(kinds.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Pools, and the kind of devices that each is on; a kind's pools divide its devices by their load."""
+
+    pools: tuple[range, ...]
+    kinds: tuple[Kind, ...]
+
+    @property
+    def groups(self) -> dict[Kind, list[int]]:
+        """The pools of each kind."""
+        return {kind: [i for i, other in enumerate(self.kinds) if other is kind] for kind in self.kinds}
+
+    @property
+    def devices(self) -> int:
+        """How many, of all kinds."""
+        return sum(kind.count for kind in self.groups)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the pools: "1-3@h100"."""
+        return [f"{pools_text([pool])}@{kind.name}" for pool, kind in zip(self.pools, self.kinds, strict=True)]
+
+    def __str__(self) -> str:
+        return ",".join(self.names)
+
+
+@dataclass(frozen=True)
+class PoolForecast:
+    """A pool: its levels and kind of device, the actors of all cells, and the share of the time they work.
+
+    Actors on a GPU have their shares of it; on CPU cores, which they share as they please, the pool's work is set
+    against all of them.
+    """
+
+    name: str
+    actors: int
+    busy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What a layout makes of a job.
+
+    Attributes:
+        layout: which.
+        cells: how many coordinators.
+        images_per_second: of all cells, when they are neither filling nor draining.
+        ideal: images per second if devices did nothing but evaluate levels, always.
+        seconds: of all cells, from loaded levels to the last shard, for the images that it is asked for.
+        pools: in the order of the levels.
+        coordinator: the share of its time that a coordinator works.
+        level_seconds: float64 (K,), device seconds per image in each level.
+        timeline: the first calls of one cell's actors.
+    """
+
+    layout: Layout
+    cells: int
+    images_per_second: float
+    ideal: float
+    seconds: float
+    pools: tuple[PoolForecast, ...]
+    coordinator: float
+    level_seconds: np.ndarray
+    timeline: tuple[Busy, ...]
+
+    @property
+    def efficiency(self) -> float:
+        """images_per_second / ideal."""
+        return self.images_per_second / self.ideal
+
+    @property
+    def bottleneck(self) -> str:
+        """What is busiest: a pool, all cores together, or the coordinator."""
+        shares = {"coordinator": self.coordinator}
+        for kind, indices in self.layout.groups.items():
+            pools = [self.pools[i] for i in indices]
+            shared = {kind.name: sum(pool.busy for pool in pools)} if kind.overheads.shared else {}
+            shares |= shared or {pool.name: pool.busy for pool in pools}
+        return max(shares, key=shares.__getitem__)
+
+
+def forecast(job: Job, layout: Layout, cell_devices: int = CELL_DEVICES) -> Forecast:
+    """Simulate one of the layout's cells of at most `cell_devices` devices, all cells being alike."""
+    counts = evaluations(job)
+    costs = [kind.cost for kind in layout.kinds]
+    cells = max(1, min(-(-layout.devices // cell_devices), *(kind.count for kind in layout.groups)))
+    seats: list[list[Seat]] = [[] for _ in layout.pools]
+    devices: list[Overheads] = []
+    for kind, indices in layout.groups.items():
+        load = pool_loads(counts, [layout.pools[i] for i in indices], kind.cost)
+        # Cells of a kind differ by one device at most.
+        here = -(-kind.count // cells)
+        for i, found in zip(indices, allot(load, here), strict=True):
+            seats[i] = [Seat(seat.device + len(devices), seat.share) for seat in found]
+        devices += [kind.overheads] * here
+    share = layout.devices / (cells * len(devices))
+    blocks = -(-job.num // job.block_size)
+    of_cell = max(1, round(blocks / cells / share))
+    simulated = min(of_cell, max(LEAST_BLOCKS, BLOCKS_PER_DEVICE * len(devices)))
+    programs = [stages(job.block_plan(block), layout.pools, costs) for block in range(16)]
+    cell = CellSimulation(programs, seats, devices, job.block_size, job.shard_size // job.block_size, cells)
+    trace = cell.run(simulated)
+    whole = simulated == of_cell
+    rate = simulated / trace.seconds if whole else trace.blocks_per_second
+    # Seconds that the simulated blocks take when the cell is neither filling nor draining.
+    per = simulated / rate
+    level_seconds = _level_seconds(counts, layout.pools, costs)
+    load = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(layout.pools, costs, strict=True)])
+    ideal = min(kind.count / load[indices].sum() for kind, indices in layout.groups.items())
+    return Forecast(
+        layout,
+        cells,
+        rate * cells * share * job.block_size,
+        float(ideal),
+        trace.seconds + (0 if whole else (of_cell - simulated) / rate),
+        tuple(
+            PoolForecast(text, len(found) * cells, trace.busy[i] / per / _devices(kind, found, devices))
+            for i, (text, kind, found) in enumerate(zip(layout.names, layout.kinds, seats, strict=True))
+        ),
+        trace.coordinator / per,
+        level_seconds,
+        tuple(trace.work),
+    )
+
+
+def _devices(kind: Kind, seats: Sequence[Seat], devices: Sequence[Overheads]) -> float:
+    """Over how many devices of a cell a pool's work is spread."""
+    if kind.overheads.shared:
+        return devices.count(kind.overheads)
+    return sum(seat.share for seat in seats) or 1.0
+
+
+def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[np.ndarray]) -> np.ndarray:
+    """float64 (K,), device seconds per sample in each level, as `pool_loads` counts them."""
+    found = np.zeros(len(costs[0]))
+    for together, count in counts.items():
+        for pool, cost in zip(pools, costs, strict=True):
+            for k in {k for term in together if term[0] in pool for k in term if k}:
+                found[k - 1] += count * cost[k - 1]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Capacity:
+    """The forecasts of groups of devices that work side by side, each on its part of the images."""
+
+    parts: tuple[Forecast, ...]
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all parts together."""
+        return sum(part.images_per_second for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """From loaded levels to the last shard; the parts share the list of shards and end together."""
+        return sum(part.seconds * part.images_per_second for part in self.parts) / self.images_per_second
+
+    def level_hours(self, num: int) -> np.ndarray:
+        """float64 (K,): device hours in each level for so many images."""
+        seconds = sum(part.level_seconds * part.images_per_second for part in self.parts)
+        return np.asarray(seconds) * num / self.images_per_second / 3600
+
+    def __str__(self) -> str:
+        return " + ".join(str(part.layout) for part in self.parts)
+
+
+def plan_capacity(
+    job: Job, weights: np.ndarray, kinds: Sequence[Kind], cell_devices: int = CELL_DEVICES
+) -> list[Capacity]:
+    """Ways to use the devices, the fastest first.
+
+    Every kind works on its own, on the placement of its levels that is fastest there; and each pair of kinds works
+    together, one with the lower levels and one with the upper ones, the other kinds on their own.
+
+    Args:
+        job: what is to be made.
+        weights: float64 (K,), bytes of each level.
+        kinds: the devices, of names that differ.
+        cell_devices: at most so many in a cell.
+
+    Raises:
+        UsageError: the ladder fits on no kind alone and on no pair.
+    """
+    alone: dict[Kind, Forecast] = {}
+    unfit: list[UsageError] = []
+    for kind in kinds:
+        try:
+            layouts = _layouts(job, weights, kind)
+        except UsageError as error:
+            unfit.append(error)
+        else:
+            alone[kind] = _fastest(_part(job, kind.count, kinds), layouts, cell_devices)
+    found = [tuple(alone.values())] if alone else []
+    for lower, upper in permutations(kinds, 2):
+        if pairs := _paired(job, weights, lower, upper):
+            pair = _fastest(job, pairs, cell_devices)
+            found.append((pair, *(one for kind, one in alone.items() if kind not in (lower, upper))))
+    if not found:
+        raise unfit[0]
+    capacities = [_shared(job, parts, cell_devices) for parts in found]
+    return sorted(capacities, key=lambda capacity: -capacity.images_per_second)
+
+
+def _part(job: Job, count: int, kinds: Sequence[Kind]) -> Job:
+    """A job of the share of images that `count` devices make, as far as their number tells."""
+    return replace(job, num=max(1, round(job.num * count / sum(kind.count for kind in kinds))))
+
+
+def _shared(job: Job, parts: Sequence[Forecast], cell_devices: int) -> Capacity:
+    """Each part on the images that fall to it by its speed."""
+    total = sum(part.images_per_second for part in parts)
+
+    def own(part: Forecast) -> Forecast:
+        images = max(1, round(job.num * part.images_per_second / total))
+        return forecast(replace(job, num=images), part.layout, cell_devices)
+
+    return Capacity(tuple(map(own, parts)))
+
+
+def _fastest(job: Job, layouts: Sequence[Layout], cell_devices: int) -> Forecast:
+    found = [forecast(job, layout, cell_devices) for layout in layouts]
+    return max(found, key=lambda one: one.images_per_second)
+
+
+def _layouts(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
+    """The placements on one kind that promise most."""
+    found = candidates(job, kind.cost, weights, kind.count, kind.memory)[:SIMULATED]
+    return [Layout(one.pools, (kind,) * len(one.pools)) for one in found]
+
+
+def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
+    """Two pools, one on each kind, at the cuts between levels that promise most."""
+    counts = evaluations(job)
+    found = []
+    for cut in range(2, len(weights) + 1):
+        pools = (range(1, cut), range(cut, len(weights) + 1))
+        load = [pool_loads(counts, pools, kind.cost)[i] for i, kind in enumerate((lower, upper))]
+        held = [weights[: cut - 1].sum(), weights[cut - 2 :].sum()]
+        fits = all(held[i] <= WEIGHT_SHARE * kind.memory for i, kind in enumerate((lower, upper)))
+        if fits and load[1] > 0:
+            found.append((min(lower.count / load[0], upper.count / load[1]), cut, pools))
+    best = sorted(found, key=lambda one: -one[0])[:SIMULATED]
+    return [Layout(pools, (lower, upper)) for _, _, pools in best]
+
+
+def marginal(job: Job, best: Capacity, cell_devices: int = CELL_DEVICES) -> dict[str, float]:
+    """Images per second that one more device of each kind would bring, averaged over a sixteenth more of them."""
+    gains = {}
+    for part in best.parts:
+        for kind in part.layout.groups:
+            more = max(1, kind.count // 16)
+            larger = replace(kind, count=kind.count + more)
+            layout = replace(part.layout, kinds=tuple(larger if one is kind else one for one in part.layout.kinds))
+            images = round(job.num * part.images_per_second / best.images_per_second)
+            rate = forecast(replace(job, num=max(1, images)), layout, cell_devices).images_per_second
+            gains[kind.name] = (rate - part.images_per_second) / more
+    return gains
+
+
+def capacity_report(ladder: Ladder, job: Job, found: Sequence[Capacity], gains: Mapping[str, float]) -> dict[str, Any]:
+    """What `capacity_table` shows, as JSON-ready values."""
+    names = [level.name for level in ladder.levels]
+    return {
+        "num": job.num,
+        "placements": [
+            {
+                "images_per_second": capacity.images_per_second,
+                "hours": capacity.seconds / 3600,
+                "device_hours": dict(zip(names, capacity.level_hours(job.num).tolist(), strict=True)),
+                "parts": [
+                    {
+                        "placement": str(part.layout),
+                        "devices": {kind.name: kind.count for kind in part.layout.groups},
+                        "cells": part.cells,
+                        "images_per_second": part.images_per_second,
+                        "efficiency": part.efficiency,
+                        "bottleneck": part.bottleneck,
+                        "coordinator_busy": part.coordinator,
+                        "pools": [{"pool": p.name, "actors": p.actors, "busy": p.busy} for p in part.pools],
+                    }
+                    for part in capacity.parts
+                ],
+            }
+            for capacity in found
+        ],
+        "images_per_second_of_one_more": dict(gains),
+    }

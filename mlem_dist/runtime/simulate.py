@@ -1,0 +1,244 @@
+"""A discrete-event simulation of one cell: what its pools, transfers, coordinator and writers do, event by event."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import simpy
+
+from mlem_dist.runtime.cells import AHEAD, POLL_SECONDS
+from mlem_dist.runtime.coordinator import PENDING_WRITES, SLOTS, trajectory_depth
+from mlem_dist.runtime.placement import Seat
+from mlem_dist.solver.plan import Plan
+
+Process = Generator[simpy.Event, Any, None]
+
+RECORDED = 1000
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What the runtime costs on one kind of device besides the levels, in seconds.
+
+    Attributes:
+        call: device time of a call to an actor, besides its evaluations: arguments, results, the way to it.
+        trip: device time of a block's state going to another pool and back, by each of the two actors.
+        latency: from a call to its begin, when the actor is free.
+        event: the coordinator's own time per call.
+        write: a core's time to write one image into a shard.
+        poll: the driver's time per cell and round.
+        shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores;
+            then writing takes their time too.
+    """
+
+    call: float
+    trip: float
+    latency: float
+    event: float
+    write: float
+    poll: float
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A segment of a block: seconds per sample on its own actor, then on other pools, (pool, seconds) each."""
+
+    local: float
+    asks: tuple[tuple[int, float], ...]
+
+
+def stages(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tuple[Stage, ...]:
+    """A plan's segments, for the levels (from 1) of each pool, whose devices take `cost[pool]` (K,) seconds per sample.
+
+    A run in closed form takes as long as a call of level 1.
+    """
+    found = []
+    local = 0.0
+    for run in plan.runs:
+        called: dict[int, set[int]] = {}
+        for term in run.terms:
+            index = next(index for index, pool in enumerate(pools) if term.level in pool)
+            called.setdefault(index, set()).update(k for k in (term.level, term.below) if k)
+        seconds = {index: float(sum(cost[index][k - 1] for k in levels)) for index, levels in called.items()}
+        asks = tuple((index, value) for index, value in seconds.items() if index)
+        if asks:
+            found.append(Stage(local, asks))
+            local = 0.0
+        local += seconds.get(0, 0.0) + (float(cost[0][0]) if run.base else 0.0)
+    return (*found, Stage(local, ()))
+
+
+@dataclass(frozen=True)
+class Busy:
+    """An actor at work: its pool and its number there, from `start` to `stop` seconds after all levels were loaded."""
+
+    pool: int
+    actor: int
+    start: float
+    stop: float
+
+
+@dataclass
+class Trace:
+    """What a simulated cell did, in seconds after all levels were loaded.
+
+    Attributes:
+        blocks: when each block was finished, in order.
+        seconds: when the last shard was written.
+        busy: device seconds by pool.
+        coordinator: seconds in which the coordinator was at work.
+        writing: core seconds spent writing.
+        work: the actors' first thousand calls.
+    """
+
+    blocks: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    coordinator: float = 0.0
+    writing: float = 0.0
+    work: list[Busy] = field(default_factory=list)
+
+    @property
+    def blocks_per_second(self) -> float:
+        """Between a fifth and nine tenths of all blocks, when the cell is neither filling nor draining."""
+        ended = np.array(self.blocks[len(self.blocks) // 5 : len(self.blocks) * 9 // 10])
+        # The slope of a line: the first and last block of a window alone depend on who happens to end together.
+        return float(np.polyfit(ended, np.arange(len(ended)), 1)[0])
+
+
+@dataclass(frozen=True)
+class Actor:
+    """An actor of a pool: it does one call at a time, on its device."""
+
+    pool: int
+    number: int
+    turn: simpy.Resource
+    device: simpy.Resource
+    overheads: Overheads
+
+
+class CellSimulation:
+    """One cell, as `Coordinator`, `Pool` and the workers run it.
+
+    Args:
+        programs: the stages of one block after another, used in turn.
+        seats: of each pool.
+        devices: the overheads of each device; those of the first are the coordinator's, the writers' and the driver's.
+        block_size: samples per block.
+        shard_blocks: blocks per shard.
+        cells: how many cells the driver serves.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[tuple[Stage, ...]],
+        seats: Sequence[Sequence[Seat]],
+        devices: Sequence[Overheads],
+        block_size: int,
+        shard_blocks: int,
+        cells: int = 1,
+    ) -> None:
+        self.programs: Iterator[tuple[Stage, ...]] = cycle(programs)
+        self.devices, self.block_size, self.shard_blocks = devices, block_size, shard_blocks
+        self.overheads = devices[0]
+        self.round = self.overheads.poll * cells
+        self.env = env = simpy.Environment()
+        shared = {kind: simpy.Resource(env, count) for kind, count in Counter(devices).items() if kind.shared}
+        self.queues = [shared.get(kind) or simpy.Resource(env) for kind in devices]
+        self.cores = shared.get(self.overheads) or simpy.Resource(env, PENDING_WRITES)
+        self.coordinator = simpy.Resource(env)
+        self.writing = simpy.Resource(env, PENDING_WRITES)
+        depth = trajectory_depth(len(devices), len(seats[0]))
+        self.runners = depth * len(seats[0])
+        self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]
+        self.todo = simpy.Store(env)
+        self.parts = 0
+        self.trace = Trace()
+
+    def _pool(self, index: int, seats: Sequence[Seat], slots: int) -> simpy.Store:
+        """A pool's free slots: taken in turn, which is the least busy actor's but for ties."""
+        store = simpy.Store(self.env)
+        actors = [
+            Actor(index, number, simpy.Resource(self.env), self.queues[seat.device], self.devices[seat.device])
+            for number, seat in enumerate(seats)
+        ]
+        store.items.extend(actors * slots)
+        return store
+
+    def run(self, blocks: int) -> Trace:
+        """Make so many blocks."""
+        self.blocks = blocks
+        self.env.process(self._driver())
+        for _ in range(self.runners):
+            self.env.process(self._runner())
+        self.env.run()
+        self.trace.seconds = max(self.trace.seconds, self.trace.blocks[-1])
+        return self.trace
+
+    def _driver(self) -> Process:
+        left = self.blocks
+        while left:
+            while left and len(self.todo.items) < AHEAD * len(self.devices):
+                shard = min(left, self.shard_blocks)
+                for _ in range(shard):
+                    self.todo.put(True)
+                left -= shard
+            yield self.env.timeout(POLL_SECONDS + self.round)
+        for _ in range(self.runners):
+            self.todo.put(False)
+
+    def _runner(self) -> Process:
+        while (yield self.todo.get()):
+            yield from self._block(next(self.programs))
+            self.trace.blocks.append(self.env.now)
+            self.parts += 1
+            if self.parts % self.shard_blocks == 0 or self.parts == self.blocks:
+                yield from self._write(self.parts % self.shard_blocks or self.shard_blocks)
+
+    def _block(self, program: tuple[Stage, ...]) -> Process:
+        actor: Actor = yield self.pools[0].get()
+        waited = False
+        for stage in program:
+            yield from self._call(actor, stage.local, (waited + bool(stage.asks)) / 2)
+            waited = bool(stage.asks)
+            if stage.asks:
+                yield simpy.AllOf(self.env, [self.env.process(self._ask(*ask)) for ask in stage.asks])
+        self.pools[0].put(actor)
+
+    def _ask(self, pool: int, seconds: float) -> Process:
+        actor: Actor = yield self.pools[pool].get()
+        yield from self._call(actor, seconds, 1)
+        self.pools[pool].put(actor)
+
+    def _call(self, actor: Actor, seconds: float, trips: float) -> Process:
+        lost = actor.overheads.call + trips * actor.overheads.trip
+        with self.coordinator.request() as turn:
+            yield turn
+            yield self.env.timeout(self.overheads.event)
+            self.trace.coordinator += self.overheads.event
+        yield self.env.timeout(actor.overheads.latency)
+        with actor.turn.request() as turn:
+            yield turn
+            with actor.device.request() as device:
+                yield device
+                start = self.env.now
+                yield self.env.timeout(seconds * self.block_size + lost)
+        self.trace.busy[actor.pool] += self.env.now - start
+        if len(self.trace.work) < RECORDED:
+            self.trace.work.append(Busy(actor.pool, actor.number, start, self.env.now))
+
+    def _write(self, blocks: int) -> Process:
+        seconds = self.overheads.write * blocks * self.block_size
+        with self.writing.request() as turn:
+            yield turn
+            with self.cores.request() as core:
+                yield core
+                yield self.env.timeout(seconds)
+        self.trace.writing += seconds
+        self.trace.seconds = self.env.now
