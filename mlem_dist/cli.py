@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -226,6 +227,7 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
             "busy": last.busy if last else None,
             "busy_seconds": {pool.name: pool.busy for pool in last.pools} if last else {},
             "deaths": sum(pool.deaths for pool in last.pools) if last else 0,
+            "pools": [asdict(pool) for pool in last.pools] if last else [],
         }
         click.echo(json.dumps(report))
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,6 @@ def merged(parts: Sequence[Progress]) -> Progress:
         sum(part.blocks for part in parts),
         sum((Counter(part.calls) for part in parts), Counter()),
         sum(part.devices for part in parts),
-        tuple(
-            PoolProgress(
-                name,
-                sum(pool.actors for pool in same),
-                sum(pool.busy for pool in same),
-                sum(pool.deaths for pool in same),
-            )
-            for name, same in by_name.items()
-        ),
+        tuple(reduce(PoolProgress.__add__, same) for same in by_name.values()),
         sum(part.queued for part in parts),
     )

@@ -19,7 +19,7 @@ from mlem_dist.dataset.shards import Shard
 from mlem_dist.runtime.job import Job, write_job_shard
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
-from mlem_dist.runtime.progress import PoolProgress, Progress
+from mlem_dist.runtime.progress import Progress
 from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker, Work
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
@@ -115,7 +115,7 @@ class Coordinator:
             self.blocks,
             dict(self.calls),
             self.devices,
-            tuple(PoolProgress(pool.name, pool.alive, pool.busy, pool.deaths) for pool in self.running.values()),
+            tuple(pool.progress() for pool in self.running.values()),
             self.todo.qsize(),
         )
 
@@ -160,10 +160,11 @@ class Coordinator:
                 try:
                     return await self._segments(block, member)
                 except (*DEATHS, ObjectLostError):
-                    continue
+                    pass
                 except RayTaskError as error:
                     if not isinstance(error.cause, ObjectLostError):
                         raise
+            self.running[0].metrics.count("retries")
         raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
 
     async def _segments(self, block: int, member: Member) -> tuple[ray.ObjectRef[Any], Counter[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from mlem_dist.runtime.metrics import PoolMetrics
 from mlem_dist.runtime.placement import Seat
+from mlem_dist.runtime.progress import PoolProgress
 from mlem_dist.runtime.worker import Work
 
 # Only the first two are RayActorErrors; all mean that the actor cannot be counted on.
@@ -49,16 +52,14 @@ class Pool:
     An actor that dies is replaced; four deaths in a row without a finished call between them break the pool.
 
     Attributes:
-        busy: device seconds of all finished calls.
-        deaths: actors lost so far.
+        metrics: what it has done.
     """
 
     def __init__(self, name: str, seats: Sequence[Seat], slots: int, create: Callable[[Seat], Any]) -> None:
         self.name = name
         self.members = [Member(seat) for seat in seats]
         self.slots = slots
-        self.busy = 0.0
-        self.deaths = 0
+        self.metrics = PoolMetrics(name)
         self._create = create
         self._in_a_row = 0
         self._broken: PoolError | None = None
@@ -76,6 +77,11 @@ class Pool:
         """Actors that can take work now."""
         return sum(member.actor is not None for member in self.members)
 
+    def progress(self) -> PoolProgress:
+        """What it has done so far."""
+        self.metrics.state(len(self._waiting), self.alive)
+        return self.metrics.progress(self.alive)
+
     @contextlib.asynccontextmanager
     async def member(self) -> AsyncIterator[Member]:
         """A slot of the least busy actor, for as long as the context lasts.
@@ -83,7 +89,9 @@ class Pool:
         Raises:
             PoolError: the pool is broken.
         """
+        began = time.monotonic()
         member = await self._acquire()
+        self.metrics.taken(time.monotonic() - began)
         try:
             yield member
         finally:
@@ -104,7 +112,7 @@ class Pool:
                 try:
                     return await self.call_member(member, method, *args)
                 except DEATHS:
-                    continue
+                    self.metrics.count("retries")
         raise PoolError(f"pool {self.name}: {TRIES} actors in turn died at the same call")
 
     async def call_member(self, member: Member, method: str, *args: Any) -> tuple[Any, ray.ObjectRef[Any]]:
@@ -117,21 +125,21 @@ class Pool:
         if actor is None:
             raise ActorUnavailableError("the actor is being replaced", None)
         try:
+            began = time.monotonic()
             record, payload = getattr(actor, method).options(num_returns=2).remote(*args)
             found = await record
         except DEATHS as error:
             self._lost(member, actor, error)
             raise
         self._in_a_row = 0
-        work = found if isinstance(found, Work) else found.work
-        self.busy += work.busy
+        self.metrics.finished(found if isinstance(found, Work) else found.work, time.monotonic() - began)
         return found, payload
 
     def _lost(self, member: Member, actor: Any, error: Exception) -> None:
         if member.actor is not actor:
             return
         member.actor = None
-        self.deaths += 1
+        self.metrics.count("deaths")
         self._in_a_row += 1
         logger.warning("pool %s lost an actor (%s), starting another", self.name, type(error).__name__)
         # An unavailable actor may still run: its late answer must not meet its replacement's.
@@ -149,7 +157,7 @@ class Pool:
             try:
                 await actor.prepare.remote()
             except DEATHS as error:
-                self.deaths += 1
+                self.metrics.count("deaths")
                 self._in_a_row += 1
                 if self._in_a_row >= BREAKER:
                     self._break(f"{BREAKER} actors in a row died; the last one: {error}")

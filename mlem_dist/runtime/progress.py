@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,25 @@ class PoolProgress:
         actors: those able to work now.
         busy: device seconds so far; CPU seconds on CPUs.
         deaths: actors lost so far.
+        calls: finished calls of actors.
+        waited: seconds that calls and blocks have waited for an actor, added up.
+        moved: bytes of states and increments that crossed between processes.
+        retries: calls made again, as their actor died.
     """
 
     name: str
     actors: int
     busy: float
     deaths: int
+    calls: int = 0
+    waited: float = 0.0
+    moved: int = 0
+    retries: int = 0
+
+    def __add__(self, other: PoolProgress) -> PoolProgress:
+        """The totals of two pools of one name."""
+        totals = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)[1:]}
+        return PoolProgress(self.name, **totals)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,19 @@ from mlem_dist.solver.plan import Term
 
 @dataclass(frozen=True)
 class Work:
-    """What one call did: device seconds (CPU seconds on a CPU) and evaluations by level, each of one block."""
+    """What one call did.
+
+    Attributes:
+        busy: device seconds; CPU seconds on a CPU.
+        calls: evaluations by level, each of one block.
+        samples: in the block.
+        moved: bytes of the arrays that came and went.
+    """
 
     busy: float
     calls: dict[int, int]
+    samples: int = 0
+    moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,19 +107,21 @@ class LevelWorker:
         clock = self._clock()
         state = torch.tensor(x, device=self.blocks.job.device)
         values = evaluate(self.levels, ask.terms, state, ask.t, self.blocks.label(block))
-        return clock(), torch.stack(values).cpu().numpy()
+        found = torch.stack(values).cpu().numpy()
+        return clock(x, found), found
 
     def _clock(self) -> Any:
-        """A function that returns the work since now."""
+        """A function that returns the work since now, given the arrays that came and go."""
         cuda = self.blocks.job.device == "cuda"
         # On a CPU the seats of a device share its cores, so that only CPU seconds say who used it.
         now = time.perf_counter if cuda else time.process_time
         start, calls = now(), self.levels.calls.copy()
 
-        def work() -> Work:
+        def work(*arrays: np.ndarray) -> Work:
             if cuda:
                 torch.cuda.synchronize()
-            return Work(now() - start, dict(self.levels.calls - calls))
+            samples, moved = self.blocks.job.block_size, sum(array.nbytes for array in arrays)
+            return Work(now() - start, dict(self.levels.calls - calls), samples, moved)
 
         return work
 
@@ -149,13 +160,15 @@ class TrajectoryWorker(LevelWorker):
         clock: Any,
     ) -> tuple[Segment, np.ndarray]:
         label = self.blocks.label(block)
+        received = answers or ()
         try:
             request = request or next(run)
             while True:
                 asks = self._asks(request)
                 if asks and answers is None:
                     self.running[block] = run, request
-                    return Segment(clock(), asks), request.x.cpu().numpy()
+                    x = request.x.cpu().numpy()
+                    return Segment(clock(x, *received), asks), x
                 local = [term for term in request.terms if term.level in self.pools[self.pool]]
                 found = dict(zip(local, evaluate(self.levels, local, request.x, request.t, label), strict=True))
                 for ask, answer in zip(asks, answers or (), strict=True):
@@ -164,7 +177,7 @@ class TrajectoryWorker(LevelWorker):
                 request = run.send([found[term] for term in request.terms])
         except StopIteration as end:
             images = self.blocks.images(block, end.value)
-            return Segment(clock(), ()), images
+            return Segment(clock(images, *received), ()), images
 
     def _asks(self, request: Request) -> tuple[Ask, ...]:
         asks = []
