@@ -108,7 +108,8 @@ def _plan_options(command: Any) -> Any:
     default="auto",
     show_default=True,
     help="Which levels share a pool of actors: pools (each its own), together, ranges such as 1-3,4, or auto, "
-    "the fastest by prediction.",
+    "the fastest by prediction. Ranges may name devices: 1-3@L4,4@H100 by accelerator, 1@cpu,2-4@size=large by node "
+    "label.",
 )
 @click.option("--devices", type=Count(), help="CPU cores or GPUs to use.  [default: all that Ray has]")
 @click.option(
@@ -138,12 +139,14 @@ def generate(
     from mlem_dist.report.tables import placement_reason
     from mlem_dist.runtime.generate import complete, open_dataset
     from mlem_dist.runtime.job import Job
-    from mlem_dist.runtime.placement import parse_placement
+    from mlem_dist.runtime.placement import Devices, parse_placement
     from mlem_dist.solver.plan import Plan
 
     ladder = Ladder.load(plan_options["ladder_name"])
     chosen = _labels(labels, len(ladder.labels))
-    pools = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
+    parsed = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
+    if parsed and any(parsed.kinds) and (devices or engine != "ray"):
+        raise UsageError(f"--placement {placement} names its devices; leave out --devices and --engine")
     remote = False
     if engine == "ray":
         from mlem_dist.runtime import cluster
@@ -181,15 +184,18 @@ def generate(
     if engine == "ray":
         if not remote:
             cluster.connect(address)
-        count = cluster.count_devices(device, devices)
-        if pools is None:
-            found = cluster.choose_placement(job, ladder, count)
-            click.echo(placement_reason(found, count), err=True)
-            pools = found[0].pools
-        seated = pools
+        if parsed and any(parsed.kinds):
+            pools, there = parsed.pools, cluster.find_devices(parsed.kinds, device)
+        else:
+            count = cluster.count_devices(device, devices)
+            if parsed is None:
+                found = cluster.choose_placement(job, ladder, count)
+                click.echo(placement_reason(found, count), err=True)
+            pools = parsed.pools if parsed else found[0].pools
+            there = [Devices(device, count)] * len(pools)
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, seated, count)
+            return cluster.run_ray(job, ladder, out, shards, pools, there)
     else:
         from mlem_dist.runtime.inline import run_inline
 

@@ -17,7 +17,7 @@ def fashion() -> Ladder:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for all tests: a fresh one takes seconds."""
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, labels={"site": "here"}, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -23,10 +24,12 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.coordinator import Coordinator
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Candidate, allot, candidates, evaluations, pool_loads
+from mlem_dist.runtime.placement import Candidate, Devices, allot_kinds, candidates, evaluations, pool_loads
 from mlem_dist.runtime.progress import Progress
 
 ANSWER_SECONDS = 10
+RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
+ACCELERATOR = "ray.io/accelerator-type"
 
 
 def is_remote(address: str | None) -> bool:
@@ -89,15 +92,56 @@ def count_devices(device: str, wanted: int | None) -> int:
     Raises:
         UsageError: there are none, or fewer than wanted.
     """
-    resource = "GPU" if device == "cuda" else "CPU"
-    # Whole devices of each node: a bundle cannot lie across two.
-    found = sum(int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"])
+    resource = RESOURCES[device]
+    found = _count(resource, {})
     if found < (wanted or 1):
         raise UsageError(
             f"{wanted or 1} {resource}s are needed and Ray has {found}; "
             + ("use --device cpu or a cluster with GPUs" if device == "cuda" and not found else "lower --devices")
         )
     return wanted or found
+
+
+def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
+    """The connected cluster's devices of each kind, all that there are.
+
+    A kind is "cpu", any CPU core; KEY=VALUE, the devices of type `device` on nodes with that label; or the name of an
+    accelerator, such as "L4", for Ray's own label of it.
+
+    Raises:
+        UsageError: there are none of a kind, or two kinds are on one node.
+    """
+    found = []
+    for kind in kinds:
+        key, equals, value = kind.partition("=")
+        labels = () if kind == "cpu" else ((key, value) if equals else (ACCELERATOR, kind),)
+        type_ = "cpu" if kind == "cpu" else device
+        count = _count(RESOURCES[type_], dict(labels))
+        if not count:
+            known = sorted({f"{key}={value}" for node in _nodes() for key, value in node["Labels"].items()})
+            raise UsageError(
+                f"--placement: no node has a {RESOURCES[type_]} and is of kind {kind!r}; expected cpu, an accelerator "
+                f"such as L4, or a node label, of which there are {', '.join(known)}"
+            )
+        found.append(Devices(type_, count, labels))
+    for node in _nodes():
+        here = {one for one in found if _has(node, dict(one.labels)) and node["Resources"].get(RESOURCES[one.type], 0)}
+        if len({one.type for one in here}) < len(here):
+            raise UsageError("--placement: two of its kinds are on one node, whose devices would count twice")
+    return found
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _has(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return labels.items() <= node["Labels"].items()
+
+
+def _count(resource: str, labels: Mapping[str, str]) -> int:
+    # Whole devices of each node: a bundle cannot lie across two.
+    return sum(int(node["Resources"].get(resource, 0)) for node in _nodes() if _has(node, labels))
 
 
 def choose_placement(job: Job, ladder: Ladder, devices: int) -> list[Candidate]:
@@ -122,18 +166,29 @@ def _gpu_bytes() -> int:
     return torch.cuda.get_device_properties(0).total_memory
 
 
+def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
+    """A bundle of one device for each of `counts` devices of each kind, kind by kind."""
+    of_bundle = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+    bundles = [{RESOURCES[kind.type]: 1.0} for kind in of_bundle]
+    selectors = [dict(kind.labels) for kind in of_bundle]
+    if not any(selectors):
+        return placement_group(bundles, strategy="PACK")
+    return placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+
+
 def run_ray(
     job: Job,
     ladder: Ladder,
     out: Path,
     shards: Sequence[int],
     pools: Sequence[range],
-    devices: int,
+    devices: Sequence[Devices],
     cell_devices: int = CELL_DEVICES,
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
 
-    `pools` are the levels (from 1) of each pool; each cell of at most `cell_devices` devices has its own. This process
+    `pools` are the levels (from 1) of each pool, and `devices` what each is on; pools on equal devices divide them by
+    their load. Each cell of at most `cell_devices` devices, or of one of each kind, has its own actors. This process
     does a few calls per cell twice a second.
 
     Raises:
@@ -141,20 +196,26 @@ def run_ray(
         NonFiniteError: a block ended with NaN or infinite values.
     """
     began = time.monotonic()
-    load = pool_loads(evaluations(job), pools, ladder.cost(job.device))
+    counts = evaluations(job)
+    load = np.array(
+        [pool_loads(counts, [pool], ladder.cost(one.type))[0] for pool, one in zip(pools, devices, strict=True)]
+    )
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
-    count = -(-devices // cell_devices)
-    sizes = [devices // count + (index < devices % count) for index in range(count)]
+    kinds = list(dict.fromkeys(devices))
+    count = min(-(-sum(kind.count for kind in kinds) // cell_devices), *(kind.count for kind in kinds))
+    sizes = [[kind.count // count + (index < kind.count % count) for kind in kinds] for index in range(count)]
     # This process owns the devices: they are free again when it ends, however it ends.
-    resource = "GPU" if job.device == "cuda" else "CPU"
-    groups = [placement_group([{resource: 1}] * size, strategy="PACK") for size in sizes]
-    kind: Any = ray.remote(Coordinator)
+    groups = [_reserve(kinds, size) for size in sizes]
+    coordinator: Any = ray.remote(Coordinator)
+    of_pool = [kinds.index(one) for one in devices]
+    types = [one.type for one in devices]
 
-    def creator(size: int, group: PlacementGroup) -> Callable[[], Any]:
-        seats = allot(load, size)
-        return lambda: kind.options(num_cpus=0).remote(job, out.absolute(), pools, names, seats, group, ladder.labels)
+    def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
+        seats = allot_kinds(load, of_pool, size)
+        arguments = (job, out.absolute(), pools, names, types, seats, group, ladder.labels)
+        return lambda: coordinator.options(num_cpus=0).remote(*arguments)
 
-    cells = [Cell(creator(size, group), size, job, out) for size, group in zip(sizes, groups, strict=True)]
+    cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]
     todo = deque(shards)
     try:
         while not all(cell.finished for cell in cells):

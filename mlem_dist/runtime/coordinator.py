@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Coordinator:
     Args:
         pools: the levels (from 1) of each pool.
         names: of the pools, for messages.
+        types: of each pool's devices, "cpu" or "cuda".
         seats: of each pool; none for a pool that the plan never calls.
         group: a bundle of one device for each device that the seats name.
         labels: class names.
@@ -50,12 +52,13 @@ class Coordinator:
         out: Path,
         pools: Sequence[range],
         names: Sequence[str],
+        types: Sequence[str],
         seats: Sequence[Sequence[Seat]],
         group: PlacementGroup,
         labels: Sequence[str],
     ) -> None:
         self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
-        self.seats, self.names, self.group = seats, names, group
+        self.seats, self.names, self.types, self.group = seats, names, types, group
         self.devices = group.bundle_count
         self.depth = trajectory_depth(self.devices, len(seats[0]))
         self.calls: Counter[int] = Counter()
@@ -134,15 +137,17 @@ class Coordinator:
     def _creator(self, index: int) -> Any:
         kind = ray.remote(LevelWorker if index else TrajectoryWorker)
 
+        job = replace(self.job, device=self.types[index])
+        cuda = job.device == "cuda"
+
         def create(seat: Seat) -> Any:
-            cuda = self.job.device == "cuda"
             return kind.options(
                 num_cpus=0 if cuda else seat.share,
                 num_gpus=seat.share if cuda else 0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.group, placement_group_bundle_index=seat.device
                 ),
-            ).remote(self.job, self.pools, index, 1)
+            ).remote(job, self.pools, index, 1)
 
         return create
 

@@ -35,18 +35,30 @@ class Seat:
     share: float
 
 
-def parse_placement(text: str, levels: int) -> tuple[range, ...]:
-    """The levels (from 1) of each pool: "pools" is one pool per level, "together" one for all, "1-2,3" as it says.
+@dataclass(frozen=True)
+class Placement:
+    """The levels (from 1) of each pool, and each pool's kind of device; "" for whatever there is."""
+
+    pools: tuple[range, ...]
+    kinds: tuple[str, ...]
+
+
+def parse_placement(text: str, levels: int) -> Placement:
+    """The placement in a text: "pools" is one pool per level, "together" one for all, "1-2,3" as it says.
+
+    Ranges may name kinds of devices, all of them or none: "1-2@L4,3@H100".
 
     Raises:
-        UsageError: the ranges are not contiguous from 1 to the number of levels.
+        UsageError: the ranges are not contiguous from 1 to the number of levels, or some have kinds and some not.
     """
     if text == "pools":
-        return tuple(range(k, k + 1) for k in range(1, levels + 1))
+        return Placement(tuple(range(k, k + 1) for k in range(1, levels + 1)), ("",) * levels)
     if text == "together":
-        return (range(1, levels + 1),)
+        return Placement((range(1, levels + 1),), ("",))
+    parts = [part.partition("@") for part in text.split(",")]
+    kinds = tuple(kind for _, _, kind in parts)
     try:
-        ends = [tuple(map(int, part.split("-"))) for part in text.split(",")]
+        ends = [tuple(map(int, part.split("-"))) for part, _, _ in parts]
         pools = tuple(range(end[0], end[-1] + 1) for end in ends)
     except ValueError:
         pools = ()
@@ -55,7 +67,26 @@ def parse_placement(text: str, levels: int) -> tuple[range, ...]:
             f"--placement {text!r}: expected pools, together, or contiguous ranges of levels 1 to {levels} such as "
             f"{'1-2,3' if levels > 2 else '1'}"
         )
-    return pools
+    if any(kinds) != all(kinds) or any(at and not kind for _, at, kind in parts):
+        raise UsageError(
+            f"--placement {text!r}: expected a kind of device for every pool or for none, as in 1@L4,2@H100"
+        )
+    return Placement(pools, kinds)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of one kind.
+
+    Attributes:
+        type: "cpu" or "cuda".
+        count: how many.
+        labels: of their nodes, (key, value); none for any node.
+    """
+
+    type: str
+    count: int
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 def pools_text(pools: Sequence[range]) -> str:
@@ -142,7 +173,7 @@ def allot(load: np.ndarray, devices: int) -> list[list[Seat]]:
     devices, and cut where a device ends. The first pool holds the trajectories and always has a seat; another pool
     without load has none.
     """
-    share = load / load.sum() * devices
+    share = load / max(load.sum(), 1e-300) * devices
     needed = (load > 0) | (np.arange(len(load)) == 0)
     share = np.where(needed, np.maximum(share, LEAST_SHARE), 0)
     share *= devices / share.sum()
@@ -159,4 +190,19 @@ def allot(load: np.ndarray, devices: int) -> list[list[Seat]]:
             if seat.share >= LEAST_SHARE / 2 or (stop == end and not seats[pool]):
                 seats[pool].append(seat)
             at = stop
+    return seats
+
+
+def allot_kinds(load: np.ndarray, kinds: Sequence[int], devices: Sequence[int]) -> list[list[Seat]]:
+    """As `allot`, where pool i has devices of kind `kinds[i]` only, of which there are `devices[kind]`.
+
+    The devices are numbered kind by kind. A kind whose pools have no load seats none of them but the first pool.
+    """
+    seats: list[list[Seat]] = [[] for _ in load]
+    for kind, count in enumerate(devices):
+        pools = [i for i, other in enumerate(kinds) if other == kind]
+        if load[pools].any() or 0 in pools:
+            first = sum(devices[:kind])
+            for i, found in zip(pools, allot(load[pools], count), strict=True):
+                seats[i] = [Seat(seat.device + first, seat.share) for seat in found]
     return seats

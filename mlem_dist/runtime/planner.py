@@ -17,7 +17,7 @@ from mlem_dist.runtime.placement import (
     WEIGHT_SHARE,
     Evaluations,
     Seat,
-    allot,
+    allot_kinds,
     candidates,
     evaluations,
     pool_loads,
@@ -196,15 +196,12 @@ def forecast(job: Job, layout: Layout, cell_devices: int = CELL_DEVICES) -> Fore
     counts = evaluations(job)
     costs = [kind.cost for kind in layout.kinds]
     cells = max(1, min(-(-layout.devices // cell_devices), *(kind.count for kind in layout.groups)))
-    seats: list[list[Seat]] = [[] for _ in layout.pools]
-    devices: list[Overheads] = []
-    for kind, indices in layout.groups.items():
-        load = pool_loads(counts, [layout.pools[i] for i in indices], kind.cost)
-        # Cells of a kind differ by one device at most.
-        here = -(-kind.count // cells)
-        for i, found in zip(indices, allot(load, here), strict=True):
-            seats[i] = [Seat(seat.device + len(devices), seat.share) for seat in found]
-        devices += [kind.overheads] * here
+    load = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(layout.pools, costs, strict=True)])
+    kinds = list(layout.groups)
+    # Cells differ by one device of each kind at most.
+    here = [-(-kind.count // cells) for kind in kinds]
+    seats = allot_kinds(load, [kinds.index(kind) for kind in layout.kinds], here)
+    devices = [kind.overheads for kind, count in zip(kinds, here, strict=True) for _ in range(count)]
     share = layout.devices / (cells * len(devices))
     blocks = -(-job.num // job.block_size)
     of_cell = max(1, round(blocks / cells / share))
@@ -217,7 +214,6 @@ def forecast(job: Job, layout: Layout, cell_devices: int = CELL_DEVICES) -> Fore
     # Seconds that the simulated blocks take when the cell is neither filling nor draining.
     per = simulated / rate
     level_seconds = _level_seconds(counts, layout.pools, costs)
-    load = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(layout.pools, costs, strict=True)])
     ideal = min(kind.count / load[indices].sum() for kind, indices in layout.groups.items())
     return Forecast(
         layout,

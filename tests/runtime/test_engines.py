@@ -10,7 +10,7 @@ from mlem_dist.runtime import cluster
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
 from mlem_dist.runtime.job import Blocks, NonFiniteError
-from mlem_dist.runtime.placement import parse_placement
+from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.plan import Recipe, single_level
 
@@ -25,12 +25,16 @@ def make_inline(job, ladder, out, devices=1):
 
 
 def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None, **options):
-    pools = parse_placement(placement, len(ladder.levels))
+    parsed = parse_placement(placement, len(ladder.levels))
+    if any(parsed.kinds):
+        there = cluster.find_devices(parsed.kinds, "cpu")
+    else:
+        there = [Devices("cpu", devices)] * len(parsed.pools)
     last = None
     dataset = open_dataset(job, ladder, out)
 
     def engine(shards):
-        return cluster.run_ray(job, ladder, out, shards, pools, devices, **options)
+        return cluster.run_ray(job, ladder, out, shards, parsed.pools, there, **options)
 
     for last in complete(dataset, ladder, engine):
         watch(last)
@@ -69,6 +73,19 @@ def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cach
     found, _ = make_ray(job, fashion, tmp_path / "out", devices, placement)
     assert found == reference_cache(job, fashion)
     assert sum(name.endswith(".parquet") for name in found) == job.shards == 3
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_pools_on_named_devices_write_the_same_bytes(fashion, make_job, reference_cache, tmp_path):
+    levels = len(fashion.levels)
+    job = make_job(plans(levels)["held"])
+    found, last = make_ray(job, fashion, tmp_path / "out", None, f"1-2@site=here,3-{levels}@site=here")
+    assert found == reference_cache(job, fashion)
+    assert last.devices == 3
+    with pytest.raises(UsageError, match=r"of kind 'L4'; .* of which there are .*site=here"):
+        cluster.find_devices(["site=here", "L4"], "cpu")
+    with pytest.raises(UsageError, match="two of its kinds are on one node"):
+        cluster.find_devices(["cpu", "site=here"], "cpu")
 
 
 @pytest.mark.usefixtures("local_ray")

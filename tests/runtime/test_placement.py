@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime.placement import LEAST_SHARE, WEIGHT_SHARE, allot, candidates, parse_placement
+from mlem_dist.runtime.placement import (
+    LEAST_SHARE,
+    WEIGHT_SHARE,
+    Placement,
+    allot,
+    allot_kinds,
+    candidates,
+    parse_placement,
+)
 from mlem_dist.solver.plan import Recipe
 
 
@@ -29,12 +37,21 @@ def test_seats_fit_their_devices_and_balance_the_load(devices):
 
 
 def test_placements():
-    assert parse_placement("pools", 3) == (range(1, 2), range(2, 3), range(3, 4))
-    assert parse_placement("together", 3) == (range(1, 4),)
-    assert parse_placement("1-2,3", 3) == (range(1, 3), range(3, 4))
-    for text in ("", "1,3", "2-3,1", "1-2", "0-3", "1-3-3,", "a"):
+    assert parse_placement("pools", 3).pools == (range(1, 2), range(2, 3), range(3, 4))
+    assert parse_placement("together", 3).pools == (range(1, 4),)
+    assert parse_placement("1-2,3", 3) == Placement((range(1, 3), range(3, 4)), ("", ""))
+    assert parse_placement("1-2@L4,3@size=large", 3).kinds == ("L4", "size=large")
+    for text in ("", "1,3", "2-3,1", "1-2", "0-3", "1-3-3,", "a", "1-2@L4,3", "1-2@,3@", "1-3@L4,"):
         with pytest.raises(UsageError, match="placement"):
             parse_placement(text, 3)
+
+
+def test_pools_stay_on_their_kinds_of_devices():
+    seats = allot_kinds(np.array([1.0, 3.0, 2.0]), [0, 0, 1], [4, 2])
+    assert [{seat.device for seat in pool} for pool in seats] == [{0}, {1, 2, 3}, {4, 5}]
+    # A kind without work has no actors, but the first pool always has one.
+    seats = allot_kinds(np.array([0.0, 3.0, 0.0]), [0, 1, 2], [1, 2, 2])
+    assert [len(pool) for pool in seats] == [1, 2, 0]
 
 
 GIB = 2.0**30
