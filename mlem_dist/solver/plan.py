@@ -163,21 +163,24 @@ def held(fire: np.ndarray, collapse: bool = False) -> Plan:
     return Plan(fire, weight, np.zeros(fire.shape), collapse)
 
 
-def extrapolated(fire: np.ndarray, log_snr: np.ndarray, collapse: bool = False) -> Plan:
+def extrapolated(
+    fire: np.ndarray, log_snr: np.ndarray, collapse: bool = False, reach: Sequence[float] | None = None
+) -> Plan:
     """The line through the last two evaluations of each increment, in lambda, up to one gap beyond the last.
 
-    With l the last evaluation before step i and p the one before that, the increment enters as
-    v_l + r (v_l - v_p), r = min(1, (lambda_i - lambda_l) / (lambda_l - lambda_p)); until there are two, it is held.
-    Biased: the error is of the order of the increment's second derivative times the square of the gap.
+    With l the last evaluation before step i and p the one before that, the increment of level k enters as
+    v_l + r (v_l - v_p), r = reach_k min(1, (lambda_i - lambda_l) / (lambda_l - lambda_p)); until there are two, it is
+    held. Biased: the error is of the order of the increment's second derivative times the square of the gap.
 
     Args:
         log_snr: lambda, float64 (N,), increasing.
+        reach: of each row of fire; 1 for all by default, and 0 would hold the increment.
     """
     weight, previous = held(fire).weight, np.zeros(fire.shape)
     for k, fires in enumerate(map(np.flatnonzero, fire)):
         for before, last, stop in zip(fires, fires[1:], [*fires[2:], fire.shape[1]], strict=False):
             ahead = (log_snr[last:stop] - log_snr[last]) / (log_snr[last] - log_snr[before])
-            previous[k, last:stop] = -np.minimum(1.0, ahead)
+            previous[k, last:stop] = -np.minimum(1.0, ahead) * (1.0 if reach is None else reach[k])
     return Plan(fire, weight - previous, previous, collapse)
 
 
@@ -208,6 +211,7 @@ class Recipe:
         log_snr: lambda, float64 (N,), increasing; for extrapolated increments.
         rungs: the levels in use, by number from 1, increasing up to the best; None for all. An increment is then the
             difference of neighbouring rungs, and levels between them are not called.
+        reach: of extrapolated increments, by rung; None for 1.
     """
 
     probabilities: np.ndarray
@@ -216,6 +220,7 @@ class Recipe:
     collapse: bool = False
     log_snr: np.ndarray | None = None
     rungs: tuple[int, ...] | None = None
+    reach: tuple[float, ...] | None = None
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
@@ -236,7 +241,7 @@ class Recipe:
         if self.increments == "held":
             return held(fire, self.collapse)
         assert self.log_snr is not None
-        return extrapolated(fire, self.log_snr, self.collapse)
+        return extrapolated(fire, self.log_snr, self.collapse, self.reach)
 
 
 def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:

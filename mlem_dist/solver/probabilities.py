@@ -75,6 +75,8 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
     low, high = 0.0, 1 / weights[1:][weights[1:] > 0].min()
     for _ in range(200):
         middle = (low + high) / 2
+        if middle in (low, high):
+            break
         if spent(middle) < nfe:
             low = middle
         else:

@@ -36,37 +36,89 @@ def make_recipe(
         UsageError: `steps` or `nfe` is out of range, the ladder has no measured costs, or it is not calibrated and
             Neyman's probabilities are asked for.
     """
-    t = timesteps(len(ladder.alpha_bar), steps, "trailing")
-    cost = ladder.cost(device)
     if not nfe > 0:
         raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    # A closed form keeps no memory of single steps.
-    collapse = ladder.levels[0].kind == "gaussian" and solver != "dpm++"
-    log_snr = half_log_snr(ladder.alpha_bar, t)
-    rungs = None
-    measured = (
-        read_effect(ladder, "ddpm" if solver == "ddpm" else "ddim") if probabilities in (None, "neyman") else None
-    )
-    if measured is not None:
-        products = on_grid(measured[1], measured[0], t)
-        found = []
-        for choice in rung_sets(len(cost)):
-            effect, costs = merged(products, choice), cost[np.array(choice) - 1]
-            p = scale_to_budget(neyman_weights(effect, costs), costs, nfe, collapse)
-            found.append((coin_error(p, effect), choice, p))
-        _, rungs, p = min(found, key=lambda one: one[0])
+    cost = ladder.cost(device)
+    log_snr = _log_snr(ladder, steps)
+    if probabilities in (None, "neyman") and calibrated(ladder):
+        rule = NeymanRule(ladder, device, solver, steps)
+        rungs = rule.choices(nfe)[0]
+        p = rule.probabilities(nfe, rungs)
     elif probabilities == "neyman":
-        raise UsageError(
-            f"--probabilities neyman needs a calibrated ladder; run `mlem-dist calibrate {ladder.source} --data DATA` "
-            "or choose theory"
-        )
+        raise _uncalibrated(ladder)
     else:
-        p = scale_to_budget(rule_weights(probabilities or "theory", cost, log_snr), cost, nfe, collapse)
+        rungs = None
+        weights = rule_weights(probabilities or "theory", cost, log_snr)
+        p = scale_to_budget(weights, cost, nfe, _collapses(ladder, solver))
     return Recipe(
         p,
         draw or "systematic",
         increments or DEFAULT_INCREMENTS[solver],
-        collapse,
+        _collapses(ladder, solver),
         log_snr,
         rungs,
+    )
+
+
+def calibrated(ladder: Ladder) -> bool:
+    """Whether the effects of the ladder's increments are known."""
+    return read_effect(ladder, "ddpm") is not None
+
+
+class NeymanRule:
+    """Neyman's probabilities for a calibrated ladder, on `steps` base steps of a solver and by the costs on `device`.
+
+    Raises:
+        UsageError: the ladder is not calibrated.
+    """
+
+    def __init__(self, ladder: Ladder, device: str, solver: str, steps: int) -> None:
+        measured = read_effect(ladder, _measured(solver))
+        if measured is None:
+            raise _uncalibrated(ladder)
+        self.cost = ladder.cost(device)
+        self.collapse = _collapses(ladder, solver)
+        self.log_snr = _log_snr(ladder, steps)
+        self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps, "trailing"))
+
+    def choices(self, nfe: float) -> list[tuple[int, ...]]:
+        """Every choice of rungs, the one whose coins add least error at the budget first.
+
+        Raises:
+            UsageError: the budget is below the cost of the base level.
+        """
+        found = [
+            (coin_error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs)
+            for rungs in rung_sets(len(self.cost))
+        ]
+        return [rungs for _, rungs in sorted(found)]
+
+    def probabilities(self, nfe: float, rungs: tuple[int, ...], density: np.ndarray | float = 1.0) -> np.ndarray:
+        """p, float64 (R, N), in proportion to the rule's times `density` (R, N).
+
+        Raises:
+            UsageError: the budget is below the cost of the base level.
+        """
+        cost = self.cost[np.array(rungs) - 1]
+        weights = neyman_weights(merged(self._products, rungs), cost) * density
+        return scale_to_budget(weights, cost, nfe, self.collapse)
+
+
+def _log_snr(ladder: Ladder, steps: int) -> np.ndarray:
+    return half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps, "trailing"))
+
+
+def _measured(solver: str) -> str:
+    return "ddpm" if solver == "ddpm" else "ddim"
+
+
+def _collapses(ladder: Ladder, solver: str) -> bool:
+    # A closed form keeps no memory of single steps.
+    return ladder.levels[0].kind == "gaussian" and solver != "dpm++"
+
+
+def _uncalibrated(ladder: Ladder) -> UsageError:
+    return UsageError(
+        f"--probabilities neyman needs a calibrated ladder; run `mlem-dist calibrate {ladder.source} --data DATA` "
+        "or choose theory"
     )

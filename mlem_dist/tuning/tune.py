@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, single_level
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.optimise import FirstOrder, Shape, first_order, optimise
+from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 
 CHOOSING_SEED, JUDGING_SEED = 0, 1
 CHOOSING_SAMPLES, JUDGING_SAMPLES = 64, 64
 DRAWS = 15
 """Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
 
-MEMORISED = "memorised"
+MEMORISED, OPTIMISED = "memorised", "optimised"
 EM = "Euler-Maruyama"
 FAMILIES: dict[str, dict[str, Any]] = {
     "held": {"increments": "held"},
@@ -62,8 +63,9 @@ def tune(
 ) -> Iterator[Row]:
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
-    Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments, by the
-    error on the choosing noises; rows hold the error on the judging ones.
+    Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments, and for
+    a calibrated ladder there is an optimised one; the better of both, by the error on the choosing noises, is written.
+    Rows hold the error on the judging ones.
 
     Args:
         ladder: the ladder.
@@ -87,6 +89,7 @@ def tune(
     }
     choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
     judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
+    optimiser = Optimiser(choosing, device, threads, progress) if calibrated(ladder) else None
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # A grid that divides the steps, as the comparison on one Brownian path needs.
@@ -95,13 +98,18 @@ def tune(
         for done, (family, way) in enumerate(ways.items(), 1):
             progress(f"{label}, {family}", done, len(ways))
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
-        found, path = frontier.find(MEMORISED, label), plan_path(out, solver, nfe)
-        if not found or not path.exists():
-            draws = partial(progress, f"{label}, draws")
-            plan = best_draw(choosing, recipes[nfe], ladder.cost(device), draws)
-            replace_file(path, json.dumps(plan_to_dict(plan, ladder.digest, solver)) + "\n")
-            found = found or frontier.add(MEMORISED, label, judging.judge(plan))
-        yield found
+        path = plan_path(out, solver, nfe)
+        families = [MEMORISED, OPTIMISED] if optimiser else [MEMORISED]
+        rows = {family: frontier.find(family, label) for family in families}
+        if not path.exists() or not all(rows.values()):
+            cost = ladder.cost(device)
+            plans = {MEMORISED: best_draw(choosing, recipes[nfe], cost, partial(progress, f"{label}, draws"))}
+            if optimiser:
+                plans[OPTIMISED] = optimiser.plan(nfe)
+            better = best_plan(choosing, list(plans.values()), cost)
+            replace_file(path, json.dumps(plan_to_dict(better, ladder.digest, solver)) + "\n")
+            rows = {name: rows[name] or frontier.add(name, label, judging.judge(plan)) for name, plan in plans.items()}
+        yield from (row for row in rows.values() if row)
 
 
 def best_draw(
@@ -112,11 +120,59 @@ def best_draw(
 ) -> Plan:
     """The best of `DRAWS` plans of the better one of the recipes "held" and "extrapolated", for level costs `cost`."""
     better = min(("held", "extrapolated"), key=lambda name: choosing.judge(recipes[name]).errors.mean())
-    plans, worth = [], []
-    for seed in range(DRAWS):
-        progress(seed + 1, DRAWS)
-        plans.append(recipes[better].plan(np.random.default_rng(seed)))
-        # Draws differ a little in cost: error falls at least as fast as 1 / cost. By the ladder's costs and not by the
-        # clock, so that the same plan is found again.
-        worth.append(choosing.judge(plans[-1]).errors.mean() * plans[-1].nfe(cost))
+    plans = [recipes[better].plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
+    return best_plan(choosing, plans, cost, progress)
+
+
+def best_plan(
+    choosing: Judge,
+    plans: Sequence[Plan],
+    cost: np.ndarray,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """The best of plans of nearly the same cost, for level costs `cost`."""
+    worth = []
+    for done, plan in enumerate(plans, 1):
+        progress(done, len(plans))
+        # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
+        # found again.
+        worth.append(choosing.judge(plan).errors.mean() * plan.nfe(cost))
     return plans[int(np.argmin(worth))]
+
+
+class Optimiser:
+    """`optimise` on the choosing noises; its model is made when it is first used.
+
+    Args:
+        choosing: of a calibrated ladder.
+        device: whose costs count.
+        threads: blocks at a time.
+        progress: told what is done.
+    """
+
+    def __init__(self, choosing: Judge, device: str, threads: int, progress: Progress) -> None:
+        self.choosing, self.threads, self.progress = choosing, threads, progress
+        self.cost = choosing.ladder.cost(device)
+        self.rule = NeymanRule(choosing.ladder, device, choosing.solver, len(choosing.fine))
+
+    @cached_property
+    def model(self) -> FirstOrder:
+        """The error of plans to first order."""
+        return first_order(self.choosing, self.threads, partial(self.progress, "effects of increments"))
+
+    def shape(self, nfe: float) -> Shape:
+        """The best shape for a budget, of those found for several choices of rungs."""
+        reach = float(DEFAULT_INCREMENTS[self.choosing.solver] == "extrapolated")
+        model = self.model
+        self.progress(f"{nfe:g} NFE, search", 0, 1)
+        shapes = optimise(model, self.rule, reach, nfe)
+        plans = [self.plan_of(shape, nfe) for shape in shapes]
+        return shapes[plans.index(best_plan(self.choosing, plans, self.cost))]
+
+    def plan_of(self, shape: Shape, nfe: float) -> Plan:
+        """The one plan of a shape, which has no coins."""
+        return shape.recipe(self.rule, nfe).plan(np.random.default_rng(0))
+
+    def plan(self, nfe: float) -> Plan:
+        """The plan of the best shape."""
+        return self.plan_of(self.shape(nfe), nfe)

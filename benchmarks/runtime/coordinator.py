@@ -1,0 +1,124 @@
+"""The limit of one coordinator, and the memory of driver and coordinator against the number of images.
+
+python benchmarks/runtime/coordinator.py --num 1e4,1e6 --out benchmarks/results/runtime-coordinator.json
+
+A ladder of three Gaussian levels of 4x4 images, which cost next to nothing: what is left is the runtime.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from mlem_dist.ladder.ladder import save_ladder, save_level
+from mlem_dist.ladder.levels import GaussianLevel
+
+SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
+SIDE, CLASSES, LEVELS = 4, 10, 3
+PLACEMENTS = ("together", "pools")
+
+
+def make_ladder(folder: Path) -> None:
+    """Three Gaussians of random classes."""
+    folder.mkdir()
+    x0 = torch.randn(2000, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    label = torch.arange(len(x0)) % CLASSES
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    levels = []
+    for k in range(1, LEVELS + 1):
+        level = GaussianLevel(CLASSES, SIDE * SIDE, 2 * k, alpha_bar)
+        level.fit(x0, label)
+        entry = save_level(folder, f"gaussian-{k}", level, torch.float32)
+        levels.append(replace(entry, seconds={"cpu": 1e-6 * 4**k}, denoising_error=[0.1]))
+    scheduler = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    save_ladder(folder, "dry", (1, SIDE, SIDE), [str(c) for c in range(CLASSES)], scheduler, levels)
+
+
+def process_of(title: str) -> int | None:
+    """The process whose command line begins so."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(title.encode()):
+                return int(path.parent.name)
+        except OSError:
+            continue
+    return None
+
+
+def resident(pid: int | None) -> float:
+    """MiB of memory."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except (OSError, IndexError):
+        return 0.0
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """User and system time."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError):
+        return 0.0
+
+
+def run(ladder: Path, num: int, placement: str, devices: int) -> dict[str, Any]:
+    """One run, with the memory of driver and coordinator every half second."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [SCRIPT, "generate", "--num", str(num), "--ladder", str(ladder), "--out", f"{folder}/out"]
+        command += ["--steps", "20", "--nfe", "5", "--placement", placement, "--devices", str(devices)]
+        command += ["--address", "local", "--block-size", "100", "--shard-size", "5000", "--json"]
+        memory: list[tuple[float, float]] = []
+        used = 0.0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+            coordinator = None
+            while driver.poll() is None:
+                coordinator = coordinator or process_of("ray::Coordinator")
+                memory.append((resident(driver.pid), resident(coordinator)))
+                used = max(used, cpu_seconds(coordinator))
+                time.sleep(0.5)
+            assert driver.stdout
+            report = json.loads(driver.stdout.read())
+    begun = [both for both in memory if both[1]]
+    calls = sum(pool["calls"] for pool in report["pools"])
+    result = {
+        "placement": placement,
+        "num": num,
+        "sampling_seconds": report["sampling_seconds"],
+        "blocks_per_second": num / 100 / report["sampling_seconds"],
+        "calls_per_second": calls / report["sampling_seconds"],
+        "coordinator_ms_per_call": used * 1e3 / calls,
+        "driver_mib": [begun[len(begun) // 4][0], max(both[0] for both in begun)],
+        "coordinator_mib": [begun[len(begun) // 4][1], max(both[1] for both in begun)],
+    }
+    print(result, flush=True)
+    return result
+
+
+@click.command()
+@click.option("--num", default="1e4,1e6")
+@click.option("--devices", default=2)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(num: str, devices: int, out: Path) -> None:
+    """Memory is MiB, after a quarter of the run and at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        ladder = Path(folder) / "dry"
+        make_ladder(ladder)
+        runs = [
+            run(ladder, int(float(images)), placement, devices) for placement in PLACEMENTS for images in num.split(",")
+        ]
+    out.write_text(json.dumps({"machine": f"{platform.machine()}, {devices} cores", "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

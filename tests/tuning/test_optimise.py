@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
+from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.tuning.calibrate import calibrate, store
+from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.optimise import FirstOrder, evaluations_in_use, pair_effects
+from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.tune import Optimiser
+
+STEPS, SAMPLES = 24, 16
+ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+def scalar_levels(size: float):
+    """Drifts of numbers, the upper two a small way off the one below, in curves."""
+
+    def first(x, t, label):
+        return 0.6 * x
+
+    def second(x, t, label):
+        return first(x, t, label) + size * torch.sin(2 * x + t.view(-1, 1, 1, 1) / 300)
+
+    def third(x, t, label):
+        return second(x, t, label) + size * torch.cos(x - t.view(-1, 1, 1, 1) / 200)
+
+    return {1: first, 2: second, 3: third}
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("kind", ["held", "extrapolated"])
+def test_the_model_is_the_error_to_first_order(solver, kind):
+    table = step_table(ALPHA_BAR, STEPS, ETA[solver])
+    label = torch.zeros(SAMPLES, dtype=torch.int64)
+    noise = block_noise(0, 0, (SAMPLES, 1, 1, 1), "cpu")
+    fire = draw_coins(np.repeat([[1.0], [0.4], [0.2]], STEPS, axis=1), "systematic", np.random.default_rng(1))
+    plan = held(fire) if kind == "held" else extrapolated(fire, np.arange(STEPS) ** 1.5, reach=[1.0, 1.4, 0.5])
+    ratios = []
+    for size in (1e-2, 1e-3):
+        levels = scalar_levels(size)
+        # Of one number, a sign is a probe without noise.
+        model = FirstOrder(pair_effects(levels, table, noise, label, torch.ones(SAMPLES, 1, 1, 1)))
+        best = integrate(levels, table, single_level(3, 3, STEPS), noise, label)
+        end = integrate(levels, table, plan, noise, label)
+        ratios.append(model.error(plan) / float((end - best).square().mean()))
+        assert model.error(single_level(3, 3, STEPS)) == 0
+    assert ratios[0] == pytest.approx(1, abs=0.1)
+    assert ratios[1] == pytest.approx(1, abs=0.02)
+
+
+def test_evaluations_in_use_are_those_of_the_plan():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        fire = rng.random((1, 30)) < 0.2
+        latest, before = evaluations_in_use(fire[0])
+        weights = rng.random((2, 1, 30))
+        plan = Plan(fire, weights[0], weights[1])
+        found = np.zeros((30, 30))
+        for term in (term for terms in plan.terms for term in terms):
+            found[term.start : term.stop, term.start] = term.weights
+        expected = np.zeros((30, 30))
+        for j in range(30):
+            if latest[j] >= 0:
+                expected[j, latest[j]] = weights[0, 0, j]
+            if before[j] >= 0:
+                expected[j, before[j]] = weights[1, 0, j]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(small):
+    ladder = Ladder.load(small)
+    images = torch.randint(
+        256, (40, *ladder.sample_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    store(small, ladder, calibrate(ladder, images, torch.arange(40) % 10, "cpu", per_band=4, steps=40, samples=16))
+    ladder = Ladder.load(small)
+    choosing, judging = (Judge(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
+    plan = Optimiser(choosing, "cpu", 2, lambda stage, done, total: None).plan(6)
+    default = make_recipe(ladder, "cpu", "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
+    cost = ladder.cost("cpu")
+    assert plan.nfe(cost) == pytest.approx(6, rel=0.1)
+    assert judging.judge(plan).errors.mean() < 0.8 * judging.judge(default).errors.mean()
