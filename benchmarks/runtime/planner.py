@@ -1,0 +1,155 @@
+"""The planner against measured runs, and what it says of clusters from 1 to 4,096 devices.
+
+python benchmarks/runtime/planner.py --out benchmarks/results
+
+Writes planner.json and planner.png.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.measure import seconds_per_sample
+from mlem_dist.runtime.job import Job
+from mlem_dist.runtime.placement import parse_placement
+from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
+from mlem_dist.tuning.recipe import make_recipe
+
+SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
+STEPS, SHARD = 250, 600
+# Placement, evaluations of the best level, block size, devices, images.
+RUNS = [
+    ("together", 10, 100, 2, 1800),
+    ("together", 5, 50, 2, 2400),
+    ("together", 20, 100, 2, 1200),
+    ("together", 10, 100, 1, 1200),
+    ("1-3,4-6", 10, 100, 2, 1800),
+    ("1-2,3-6", 5, 100, 2, 2400),
+    ("1-5,6", 10, 50, 2, 1200),
+    ("pools", 10, 100, 2, 1200),
+    ("pools", 10, 50, 2, 1200),
+    ("pools", 5, 100, 2, 1200),
+    ("pools", 20, 200, 2, 1200),
+]
+DEVICES = [4**i for i in range(7)]
+CELLS = [16, 64, 4096]
+
+
+def make_job(ladder: Ladder, cost: np.ndarray, nfe: float, block: int, num: int, shard: int, device: str) -> Job:
+    recipe = make_recipe(ladder.with_cost("here", cost), "here", "ddpm", STEPS, nfe)
+    labels = tuple(range(10))
+    return Job("fashion", ladder.digest, num, labels, "ddpm", STEPS, recipe, 0, block, shard, device)
+
+
+def measure(placement: str, nfe: float, block: int, devices: int, num: int) -> dict[str, Any]:
+    """One run's report."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--devices", str(devices), "--json"]
+        command += ["--address", "local", "--placement", placement, "--nfe", str(nfe), "--block-size", str(block)]
+        command += ["--shard-size", str(SHARD), "--increments", "held", "--steps", str(STEPS)]
+        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+def validate(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
+    """Every run measured and forecast, with the levels' times of this machine."""
+    rows = []
+    stored = ladder.cost("cpu")
+    for placement, nfe, block, devices, num in RUNS:
+        report = measure(placement, nfe, block, devices, num)
+        # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
+        job = make_job(ladder, stored, nfe, block, num, SHARD, "cpu")
+        pools = parse_placement(placement, len(ladder.levels)).pools
+        kind = Kind("cpu", devices, cost, np.inf, OVERHEADS["cpu"])
+        found = forecast(job, Layout(pools, (kind,) * len(pools)))
+        row = {
+            "placement": placement,
+            "nfe": nfe,
+            "block_size": block,
+            "devices": devices,
+            "num": num,
+            "measured": report["images_per_second"],
+            "forecast": num / found.seconds,
+            "ideal": found.ideal,
+        }
+        row["ratio"] = row["forecast"] / row["measured"]
+        rows.append(row)
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    return rows
+
+
+def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
+    """Devices of two kinds, all levels together and one pool per level, by the most devices of a cell."""
+    rows = []
+    for name, device, speed, block in (("CPU cores", "cpu", 1, 100), ("GPUs, 50 times a core", "cuda", 50, 500)):
+        for placement in ("together", "pools"):
+            for cell in CELLS:
+                for devices in DEVICES:
+                    kind = Kind(device, devices, cost / speed, np.inf, OVERHEADS[device])
+                    job = make_job(ladder, cost, 10, block, 10**9, 20 * block, device)
+                    pools = parse_placement(placement, len(ladder.levels)).pools
+                    found = forecast(job, Layout(pools, (kind,) * len(pools)), cell)
+                    row = {"devices": devices, "kind": name, "placement": placement, "cell": cell}
+                    row |= {"images_per_second": found.images_per_second, "efficiency": found.efficiency}
+                    row |= {"coordinator": found.coordinator}
+                    rows.append(row)
+                    print(row, flush=True)
+    return rows
+
+
+def draw(validation: list[dict[str, Any]], scaling: list[dict[str, Any]], path: Path) -> None:
+    """Forecast against measured, and efficiency against devices."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    measured, expected = ([row[key] for row in validation] for key in ("measured", "forecast"))
+    axes[0].loglog(measured, expected, "o")
+    ends = [min(measured) * 0.9, max(measured) * 1.1]
+    axes[0].fill_between(ends, [0.9 * x for x in ends], [1.1 * x for x in ends], alpha=0.2, label="within 10 %")
+    axes[0].set(xlabel="measured images/s, two CPU cores", ylabel="forecast", title="the planner against measured runs")
+    axes[0].legend()
+    for one, kind in zip(axes[1:], dict.fromkeys(row["kind"] for row in scaling), strict=True):
+        for index, placement in enumerate(("together", "pools")):
+            for cell, line in zip(CELLS, (":", "-", "--"), strict=True):
+                rows = [
+                    row for row in scaling if (row["kind"], row["placement"], row["cell"]) == (kind, placement, cell)
+                ]
+                x, y = ([row[key] for row in rows] for key in ("devices", "efficiency"))
+                one.loglog(x, y, line, marker=".", color=f"C{index}", label=f"{placement}, cells of up to {cell}")
+        one.set(xlabel="devices", ylabel="images/s to the levels' own time", title=f"simulated: {kind}")
+        one.axhline(0.9, color="k", lw=0.5)
+        one.legend(fontsize=8)
+    for one in axes:
+        one.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(out: Path) -> None:
+    """Level times are measured first, one core, in blocks of 100."""
+    ladder = Ladder.load("fashion")
+    numbers = range(1, len(ladder.levels) + 1)
+    cost = np.array(
+        [seconds_per_sample(ladder.load_level(k, "cpu"), ladder.sample_shape, 10, "cpu", 100) for k in numbers]
+    )
+    print({level.name: round(t * 1e3, 3) for level, t in zip(ladder.levels, cost, strict=True)}, flush=True)
+    result: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cost": cost.tolist(),
+        "validation": validate(ladder, cost),
+    }
+    (out / "planner.json").write_text(json.dumps(result, indent=1) + "\n")
+    result["scaling"] = scale(ladder, cost)
+    (out / "planner.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result["validation"], result["scaling"], out / "planner.png")
+
+
+if __name__ == "__main__":
+    main()
