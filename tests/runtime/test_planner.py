@@ -1,0 +1,139 @@
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mlem_dist.cli import cli
+from mlem_dist.errors import UsageError
+from mlem_dist.runtime.placement import WEIGHT_SHARE, evaluations, parse_placement, pool_loads
+from mlem_dist.runtime.planner import Kind, Layout, forecast, marginal, plan_capacity, read_kinds
+from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, stages
+from mlem_dist.solver.plan import Recipe
+
+NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, shared=False)
+COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
+FOUR = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
+POOLS = (range(1, 3), range(3, 5))
+
+
+@pytest.fixture
+def job(make_job):
+    return make_job(FOUR, num=64_000, block_size=8, shard_size=80)
+
+
+def kind(count: int, name: str = "gpu", cost: np.ndarray = COST, memory: float = np.inf, **overheads) -> Kind:
+    return Kind(name, count, cost, memory, replace(NOTHING, **overheads))
+
+
+def layout(one: Kind, placement: str = "together") -> Layout:
+    pools = parse_placement(placement, 4).pools
+    return Layout(pools, (one,) * len(pools))
+
+
+def test_the_stages_of_plans_hold_the_loads_of_the_pools(job):
+    for pools in ((range(1, 5),), POOLS, tuple(range(k, k + 1) for k in range(1, 5))):
+        total = np.zeros(len(pools))
+        for block in range(16):
+            for stage in stages(job.block_plan(block), pools, [COST] * len(pools)):
+                total[0] += stage.local
+                for pool, seconds in stage.asks:
+                    total[pool] += seconds
+        np.testing.assert_allclose(total / 16, pool_loads(evaluations(job), pools, COST))
+
+
+@pytest.mark.parametrize("devices", [1, 3, 16])
+def test_without_overheads_devices_that_hold_all_levels_are_always_busy(job, devices):
+    found = forecast(job, layout(kind(devices)))
+    assert found.efficiency == pytest.approx(1, abs=0.02)
+    assert found.pools[0].busy == pytest.approx(1, abs=0.02)
+    assert found.seconds == pytest.approx(job.num / found.ideal, rel=0.02)
+    assert found.level_seconds.sum() == pytest.approx(devices / found.ideal)
+
+
+def test_all_work_is_done_and_in_turn(job):
+    programs = [stages(job.block_plan(block), POOLS, [COST, COST]) for block in range(4)]
+    cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [NOTHING] * 2, 8, 10)
+    trace = cell.run(8)
+    assert len(trace.blocks) == 8
+    local = 2 * 8 * sum(stage.local for program in programs for stage in program)
+    asked = 2 * 8 * sum(seconds for program in programs for stage in program for _, seconds in stage.asks)
+    assert trace.busy == pytest.approx({0: local, 1: asked})
+    assert max(local, asked) <= trace.seconds <= local + asked
+    for pool in (0, 1):
+        mine = sorted((busy.start, busy.stop) for busy in trace.work if busy.pool == pool)
+        assert all(before[1] <= after[0] + 1e-12 for before, after in pairwise(mine))
+
+
+def test_a_slow_coordinator_is_the_bottleneck_and_smaller_cells_help(job):
+    one = layout(kind(64, event=0.01))
+    large, small = forecast(job, one, 64), forecast(job, one, 8)
+    assert large.bottleneck == "coordinator"
+    # All levels together are one call per block.
+    assert large.images_per_second == pytest.approx(8 / 0.01, rel=0.02)
+    assert small.cells == 8
+    assert small.images_per_second > 5 * large.images_per_second
+
+
+def test_a_small_simulation_foretells_a_large_job(job):
+    short, long = (forecast(replace(job, num=num), layout(kind(4), "1-2,3-4")) for num in (64_000, 6_400_000))
+    assert long.images_per_second == pytest.approx(short.images_per_second, rel=0.02)
+    assert long.seconds == pytest.approx(100 * short.seconds, rel=0.02)
+
+
+def test_kinds_share_the_images_by_their_speed(job):
+    slow, fast = kind(8, "slow", COST * 4), kind(4, "fast")
+    best = plan_capacity(job, np.full(4, 1.0), [slow, fast])[0]
+    assert [str(part.layout) for part in best.parts] == ["1-4@slow", "1-4@fast"]
+    assert best.parts[1].images_per_second == pytest.approx(2 * best.parts[0].images_per_second, rel=0.05)
+    gains = marginal(job, best)
+    assert gains["fast"] == pytest.approx(4 * gains["slow"], rel=0.2)
+    assert best.level_hours(job.num).sum() * 3600 == pytest.approx(12 * best.seconds, rel=0.05)
+
+
+def test_a_level_that_fits_on_one_kind_only_is_called_there(job):
+    weights = np.array([1.0, 1, 1, 30])
+    small, large = kind(8, "small", memory=10 / WEIGHT_SHARE), kind(2, "large", memory=34 / WEIGHT_SHARE)
+    ways = plan_capacity(job, weights, [small, large])
+    assert {str(part.layout) for part in ways[0].parts} == {"1-3@small,4@large"}
+    alone = next(way for way in ways if "small" not in str(way))
+    assert ways[0].images_per_second > 1.1 * alone.images_per_second
+    with pytest.raises(UsageError, match="no placement of its levels fits"):
+        plan_capacity(job, weights, [small])
+
+
+def run(*arguments: str) -> str:
+    return CliRunner().invoke(cli, ["plan", *arguments], standalone_mode=False, catch_exceptions=False).stdout
+
+
+def test_plan_prints_a_forecast_and_draws_it(tmp_path):
+    cost = "h100=0.001,0.01,0.02,0.04,0.08,0.16"
+    arguments = ["fashion", "--num", "1e7", "--pool-devices", "cpu:64,h100:2:80", "--cost", cost]
+    text = run(*arguments, "--out", str(tmp_path / "timeline.png"))
+    assert "1-6@h100" in text
+    assert "One more device of" in text
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    raw = json.loads(run(*arguments, "--json"))
+    best = raw["placements"][0]
+    assert best["hours"] == pytest.approx(1e7 / best["images_per_second"] / 3600, rel=0.05)
+    assert set(raw["images_per_second_of_one_more"]) == {"cpu", "h100"}
+    assert {pool["pool"] for part in best["parts"] for pool in part["pools"]} == {"1-6@cpu", "1-6@h100"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "costs", "message"),
+    [
+        ("cpu", [], "expected KIND:COUNT"),
+        ("cpu:0", [], "expected KIND:COUNT"),
+        ("cpu:2:x", [], "expected KIND:COUNT"),
+        ("cpu:2,cpu:3", [], "stands there twice"),
+        ("l4:2", [], "no costs of 'l4' are known"),
+        ("l4:2", ["l4=1,2"], "6 positive numbers"),
+        ("cpu:2", ["l4=1,2,3,4,5,6"], "not one of the --pool-devices"),
+    ],
+)
+def test_bad_devices_are_refused(fashion, devices, costs, message):
+    with pytest.raises(UsageError, match=message):
+        read_kinds(fashion, devices, costs)
