@@ -28,7 +28,7 @@ from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
 from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
 from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
-from mlem_dist.tuning.recipe import NeymanRule, make_recipe
+from mlem_dist.tuning.recipe import make_recipe
 from mlem_dist.tuning.tune import CHOOSING_SAMPLES, CHOOSING_SEED, DRAWS, JUDGING_SEED, Optimiser, best_draw
 from mlem_dist.tuning.tune import FAMILIES as TUNED
 
@@ -37,7 +37,7 @@ BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200)
 EM_STEPS = (10, 25, 50, 100, 250)
 BUDGETS = (5, 10, 20, 40, 80)
 MEMORISED_BUDGETS = (5, 10, 20, 40)
-SHAPE_STEPS = 250
+OPTIMISED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 7, 10, 14, 20, 40, 80), 256
 FAST_STEPS = (5, 8, 10, 15, 20, 30, 40)
 STITCH_STEPS = (10, 20, 50)
 STITCHES = (0.25, 0.5, 0.75)
@@ -81,16 +81,9 @@ def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
                 yield name, f"{steps} steps", partial(fast, name, steps, judge)
     for nfe in MEMORISED_BUDGETS:
         yield "memorised", f"{nfe} NFE", partial(memorised, nfe)
-    # The model is made on fewer steps, which its shapes do not depend on.
-    fewer = Judge(ladder, solver, judge.device, SHAPE_STEPS, CHOOSING_SAMPLES, CHOOSING_SEED, choosing.cache)
-    optimiser = Optimiser(fewer, judge.device, 1, lambda stage, done, total: None)
-    rule = NeymanRule(ladder, judge.device, solver, BASE_STEPS)
-
-    def optimised(nfe: float) -> Verdict:
-        return judge.judge(optimiser.shape(nfe).recipe(rule, nfe))
-
-    for nfe in BUDGETS:
-        yield "optimised", f"{nfe} NFE", partial(optimised, nfe)
+    optimiser = Optimiser(choosing, 1, lambda stage, done, total: None, OPTIMISER_SAMPLES)
+    for nfe in OPTIMISED_BUDGETS:
+        yield "optimised", f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
     for small in range(3, levels):
         for steps in STITCH_STEPS:
             for part in STITCHES:

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem_dist.solver.integrate import Drift
+from mlem_dist.solver.integrate import Drift, block_noise
 from mlem_dist.solver.plan import Plan, Recipe
-from mlem_dist.solver.steps import StepTable
+from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import NeymanRule
 
@@ -40,7 +40,10 @@ POPULATION, GENERATIONS = 16, 60
 RUNG_SETS = 3
 """Of all choices of rungs, so many that promise most are tried."""
 
-PROBE_SEED = 2
+MODEL_STEPS, MODEL_SAMPLES, MODEL_SEED = 100, 128, 2
+
+LARGEST = 25.0
+"""Evaluations of the best level; a larger budget, for which the model's steps are too few, has this one's shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +77,29 @@ def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_order(
-    judge: Judge, threads: int, progress: Callable[[int, int], None] = lambda done, total: None
+    judge: Judge, samples: int, threads: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> FirstOrder:
-    """The model for the ladder, solver, noises and steps of a judge.
+    """The model for the ladder and solver of a judge, on noises of its own and `MODEL_STEPS` steps.
 
     Evaluates every level once, and passes back through the best one once, at each step of each sample. Holds all
     increments of `threads` blocks, and 4 K N^2 bytes per sample.
+
+    Args:
+        samples: a multiple of 32.
+        threads: blocks at a time.
+        progress: told how many blocks are done, of how many.
     """
-    generator = torch.Generator().manual_seed(PROBE_SEED)
-    blocks = range(judge.samples // BLOCK)
+    generator = torch.Generator().manual_seed(MODEL_SEED)
+    table = solver_table(judge.ladder.alpha_bar, MODEL_STEPS, judge.solver)
+    blocks = range(samples // BLOCK)
     shape = (BLOCK, *judge.ladder.sample_shape)
     probes = [torch.randint(2, shape, generator=generator).to(judge.device) * 2.0 - 1 for _ in blocks]
     done = 0
 
     def one(block: int) -> np.ndarray:
         nonlocal done
-        found = pair_effects(judge.levels, judge.fine, judge.noise(block, len(judge.fine)), judge.label, probes[block])
+        noise = block_noise(MODEL_SEED, block, shape, judge.device)
+        found = pair_effects(judge.levels, table, noise, judge.label, probes[block])
         done += 1
         progress(done, len(blocks))
         return found
@@ -166,8 +176,8 @@ class Shape:
 def optimise(model: FirstOrder, rule: NeymanRule, reach: float, nfe: float) -> list[Shape]:
     """For each of the choices of rungs that promise most, the shape of least error by the model, the best first.
 
-    The search is the covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772), from Neyman's
-    probabilities and increments that are extrapolated by `reach`.
+    `rule` is on the model's steps. The search is the covariance matrix adaptation evolution strategy (Hansen,
+    arXiv:1604.00772), from Neyman's probabilities and increments that are extrapolated by `reach`.
 
     Raises:
         UsageError: the budget is below the cost of the base level.
@@ -175,6 +185,7 @@ def optimise(model: FirstOrder, rule: NeymanRule, reach: float, nfe: float) -> l
     import cma
 
     found = []
+    nfe = min(nfe, LARGEST)
     for rungs in rule.choices(nfe)[:RUNG_SETS]:
         rows = len(rungs) - 1
 

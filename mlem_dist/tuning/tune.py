@@ -15,7 +15,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, single_level
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.optimise import FirstOrder, Shape, first_order, optimise
+from mlem_dist.tuning.optimise import MODEL_SAMPLES, MODEL_STEPS, FirstOrder, Shape, first_order, optimise
 from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 
 CHOOSING_SEED, JUDGING_SEED = 0, 1
@@ -89,7 +89,7 @@ def tune(
     }
     choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
     judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
-    optimiser = Optimiser(choosing, device, threads, progress) if calibrated(ladder) else None
+    optimiser = Optimiser(choosing, threads, progress) if calibrated(ladder) else None
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # A grid that divides the steps, as the comparison on one Brownian path needs.
@@ -141,31 +141,36 @@ def best_plan(
 
 
 class Optimiser:
-    """`optimise` on the choosing noises; its model is made when it is first used.
+    """`optimise`, with the last word by the choosing noises; its model is made when it is first used.
 
     Args:
         choosing: of a calibrated ladder.
-        device: whose costs count.
         threads: blocks at a time.
         progress: told what is done.
+        samples: of the model.
     """
 
-    def __init__(self, choosing: Judge, device: str, threads: int, progress: Progress) -> None:
-        self.choosing, self.threads, self.progress = choosing, threads, progress
-        self.cost = choosing.ladder.cost(device)
-        self.rule = NeymanRule(choosing.ladder, device, choosing.solver, len(choosing.fine))
+    def __init__(self, choosing: Judge, threads: int, progress: Progress, samples: int = MODEL_SAMPLES) -> None:
+        self.choosing, self.threads, self.progress, self.samples = choosing, threads, progress, samples
+        self.cost = choosing.ladder.cost(choosing.device)
+        of_judge, of_model = (
+            NeymanRule(choosing.ladder, choosing.device, choosing.solver, steps)
+            for steps in (len(choosing.fine), MODEL_STEPS)
+        )
+        self.rule, self.model_rule = of_judge, of_model
 
     @cached_property
     def model(self) -> FirstOrder:
         """The error of plans to first order."""
-        return first_order(self.choosing, self.threads, partial(self.progress, "effects of increments"))
+        told = partial(self.progress, "effects of increments")
+        return first_order(self.choosing, self.samples, self.threads, told)
 
     def shape(self, nfe: float) -> Shape:
         """The best shape for a budget, of those found for several choices of rungs."""
         reach = float(DEFAULT_INCREMENTS[self.choosing.solver] == "extrapolated")
         model = self.model
         self.progress(f"{nfe:g} NFE, search", 0, 1)
-        shapes = optimise(model, self.rule, reach, nfe)
+        shapes = optimise(model, self.model_rule, reach, nfe)
         plans = [self.plan_of(shape, nfe) for shape in shapes]
         return shapes[plans.index(best_plan(self.choosing, plans, self.cost))]
 

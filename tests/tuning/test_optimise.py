@@ -79,7 +79,7 @@ def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(small
     store(small, ladder, calibrate(ladder, images, torch.arange(40) % 10, "cpu", per_band=4, steps=40, samples=16))
     ladder = Ladder.load(small)
     choosing, judging = (Judge(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
-    plan = Optimiser(choosing, "cpu", 2, lambda stage, done, total: None).plan(6)
+    plan = Optimiser(choosing, 2, lambda stage, done, total: None, samples=64).plan(6)
     default = make_recipe(ladder, "cpu", "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
     cost = ladder.cost("cpu")
     assert plan.nfe(cost) == pytest.approx(6, rel=0.1)
