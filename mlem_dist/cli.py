@@ -184,18 +184,21 @@ def generate(
     if engine == "ray":
         if not remote:
             cluster.connect(address)
+        from mlem_dist.runtime.cells import CELL_DEVICES
+
         if parsed and any(parsed.kinds):
             pools, there = parsed.pools, cluster.find_devices(parsed.kinds, device)
         else:
             count = cluster.count_devices(device, devices)
             if parsed is None:
                 found = cluster.choose_placement(job, ladder, count)
-                click.echo(placement_reason(found, count), err=True)
-            pools = parsed.pools if parsed else found[0].pools
+                click.echo(placement_reason(found), err=True)
+            pools = parsed.pools if parsed else found[0].layout.pools
             there = [Devices(device, count)] * len(pools)
+        cell_devices = found[0].cell_devices if parsed is None else CELL_DEVICES
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, pools, there)
+            return cluster.run_ray(job, ladder, out, shards, pools, there, cell_devices)
     else:
         from mlem_dist.runtime.inline import run_inline
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.placement import Candidate
-from mlem_dist.runtime.planner import Capacity
+from mlem_dist.runtime.placement import pools_text
+from mlem_dist.runtime.planner import Capacity, Forecast
 from mlem_dist.tuning.calibrate import BANDS, BATCHES, Calibration
 from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
@@ -122,11 +122,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
-def placement_reason(found: Sequence[Candidate], devices: int) -> str:
-    """Why the first of the placements that fit is taken: its predicted rate beside that of the most divided one."""
-    best, divided = found[0], max(found, key=lambda candidate: len(candidate.pools))
-    text = f"Placement {best}: predicted {_predicted(best, devices)}"
-    return text if best is divided else f"{text}; {divided} would make {_predicted(divided, devices)}."
+def placement_reason(found: Sequence[Forecast]) -> str:
+    """Why the first of the placements that fit is taken: its simulated rate beside that of the most divided one."""
+    best, divided = found[0], max(found, key=lambda one: len(one.layout.pools))
+    text = f"Placement {pools_text(best.layout.pools)}: simulated {_simulated(best)}"
+    if best is divided:
+        return text
+    return f"{text}; {pools_text(divided.layout.pools)} would make {_simulated(divided)}."
 
 
 def capacity_table(ladder: Ladder, num: int, found: Sequence[Capacity], gains: Mapping[str, float]) -> str:
@@ -162,6 +164,5 @@ def capacity_table(ladder: Ladder, num: int, found: Sequence[Capacity], gains: M
     )
 
 
-def _predicted(candidate: Candidate, devices: int) -> str:
-    share = candidate.lost / candidate.seconds
-    return f"{devices / candidate.seconds:.1f} images/s, {share:.0%} of the device time spent between pools"
+def _simulated(one: Forecast) -> str:
+    return f"{one.images_per_second:.1f} images/s, {one.efficiency:.0%} of what the levels' own time would allow"

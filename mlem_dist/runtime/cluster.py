@@ -24,7 +24,8 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.coordinator import Coordinator
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Candidate, Devices, allot_kinds, candidates, evaluations, pool_loads
+from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations, pool_loads
+from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts
 from mlem_dist.runtime.progress import Progress
 
 ANSWER_SECONDS = 10
@@ -144,13 +145,15 @@ def _count(resource: str, labels: Mapping[str, str]) -> int:
     return sum(int(node["Resources"].get(resource, 0)) for node in _nodes() if _has(node, labels))
 
 
-def choose_placement(job: Job, ladder: Ladder, devices: int) -> list[Candidate]:
-    """The placements that the connected cluster has memory for, the fastest first.
+def choose_placement(job: Job, ladder: Ladder, devices: int) -> list[Forecast]:
+    """Placements that the connected cluster has memory for, simulated, the one that ends first before the others.
 
     Raises:
         UsageError: there is none.
     """
-    return candidates(job, ladder.cost(job.device), ladder.weights, devices, _memory(job.device))
+    kind = Kind(job.device, devices, ladder.cost(job.device), _memory(job.device), OVERHEADS[job.device])
+    found = [forecast(job, layout) for layout in layouts(job, ladder.weights, kind)]
+    return sorted(found, key=lambda one: one.seconds)
 
 
 def _memory(device: str) -> float:

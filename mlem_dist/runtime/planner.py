@@ -33,6 +33,9 @@ OVERHEADS = {
 """By device type. Those of CPU cores, and the coordinator's, are measured (benchmarks/runtime/planner.py); a GPU's own
 are assumed."""
 
+BUSY_COORDINATOR = 0.5
+"""Of its time; above that, cells are made smaller."""
+
 SIMULATED = 3
 """Of all placements, so many that promise most are simulated."""
 
@@ -156,6 +159,7 @@ class Forecast:
     Attributes:
         layout: which.
         cells: how many coordinators.
+        cell_devices: at most so many devices in a cell.
         images_per_second: of all cells, when they are neither filling nor draining.
         ideal: images per second if devices did nothing but evaluate levels, always.
         seconds: of all cells, from loaded levels to the last shard, for the images that it is asked for.
@@ -167,6 +171,7 @@ class Forecast:
 
     layout: Layout
     cells: int
+    cell_devices: int
     images_per_second: float
     ideal: float
     seconds: float
@@ -191,8 +196,21 @@ class Forecast:
         return max(shares, key=shares.__getitem__)
 
 
-def forecast(job: Job, layout: Layout, cell_devices: int = CELL_DEVICES) -> Forecast:
-    """Simulate one of the layout's cells of at most `cell_devices` devices, all cells being alike."""
+def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forecast:
+    """Simulate one of the layout's cells of at most `cell_devices` devices, all cells being alike.
+
+    Without `cell_devices` there are `CELL_DEVICES`, and fewer where a coordinator would be busy more than half of its
+    time.
+    """
+    if cell_devices is not None:
+        return _simulate(job, layout, cell_devices)
+    found = _simulate(job, layout, CELL_DEVICES)
+    while found.coordinator > BUSY_COORDINATOR and min(found.cell_devices, layout.devices) > 1:
+        found = _simulate(job, layout, max(1, min(found.cell_devices, layout.devices) // 4))
+    return found
+
+
+def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     counts = evaluations(job)
     costs = [kind.cost for kind in layout.kinds]
     cells = max(1, min(-(-layout.devices // cell_devices), *(kind.count for kind in layout.groups)))
@@ -218,6 +236,7 @@ def forecast(job: Job, layout: Layout, cell_devices: int = CELL_DEVICES) -> Fore
     return Forecast(
         layout,
         cells,
+        cell_devices,
         rate * cells * share * job.block_size,
         float(ideal),
         trace.seconds + (0 if whole else (of_cell - simulated) / rate),
@@ -273,9 +292,7 @@ class Capacity:
         return " + ".join(str(part.layout) for part in self.parts)
 
 
-def plan_capacity(
-    job: Job, weights: np.ndarray, kinds: Sequence[Kind], cell_devices: int = CELL_DEVICES
-) -> list[Capacity]:
+def plan_capacity(job: Job, weights: np.ndarray, kinds: Sequence[Kind]) -> list[Capacity]:
     """Ways to use the devices, the fastest first.
 
     Every kind works on its own, on the placement of its levels that is fastest there; and each pair of kinds works
@@ -285,7 +302,6 @@ def plan_capacity(
         job: what is to be made.
         weights: float64 (K,), bytes of each level.
         kinds: the devices, of names that differ.
-        cell_devices: at most so many in a cell.
 
     Raises:
         UsageError: the ladder fits on no kind alone and on no pair.
@@ -294,19 +310,19 @@ def plan_capacity(
     unfit: list[UsageError] = []
     for kind in kinds:
         try:
-            layouts = _layouts(job, weights, kind)
+            found = layouts(job, weights, kind)
         except UsageError as error:
             unfit.append(error)
         else:
-            alone[kind] = _fastest(_part(job, kind.count, kinds), layouts, cell_devices)
-    found = [tuple(alone.values())] if alone else []
+            alone[kind] = _fastest(_part(job, kind.count, kinds), found)
+    ways = [tuple(alone.values())] if alone else []
     for lower, upper in permutations(kinds, 2):
         if pairs := _paired(job, weights, lower, upper):
-            pair = _fastest(job, pairs, cell_devices)
-            found.append((pair, *(one for kind, one in alone.items() if kind not in (lower, upper))))
-    if not found:
+            pair = _fastest(job, pairs)
+            ways.append((pair, *(one for kind, one in alone.items() if kind not in (lower, upper))))
+    if not ways:
         raise unfit[0]
-    capacities = [_shared(job, parts, cell_devices) for parts in found]
+    capacities = [_shared(job, parts) for parts in ways]
     return sorted(capacities, key=lambda capacity: -capacity.images_per_second)
 
 
@@ -315,26 +331,32 @@ def _part(job: Job, count: int, kinds: Sequence[Kind]) -> Job:
     return replace(job, num=max(1, round(job.num * count / sum(kind.count for kind in kinds))))
 
 
-def _shared(job: Job, parts: Sequence[Forecast], cell_devices: int) -> Capacity:
+def _shared(job: Job, parts: Sequence[Forecast]) -> Capacity:
     """Each part on the images that fall to it by its speed."""
     total = sum(part.images_per_second for part in parts)
 
     def own(part: Forecast) -> Forecast:
         images = max(1, round(job.num * part.images_per_second / total))
-        return forecast(replace(job, num=images), part.layout, cell_devices)
+        return forecast(replace(job, num=images), part.layout)
 
     return Capacity(tuple(map(own, parts)))
 
 
-def _fastest(job: Job, layouts: Sequence[Layout], cell_devices: int) -> Forecast:
-    found = [forecast(job, layout, cell_devices) for layout in layouts]
+def _fastest(job: Job, choices: Sequence[Layout]) -> Forecast:
+    found = [forecast(job, layout) for layout in choices]
     return max(found, key=lambda one: one.images_per_second)
 
 
-def _layouts(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
-    """The placements on one kind that promise most."""
-    found = candidates(job, kind.cost, weights, kind.count, kind.memory)[:SIMULATED]
-    return [Layout(one.pools, (kind,) * len(one.pools)) for one in found]
+def layouts(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
+    """The placements on one kind that promise most, and the most divided one.
+
+    Raises:
+        UsageError: no placement fits.
+    """
+    found = candidates(job, kind.cost, weights, kind.count, kind.memory)
+    divided = max(found, key=lambda candidate: len(candidate.pools))
+    chosen = dict.fromkeys(one.pools for one in (*found[:SIMULATED], divided))
+    return [Layout(pools, (kind,) * len(pools)) for pools in chosen]
 
 
 def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
@@ -352,7 +374,7 @@ def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Lay
     return [Layout(pools, (lower, upper)) for _, _, pools in best]
 
 
-def marginal(job: Job, best: Capacity, cell_devices: int = CELL_DEVICES) -> dict[str, float]:
+def marginal(job: Job, best: Capacity) -> dict[str, float]:
     """Images per second that one more device of each kind would bring, averaged over a sixteenth more of them."""
     gains = {}
     for part in best.parts:
@@ -361,7 +383,7 @@ def marginal(job: Job, best: Capacity, cell_devices: int = CELL_DEVICES) -> dict
             larger = replace(kind, count=kind.count + more)
             layout = replace(part.layout, kinds=tuple(larger if one is kind else one for one in part.layout.kinds))
             images = round(job.num * part.images_per_second / best.images_per_second)
-            rate = forecast(replace(job, num=max(1, images)), layout, cell_devices).images_per_second
+            rate = forecast(replace(job, num=max(1, images)), layout).images_per_second
             gains[kind.name] = (rate - part.images_per_second) / more
     return gains
 

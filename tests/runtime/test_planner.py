@@ -69,12 +69,14 @@ def test_all_work_is_done_and_in_turn(job):
 
 def test_a_slow_coordinator_is_the_bottleneck_and_smaller_cells_help(job):
     one = layout(kind(64, event=0.01))
-    large, small = forecast(job, one, 64), forecast(job, one, 8)
+    large, small, chosen = forecast(job, one, 64), forecast(job, one, 8), forecast(job, one)
     assert large.bottleneck == "coordinator"
     # All levels together are one call per block.
     assert large.images_per_second == pytest.approx(8 / 0.01, rel=0.02)
     assert small.cells == 8
     assert small.images_per_second > 5 * large.images_per_second
+    assert chosen.cell_devices < 64
+    assert chosen.coordinator < 0.5
 
 
 def test_a_small_simulation_foretells_a_large_job(job):
