@@ -85,7 +85,7 @@ class Judge:
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]
         best = single_level(len(self.levels), len(self.levels), len(self.fine))
-        found = self._ends(lambda block: self._end(best, block))
+        found = self._ends(lambda block: self.end(best, block))
         if self.cache:
             self.cache.mkdir(parents=True, exist_ok=True)
             save_file({"reference": found.cpu()}, self.cache / name)
@@ -98,7 +98,7 @@ class Judge:
         plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
         table, closed_form = self._grid(plans[0], path=False)
         seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))
-        return self.verdict(seconds, lambda block: self._end(plans[block], block))
+        return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
         """The verdict on any way to come from the noise of a block to its end (32, C, H, W)."""
@@ -118,7 +118,8 @@ class Judge:
         with ThreadPoolExecutor(self.threads) as pool:
             return torch.cat(list(pool.map(end, range(self.samples // BLOCK))))
 
-    def _end(self, plan: Plan, block: int) -> Tensor:
+    def end(self, plan: Plan, block: int) -> Tensor:
+        """Where a plan brings a block, float32 (32, C, H, W), on the Brownian path of all plans."""
         table, closed_form = self._grid(plan, path=True)
         return integrate(self.levels, table, plan, self.noise(block, len(table)), self.label, closed_form)
 
