@@ -111,6 +111,14 @@ def _plan_options(command: Any) -> Any:
     "the fastest by prediction. Ranges may name devices: 1-3@L4,4@H100 by accelerator, 1@cpu,2-4@size=large by node "
     "label.",
 )
+@click.option(
+    "--coalesce",
+    type=Count(),
+    default=1,
+    show_default=True,
+    help="Blocks that another pool than the first evaluates together, at most. More than one is for blocks too small "
+    "for a device; results are then equal to rounding only.",
+)
 @click.option("--devices", type=Count(), help="CPU cores or GPUs to use.  [default: all that Ray has]")
 @click.option(
     "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
@@ -125,6 +133,7 @@ def generate(
     block_size: int,
     shard_size: int,
     placement: str,
+    coalesce: int,
     devices: int | None,
     address: str | None,
     engine: str,
@@ -198,7 +207,7 @@ def generate(
         cell_devices = found[0].cell_devices if parsed is None else CELL_DEVICES
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, pools, there, cell_devices)
+            return cluster.run_ray(job, ladder, out, shards, pools, there, cell_devices, coalesce)
     else:
         from mlem_dist.runtime.inline import run_inline
 

@@ -187,12 +187,14 @@ def run_ray(
     pools: Sequence[range],
     devices: Sequence[Devices],
     cell_devices: int = CELL_DEVICES,
+    coalesce: int = 1,
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
 
     `pools` are the levels (from 1) of each pool, and `devices` what each is on; pools on equal devices divide them by
     their load. Each cell of at most `cell_devices` devices, or of one of each kind, has its own actors. This process
-    does a few calls per cell twice a second.
+    does a few calls per cell twice a second. At most `coalesce` blocks are evaluated together by another pool than the
+    first; more than one changes the rounding.
 
     Raises:
         PoolError: actors or coordinators die faster than they work.
@@ -215,7 +217,7 @@ def run_ray(
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
         seats = allot_kinds(load, of_pool, size)
-        arguments = (job, out.absolute(), pools, names, types, seats, group, ladder.labels)
+        arguments = (job, out.absolute(), pools, names, types, seats, group, ladder.labels, coalesce)
         return lambda: coordinator.options(num_cpus=0).remote(*arguments)
 
     cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]

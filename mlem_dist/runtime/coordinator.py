@@ -17,11 +17,12 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mlem_dist.dataset.shards import Shard
+from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.job import Job, write_job_shard
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
 from mlem_dist.runtime.progress import Progress
-from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker, Work
+from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
@@ -44,6 +45,7 @@ class Coordinator:
         seats: of each pool; none for a pool that the plan never calls.
         group: a bundle of one device for each device that the seats name.
         labels: class names.
+        coalesce: at most so many blocks are evaluated together by another pool than the first.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Coordinator:
         seats: Sequence[Sequence[Seat]],
         group: PlacementGroup,
         labels: Sequence[str],
+        coalesce: int,
     ) -> None:
+        self.coalesce = coalesce
         self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
         self.seats, self.names, self.types, self.group = seats, names, types, group
         self.devices = group.bundle_count
@@ -68,6 +72,9 @@ class Coordinator:
         self.ready: float | None = None
         self.first_block: float | None = None
         self.running: dict[int, Pool] = {}
+        self.batchers: dict[int, Batcher] = {}
+        # Blocks that are under way, and those of them that wait for another pool.
+        self.flying = self.waiting = 0
         self.runners = self.depth * len(seats[0])
         self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
         self.added = 0
@@ -131,6 +138,7 @@ class Coordinator:
                 slots = SLOTS if index else self.depth
                 self.running[index] = Pool(self.names[index], seats, slots, self._creator(index))
         await asyncio.gather(*(pool.start() for pool in self.running.values()))
+        self.batchers = {index: Batcher(pool, self.coalesce) for index, pool in self.running.items() if index}
         self.state = "sampling"
         self.ready = time.monotonic() - self.began
 
@@ -162,6 +170,7 @@ class Coordinator:
         """Run a block to its images and its calls by level; if its worker dies, from the start on another."""
         for _ in range(TRIES):
             async with self.running[0].member() as member:
+                self.flying += 1
                 try:
                     return await self._segments(block, member)
                 except (*DEATHS, ObjectLostError):
@@ -169,6 +178,9 @@ class Coordinator:
                 except RayTaskError as error:
                     if not isinstance(error.cause, ObjectLostError):
                         raise
+                finally:
+                    self.flying -= 1
+                    self._flush_if_stuck()
             self.running[0].metrics.count("retries")
         raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
 
@@ -176,19 +188,30 @@ class Coordinator:
         home = self.running[0]
         calls: Counter[int] = Counter()
         segment: Segment
-        segment, payload = await home.call_member(member, "start", block)
+        segment, (payload,) = await home.call_member(member, "start", block)
         calls.update(segment.work.calls)
         while segment.asks:
-            answers = await asyncio.gather(*(self._answer(block, ask, payload, calls) for ask in segment.asks))
-            segment, payload = await home.call_member(member, "resume", block, *answers)
+            answers = await self._answers(block, segment.asks, payload)
+            for ask in segment.asks:
+                calls.update(ask.calls)
+            segment, (payload,) = await home.call_member(member, "resume", block, *answers)
             calls.update(segment.work.calls)
         return payload, calls
 
-    async def _answer(self, block: int, ask: Ask, state: ray.ObjectRef[Any], calls: Counter[int]) -> ray.ObjectRef[Any]:
-        work: Work
-        work, answer = await self.running[ask.pool].call("evaluate", block, ask, state)
-        calls.update(work.calls)
-        return answer
+    async def _answers(self, block: int, asks: Sequence[Ask], state: ray.ObjectRef[Any]) -> list[ray.ObjectRef[Any]]:
+        self.waiting += 1
+        try:
+            found = [self.batchers[ask.pool].add(block, ask, state) for ask in asks]
+            self._flush_if_stuck()
+            return await asyncio.gather(*found)
+        finally:
+            self.waiting -= 1
+
+    def _flush_if_stuck(self) -> None:
+        """Where every block waits for another pool, no more asks will come."""
+        if self.waiting == self.flying:
+            for batcher in self.batchers.values():
+                batcher.flush()
 
     async def _finished(self, shard: int, block: int, images: ray.ObjectRef[Any]) -> None:
         if self.first_block is None:

@@ -98,11 +98,11 @@ class Pool:
             member.taken -= 1
             self._hand_out()
 
-    async def call(self, method: str, *args: Any) -> tuple[Any, ray.ObjectRef[Any]]:
+    async def call(self, method: str, *args: Any, payloads: int = 1) -> tuple[Any, list[ray.ObjectRef[Any]]]:
         """Call a method of any actor; if the actor dies, of another.
 
-        The method returns (record, payload), the record with a `Work` or being one. The record is fetched, the
-        payload stays where it is.
+        The method returns (record, payload, ...), the record with a `Work` or being one. The record is fetched, the
+        payloads stay where they are.
 
         Raises:
             PoolError: the pool is broken, or every try met a death.
@@ -110,12 +110,14 @@ class Pool:
         for _ in range(TRIES):
             async with self.member() as member:
                 try:
-                    return await self.call_member(member, method, *args)
+                    return await self.call_member(member, method, *args, payloads=payloads)
                 except DEATHS:
                     self.metrics.count("retries")
         raise PoolError(f"pool {self.name}: {TRIES} actors in turn died at the same call")
 
-    async def call_member(self, member: Member, method: str, *args: Any) -> tuple[Any, ray.ObjectRef[Any]]:
+    async def call_member(
+        self, member: Member, method: str, *args: Any, payloads: int = 1
+    ) -> tuple[Any, list[ray.ObjectRef[Any]]]:
         """Call a method of one held actor, as `call` does but once.
 
         Raises:
@@ -126,14 +128,14 @@ class Pool:
             raise ActorUnavailableError("the actor is being replaced", None)
         try:
             began = time.monotonic()
-            record, payload = getattr(actor, method).options(num_returns=2).remote(*args)
+            record, *found_payloads = getattr(actor, method).options(num_returns=1 + payloads).remote(*args)
             found = await record
         except DEATHS as error:
             self._lost(member, actor, error)
             raise
         self._in_a_row = 0
         self.metrics.finished(found if isinstance(found, Work) else found.work, time.monotonic() - began)
-        return found, payload
+        return found, found_payloads
 
     def _lost(self, member: Member, actor: Any, error: Exception) -> None:
         if member.actor is not actor:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,11 @@ class Ask:
     pool: int
     t: int
     terms: tuple[Term, ...]
+
+    @property
+    def calls(self) -> set[int]:
+        """The levels that it takes."""
+        return {k for term in self.terms for k in (term.level, term.below) if k}
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,26 @@ class LevelWorker:
             self.levels[number](x, t, label)
 
     @torch.inference_mode()
-    def evaluate(self, block: int, ask: Ask, x: np.ndarray) -> tuple[Work, np.ndarray]:
-        """The values of ask's terms at state x (B, C, H, W) float32, stacked: float32 (terms, B, C, H, W)."""
+    def evaluate(self, asks: Sequence[tuple[int, Ask]], *states: np.ndarray) -> tuple[Work | np.ndarray, ...]:
+        """The values of the terms that blocks ask for, in one evaluation of each level; blocks ask for the same levels.
+
+        Args:
+            asks: block and ask.
+            states: of each, float32 (B, C, H, W).
+
+        Returns:
+            The work, and for each block its values, stacked: float32 (terms, B, C, H, W).
+        """
         clock = self._clock()
-        state = torch.tensor(x, device=self.blocks.job.device)
-        values = evaluate(self.levels, ask.terms, state, ask.t, self.blocks.label(block))
-        found = torch.stack(values).cpu().numpy()
-        return clock(x, found), found
+        x = torch.cat([torch.tensor(state, device=self.blocks.job.device) for state in states])
+        t = torch.cat([torch.full((len(state),), ask.t) for (_, ask), state in zip(asks, states, strict=True)])
+        label = torch.cat([self.blocks.label(block) for block, _ in asks])
+        values = torch.stack(evaluate(self.levels, asks[0][1].terms, x, t.to(x.device), label)).cpu()
+        # Each in memory of its own, to be sent on its own.
+        found = [value.numpy().copy() for value in values.split([len(state) for state in states], dim=1)]
+        work = clock(*states, *found)
+        samples, calls = work.samples * len(asks), {k: count * len(asks) for k, count in work.calls.items()}
+        return replace(work, samples=samples, calls=calls), *found
 
     def _clock(self) -> Any:
         """A function that returns the work since now, given the arrays that came and go."""

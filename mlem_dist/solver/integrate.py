@@ -100,9 +100,14 @@ def trajectory(
     return x
 
 
-def evaluate(levels: Mapping[int, Drift], terms: Sequence[Term], x: Tensor, t: int, label: Tensor) -> list[Tensor]:
-    """f^level - f^below of each term at x (B, C, H, W) and time t; a level that several terms share is called once."""
-    times = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+def evaluate(
+    levels: Mapping[int, Drift], terms: Sequence[Term], x: Tensor, t: int | Tensor, label: Tensor
+) -> list[Tensor]:
+    """f^level - f^below of each term at x (B, C, H, W); a level that several terms share is called once.
+
+    The time t is one for all samples, or int64 (B,).
+    """
+    times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.int64, device=x.device)
     called = {
         k: levels[k](x, times, label) for k in sorted({k for term in terms for k in (term.level, term.below) if k})
     }

@@ -1,9 +1,12 @@
+import io
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime import cluster
@@ -86,6 +89,29 @@ def test_pools_on_named_devices_write_the_same_bytes(fashion, make_job, referenc
         cluster.find_devices(["site=here", "L4"], "cpu")
     with pytest.raises(UsageError, match="two of its kinds are on one node"):
         cluster.find_devices(["cpu", "site=here"], "cpu")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_coalesced_blocks_are_equal_to_rounding(fashion, make_job, reference_cache, tmp_path):
+    levels = len(fashion.levels)
+    # Several asks are under way at a time only if an actor has several blocks.
+    job = make_job(Recipe(np.repeat([[1.0]] + [[0.5]] * (levels - 1), 12, axis=1), "quantiles", "held"))
+    found, last = make_ray(job, fashion, tmp_path / "out", 1, f"1,2-{levels}", coalesce=3)
+    reference = reference_cache(job, fashion)
+    assert found.keys() == reference.keys()
+    for name in (name for name in found if name.endswith(".parquet")):
+        images, expected = (decoded(files[name]) for files in (found, reference))
+        assert np.abs(images - expected).max() <= 1
+        assert (images != expected).mean() < 0.01
+    calls = last.pools[1].calls
+    terms = sum(len(run.terms) > 1 for block in range(6) for run in job.block_plan(block).runs)
+    assert calls < terms
+    assert last.calls[levels] == sum(job.block_plan(block).calls[levels - 1].sum() for block in range(6))
+
+
+def decoded(parquet: bytes) -> np.ndarray:
+    images = pq.read_table(io.BytesIO(parquet))["image"].to_pylist()
+    return np.stack([np.array(Image.open(io.BytesIO(image["bytes"]))) for image in images]).astype(int)
 
 
 @pytest.mark.usefixtures("local_ray")

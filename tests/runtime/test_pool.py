@@ -46,7 +46,7 @@ def test_calls_of_a_dead_actor_are_made_elsewhere():
         pool = make_pool(2, 3, 4)
         await pool.start()
         answers = await asyncio.gather(*(pool.call("double", np.full(3, i)) for i in range(20)))
-        found = ray.get([payload for _, payload in answers])
+        found = ray.get([payload for _, (payload,) in answers])
         assert [int(x[0]) for x in found] == [2 * i for i in range(20)]
         done = pool.progress()
         # Every finished call is counted once, and the calls that died are made again.

@@ -1,0 +1,79 @@
+"""Evaluations of several blocks in one call, for levels that one block does not keep busy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from mlem_dist.runtime.pool import Pool
+from mlem_dist.runtime.worker import Ask
+
+WAIT_SECONDS = 0.02
+"""At most so long the first ask of a call waits for others."""
+
+Terms = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A block's ask, the state it is about, and where its answer goes."""
+
+    block: int
+    ask: Ask
+    state: ray.ObjectRef[Any]
+    answer: asyncio.Future[ray.ObjectRef[Any]]
+
+
+class Batcher:
+    """Asks for one pool: those for the same levels are evaluated in one call, `most` at a time.
+
+    A call is made when it is full, when its first ask has waited some milliseconds, or at `flush`.
+    """
+
+    def __init__(self, pool: Pool, most: int) -> None:
+        self._pool, self._most = pool, most
+        self._waiting: dict[Terms, list[Waiting]] = {}
+        self._timers: dict[Terms, asyncio.TimerHandle] = {}
+        self._calls: set[asyncio.Task[None]] = set()
+
+    def add(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> asyncio.Future[ray.ObjectRef[Any]]:
+        """The values of an ask's terms, to be awaited; it fails as `Pool.call` does."""
+        loop = asyncio.get_running_loop()
+        terms = tuple((term.level, term.below) for term in ask.terms)
+        found = Waiting(block, ask, state, loop.create_future())
+        group = self._waiting.setdefault(terms, [])
+        group.append(found)
+        if len(group) == self._most:
+            self._call(terms)
+        elif len(group) == 1:
+            self._timers[terms] = loop.call_later(WAIT_SECONDS, self._call, terms)
+        return found.answer
+
+    def flush(self) -> None:
+        """Make every call that waits for more asks."""
+        for terms in list(self._waiting):
+            self._call(terms)
+
+    def _call(self, terms: Terms) -> None:
+        if timer := self._timers.pop(terms, None):
+            timer.cancel()
+        task = asyncio.get_running_loop().create_task(self._evaluate(self._waiting.pop(terms)))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def _evaluate(self, group: Sequence[Waiting]) -> None:
+        asks = [(one.block, one.ask) for one in group]
+        try:
+            _, values = await self._pool.call("evaluate", asks, *(one.state for one in group), payloads=len(group))
+        except Exception as error:
+            for one in group:
+                if not one.answer.done():
+                    one.answer.set_exception(error)
+        else:
+            for one, value in zip(group, values, strict=True):
+                if not one.answer.done():
+                    one.answer.set_result(value)
