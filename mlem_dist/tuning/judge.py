@@ -30,7 +30,7 @@ class Verdict:
     """What a plan costs and how far it ends from the reference.
 
     Attributes:
-        seconds: per sample, measured on one block.
+        seconds: per sample, measured on one block, and scaled by the ladder's costs from its plan to the mean of all.
         errors: mean squared error per value of each sample, float64 (n,).
     """
 
@@ -98,6 +98,9 @@ class Judge:
         plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
         table, closed_form = self._grid(plans[0], path=False)
         seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))
+        # Draws differ in cost, those of independent coins by a third and more: the time is of the mean of them.
+        cost = self.ladder.cost(self.device)
+        seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
         return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
