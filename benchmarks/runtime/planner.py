@@ -28,7 +28,7 @@ SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, SHARD = 250, 600
 # Placement, evaluations of the best level, block size, devices, images.
 RUNS = [
-    ("together", 10, 100, 2, 1800),
+    ("together", 10, 100, 2, 6000),
     ("together", 5, 50, 2, 2400),
     ("together", 20, 100, 2, 1200),
     ("together", 10, 100, 1, 1200),
@@ -92,7 +92,8 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
     for name, device, speed, block in (("CPU cores", "cpu", 1, 100), ("GPUs, 50 times a core", "cuda", 50, 500)):
         for placement in ("together", "pools"):
             for cell in CELLS:
-                for devices in DEVICES:
+                # One coordinator of more devices with a pool per level is saturated long before.
+                for devices in DEVICES if placement == "together" or cell <= 64 else DEVICES[:5]:
                     kind = Kind(device, devices, cost / speed, np.inf, OVERHEADS[device])
                     job = make_job(ladder, cost, 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
@@ -133,21 +134,19 @@ def draw(validation: list[dict[str, Any]], scaling: list[dict[str, Any]], path: 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(out: Path) -> None:
-    """Level times are measured first, one core, in blocks of 100."""
+    """Level times are measured first, one core, in blocks of 100. A rerun goes on where the last one stopped."""
     ladder = Ladder.load("fashion")
-    numbers = range(1, len(ladder.levels) + 1)
-    cost = np.array(
-        [seconds_per_sample(ladder.load_level(k, "cpu"), ladder.sample_shape, 10, "cpu", 100) for k in numbers]
-    )
-    print({level.name: round(t * 1e3, 3) for level, t in zip(ladder.levels, cost, strict=True)}, flush=True)
-    result: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cost": cost.tolist(),
-        "validation": validate(ladder, cost),
-    }
-    (out / "planner.json").write_text(json.dumps(result, indent=1) + "\n")
-    result["scaling"] = scale(ladder, cost)
-    (out / "planner.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = out / "planner.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": platform.machine()}
+    if "validation" not in result:
+        levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
+        cost = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", 100) for level in levels])
+        print({level.name: round(t * 1e3, 3) for level, t in zip(ladder.levels, cost, strict=True)}, flush=True)
+        result |= {"cost": cost.tolist(), "validation": validate(ladder, cost)}
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    if "scaling" not in result:
+        result["scaling"] = scale(ladder, np.array(result["cost"]))
+        path.write_text(json.dumps(result, indent=1) + "\n")
     draw(result["validation"], result["scaling"], out / "planner.png")
 
 
