@@ -3,6 +3,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.tuning.calibrate import calibrate, store
 
 
 @pytest.fixture
@@ -16,3 +20,13 @@ def small(tmp_path, fashion) -> Path:
     raw = json.loads((folder / "ladder.json").read_text())
     (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:2]}))
     return folder
+
+
+@pytest.fixture
+def calibrated(small) -> Path:
+    """The small ladder, calibrated on noise: the effects of its increments do not need real images."""
+    ladder = Ladder.load(small)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, *ladder.sample_shape), dtype=torch.uint8, generator=generator)
+    store(small, ladder, calibrate(ladder, images, torch.arange(40) % 10, "cpu", per_band=4, steps=40, samples=16))
+    return small

@@ -6,7 +6,6 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
 from mlem_dist.solver.steps import ETA, step_table
-from mlem_dist.tuning.calibrate import calibrate, store
 from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.optimise import FirstOrder, evaluations_in_use, pair_effects
 from mlem_dist.tuning.recipe import make_recipe
@@ -71,13 +70,8 @@ def test_evaluations_in_use_are_those_of_the_plan():
         np.testing.assert_array_equal(found, expected)
 
 
-def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(small):
-    ladder = Ladder.load(small)
-    images = torch.randint(
-        256, (40, *ladder.sample_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    store(small, ladder, calibrate(ladder, images, torch.arange(40) % 10, "cpu", per_band=4, steps=40, samples=16))
-    ladder = Ladder.load(small)
+def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(calibrated):
+    ladder = Ladder.load(calibrated)
     choosing, judging = (Judge(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
     plan = Optimiser(choosing, 2, lambda stage, done, total: None, samples=64).plan(6)
     default = make_recipe(ladder, "cpu", "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
