@@ -213,11 +213,10 @@ def run_ray(
     groups = [_reserve(kinds, size) for size in sizes]
     coordinator: Any = ray.remote(Coordinator)
     of_pool = [kinds.index(one) for one in devices]
-    types = [one.type for one in devices]
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
         seats = allot_kinds(load, of_pool, size)
-        arguments = (job, out.absolute(), pools, names, types, seats, group, ladder.labels, coalesce)
+        arguments = (job, out.absolute(), pools, names, devices, seats, group, ladder.labels, coalesce)
         return lambda: coordinator.options(num_cpus=0).remote(*arguments)
 
     cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mlem_dist.dataset.shards import Shard
+from mlem_dist.runtime.balance import Load, Move, choose_move
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.job import Job, write_job_shard
-from mlem_dist.runtime.placement import Seat
+from mlem_dist.runtime.placement import Devices, Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
 from mlem_dist.runtime.progress import Progress
 from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
@@ -28,6 +30,9 @@ from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
 SLOTS = 2
 PENDING_WRITES = 4
 BLOCKS_PER_DEVICE = 3
+WINDOW_SECONDS = 2
+
+logger = logging.getLogger(__name__)
 
 
 def trajectory_depth(devices: int, actors: int) -> int:
@@ -41,7 +46,7 @@ class Coordinator:
     Args:
         pools: the levels (from 1) of each pool.
         names: of the pools, for messages.
-        types: of each pool's devices, "cpu" or "cuda".
+        devices: what each pool is on.
         seats: of each pool; none for a pool that the plan never calls.
         group: a bundle of one device for each device that the seats name.
         labels: class names.
@@ -54,7 +59,7 @@ class Coordinator:
         out: Path,
         pools: Sequence[range],
         names: Sequence[str],
-        types: Sequence[str],
+        devices: Sequence[Devices],
         seats: Sequence[Sequence[Seat]],
         group: PlacementGroup,
         labels: Sequence[str],
@@ -62,8 +67,8 @@ class Coordinator:
     ) -> None:
         self.coalesce = coalesce
         self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
-        self.seats, self.names, self.types, self.group = seats, names, types, group
-        self.devices = group.bundle_count
+        self.seats, self.names, self.group = seats, names, group
+        self.kinds, self.devices = devices, group.bundle_count
         self.depth = trajectory_depth(self.devices, len(seats[0]))
         self.calls: Counter[int] = Counter()
         self.samples = self.blocks = 0
@@ -75,7 +80,7 @@ class Coordinator:
         self.batchers: dict[int, Batcher] = {}
         # Blocks that are under way, and those of them that wait for another pool.
         self.flying = self.waiting = 0
-        self.runners = self.depth * len(seats[0])
+        self.runners: set[asyncio.Task[None]] = set()
         self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
         self.added = 0
         self.expected: int | None = None
@@ -94,8 +99,7 @@ class Coordinator:
 
     def _end_if_complete(self) -> None:
         if self.added == self.expected:
-            for _ in range(self.runners):
-                self.todo.put_nowait(None)
+            self.todo.put_nowait(None)
 
     async def run(self) -> None:
         """Make every shard that is added, until told that there are no more.
@@ -107,12 +111,51 @@ class Coordinator:
         await self._start_pools()
         self.images: dict[int, dict[int, ray.ObjectRef[Any]]] = {}
         self.writing = asyncio.Semaphore(PENDING_WRITES)
-        runners = [asyncio.create_task(self._runner()) for _ in range(self.runners)]
+        self._add_runners(len(self.seats[0]))
+        balancing = asyncio.create_task(self._balance())
         try:
-            await asyncio.gather(*runners)
+            while self.runners:
+                done, _ = await asyncio.wait(self.runners | {balancing}, return_when=asyncio.FIRST_COMPLETED)
+                self.runners -= done
+                for task in done:
+                    task.result()
         finally:
-            for runner in runners:
-                runner.cancel()
+            for task in (*self.runners, balancing):
+                task.cancel()
+
+    def _add_runners(self, actors: int) -> None:
+        self.runners |= {asyncio.create_task(self._runner()) for _ in range(actors * self.depth)}
+
+    async def _balance(self) -> None:
+        """Give pools that hold up the others actors of those with little to do."""
+        busy, queued, before = dict.fromkeys(self.running, 0.0), dict.fromkeys(self.running, False), time.monotonic()
+        proposed = None
+        while True:
+            await asyncio.sleep(WINDOW_SECONDS)
+            seconds, before = time.monotonic() - before, time.monotonic()
+            total = {i: pool.metrics.totals["busy_seconds"] for i, pool in self.running.items()}
+            queue = {i: pool.queue > 0 or not i for i, pool in self.running.items()}
+            loads = {
+                i: Load(self.kinds[i], pool.working, (total[i] - busy[i]) / seconds, queued[i] and queue[i])
+                for i, pool in self.running.items()
+            }
+            busy, queued, last = total, queue, proposed
+            proposed = choose_move(list(loads.values()))
+            # One window may be chance, so that two must say the same.
+            if proposed and proposed == last:
+                await self._move(proposed)
+                busy = {i: pool.metrics.totals["busy_seconds"] for i, pool in self.running.items()}
+                before, proposed = time.monotonic(), None
+
+    async def _move(self, move: Move) -> None:
+        giver, taker = (list(self.running)[i] for i in (move.giver, move.taker))
+        logger.info("an actor moves from pool %s to %s", self.names[giver], self.names[taker])
+        await self.running[giver].leave(move.seat)
+        joined = taker if await self.running[taker].join(move.seat) else giver
+        if joined == giver:
+            await self.running[giver].join(move.seat)
+        if joined == 0 != giver:
+            self._add_runners(1)
 
     async def progress(self) -> Progress:
         """What has been done so far."""
@@ -145,7 +188,7 @@ class Coordinator:
     def _creator(self, index: int) -> Any:
         kind = ray.remote(LevelWorker if index else TrajectoryWorker)
 
-        job = replace(self.job, device=self.types[index])
+        job = replace(self.job, device=self.kinds[index].type)
         cuda = job.device == "cuda"
 
         def create(seat: Seat) -> Any:
@@ -165,6 +208,8 @@ class Coordinator:
             images, calls = await self._block(block)
             self.calls += calls
             await self._finished(shard, block, images)
+        # For the next one to see.
+        self.todo.put_nowait(None)
 
     async def _block(self, block: int) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         """Run a block to its images and its calls by level; if its worker dies, from the start on another."""

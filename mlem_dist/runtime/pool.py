@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from ray.exceptions import (
     ActorUnavailableError,
     NodeDiedError,
     OutOfMemoryError,
+    RayError,
     WorkerCrashedError,
 )
 
@@ -44,6 +45,13 @@ class Member:
     seat: Seat
     actor: Any = None
     taken: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def release(self) -> None:
+        """One of its slots is free again."""
+        self.taken -= 1
+        if not self.taken:
+            self.idle.set()
 
 
 class Pool:
@@ -75,11 +83,43 @@ class Pool:
     @property
     def alive(self) -> int:
         """Actors that can take work now."""
-        return sum(member.actor is not None for member in self.members)
+        return len(self.working)
+
+    @property
+    def working(self) -> tuple[Seat, ...]:
+        """The seats of actors that can take work now."""
+        return tuple(member.seat for member in self.members if member.actor is not None)
+
+    @property
+    def queue(self) -> int:
+        """Calls and blocks that wait for an actor."""
+        return len(self._waiting)
+
+    async def leave(self, seat: Seat) -> None:
+        """End the actor of one of `working` when its calls and holders have ended; it gets no more of them."""
+        member = next(member for member in self.members if member.seat == seat and member.actor is not None)
+        self.members.remove(member)
+        while member.taken:
+            await member.idle.wait()
+        if member.actor is not None:
+            ray.kill(member.actor)
+
+    async def join(self, seat: Seat) -> bool:
+        """Start an actor at a further seat; False if it cannot be started there, which does not harm the pool."""
+        actor = self._create(seat)
+        try:
+            await actor.prepare.remote()
+        except RayError as error:
+            logger.warning("pool %s cannot start an actor at a further seat: %s", self.name, error)
+            ray.kill(actor)
+            return False
+        self.members.append(Member(seat, actor))
+        self._hand_out()
+        return True
 
     def progress(self) -> PoolProgress:
         """What it has done so far."""
-        self.metrics.state(len(self._waiting), self.alive)
+        self.metrics.state(self.queue, self.alive)
         return self.metrics.progress(self.alive)
 
     @contextlib.asynccontextmanager
@@ -95,7 +135,7 @@ class Pool:
         try:
             yield member
         finally:
-            member.taken -= 1
+            member.release()
             self._hand_out()
 
     async def call(self, method: str, *args: Any, payloads: int = 1) -> tuple[Any, list[ray.ObjectRef[Any]]]:
@@ -149,6 +189,8 @@ class Pool:
         if self._in_a_row >= BREAKER:
             self._break(f"{BREAKER} actors in a row died; the last one: {error}")
             return
+        if member not in self.members:
+            return
         task = asyncio.get_running_loop().create_task(self._fill(member))
         self._restarts.add(task)
         task.add_done_callback(self._restarts.discard)
@@ -187,7 +229,7 @@ class Pool:
             return await waiting
         except asyncio.CancelledError:
             if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
-                waiting.result().taken -= 1
+                waiting.result().release()
                 self._hand_out()
             raise
 
@@ -201,4 +243,5 @@ class Pool:
                 return
             member = min(free, key=lambda member: member.taken)
             member.taken += 1
+            member.idle.clear()
             self._waiting.popleft().set_result(member)

@@ -178,6 +178,33 @@ def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache
     assert found == reference_cache(job, fashion)
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_path):
+    """The large levels are said to cost nothing, so that they get one actor, and the trajectories all devices."""
+    levels = len(fashion.levels)
+    job = make_job(num=16_000, steps=40, shard_size=32)
+    wrong = fashion.with_cost("cpu", np.array([1.0, 1.0] + [1e-6] * (levels - 2)))
+    out, pools = tmp_path / "out", parse_placement(f"1-2,3-{levels}", levels).pools
+    dataset = open_dataset(job, wrong, out)
+    actors = []
+    enough = job.num
+    for progress in cluster.run_ray(job, wrong, out, dataset.missing, pools, [Devices("cpu", 3)] * 2):
+        actors.append(tuple(pool.actors for pool in progress.pools))
+        if actors[-1] in {(2, 2), (1, 3)}:
+            enough = min(enough, progress.samples + 200)
+        if progress.samples >= enough:
+            break
+    assert (3, 1) in actors
+    assert progress.samples < job.num
+    assert not any(pool.deaths for pool in progress.pools)
+    last = sorted((out / "data").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)[-2:]
+    shards = [int(path.name.split("-")[1]) for path in last]
+    list(run_inline(job, fashion, tmp_path / "reference", shards, 1))
+    assert [path.read_bytes() for path in last] == [
+        (tmp_path / "reference" / "data" / path.name).read_bytes() for path in last
+    ]
+
+
 def test_a_sample_does_not_depend_on_num(fashion, make_job):
     job = make_job(num=3)
     blocks = Blocks(job, fashion)

@@ -59,6 +59,34 @@ def test_calls_of_a_dead_actor_are_made_elsewhere():
     asyncio.run(main())
 
 
+def test_a_seat_that_leaves_finishes_its_calls_and_one_that_joins_takes_some():
+    async def main():
+        pool = make_pool(2)
+        await pool.start()
+        calls = [asyncio.create_task(pool.call("double", np.full(3, i))) for i in range(40)]
+        await asyncio.sleep(0.01)
+        await pool.leave(Seat(0, 1.0))
+        assert pool.alive == 1
+        assert await pool.join(Seat(1, 0.5))
+        assert pool.working == (Seat(0, 1.0), Seat(1, 0.5))
+        found = ray.get([payload for _, (payload,) in await asyncio.gather(*calls)])
+        assert [int(x[0]) for x in found] == [2 * i for i in range(40)]
+        assert (pool.progress().calls, pool.progress().deaths) == (40, 0)
+
+    asyncio.run(main())
+
+
+def test_a_seat_whose_actor_does_not_start_does_not_harm_the_pool():
+    async def main():
+        pool = make_pool(1, 1000, 0)
+        await pool.start()
+        assert not await pool.join(Seat(1, 1.0))
+        assert pool.alive == 1
+        await pool.call("double", np.ones(3))
+
+    asyncio.run(main())
+
+
 def test_no_more_calls_at_once_than_slots():
     async def main():
         pool = make_pool(2)

@@ -1,0 +1,65 @@
+"""Which pool should give an actor to which: a rule on what pools did in a window of time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlem_dist.runtime.placement import Devices, Seat
+
+FULL, FREE = 0.8, 0.7
+"""A pool as busy as the first has too few seats; one that would be busier than the second without a seat keeps it."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A pool over a window.
+
+    Attributes:
+        devices: what its seats are on.
+        seats: those with an actor that works.
+        busy: device seconds per second.
+        queued: whether calls have waited for an actor all the time; True for the pool of the trajectories, which is
+            never given more blocks than it can hold.
+    """
+
+    devices: Devices
+    seats: tuple[Seat, ...]
+    busy: float
+    queued: bool
+
+    def share(self, without: Seat | None = None) -> float:
+        """How busy its seats are, or would be without one of them."""
+        return self.busy / max(sum(seat.share for seat in self.seats if seat != without), 1e-9)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A seat of pool `giver` for pool `taker`."""
+
+    giver: int
+    taker: int
+    seat: Seat
+
+
+def choose_move(loads: Sequence[Load]) -> Move | None:
+    """The busiest full pool takes the seat that is missed least; None if there is no such pool or seat.
+
+    Seats go to pools on devices of the same kind, and not to one that has an actor on that device already: the actors
+    of a device share it as they need it.
+    """
+    full = [i for i, load in enumerate(loads) if load.queued and load.share() >= FULL]
+    for taker in sorted(full, key=lambda i: -loads[i].share()):
+        sat_on = {seat.device for seat in loads[taker].seats}
+        free = [
+            (load.share(without=seat), Move(giver, taker, seat))
+            for giver, load in enumerate(loads)
+            for seat in load.seats
+            if giver != taker and load.devices == loads[taker].devices and len(load.seats) > 1
+            if seat.device not in sat_on
+        ]
+        if free:
+            left, move = min(free, key=lambda found: found[0])
+            if left <= FREE:
+                return move
+    return None

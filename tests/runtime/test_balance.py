@@ -1,0 +1,27 @@
+from mlem_dist.runtime.balance import Load, Move, choose_move
+from mlem_dist.runtime.placement import Devices, Seat
+
+CPU, GPU = Devices("cpu", 4), Devices("cuda", 4)
+A, B, C, D = (Seat(device, 1.0) for device in range(4))
+
+
+def load(busy: float, *seats: Seat, devices: Devices = CPU, queued: bool = True) -> Load:
+    return Load(devices, seats, busy, queued)
+
+
+def test_a_full_pool_takes_the_seat_that_is_missed_least():
+    small = Seat(1, 0.5)
+    assert choose_move([load(0.6, A, small), load(1.0, C)]) == Move(0, 1, small)
+    assert choose_move([load(1.0, C), load(0.2, A, B), load(0.1, A, D)]) == Move(2, 0, A)
+
+
+def test_no_seat_moves_where_it_would_not_help():
+    for loads in (
+        [load(0.1, A, B), load(0.7, C)],
+        [load(0.1, A, B), load(1.0, C, queued=False)],
+        [load(0.8, A, B), load(1.0, C)],
+        [load(0.1, A), load(1.0, C)],
+        [load(0.1, A, B, devices=GPU), load(1.0, C)],
+        [load(0.1, Seat(2, 0.5), Seat(2, 0.1)), load(0.5, Seat(2, 0.4))],
+    ):
+        assert choose_move(loads) is None
