@@ -246,6 +246,7 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
             "busy_seconds": {pool.name: pool.busy for pool in last.pools} if last else {},
             "deaths": sum(pool.deaths for pool in last.pools) if last else 0,
             "pools": [asdict(pool) for pool in last.pools] if last else [],
+            "writers": [asdict(pool) for pool in last.writers] if last else [],
         }
         click.echo(json.dumps(report))
         return

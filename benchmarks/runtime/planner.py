@@ -59,8 +59,8 @@ def measure(placement: str, nfe: float, block: int, devices: int, num: int) -> d
         return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
 
-def validate(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
-    """Every run measured and forecast, with the levels' times of this machine."""
+def validate(ladder: Ladder, costs: dict[int, np.ndarray]) -> list[dict[str, Any]]:
+    """Every run measured and forecast, with the levels' times of this machine by block size."""
     rows = []
     stored = ladder.cost("cpu")
     for placement, nfe, block, devices, num in RUNS:
@@ -68,7 +68,7 @@ def validate(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
         # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
         job = make_job(ladder, stored, nfe, block, num, SHARD, "cpu")
         pools = parse_placement(placement, len(ladder.levels)).pools
-        kind = Kind("cpu", devices, cost, np.inf, OVERHEADS["cpu"])
+        kind = Kind("cpu", devices, costs[block], np.inf, OVERHEADS["cpu"])
         found = forecast(job, Layout(pools, (kind,) * len(pools)))
         row = {
             "placement": placement,
@@ -79,10 +79,13 @@ def validate(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
             "measured": report["images_per_second"],
             "forecast": num / found.seconds,
             "ideal": found.ideal,
+            "first_block_seconds": report["first_block_seconds"],
+            "pools": report["pools"],
+            "writers": report["writers"],
         }
         row["ratio"] = row["forecast"] / row["measured"]
         rows.append(row)
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        print({key: round(value, 3) for key, value in row.items() if isinstance(value, int | float)}, flush=True)
     return rows
 
 
@@ -134,18 +137,22 @@ def draw(validation: list[dict[str, Any]], scaling: list[dict[str, Any]], path: 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(out: Path) -> None:
-    """Level times are measured first, one core, in blocks of 100. A rerun goes on where the last one stopped."""
+    """Level times are measured first, on one core. A rerun goes on where the last one stopped."""
     ladder = Ladder.load("fashion")
     path = out / "planner.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": platform.machine()}
     if "validation" not in result:
         levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
-        cost = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", 100) for level in levels])
-        print({level.name: round(t * 1e3, 3) for level, t in zip(ladder.levels, cost, strict=True)}, flush=True)
-        result |= {"cost": cost.tolist(), "validation": validate(ladder, cost)}
+        costs = {
+            block: np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", block) for level in levels])
+            for block in sorted({block for _, _, block, _, _ in RUNS})
+        }
+        print({block: np.round(cost * 1e3, 3).tolist() for block, cost in costs.items()}, flush=True)
+        result["cost"] = {str(block): cost.tolist() for block, cost in costs.items()}
+        result["validation"] = validate(ladder, costs)
         path.write_text(json.dumps(result, indent=1) + "\n")
     if "scaling" not in result:
-        result["scaling"] = scale(ladder, np.array(result["cost"]))
+        result["scaling"] = scale(ladder, np.array(result["cost"]["100"]))
         path.write_text(json.dumps(result, indent=1) + "\n")
     draw(result["validation"], result["scaling"], out / "planner.png")
 

@@ -109,6 +109,7 @@ class Cell:
                 queued=0,
                 devices=0,
                 pools=tuple(replace(pool, actors=0) for pool in self.total().pools),
+                writers=tuple(replace(pool, actors=0) for pool in self.total().writers),
             )
         self._given = made
         self._begin()
@@ -124,8 +125,6 @@ class Cell:
 
 def merged(parts: Sequence[Progress]) -> Progress:
     """The progress of several coordinators, the first of which says what is going on."""
-    pools = [pool for part in parts for pool in part.pools]
-    by_name = {pool.name: [other for other in pools if other.name == pool.name] for pool in pools}
     firsts = [part.first_block for part in parts if part.first_block is not None]
     return Progress(
         next((part.state for part in parts if part.state != "sampling"), parts[0].state),
@@ -136,6 +135,15 @@ def merged(parts: Sequence[Progress]) -> Progress:
         sum(part.blocks for part in parts),
         sum((Counter(part.calls) for part in parts), Counter()),
         sum(part.devices for part in parts),
-        tuple(reduce(PoolProgress.__add__, same) for same in by_name.values()),
+        _by_name([pool for part in parts for pool in part.pools]),
         sum(part.queued for part in parts),
+        _by_name([pool for part in parts for pool in part.writers]),
+    )
+
+
+def _by_name(pools: Sequence[PoolProgress]) -> tuple[PoolProgress, ...]:
+    """The totals of pools of each name."""
+    return tuple(
+        reduce(PoolProgress.__add__, [pool for pool in pools if pool.name == name])
+        for name in dict.fromkeys(pool.name for pool in pools)
     )

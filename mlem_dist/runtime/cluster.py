@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -22,13 +23,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
-from mlem_dist.runtime.coordinator import Coordinator
+from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations, pool_loads
 from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts
 from mlem_dist.runtime.progress import Progress
 
 ANSWER_SECONDS = 10
+WRITTEN_PIXELS = 32 * 32
+"""Of the images by which the writing time was measured (benchmarks/runtime/writer.py)."""
+
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 ACCELERATOR = "ray.io/accelerator-type"
 
@@ -214,9 +218,13 @@ def run_ray(
     coordinator: Any = ray.remote(Coordinator)
     of_pool = [kinds.index(one) for one in devices]
 
+    def writers(size: Sequence[int]) -> int:
+        seconds = OVERHEADS["cpu"].write * math.prod(ladder.sample_shape[1:]) / WRITTEN_PIXELS
+        return writer_count(sum(size) / max(float(load.sum()), 1e-9), seconds)
+
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
         seats = allot_kinds(load, of_pool, size)
-        arguments = (job, out.absolute(), pools, names, devices, seats, group, ladder.labels, coalesce)
+        arguments = (job, out.absolute(), pools, names, devices, seats, group, ladder.labels, coalesce, writers(size))
         return lambda: coordinator.options(num_cpus=0).remote(*arguments)
 
     cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]

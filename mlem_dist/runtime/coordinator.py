@@ -11,26 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from mlem_dist.dataset.shards import Shard
 from mlem_dist.runtime.balance import Load, Move, choose_move
 from mlem_dist.runtime.batching import Batcher
-from mlem_dist.runtime.job import Job, write_job_shard
+from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
 from mlem_dist.runtime.progress import Progress
 from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
+from mlem_dist.runtime.writer import Writer
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
-PENDING_WRITES = 4
 BLOCKS_PER_DEVICE = 3
 WINDOW_SECONDS = 2
+WRITER_SHARE = 0.7
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,11 @@ logger = logging.getLogger(__name__)
 def trajectory_depth(devices: int, actors: int) -> int:
     """Blocks in flight per trajectory actor: enough that no device waits for one; more would only finish later."""
     return max(SLOTS, -(-BLOCKS_PER_DEVICE * devices // actors))
+
+
+def writer_count(images_per_second: float, seconds: float) -> int:
+    """Writers for so many images per second, each written in `seconds`; they are busy for 70 % of the time at most."""
+    return 1 + int(images_per_second * seconds / WRITER_SHARE)
 
 
 class Coordinator:
@@ -51,6 +55,7 @@ class Coordinator:
         group: a bundle of one device for each device that the seats name.
         labels: class names.
         coalesce: at most so many blocks are evaluated together by another pool than the first.
+        writers: actors that write shards, beside the devices.
     """
 
     def __init__(
@@ -64,9 +69,13 @@ class Coordinator:
         group: PlacementGroup,
         labels: Sequence[str],
         coalesce: int,
+        writers: int,
     ) -> None:
         self.coalesce = coalesce
-        self.job, self.out, self.pools, self.labels = job, out, tuple(pools), tuple(labels)
+        self.job, self.pools = job, tuple(pools)
+        create: Any = ray.remote(Writer).options(num_cpus=0)
+        desks = [Seat(0, 0.0)] * writers
+        self.writers = Pool("writers", desks, SLOTS, lambda _: create.remote(out, job.shards, tuple(labels)))
         self.seats, self.names, self.group = seats, names, group
         self.kinds, self.devices = devices, group.bundle_count
         self.depth = trajectory_depth(self.devices, len(seats[0]))
@@ -110,7 +119,6 @@ class Coordinator:
         """
         await self._start_pools()
         self.images: dict[int, dict[int, ray.ObjectRef[Any]]] = {}
-        self.writing = asyncio.Semaphore(PENDING_WRITES)
         self._add_runners(len(self.seats[0]))
         balancing = asyncio.create_task(self._balance())
         try:
@@ -170,6 +178,7 @@ class Coordinator:
             self.devices,
             tuple(pool.progress() for pool in self.running.values()),
             self.todo.qsize(),
+            (self.writers.progress(),),
         )
 
     async def _start_pools(self) -> None:
@@ -180,7 +189,7 @@ class Coordinator:
             if seats:
                 slots = SLOTS if index else self.depth
                 self.running[index] = Pool(self.names[index], seats, slots, self._creator(index))
-        await asyncio.gather(*(pool.start() for pool in self.running.values()))
+        await asyncio.gather(*(pool.start() for pool in (*self.running.values(), self.writers)))
         self.batchers = {index: Batcher(pool, self.coalesce) for index, pool in self.running.items() if index}
         self.state = "sampling"
         self.ready = time.monotonic() - self.began
@@ -268,11 +277,4 @@ class Coordinator:
         blocks = self.job.shard_blocks(shard)
         if len(parts) == len(blocks):
             del self.images[shard]
-            async with self.writing:
-                await write_blocks.remote(self.job, self.out, self.labels, shard, *(parts[b] for b in blocks))
-
-
-@ray.remote(num_cpus=0)
-def write_blocks(job: Job, out: Path, labels: Sequence[str], shard: int, *images: np.ndarray) -> Shard:
-    """`write_job_shard` as a task: the blocks' references become their images here."""
-    return write_job_shard(job, out, labels, shard, images)
+            await self.writers.call("write", shard, *self.job.shard_samples(shard), *(parts[b] for b in blocks))

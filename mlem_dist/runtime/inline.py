@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.job import Blocks, Job, write_job_shard
+from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.progress import PoolProgress, Progress
 from mlem_dist.runtime.worker import Levels
+from mlem_dist.runtime.writer import Writer
 from mlem_dist.solver.integrate import integrate
 
 
@@ -29,6 +30,7 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     blocks, levels = Blocks(job, ladder), Levels(ladder, job.device)
+    writer = Writer(out, job.shards, ladder.labels)
 
     def make(block: int) -> np.ndarray:
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)
@@ -59,5 +61,5 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
             progress = PoolProgress("in process", devices, used, 0)
             yield Progress("sampling", seconds, ready, first, samples, done, dict(levels.calls), devices, (progress,))
             if block == job.shard_blocks(shard)[-1]:
-                write_job_shard(job, out, ladder.labels, shard, images)
+                writer.write(shard, *job.shard_samples(shard), *images)
                 images = []

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mlem_dist import __version__
-from mlem_dist.dataset.shards import Shard, write_shard
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import GaussianLevel
@@ -102,6 +100,11 @@ class Job:
         """The sample ids of a shard."""
         return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
 
+    def shard_samples(self, shard: int) -> tuple[int, list[int]]:
+        """The first sample id of a shard, and the classes of its samples."""
+        rows = self.shard_rows(shard)
+        return rows.start, [self.label(i) for i in rows]
+
     def shard_blocks(self, shard: int) -> range:
         """The blocks that hold a shard's samples; the last may reach beyond it."""
         rows = self.shard_rows(shard)
@@ -183,13 +186,6 @@ class Blocks:
         scaled = (x.clamp(low, high) - low) * (255 / (high - low))
         images: np.ndarray = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return images
-
-
-def write_job_shard(job: Job, out: Path, labels: Sequence[str], shard: int, images: Sequence[np.ndarray]) -> Shard:
-    """Write one shard of a job from the images (B, H, W, C) uint8 of its blocks; `labels` are the class names."""
-    rows = job.shard_rows(shard)
-    whole = np.concatenate(images)[: len(rows)]
-    return write_shard(out, shard, job.shards, rows.start, whole, [job.label(i) for i in rows], labels)
 
 
 def versions() -> dict[str, str]:

@@ -23,8 +23,7 @@ from ray.exceptions import (
 
 from mlem_dist.runtime.metrics import PoolMetrics
 from mlem_dist.runtime.placement import Seat
-from mlem_dist.runtime.progress import PoolProgress
-from mlem_dist.runtime.worker import Work
+from mlem_dist.runtime.progress import PoolProgress, Work
 
 # Only the first two are RayActorErrors; all mean that the actor cannot be counted on.
 DEATHS = (ActorDiedError, ActorUnavailableError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)

@@ -7,6 +7,23 @@ from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one call did.
+
+    Attributes:
+        busy: device seconds; CPU seconds on a CPU.
+        calls: evaluations by level, each of one block.
+        samples: in the block.
+        moved: bytes of the arrays that came and went.
+    """
+
+    busy: float
+    calls: dict[int, int]
+    samples: int = 0
+    moved: int = 0
+
+
+@dataclass(frozen=True)
 class PoolProgress:
     """One pool.
 
@@ -51,6 +68,7 @@ class Progress:
         devices: CPU cores or GPUs in use.
         pools: the pools in order of their levels.
         queued: blocks that are to be made and not begun.
+        writers: what writes shards, if not the pools themselves.
     """
 
     state: str
@@ -63,6 +81,7 @@ class Progress:
     devices: int
     pools: Sequence[PoolProgress]
     queued: int = 0
+    writers: Sequence[PoolProgress] = ()
 
     @property
     def busy(self) -> float:

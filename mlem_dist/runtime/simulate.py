@@ -12,7 +12,7 @@ import numpy as np
 import simpy
 
 from mlem_dist.runtime.cells import AHEAD, POLL_SECONDS
-from mlem_dist.runtime.coordinator import PENDING_WRITES, SLOTS, trajectory_depth
+from mlem_dist.runtime.coordinator import SLOTS, trajectory_depth, writer_count
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.solver.plan import Plan
 
@@ -151,9 +151,11 @@ class CellSimulation:
         self.env = env = simpy.Environment()
         shared = {kind: simpy.Resource(env, count) for kind, count in Counter(devices).items() if kind.shared}
         self.queues = [shared.get(kind) or simpy.Resource(env) for kind in devices]
-        self.cores = shared.get(self.overheads) or simpy.Resource(env, PENDING_WRITES)
+        seconds = np.mean([sum(stage.local + sum(ask[1] for ask in stage.asks) for stage in one) for one in programs])
+        writers = writer_count(len(devices) / max(float(seconds), 1e-9), self.overheads.write)
+        self.cores = shared.get(self.overheads) or simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
-        self.writing = simpy.Resource(env, PENDING_WRITES)
+        self.writing = simpy.Resource(env, writers)
         depth = trajectory_depth(len(devices), len(seats[0]))
         self.runners = depth * len(seats[0])
         self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]

@@ -15,25 +15,9 @@ from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.progress import Work
 from mlem_dist.solver.integrate import Drift, Request, evaluate
 from mlem_dist.solver.plan import Term
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one call did.
-
-    Attributes:
-        busy: device seconds; CPU seconds on a CPU.
-        calls: evaluations by level, each of one block.
-        samples: in the block.
-        moved: bytes of the arrays that came and went.
-    """
-
-    busy: float
-    calls: dict[int, int]
-    samples: int = 0
-    moved: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import ray
 
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import Pool, PoolError
-from mlem_dist.runtime.worker import Work
+from mlem_dist.runtime.progress import Work
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -1,0 +1,36 @@
+"""What writes shards: apart from the levels, and without importing torch, so that it starts at once and stays small."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.runtime.progress import Work
+
+
+class Writer:
+    """Writes shards of one dataset, of `shards` shards with class names `labels`, to `out`."""
+
+    def __init__(self, out: Path, shards: int, labels: Sequence[str]) -> None:
+        self.out, self.shards, self.labels = out, shards, labels
+
+    def prepare(self) -> None:
+        """Answers when the process is up."""
+
+    def write(self, shard: int, first_id: int, label: Sequence[int], *blocks: np.ndarray) -> tuple[Work, Shard]:
+        """Write one shard.
+
+        Args:
+            shard: its number.
+            first_id: of its samples.
+            label: of each of its samples.
+            blocks: images uint8 (B, H, W, C) of its blocks; the last may hold more than belong to it.
+        """
+        start = time.process_time()
+        images = np.concatenate(blocks)[: len(label)]
+        found = write_shard(self.out, shard, self.shards, first_id, images, label, self.labels)
+        return Work(time.process_time() - start, {}, len(images), images.nbytes), found
