@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlem_dist.errors import UsageError
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
@@ -74,22 +73,32 @@ def train_level(
 
     Raises:
         DivergedError: a loss became NaN or infinite.
-        UsageError: there is not enough memory.
+        RuntimeError: there is not enough memory.
     """
     folder = out / WORK / level.name
+    reached = 0
+
+    def report(done: int, loss: float) -> None:
+        nonlocal reached
+        reached = done
+        progress(done, loss)
+
     try:
         module: nn.Module
         if level.kind == "gaussian":
             module = fit_gaussian(config, level, images).to(device)
         else:
             assert gaussian is None or isinstance(gaussian, GaussianLevel)
-            module = train_unet(config, level, images, folder, gaussian, teacher, device, progress)
+            module = train_unet(config, level, images, folder, gaussian, teacher, device, report)
         entry = _store(folder / STORED, level.name, module, images, alpha_bar(config.scheduler), device)
     except (RuntimeError, MemoryError) as error:
         # The allocator of CPU memory has no error of its own.
         if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            size = "lower sample_shape" if level.kind == "gaussian" else f"lower batch_size from {level.batch_size}"
-            raise UsageError(f"level {level.name!r}: out of memory on {device}; {size}") from None
+            size = "sample_shape" if level.kind == "gaussian" else f"batch_size from {level.batch_size}"
+            raise RuntimeError(
+                f"level {level.name!r}: out of memory on {device} after step {reached}; lower {size} and run the same "
+                "command again, which goes on from the last checkpoint if there is one"
+            ) from None
         raise
     return module.cpu(), entry
 
@@ -108,7 +117,8 @@ def train_ladder(
 
     Raises:
         DivergedError: a loss became NaN or infinite.
-        UsageError: `out` holds something else, see `check_training`; or there is not enough memory.
+        RuntimeError: there is not enough memory.
+        UsageError: `out` holds something else, see `check_training`.
     """
     check_training(config, images, out)
     begin_training(config, images, out)

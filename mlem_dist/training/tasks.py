@@ -49,8 +49,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
 
     Raises:
         DivergedError: a loss became NaN or infinite.
-        UsageError: there is not enough memory.
-        RuntimeError: the process of a level died.
+        RuntimeError: there is not enough memory, or the process of a level died.
     """
     begin_training(config, images, out)
     threads = threads_per_level(config, device)
