@@ -35,6 +35,25 @@ def test_training_resumes_to_the_same_ladder(tmp_path, data, configure, monkeypa
     assert Ladder.load(tmp_path / "whole").cost("cpu").min() > 0
 
 
+def test_a_level_that_is_finished_is_not_stored_again(tmp_path, data, configure):
+    config = configure({"steps": 20}, {"steps": 20, "name": "large"})
+    images = load_images(data, config.sample_shape, config.labels)
+
+    def kill(name: str, done: int, loss: float) -> None:
+        if name == "unet":
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_ladder(config, images, tmp_path / "out", kill)
+    weights = "large/diffusion_pytorch_model.safetensors"
+    written = (tmp_path / "out/training/large/stored" / weights).stat().st_mtime_ns
+    ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
+    assert (tmp_path / "out" / weights).stat().st_mtime_ns == written
+    assert ladder.digest == train_ladder(config, images, tmp_path / "whole", lambda *progress: None).digest
+    longer = configure({"steps": 20}, {"steps": 30, "name": "large"})
+    assert train_ladder(longer, images, tmp_path / "out", lambda *progress: None).digest != ladder.digest
+
+
 @pytest.mark.parametrize("changes", [{"prediction": "residual"}, {"prediction": "epsilon"}, {"teacher": "large"}])
 def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, data, configure, changes):
     config = configure({"steps": 20} | changes, {"steps": 20, "name": "large", "patch": 1})
