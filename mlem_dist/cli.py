@@ -387,7 +387,8 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder for calibration.json and figures.  [default: the ladder's]"
 )
-def calibrate(name: str, data: Path, device: str, out: Path | None) -> None:
+@click.option("--compile", "compiled", is_flag=True, help="Time UNets by torch.compile as well; takes minutes.")
+def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bool) -> None:
     """Measure LADDER on this device: time, error, increments and their effect, gamma, predicted speed-up.
 
     Writes calibration.json, beside other devices' entries, and two figures.
@@ -407,7 +408,7 @@ def calibrate(name: str, data: Path, device: str, out: Path | None) -> None:
     replaced = device_key(device) in stored(folder, ladder)
     images = load_images(data, ladder.sample_shape, ladder.labels)
     with parts_bar() as progress:
-        calibration = measure(ladder, images.test, images.test_label, device, progress)
+        calibration = measure(ladder, images.test, images.test_label, device, progress, compiled=compiled)
     click.echo(calibration_table(ladder, calibration))
     written = [store(folder, ladder, calibration), *save_figures(folder, ladder, calibration)]
     click.echo(f"Wrote {', '.join(map(str, written))}" + (f"; replaced {calibration.device}" if replaced else ""))

@@ -57,6 +57,34 @@ def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_p
     assert load_images(out, (3, 32, 32), None).labels == ("cats", "dogs")
 
 
+def test_a_training_that_diverges_fails_in_one_sentence(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        Image.new("L", (8, 8), 40 * i).save(tmp_path / f"photos/{i}.png")
+    config = tmp_path / "photos.yaml"
+    config.write_text(
+        """
+        name: photos
+        sample_shape: [1, 8, 8]
+        scheduler: {num_train_timesteps: 100, beta_start: 1.0e-3, beta_end: 0.2}
+        levels:
+          - name: unet
+            kind: unet
+            model: {block_out_channels: [8], norm_num_groups: 4, down_block_types: [DownBlock2D],
+                    up_block_types: [UpBlock2D]}
+            steps: 9
+            learning_rate: 1.0e+36
+        """
+    )
+    done = command("train", "--data", str(tmp_path / "photos"), "--config", str(config), "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    said = done.stderr[done.stderr.index("Error: ") :]
+    assert said.count("\n") == 1
+    assert "level 'unet': the loss is " in said
+    assert "at step 1" in said
+    assert not (tmp_path / "out/ladder.json").exists()
+
+
 @pytest.fixture(scope="module")
 def other_plan(tmp_path_factory) -> Path:
     """A plan for 30 steps."""

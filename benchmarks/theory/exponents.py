@@ -157,6 +157,20 @@ def open_levels(run: Run, gamma: float) -> float:
     return float(-np.log2(run.p[-1]) / (1 + gamma / 2))
 
 
+def exponent(fitted: np.ndarray, here: float, limit: float) -> dict[str, Any]:
+    """Exponents over the bootstrap, beside the predictions for the fitted accuracies and in the limit of small errors.
+
+    Deviations are relative: fitted over predicted, less 1.
+    """
+    return {
+        "exponent": interval(fitted),
+        "predicted_over_this_range": here,
+        "deviation": interval(fitted / here - 1),
+        "predicted_in_the_limit": limit,
+        "deviation_from_the_limit": interval(fitted / limit - 1),
+    }
+
+
 def analyse_exponents(em: Sequence[Measured], ml: Sequence[Measured], gamma: float) -> dict[str, Any]:
     em_slopes, chosen = em_exponent(em, gamma)
     cost, error = np.array([one.cost(gamma) for one in ml]), np.array([one.error for one in ml])
@@ -165,17 +179,15 @@ def analyse_exponents(em: Sequence[Measured], ml: Sequence[Measured], gamma: flo
     result = {
         "gamma": gamma,
         "em": {
-            "exponent": interval(em_slopes),
-            "predicted": -1 / (gamma + 1),
+            # N in proportion to 2^level at a cost of N 2^(gamma level): a power law at any accuracy.
+            **exponent(em_slopes, -1 / (gamma + 1), -1 / (gamma + 1)),
             "points": [
                 {"level": one.run.levels, "steps": one.run.steps, "cost": one.cost(gamma)[0], **error_of(one)}
                 for one in (em[i] for i in chosen)
             ],
         },
         "mlem": {
-            "exponent": interval(slopes(cost, error)),
-            "predicted": -1 / max(gamma, 1 + gamma / 2),
-            "predicted_over_this_range": slope(formula, accuracy),
+            **exponent(slopes(cost, error), slope(formula, accuracy), -1 / max(gamma, 1 + gamma / 2)),
             "points": [
                 {"levels": one.run.levels, "steps": one.run.steps, "p": one.run.p.tolist(), "cost": one.cost(gamma)[0]}
                 | {"expected_cost": expected, **error_of(one)}
@@ -266,7 +278,7 @@ def panel_exponents(axes: Axes, result: dict[str, Any], em: Sequence[dict[str, A
         cost, error = (np.array([point[what] for point in one["points"]]) for what in ("cost", "error"))
         middle = np.exp(np.log(cost).mean()), np.exp(np.log(error).mean())
         ends = cost[[0, -1]] * [0.5, 2]
-        fitted, predicted = one["exponent"]["value"], one["predicted"]
+        fitted, predicted = one["exponent"]["value"], one["predicted_over_this_range"]
         axes.loglog(cost, error, marker, color=colour, markersize=5)
         line = middle[1] * (ends / middle[0]) ** fitted
         axes.loglog(ends, line, marker + "-", markevery=[], color=colour, label=f"{name}: fitted {fitted:.3f}")
@@ -344,19 +356,24 @@ def show(report: dict[str, Any]) -> None:
         low, high = value["interval"]
         return f"{value['value']:.3f} [{low:.3f}, {high:.3f}]"
 
-    print("\n| gamma | method | fitted exponent [95 %] | predicted | fitted / predicted | formula over this range |")
-    print("|---|---|---|---|---|---|")
+    def percent(value: dict[str, Any]) -> str:
+        low, high = value["interval"]
+        return f"{value['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+    print(
+        "\n| gamma | method | fitted exponent [95 %] | predicted over this range | deviation [95 %] | limit | from it |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for result in report["exponents"]:
         for key, name in (("em", "EM"), ("mlem", "ML-EM")):
             one = result[key]
-            ratio = one["exponent"]["value"] / one["predicted"]
-            here = f"{one['predicted_over_this_range']:.3f}" if key == "mlem" else ""
-            row = (f"{result['gamma']:g}", name, text(one["exponent"]), f"{one['predicted']:.3f}", f"{ratio:.3f}", here)
-            print("|", " | ".join(row), "|")
+            row = (f"{result['gamma']:g}", name, text(one["exponent"]), f"{one['predicted_over_this_range']:.3f}")
+            row += (percent(one["deviation"]), f"{one['predicted_in_the_limit']:.3f}")
+            print("|", " | ".join(row), f"| {one['deviation_from_the_limit']['value']:+.1%} |")
         if "exponent_without_log_squared" in one:
-            corrected = one["exponent_without_log_squared"]
-            ratio = corrected["value"] / one["predicted"]
-            print(f"| 2 | ML-EM, cost / log² | {text(corrected)} | {one['predicted']:.3f} | {ratio:.3f} | |")
+            corrected, limit = one["exponent_without_log_squared"], one["predicted_in_the_limit"]
+            row = ("2", "ML-EM, cost / log²", text(corrected), "", "", f"{limit:.3f}")
+            print("|", " | ".join(row), f"| {corrected['value'] / limit - 1:+.1%} |")
     print("\nEM's cost for the same error over ML-EM's, by accuracy (coarse to fine), and at n = 8 by steps:")
     for exponents, steps in zip(report["exponents"], report["steps"], strict=True):
         both = exponents["mlem"]["points"], steps["points"]

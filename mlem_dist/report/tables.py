@@ -46,6 +46,12 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
                 *(f"{solver.effect[k].sum() ** 0.5:.4f}" for _, solver in solvers),
             ]
         )
+    fast = [["level", *(f"batch {batch}" for batch in BATCHES)]]
+    for level in calibration.levels:
+        if level.compiled:
+            pairs = [(level.compiled[batch], level.seconds[batch]) for batch in BATCHES]
+            fast.append([level.name, *(f"{new * 1e3:.3f} ({old / new:.2f})" for new, old in pairs)])
+    compiled = ["ms by torch.compile (times as fast):", _aligned(fast), ""] if len(fast) > 1 else []
     train_steps = len(ladder.alpha_bar)
     bands = [["timesteps", *(level.name for level in calibration.levels)]]
     for band in range(BANDS):
@@ -67,6 +73,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
             head,
             _aligned(levels),
             "",
+            *compiled,
             f"Mean squared denoising error by band of noise, {calibration.images} held-out images each:",
             _aligned(bands),
             "",

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from mlem_dist.errors import UsageError
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
@@ -19,7 +18,16 @@ from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
-from mlem_dist.training.resume import FINISHED, STORED, WORK, begin_training, check_training, ladder_settings
+from mlem_dist.training.resume import (
+    ENTRY,
+    FINISHED,
+    STORED,
+    WORK,
+    begin_training,
+    check_training,
+    ladder_settings,
+    settings,
+)
 from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
 
 HALF_LOSS = 0.005
@@ -74,22 +82,32 @@ def train_level(
 
     Raises:
         DivergedError: a loss became NaN or infinite.
-        UsageError: there is not enough memory.
+        RuntimeError: there is not enough memory.
     """
     folder = out / WORK / level.name
+    reached = 0
+
+    def report(done: int, loss: float) -> None:
+        nonlocal reached
+        reached = done
+        progress(done, loss)
+
     try:
         module: nn.Module
         if level.kind == "gaussian":
             module = fit_gaussian(config, level, images).to(device)
         else:
             assert gaussian is None or isinstance(gaussian, GaussianLevel)
-            module = train_unet(config, level, images, folder, gaussian, teacher, device, progress)
-        entry = _store(folder / STORED, level.name, module, images, alpha_bar(config.scheduler), device)
+            module = train_unet(config, level, images, folder, gaussian, teacher, device, report)
+        entry = _store(folder / STORED, level.name, module, images, config, settings(config, level, images), device)
     except (RuntimeError, MemoryError) as error:
         # The allocator of CPU memory has no error of its own.
         if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            size = "lower sample_shape" if level.kind == "gaussian" else f"lower batch_size from {level.batch_size}"
-            raise UsageError(f"level {level.name!r}: out of memory on {device}; {size}") from None
+            size = "sample_shape" if level.kind == "gaussian" else f"batch_size from {level.batch_size}"
+            raise RuntimeError(
+                f"level {level.name!r}: out of memory on {device} after step {reached}; lower {size} and run the same "
+                "command again, which goes on from the last checkpoint if there is one"
+            ) from None
         raise
     return module.cpu(), entry
 
@@ -108,7 +126,8 @@ def train_ladder(
 
     Raises:
         DivergedError: a loss became NaN or infinite.
-        UsageError: `out` holds something else, see `check_training`; or there is not enough memory.
+        RuntimeError: there is not enough memory.
+        UsageError: `out` holds something else, see `check_training`.
     """
     check_training(config, images, out)
     begin_training(config, images, out)
@@ -137,14 +156,43 @@ def finish_training(config: TrainConfig, images: Images, out: Path, entries: Map
     return ladder
 
 
-def _store(folder: Path, name: str, module: nn.Module, images: Images, a: np.ndarray, device: str) -> Level:
-    """Save a level, in half precision where that costs no accuracy to speak of, with its denoising error."""
+def _store(
+    folder: Path,
+    name: str,
+    module: nn.Module,
+    images: Images,
+    config: TrainConfig,
+    wanted: dict[str, Any],
+    device: str,
+) -> Level:
+    """Save a level, in half precision where that costs no accuracy to speak of, with its denoising error.
+
+    That takes minutes where levels are large; so a level of the `wanted` settings that an earlier call has saved is
+    taken as it is. `module` gets the weights that are stored.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    full = denoising_error(module, images, a, device)
     state = {key: value.clone() for key, value in module.state_dict().items()}
-    module.load_state_dict({key: value.half().float() for key, value in state.items()})
-    half = denoising_error(module, images, a, device)
-    if sum(half) <= (1 + HALF_LOSS) * sum(full):
-        return replace(save_level(folder, name, module, torch.float16), denoising_error=half)
-    module.load_state_dict(state)
-    return replace(save_level(folder, name, module, torch.float32), denoising_error=full)
+    rounded = {key: value.half().float() for key, value in state.items()}
+    if saved := _saved(folder, wanted):
+        module.load_state_dict(rounded if saved["half"] else state)
+        return Level(**saved["level"])
+    a = alpha_bar(config.scheduler)
+    # Few samples, as they are the same ones for both.
+    full = denoising_error(module, images, a, device, per_band=100)
+    module.load_state_dict(rounded)
+    half = sum(denoising_error(module, images, a, device, per_band=100)) <= (1 + HALF_LOSS) * sum(full)
+    if not half:
+        module.load_state_dict(state)
+    level = save_level(folder, name, module, torch.float16 if half else torch.float32)
+    level = replace(level, denoising_error=denoising_error(module, images, a, device))
+    replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level.__dict__}))
+    return level
+
+
+def _saved(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """What `_store` has written of a level of the `wanted` settings, if all of it is still in `folder`."""
+    if not (folder / ENTRY).exists():
+        return None
+    saved: dict[str, Any] = json.loads((folder / ENTRY).read_text())
+    there = all((folder / file).exists() for file in saved["level"]["sha256"])
+    return saved if there and saved["settings"] == wanted else None

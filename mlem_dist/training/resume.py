@@ -4,6 +4,7 @@ OUT/training/<level>/checkpoint.safetensors   see `train_unet`
 OUT/training/<level>/log.jsonl                the loss log
 OUT/training/<level>/settings.json            what the checkpoint was trained with
 OUT/training/<level>/stored/                  the trained level, until all are and it moves to OUT
+OUT/training/<level>/stored/level.json        its entry for ladder.json, and the settings it was trained with
 OUT/training/finished.json                    the settings of all levels of the ladder in OUT
 """
 
@@ -28,6 +29,7 @@ WORK = "training"
 SETTINGS = "settings.json"
 FINISHED = "finished.json"
 STORED = "stored"
+ENTRY = "level.json"
 
 FREE = ("steps", "batch_size", "learning_rate", "ema", "precision", "compile")
 """Settings that may differ from those of a checkpoint: they say how to go on from it, not what it is."""

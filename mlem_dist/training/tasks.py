@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -49,9 +50,10 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
 
     Raises:
         DivergedError: a loss became NaN or infinite.
-        UsageError: there is not enough memory.
-        RuntimeError: the process of a level died.
+        RuntimeError: there is not enough memory, or the process of a level died.
     """
+    # The first error is raised; Ray would print those of results that nobody asks for afterwards.
+    os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     begin_training(config, images, out)
     threads = threads_per_level(config, device)
     kind: Any = ray.remote(Board)

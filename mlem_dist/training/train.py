@@ -29,7 +29,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DivergedError(RuntimeError):
-    """The training loss became non-finite; the last checkpoint is kept."""
+    """The loss or the held-out error became non-finite; the last checkpoint is kept."""
 
 
 @lru_cache(maxsize=2)
@@ -58,6 +58,17 @@ def _learning_rate(level: LevelConfig, step: int) -> float:
     """Cosine decay to zero after a linear warm-up over the first 2 % of the steps."""
     warm = max(1, level.steps // 50)
     return level.learning_rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / level.steps)))
+
+
+def _check_finite(name: str, value: float, level: LevelConfig, step: int, folder: Path) -> None:
+    if not math.isfinite(value):
+        kept = (
+            f"the last good checkpoint is kept in {folder}" if (folder / CHECKPOINT).exists() else "nothing was saved"
+        )
+        raise DivergedError(
+            f"level {level.name!r}: the {name} is {value} at step {step}; {kept}; lower its learning_rate and run the "
+            "same command again"
+        )
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +139,7 @@ def train_unet(
     as well. `progress` is called after each step with the number of steps done and the loss.
 
     Raises:
-        DivergedError: the loss is NaN or infinite; the last checkpoint stays.
+        DivergedError: the loss or the held-out error is NaN or infinite; the last checkpoint stays, and is of before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = folder / CHECKPOINT, folder / LOG
@@ -169,29 +180,33 @@ def train_unet(
                 target = noise if teacher is None else teacher(x, t, label)
             loss = (model.loss_weight(t) * (model(x, t, label) - target).square()).mean()
             losses.append(loss.item())
-            if not math.isfinite(losses[-1]):
-                raise DivergedError(
-                    f"level {level.name!r}: the loss is {losses[-1]} at step {step}; the last good checkpoint is kept "
-                    f"in {folder}; lower its learning_rate and run the same command again"
-                )
+            _check_finite("loss", losses[-1], level, step, folder)
+            # Here and not after the update, whose outcome only the next loss shows.
+            if step > start and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                state.save(checkpoint, step)
+                saved_at = time.monotonic()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.param_groups[0]["lr"] = _learning_rate(level, step)
             optimizer.step()
             state.follow(min(level.ema, (1 + step) / (10 + step)))
-            done, now = step + 1, time.monotonic()
+            done = step + 1
             progress(done, losses[-1])
             if done % 100 == 0 or done == level.steps:
-                line: dict[str, Any] = {"step": done, "loss": sum(losses) / len(losses), "seconds": now - began}
+                line: dict[str, Any] = {
+                    "step": done,
+                    "loss": sum(losses) / len(losses),
+                    "seconds": time.monotonic() - began,
+                }
                 if done % max(100, level.steps // 2000 * 100) == 0 or done == level.steps:
                     line["denoising_error"] = denoising_error(average, images, schedule, device, per_band=100)
+                    _check_finite("held-out denoising error", sum(line["denoising_error"]), level, done, folder)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 losses = []
-            if now - saved_at > CHECKPOINT_SECONDS or done == level.steps:
-                state.save(checkpoint, done)
-                saved_at = now
+    if start < level.steps:
+        state.save(checkpoint, level.steps)
     return average
 
 

@@ -45,11 +45,15 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LevelCalibration:
-    """One level: `seconds` per sample by batch size, and `denoising_error`, mean squared error per value by band."""
+    """One level: `seconds` per sample by batch size, and `denoising_error`, mean squared error per value by band.
+
+    `compiled` is as `seconds`, by torch.compile: empty where that was not measured, and for Gaussian levels.
+    """
 
     name: str
     kind: str
     seconds: dict[int, float]
+    compiled: dict[int, float]
     denoising_error: np.ndarray
 
     @property
@@ -136,6 +140,7 @@ def calibrate(
     per_band: int = 500,
     steps: int = 100,
     samples: int = 32,
+    compiled: bool = False,
 ) -> Calibration:
     """Measure `ladder` on `device`, "cpu" or "cuda".
 
@@ -148,6 +153,7 @@ def calibrate(
         per_band: images per band of noise for the denoising error.
         steps: N of the trajectories, at most the length of the noise schedule.
         samples: trajectories per solver.
+        compiled: whether to time UNets by torch.compile too, which takes about a minute per UNet and batch size.
 
     Raises:
         UsageError: the ladder has one level only, or a level's weights are unreadable.
@@ -160,12 +166,15 @@ def calibrate(
     levels, errors = [], []
     for k, level in zip(numbers, ladder.levels, strict=True):
         progress("time and denoising error", k, len(modules))
-        seconds = {
-            batch: seconds_per_sample(modules[k], ladder.sample_shape, len(ladder.labels), device, batch)
-            for batch in BATCHES
-        }
+        seconds = _seconds(ladder, modules[k], device)
+        fast = {}
+        if compiled and level.kind == "unet":
+            # Another copy: the rest is measured as `generate` runs it.
+            module: Any = ladder.load_level(k, device)
+            module.model.compile(dynamic=False)
+            fast = _seconds(ladder, module, device)
         errors.append(denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band))
-        levels.append(LevelCalibration(level.name, level.kind, seconds, errors[-1].mean(1)))
+        levels.append(LevelCalibration(level.name, level.kind, seconds, fast, errors[-1].mean(1)))
     cost = np.array([level.seconds[BATCHES[-1]] for level in levels])
 
     steps = min(steps, len(ladder.alpha_bar))
@@ -182,6 +191,13 @@ def calibrate(
         solvers=solvers,
         gamma=_gamma(levels, cost, np.stack(errors), increments["ddpm"].mean(1)),
     )
+
+
+def _seconds(ladder: Ladder, module: nn.Module, device: str) -> dict[int, float]:
+    """Seconds per sample by batch size."""
+    return {
+        batch: seconds_per_sample(module, ladder.sample_shape, len(ladder.labels), device, batch) for batch in BATCHES
+    }
 
 
 def _along_trajectories(

@@ -35,6 +35,25 @@ def test_training_resumes_to_the_same_ladder(tmp_path, data, configure, monkeypa
     assert Ladder.load(tmp_path / "whole").cost("cpu").min() > 0
 
 
+def test_a_level_that_is_finished_is_not_stored_again(tmp_path, data, configure):
+    config = configure({"steps": 20}, {"steps": 20, "name": "large"})
+    images = load_images(data, config.sample_shape, config.labels)
+
+    def kill(name: str, done: int, loss: float) -> None:
+        if name == "unet":
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train_ladder(config, images, tmp_path / "out", kill)
+    weights = "large/diffusion_pytorch_model.safetensors"
+    written = (tmp_path / "out/training/large/stored" / weights).stat().st_mtime_ns
+    ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
+    assert (tmp_path / "out" / weights).stat().st_mtime_ns == written
+    assert ladder.digest == train_ladder(config, images, tmp_path / "whole", lambda *progress: None).digest
+    longer = configure({"steps": 20}, {"steps": 30, "name": "large"})
+    assert train_ladder(longer, images, tmp_path / "out", lambda *progress: None).digest != ladder.digest
+
+
 @pytest.mark.parametrize("changes", [{"prediction": "residual"}, {"prediction": "epsilon"}, {"teacher": "large"}])
 def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, data, configure, changes):
     config = configure({"steps": 20} | changes, {"steps": 20, "name": "large", "patch": 1})
@@ -77,10 +96,22 @@ def test_a_diverging_loss_stops_at_once_and_keeps_the_checkpoint(tmp_path, data,
         poisoned.on = done >= 20
 
     monkeypatch.setattr(torch, "randn", poisoned)
-    with pytest.raises(DivergedError, match="nan at step 20"):
+    with pytest.raises(DivergedError, match="the loss is nan at step 20; the last good checkpoint is kept in"):
         train_ladder(config, images, tmp_path / "out", watch)
     assert (tmp_path / "out" / "training" / "unet" / "checkpoint.safetensors").exists()
     assert not (tmp_path / "out" / "ladder.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [(2, "the loss is (nan|inf) at step 1; nothing"), (1, "held-out .* is (nan|inf) at step 1;")]
+)
+def test_an_update_that_spoils_the_weights_is_not_saved(tmp_path, data, configure, monkeypatch, steps, message):
+    config = configure({"learning_rate": 1e36, "steps": steps})
+    images = load_images(data, config.sample_shape, config.labels)
+    monkeypatch.setattr("mlem_dist.training.train.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(DivergedError, match=message):
+        train_ladder(config, images, tmp_path / "out", lambda *progress: None)
+    assert not (tmp_path / "out/training/unet/checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -133,5 +164,6 @@ def test_bfloat16_learns_what_float32_does(tmp_path, data, configure):
 
 def test_too_large_a_batch_is_one_clear_sentence(tmp_path, data, configure):
     images = load_images(data, (1, 8, 8), ["left", "right"])
-    with pytest.raises(UsageError, match="level 'unet': out of memory on cpu; lower batch_size from 10000000000000"):
+    message = "level 'unet': out of memory on cpu after step 0; lower batch_size from 10000000000000 and run"
+    with pytest.raises(RuntimeError, match=message):
         train_ladder(configure({"batch_size": 10**13}), images, tmp_path / "out", lambda *progress: None)

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.report.tables import calibration_table
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import step_table
@@ -160,6 +161,24 @@ def test_the_bundled_ladder_is_measured(fashion, measured):
         assert solver.speed_up[0].rungs[0] == 1
         assert solver.speed_up[0].rungs[-1] == k
     assert {*measured.gamma} == {"error", "increments"}
+
+
+def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
+    assert not any(level.compiled for level in measured.levels)
+    images = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    ladder = Ladder.load(small)
+    # Compiling itself takes a minute.
+    with torch.compiler.set_stance("force_eager"):
+        found = calibrate(ladder, images, torch.zeros(1).long(), "cpu", per_band=4, steps=10, samples=3, compiled=True)
+    gaussian, unet = found.levels
+    assert gaussian.compiled == {}
+    assert {*unet.compiled} == {*unet.seconds}
+    in_file = json.loads(store(small, ladder, found).read_text())["devices"][found.device]["levels"]
+    assert in_file[1]["compiled"]["8"] == pytest.approx(unet.compiled[8], rel=1e-5)
+    assert f"{unet.compiled[8] * 1e3:.3f} ({unet.seconds[8] / unet.compiled[8]:.2f})" in calibration_table(
+        ladder, found
+    )
+    assert "torch.compile" not in calibration_table(ladder, measured)
 
 
 def test_other_devices_keep_their_entries(tmp_path, fashion, measured):
