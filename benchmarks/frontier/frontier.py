@@ -25,11 +25,21 @@ from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
+from mlem_dist.tuning.fit import Fitter
 from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
 from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
 from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.tune import CHOOSING_SAMPLES, CHOOSING_SEED, DRAWS, JUDGING_SEED, Optimiser, best_draw
+from mlem_dist.tuning.tune import (
+    CHOOSING_SAMPLES,
+    CHOOSING_SEED,
+    DRAWS,
+    FITTED,
+    JUDGING_SEED,
+    OPTIMISED,
+    Optimiser,
+    best_draw,
+)
 from mlem_dist.tuning.tune import FAMILIES as TUNED
 
 BASE_STEPS = 1000
@@ -37,8 +47,8 @@ BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200)
 EM_STEPS = (10, 25, 50, 100, 250)
 BUDGETS = (5, 10, 20, 40, 80)
 MEMORISED_BUDGETS = (5, 10, 20, 40)
-OPTIMISED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 7, 10, 14, 20, 40, 80), 256
-FAST_STEPS = (5, 8, 10, 15, 20, 30, 40)
+SEARCHED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 7, 10, 14, 20, 40, 80), 256
+FAST_STEPS = (3, 4, 5, 8, 10, 15, 20, 30, 40)
 STITCH_STEPS = (10, 20, 50)
 STITCHES = (0.25, 0.5, 0.75)
 LEARN_STEPS, LEARN_NFE, UPDATES = 100, 10, 40
@@ -82,8 +92,12 @@ def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
     for nfe in MEMORISED_BUDGETS:
         yield "memorised", f"{nfe} NFE", partial(memorised, nfe)
     optimiser = Optimiser(choosing, 1, lambda stage, done, total: None, OPTIMISER_SAMPLES)
-    for nfe in OPTIMISED_BUDGETS:
-        yield "optimised", f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
+    for nfe in SEARCHED_BUDGETS:
+        yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
+    if solver == "ddim":
+        fitter = Fitter(choosing)
+        for nfe in SEARCHED_BUDGETS:
+            yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(fitter.plan(nfe))
     for small in range(3, levels):
         for steps in STITCH_STEPS:
             for part in STITCHES:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mlem_dist.solver.steps import StepTable
 
+_ONE = ((0, 0), (1, 0), (0, 0))
+"""Padding: one before the steps."""
+
 
 @dataclass(frozen=True)
 class AffineDrift:
@@ -79,11 +82,8 @@ class ClosedForm:
             noise: z_i by step.
         """
         steps = slice(start, start + len(base))
-        a, b, c = self.table.a[steps], self.table.b[steps], self.table.c[steps]
-        gain = self.drift.gain[:, steps] * np.array(base)[:, None]
-        factor = a[:, None] + b[:, None] * gain
-        # after[:, i] is the product of the factors of the steps that follow step i.
-        after = np.cumprod(np.pad(factor[:, :0:-1], ((0, 0), (1, 0), (0, 0)), constant_values=1.0), axis=1)[:, ::-1]
+        b, c = self.table.b[steps], self.table.c[steps]
+        gain, factor, after = self._factors(start, np.array(base))
 
         def carried(what: np.ndarray) -> np.ndarray:
             return np.asarray((after * what).sum(1))
@@ -96,6 +96,32 @@ class ClosedForm:
         elif c.any():
             parts.append((self.held(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
         return self._sum(parts).view_as(x)
+
+    def response(self, start: int, weights: np.ndarray) -> np.ndarray:
+        """What a value with `weights` in the drift of the steps start, start + 1, ... has added to x after them.
+
+        Float64 (classes, r + 1), a factor on the value in every mode; f^1 has weight 1 in each of these steps.
+        """
+        _, _, after = self._factors(start, np.ones(len(weights)))
+        return np.asarray((after * (self.table.b[start : start + len(weights)] * weights)[:, None]).sum(1))
+
+    def flow(self, start: int) -> np.ndarray:
+        """By what factor f^1 alone carries a change of x before step `start` to the end, float64 (classes, r + 1)."""
+        if start == len(self.table):
+            return np.ones_like(self.drift.gain[:, 0])
+        _, factor, after = self._factors(start, np.ones(len(self.table) - start))
+        return after[:, 0] * factor[:, 0]
+
+    def scaled(self, value: Held, coefficients: np.ndarray) -> Tensor:
+        """(B, d): a value multiplied by float64 (classes, r + 1) in every mode."""
+        return self._sum([(value, coefficients)])
+
+    def _factors(self, start: int, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """By class, step from `start` and mode: gain of w f^1, factor of the step, product of those after it."""
+        steps = slice(start, start + len(base))
+        gain = self.drift.gain[:, steps] * base[:, None]
+        factor = self.table.a[steps, None] + self.table.b[steps, None] * gain
+        return gain, factor, np.cumprod(np.pad(factor[:, :0:-1], _ONE, constant_values=1.0), axis=1)[:, ::-1]
 
     def _sum(self, parts: Sequence[tuple[Held, np.ndarray]]) -> Tensor:
         """The sum of values, each multiplied by its coefficient (classes, r + 1) in every mode."""

@@ -199,6 +199,15 @@ def switched(small: int, large: int, levels: int, steps: int, at: int) -> Plan:
     return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape))
 
 
+def on_levels(plan: Plan, rungs: Sequence[int]) -> Plan:
+    """A plan whose rows are rungs, levels by number from 1 up to the best, as one of all levels.
+
+    A skipped level does what the next rung does: neighbouring increments of equal weights are one difference.
+    """
+    rows = np.searchsorted(rungs, np.arange(1, rungs[-1] + 1))
+    return Plan(plan.fire[rows], plan.weight[rows], plan.previous[rows], plan.collapse)
+
+
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """How every block draws its own plan.
@@ -229,11 +238,7 @@ class Recipe:
     def plan_of(self, fire: np.ndarray) -> Plan:
         """The plan of these coins, bool (R, N)."""
         plan = self._plan_of_rungs(fire)
-        if self.rungs is None:
-            return plan
-        # A skipped level does what the next rung does: neighbouring increments of equal weights are one difference.
-        rows = np.searchsorted(self.rungs, np.arange(1, self.rungs[-1] + 1))
-        return Plan(plan.fire[rows], plan.weight[rows], plan.previous[rows], self.collapse)
+        return plan if self.rungs is None else on_levels(plan, self.rungs)
 
     def _plan_of_rungs(self, fire: np.ndarray) -> Plan:
         if self.increments == "impulse":

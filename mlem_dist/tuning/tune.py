@@ -13,6 +13,7 @@ import numpy as np
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, single_level
+from mlem_dist.tuning.fit import Fitter
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.optimise import MODEL_SAMPLES, MODEL_STEPS, FirstOrder, Shape, first_order, optimise
@@ -23,7 +24,7 @@ CHOOSING_SAMPLES, JUDGING_SAMPLES = 64, 64
 DRAWS = 15
 """Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
 
-MEMORISED, OPTIMISED = "memorised", "optimised"
+MEMORISED, OPTIMISED, FITTED = "memorised", "optimised", "fitted"
 EM = "Euler-Maruyama"
 FAMILIES: dict[str, dict[str, Any]] = {
     "held": {"increments": "held"},
@@ -63,9 +64,9 @@ def tune(
 ) -> Iterator[Row]:
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
-    Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments, and for
-    a calibrated ladder there is an optimised one; the better of both, by the error on the choosing noises, is written.
-    Rows hold the error on the judging ones.
+    Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments. For the
+    ODE, on a Gaussian first level, there is a fitted one too, and otherwise for a calibrated ladder an optimised one;
+    the better of both, by the error on the choosing noises, is written. Rows hold the error on the judging ones.
 
     Args:
         ladder: the ladder.
@@ -89,7 +90,7 @@ def tune(
     }
     choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
     judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
-    optimiser = Optimiser(choosing, threads, progress) if calibrated(ladder) else None
+    search = searched(choosing, threads, progress)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # A grid that divides the steps, as the comparison on one Brownian path needs.
@@ -99,17 +100,27 @@ def tune(
             progress(f"{label}, {family}", done, len(ways))
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
         path = plan_path(out, solver, nfe)
-        families = [MEMORISED, OPTIMISED] if optimiser else [MEMORISED]
+        families = [MEMORISED, search[0]] if search else [MEMORISED]
         rows = {family: frontier.find(family, label) for family in families}
         if not path.exists() or not all(rows.values()):
             cost = ladder.cost(device)
             plans = {MEMORISED: best_draw(choosing, recipes[nfe], cost, partial(progress, f"{label}, draws"))}
-            if optimiser:
-                plans[OPTIMISED] = optimiser.plan(nfe)
+            if search:
+                plans[search[0]] = search[1](nfe)
             better = best_plan(choosing, list(plans.values()), cost)
             replace_file(path, json.dumps(plan_to_dict(better, ladder.digest, solver)) + "\n")
             rows = {name: rows[name] or frontier.add(name, label, judging.judge(plan)) for name, plan in plans.items()}
         yield from (row for row in rows.values() if row)
+
+
+def searched(choosing: Judge, threads: int, progress: Progress) -> tuple[str, Callable[[float], Plan]] | None:
+    """The family whose plans are searched for, and how to find one for a budget; None for a ladder that has none."""
+    if choosing.solver == "ddim" and choosing.ladder.levels[0].kind == "gaussian" and len(choosing.levels) > 1:
+        fitter = Fitter(choosing)
+        return FITTED, lambda nfe: fitter.plan(nfe, partial(progress, f"{nfe:g} NFE, fits"))
+    if calibrated(choosing.ladder):
+        return OPTIMISED, Optimiser(choosing, threads, progress).plan
+    return None
 
 
 def best_draw(
