@@ -109,3 +109,22 @@ def test_affine_drift_of_a_gaussian_level_is_its_forward_pass(levels, fashion):
             inside, outside = (torch.tensor(drift.gain[c, i], dtype=torch.float32)[s] for s in (slice(-1), -1))
             found = outside * centred + drift.basis[c] @ ((inside - outside) * (drift.basis[c].T @ centred))
             assert (found - expected[row]).abs().max() < 1e-4
+
+
+def test_response_and_flow_are_what_a_run_does():
+    """A run is affine: what a held value adds, and what a change of x becomes, do not depend on the rest."""
+    drift, table = small()
+    label = torch.tensor([0, 1, 1])
+    form = ClosedForm(drift, table, label)
+    rng = np.random.default_rng(3)
+    x, change, value = (torch.tensor(rng.standard_normal((3, 4))) for _ in range(3))
+    weights = rng.standard_normal(5)
+
+    def run(x: torch.Tensor, start: int, stop: int, held: list) -> torch.Tensor:
+        return form.advance(start, x, [1.0] * (stop - start), held, lambda _: torch.zeros_like(x))
+
+    added = run(x, 2, 7, [(form.held(value), weights.tolist())]) - run(x, 2, 7, [])
+    torch.testing.assert_close(form.scaled(form.held(value), form.response(2, weights)), added)
+    carried = run(x + change, 4, len(table), []) - run(x, 4, len(table), [])
+    torch.testing.assert_close(form.scaled(form.held(change), form.flow(4)), carried)
+    torch.testing.assert_close(form.scaled(form.held(change), form.flow(len(table))), change)

@@ -70,16 +70,17 @@ def test_a_ladder_is_tuned_judged_and_used(small):
         assert ("fire" in json.loads((out / "mlem.json").read_text())["config"]["plan"]) == used
 
 
-def test_a_calibrated_ladder_gets_the_better_one_of_a_memorised_and_an_optimised_plan(calibrated):
-    arguments = [str(calibrated), "--nfe", "6", "--steps", "40", "--solver", "ddim", "--device", "cpu"]
-    assert "optimised" in run("tune", *arguments, "--out", str(calibrated)).stdout
-    raw = json.loads((calibrated / "frontier-ddim.json").read_text())
+@pytest.mark.parametrize(("solver", "searched"), [("ddim", "fitted"), ("ddpm", "optimised")])
+def test_the_better_one_of_a_memorised_plan_and_one_that_is_searched_for_is_kept(calibrated, solver, searched):
+    arguments = [str(calibrated), "--nfe", "6", "--steps", "40", "--solver", solver, "--device", "cpu"]
+    assert searched in run("tune", *arguments, "--out", str(calibrated)).stdout
+    raw = json.loads((calibrated / f"frontier-{solver}.json").read_text())
     errors = {row["family"]: row["errors"] for row in raw["rows"]}
-    assert np.mean(errors["optimised"]) < np.mean(errors["extrapolated"])
+    assert solver == "ddpm" or np.mean(errors[searched]) < np.mean(errors["extrapolated"])
     ladder = Ladder.load(calibrated)
-    plan = read_plan(calibrated / "plan-ddim-6.json", ladder.digest, ["", ""], "ddim", 40)
-    found = Judge(ladder, "ddim", "cpu", 40, JUDGING_SAMPLES, JUDGING_SEED).judge(plan).errors
-    assert any(np.allclose(found, errors[family], rtol=1e-2) for family in ("memorised", "optimised"))
+    plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, ["", ""], solver, 40)
+    found = Judge(ladder, solver, "cpu", 40, JUDGING_SAMPLES, JUDGING_SEED).judge(plan).errors
+    assert any(np.allclose(found, errors[family], rtol=1e-2) for family in ("memorised", searched))
 
 
 def test_the_reference_is_its_own_judge(small, tmp_path):

@@ -1,0 +1,72 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.tuning.fit import BETWEEN, Fitter, Times
+from mlem_dist.tuning.judge import BLOCK, Judge
+from mlem_dist.tuning.recipe import make_recipe
+
+STEPS = 40
+
+
+@pytest.fixture
+def three(tmp_path, fashion) -> Ladder:
+    """The three lowest levels of the bundled ladder."""
+    folder = tmp_path / "three"
+    shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*", "*.png"))
+    raw = json.loads((folder / "ladder.json").read_text())
+    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:3]}))
+    return Ladder.load(folder)
+
+
+def judge(ladder: Ladder, seed: int) -> Judge:
+    return Judge(ladder, "ddim", "cpu", STEPS, 2 * BLOCK, seed, threads=2)
+
+
+@pytest.mark.parametrize("times", [Times(1, 4, 1), Times(2, 3, 2, (0.5, 0.0, -0.5, 0.2))])
+def test_the_error_of_a_fit_is_that_of_its_plan(three, times):
+    """The plan that is written does what the fit has seen, by the integrator that generates."""
+    fitter = Fitter(judge(three, 0))
+    plan, error = fitter.fit(times.rungs(3), times.fire(fitter.log_snr))
+    assert error == pytest.approx(fitter.judge.judge(plan).errors.mean(), rel=1e-3)
+    assert plan.calls[2].sum() == times.calls
+    assert plan.calls[1].sum() == (times.calls * times.between if times.middle == 2 else 0)
+
+
+def test_a_fit_with_an_evaluation_at_every_step_is_the_best_level(three):
+    fitter = Fitter(judge(three, 0))
+    for rungs in ((1, 3), (1, 2, 3)):
+        _, error = fitter.fit(rungs, np.ones((len(rungs), STEPS), dtype=bool))
+        assert error < 1e-6
+
+
+def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
+    fitter, judging = Fitter(judge(three, 0)), judge(three, 1)
+    told = []
+    plan = fitter.plan(6, lambda done, total: told.append((done, total)))
+    default = make_recipe(three, "cpu", "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
+    cost = three.cost("cpu")
+    assert 4 < plan.nfe(cost) <= 6
+    assert judging.judge(plan).errors.mean() < 0.7 * judging.judge(default).errors.mean()
+    # On the noises that it was fitted to it is no better than chance allows.
+    assert judging.judge(plan).errors.mean() < 1.7 * fitter.judge.judge(plan).errors.mean()
+    assert told[-1][0] == told[-1][1] == len(told)
+
+
+def test_times_are_nested_and_begin_at_the_first_step():
+    log_snr = np.linspace(-5, 4, STEPS) + np.sin(np.arange(STEPS) / 8)
+    for between in BETWEEN:
+        for factors in ((0.0,) * 4, (2.0, -1.0, 0.5, 1.0)):
+            fire = Times(1 + (between > 1), 5, between, factors).fire(np.sort(log_snr))
+            assert fire[0].all()
+            assert fire[:, 0].all()
+            assert (np.diff(fire.astype(int), axis=0) <= 0).all()
+
+
+def test_a_budget_below_one_call_of_the_best_level_is_refused(three):
+    with pytest.raises(UsageError, match="below the cost of one call"):
+        Fitter(judge(three, 0)).plan(0.5)
