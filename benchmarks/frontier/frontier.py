@@ -35,6 +35,7 @@ from mlem_dist.tuning.tune import (
     CHOOSING_SEED,
     DRAWS,
     FITTED,
+    FITTING_SAMPLES,
     JUDGING_SEED,
     OPTIMISED,
     Optimiser,
@@ -95,7 +96,7 @@ def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
     for nfe in SEARCHED_BUDGETS:
         yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
     if solver == "ddim":
-        fitter = Fitter(choosing)
+        fitter = Fitter(Judge(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, CHOOSING_SEED, threads=2))
         for nfe in SEARCHED_BUDGETS:
             yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(fitter.plan(nfe))
     for small in range(3, levels):

@@ -91,6 +91,8 @@ class Times:
 class Fitter:
     """Fits plans on the noises of a judge of the ODE, for a ladder whose first level is a Gaussian.
 
+    Times are searched for on half of the blocks; the weights of the found ones are fitted to all.
+
     Args:
         judge: its path of the best level is what is fitted to.
     """
@@ -105,10 +107,11 @@ class Fitter:
         self.cost = judge.ladder.cost(judge.device)
         self.form = ClosedForm(base.affine(self.table.t), self.table, judge.label)
         self.blocks = range(judge.samples // len(judge.label))
+        self._half = -(-len(self.blocks) // 2)
         self._found: dict[float, Times] = {}
 
     def plan(self, nfe: float, progress: Progress = lambda done, total: None) -> Plan:
-        """The plan of at most `nfe` evaluations of the best level whose error on the choosing noises is least.
+        """The plan of at most `nfe` evaluations of the best level whose error on the noises is least.
 
         The search is the covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772). `progress` is told
         how many plans have been fitted, of how many.
@@ -136,7 +139,7 @@ class Fitter:
             nonlocal done
             done += 1
             progress(done, total)
-            return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr))[1]
+            return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), self.blocks[: self._half])[1]
 
         tried = sorted(((error(start), start) for start in starts), key=lambda one: one[0])
         for _, start in tried[:SCREENED]:
@@ -164,18 +167,19 @@ class Fitter:
         below = self.cost[middle - 1] if middle > 1 else 0.0
         return int(nfe * self.cost[-1] / (self.cost[-1] + between * (below + 2 * self.cost[0])))
 
-    def fit(self, rungs: tuple[int, ...], fire: np.ndarray) -> tuple[Plan, float]:
+    def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> tuple[Plan, float]:
         """The plan of fitted weights that evaluates the increments of `rungs` at `fire`, bool (R, N).
 
-        All fire at step 0, and each only where those below it fire too.
+        All fire at step 0, and each only where those below it fire too. `blocks` are those that it is fitted to, all of
+        the judge's by default.
 
         Returns:
-            The plan, and its mean squared error per value on the choosing noises.
+            The plan, and its mean squared error per value on these blocks.
         """
         weight, previous = np.zeros(fire.shape), np.zeros(fire.shape)
         weight[0] = 1
         with ThreadPoolExecutor(self.judge.threads) as pool:
-            segments = [_Segments(self, rungs, block) for block in self.blocks]
+            segments = [_Segments(self, rungs, block) for block in blocks or self.blocks]
             edges = [*np.flatnonzero(fire[1:].any(0)).tolist(), fire.shape[1]]
             for start, stop in pairwise(edges):
                 fresh = [r for r in range(1, len(rungs)) if fire[r, start]]
@@ -186,9 +190,8 @@ class Fitter:
                 for choice, factor in zip(choices, found, strict=True):
                     (previous if choice.age else weight)[choice.rung, start:stop] += factor * choice.shape
                 list(pool.map(lambda one, to=stop: one.advance(to, weight, previous), segments))
-            ends = torch.cat([one.x for one in segments])
-        plan = on_levels(Plan(fire, weight, previous, collapse=True), rungs)
-        return plan, float((ends - self.judge.path[-1]).square().mean())
+            error = np.mean([float((one.x - one.path[-1]).square().mean()) for one in segments])
+        return on_levels(Plan(fire, weight, previous, collapse=True), rungs), float(error)
 
     def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[_Choice]:
         """What the weights of steps start ... stop - 1 are combined from.

@@ -21,6 +21,9 @@ from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, 
 
 CHOOSING_SEED, JUDGING_SEED = 0, 1
 CHOOSING_SAMPLES, JUDGING_SAMPLES = 64, 64
+FITTING_SAMPLES = 128
+"""The first of them are the choosing ones."""
+
 DRAWS = 15
 """Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
 
@@ -116,7 +119,9 @@ def tune(
 def searched(choosing: Judge, threads: int, progress: Progress) -> tuple[str, Callable[[float], Plan]] | None:
     """The family whose plans are searched for, and how to find one for a budget; None for a ladder that has none."""
     if choosing.solver == "ddim" and choosing.ladder.levels[0].kind == "gaussian" and len(choosing.levels) > 1:
-        fitter = Fitter(choosing)
+        steps, seed = len(choosing.fine), choosing.seed
+        noises = Judge(choosing.ladder, choosing.solver, choosing.device, steps, FITTING_SAMPLES, seed, threads=threads)
+        fitter = Fitter(noises)
         return FITTED, lambda nfe: fitter.plan(nfe, partial(progress, f"{nfe:g} NFE, fits"))
     if calibrated(choosing.ladder):
         return OPTIMISED, Optimiser(choosing, threads, progress).plan

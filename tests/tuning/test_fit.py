@@ -24,7 +24,7 @@ def three(tmp_path, fashion) -> Ladder:
 
 
 def judge(ladder: Ladder, seed: int) -> Judge:
-    return Judge(ladder, "ddim", "cpu", STEPS, 2 * BLOCK, seed, threads=2)
+    return Judge(ladder, "ddim", "cpu", STEPS, 3 * BLOCK, seed, threads=2)
 
 
 @pytest.mark.parametrize("times", [Times(1, 4, 1), Times(2, 3, 2, (0.5, 0.0, -0.5, 0.2))])
