@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.progress import Work
 from mlem_dist.solver.integrate import Drift, Request, evaluate
@@ -75,6 +76,7 @@ class LevelWorker:
     """Evaluates the terms of one pool for any block: stateless, so that a call can be repeated anywhere."""
 
     def __init__(self, job: Job, pools: Sequence[range], pool: int, threads: int) -> None:
+        keep_memory()
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
         self.pools, self.pool = pools, pool
