@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import UNetLevel
 from mlem_dist.ladder.memory import keep_memory
+from mlem_dist.runtime.graphs import Graphed
 from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.progress import Work
 from mlem_dist.solver.integrate import Drift, Request, evaluate
@@ -44,7 +46,7 @@ class Segment:
 
 
 class Levels(dict[int, Drift]):
-    """A ladder's levels by number, loaded at first use, their calls counted; for several threads."""
+    """A ladder's levels by number, loaded at first use, their calls counted; for several threads, or one on a GPU."""
 
     def __init__(self, ladder: Ladder, device: str) -> None:
         super().__init__()
@@ -60,7 +62,10 @@ class Levels(dict[int, Drift]):
         """Load a level unless it is loaded."""
         with self._lock:
             if number not in self:
-                self[number] = self._counted(number, self._ladder.load_level(number, self._device))
+                level = self._ladder.load_level(number, self._device)
+                if self._device == "cuda" and isinstance(level, UNetLevel):
+                    level.model = Graphed(level.model)
+                self[number] = self._counted(number, level)
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
         def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
