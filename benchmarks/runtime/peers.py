@@ -6,7 +6,6 @@ Each way is a function that a user would write, run in a process of its own on t
 run but for starting Ray and importing. Lines of user code are those of the function and the class that it needs.
 """
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -23,6 +22,7 @@ from typing import Any
 import click
 import numpy as np
 import pyarrow.parquet as pq
+from processes import watched
 
 LADDER, BLOCK, NFE, STEPS = "fashion", 100, 10, 250
 
@@ -156,22 +156,6 @@ def run(name: str, num: int, cores: int) -> dict[str, Any]:
     return row | {"images": images}
 
 
-def memory_of_tree(pid: int) -> float:
-    """MiB of a process and all that it began, directly or not; what several share is counted once."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    tree = {pid}
-    while more := {child for child, parent in parents.items() if parent in tree} - tree:
-        tree |= more
-    found = 0
-    for one in tree:
-        with contextlib.suppress(OSError):
-            found += int(Path(f"/proc/{one}/smaps_rollup").read_text().partition("Pss:")[2].split()[0])
-    return found / 1024
-
-
 @click.command()
 @click.option("--num", default=3000)
 @click.option("--cores", default=2)
@@ -186,15 +170,9 @@ def main(num: int, cores: int, only: str | None, out: Path | None) -> None:
     for name, (_, _, part, _) in PEERS.items():
         images = max(BLOCK * cores, round(num * part / BLOCK) * BLOCK)
         command = [sys.executable, __file__, "--num", str(images), "--cores", str(cores), "--only", name]
-        memory = [0.0]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        ) as process:
-            while process.poll() is None:
-                memory.append(memory_of_tree(process.pid))
-                time.sleep(2)
-            assert process.stdout
-            rows.append(json.loads(process.stdout.read().splitlines()[-1]) | {"memory_mib": max(memory)})
+        output, used, memory = watched(command, os.environ | {"OMP_NUM_THREADS": "1"})
+        row = json.loads(output.splitlines()[-1])
+        rows.append(row | {"cpu_seconds_per_image": used / row["num"], "memory_mib": memory})
         print(rows[-1], flush=True)
     if len({row["images"] for row in rows if row["num"] == num}) != 1:
         sys.exit("the same sampler made different images")

@@ -8,17 +8,18 @@ Writes planner.json and planner.png.
 import json
 import multiprocessing
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import matplotlib.pyplot as plt
 import numpy as np
+from processes import watched
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
@@ -43,6 +44,7 @@ RUNS = [
     ("pools", 5, 100, 2, 1200),
     ("pools", 20, 200, 2, 1200),
 ]
+KEPT = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools", "cpu_seconds")
 DEVICES = [4**i for i in range(7)]
 CELLS = [16, 64, 4096]
 
@@ -59,9 +61,11 @@ def measure(placement: str, nfe: float, block: int, devices: int, num: int) -> d
         command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--devices", str(devices), "--json"]
         command += ["--address", "local", "--placement", placement, "--nfe", str(nfe), "--block-size", str(block)]
         command += ["--shard-size", str(SHARD), "--increments", "held", "--steps", str(STEPS)]
-        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+        output, used, _ = watched(command)
+        return json.loads(output) | {"cpu_seconds": used}
 
 
+@cache
 def level_times(block: int, cores: int) -> np.ndarray:
     """Seconds per sample of each level, on one core while so many are busy with the same."""
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
@@ -76,15 +80,14 @@ def own_level_times(block: int) -> list[float]:
 
 
 def validate(done: int, most: int) -> Iterator[dict[str, Any]]:
-    """The next runs measured, and the levels' times before each."""
+    """The next runs measured, and the levels' times before the first of each block size."""
     for placement, nfe, block, devices, num in RUNS[done : done + most]:
         row: dict[str, Any] = {"placement": placement, "nfe": nfe, "block_size": block, "devices": devices, "num": num}
         row["cost_alone"] = level_times(block, 1).tolist()
         row["cost"] = level_times(block, devices).tolist() if devices > 1 else row["cost_alone"]
         report = measure(placement, nfe, block, devices, num)
         row["measured"] = report["images_per_second"]
-        kept = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools", "writers")
-        yield row | {key: report[key] for key in kept}
+        yield row | {key: report[key] for key in KEPT}
 
 
 def add_forecast(row: dict[str, Any], ladder: Ladder) -> None:
@@ -149,7 +152,8 @@ def draw(validation: list[dict[str, Any]], scaling: list[dict[str, Any]], path: 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--most", default=len(RUNS), help="Measure at most so many further runs.")
-def main(out: Path, most: int) -> None:
+@click.option("--scaling/--no-scaling", default=True, help="Simulate large clusters.")
+def main(out: Path, most: int, scaling: bool) -> None:
     """A rerun measures what has not been measured, and forecasts all of it again."""
     ladder = Ladder.load("fashion")
     path = out / "planner.json"
@@ -161,10 +165,10 @@ def main(out: Path, most: int) -> None:
         add_forecast(row, ladder)
     for row in result["validation"]:
         add_forecast(row, ladder)
-    if len(result["validation"]) == len(RUNS) and "scaling" not in result:
+    if scaling:
         result["scaling"] = scale(ladder, ladder.cost("cpu"))
     path.write_text(json.dumps(result, indent=1) + "\n")
-    if "scaling" in result:
+    if result["validation"] and "scaling" in result:
         draw(result["validation"], result["scaling"], out / "planner.png")
 
 
