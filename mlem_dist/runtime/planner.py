@@ -27,11 +27,11 @@ from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, stages
 from mlem_dist.tuning.calibrate import measured_costs
 
 OVERHEADS = {
-    "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0008, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
-    "cuda": Overheads(0.0005, 0.0005, latency=0.001, event=0.0008, write=8e-5, poll=0.003, slowdown=1.0, shared=False),
+    "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
+    "cuda": Overheads(0.0005, 0.0005, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.0, shared=False),
 }
-"""By device type. Those of CPU cores, and the coordinator's, are measured (benchmarks/runtime/planner.py); a GPU's own
-are assumed."""
+"""By device type. Those of CPU cores are measured, the coordinator's and the writers' too (coordinator.py and writer.py
+in benchmarks/runtime); a GPU's own are assumed."""
 
 BUSY_COORDINATOR = 0.5
 """Of its time; above that, cells are made smaller."""

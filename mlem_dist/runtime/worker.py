@@ -91,8 +91,10 @@ class LevelWorker:
     @torch.inference_mode()
     def prepare(self) -> None:
         """Load this pool's levels and the one below, and run each once, so that the first call is a warm one."""
-        x = torch.zeros(self.blocks.job.block_size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
-        label = self.blocks.label(0)
+        # A GPU prepares itself for a batch's size. A CPU does not, and a whole block would take it a second.
+        size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
+        x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
+        label = self.blocks.label(0)[:size]
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for number in range(max(1, self.pools[self.pool].start - 1), self.pools[self.pool].stop):
             self.levels[number](x, t, label)
