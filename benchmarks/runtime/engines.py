@@ -19,7 +19,7 @@ LOCAL = ["--engine", "ray", "--address", "local", "--placement"]
 ENGINES = {
     "in process": ["--engine", "inline"],
     "ray, auto": [*LOCAL, "auto"],
-    "ray, 1-3,4,5": [*LOCAL, "1-3,4,5"],
+    "ray, 1-3,4-6": [*LOCAL, "1-3,4-6"],
     "ray, pools": [*LOCAL, "pools"],
 }
 

@@ -1,16 +1,16 @@
 """The same images by other means: Ray Data around the in-process sampler, and Ray Data around one diffusers model.
 
-python benchmarks/runtime/peers.py --num 2000 --out benchmarks/results/peers.json
+python benchmarks/runtime/peers.py --num 3000 --out benchmarks/results/peers.json
 
 Each way is a function that a user would write, run in a process of its own on the same cores; its rate is of the whole
 run but for starting Ray and importing. Lines of user code are those of the function and the class that it needs.
 """
 
+import hashlib
 import inspect
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +21,8 @@ from typing import Any
 
 import click
 import numpy as np
+import pyarrow.parquet as pq
+from processes import watched
 
 LADDER, BLOCK, NFE, STEPS = "fashion", 100, 10, 250
 
@@ -41,7 +43,7 @@ class Sampler:
         self.shape = ladder.sample_shape
         self.levels = {k: ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)}
         self.table = solver_table(ladder.alpha_bar, STEPS, "ddpm")
-        self.recipe = make_recipe(ladder, "cpu", "ddpm", STEPS, NFE)
+        self.recipe = make_recipe(ladder, "cpu", "ddpm", STEPS, NFE, increments="held")
         affine = self.levels[1].affine(self.table.t)
         self.closed_form = lambda label: ClosedForm(affine, self.table, label)
 
@@ -96,34 +98,47 @@ def as_png(x: np.ndarray) -> list[bytes]:
     return encode_png(((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def ray_data(num: int, out: str, cores: int, kind: type, arguments: dict[str, Any]) -> None:
-    """A pool of actors that each map batches of ids to images, written as Parquet."""
+def ray_data(num: int, out: str, cores: int, kind: type, arguments: dict[str, Any]) -> float:
+    """A pool of actors that each map batches of ids to images, written as Parquet; seconds."""
     import ray
 
+    began = time.monotonic()
+    # Half a core each, on paper: actors that take whole ones leave none to read and write with, and nothing moves.
     found = ray.data.range(num, override_num_blocks=num // BLOCK).map_batches(
-        kind, fn_constructor_kwargs=arguments, batch_size=BLOCK, concurrency=cores, num_cpus=1
+        kind, fn_constructor_kwargs=arguments, batch_size=BLOCK, concurrency=cores, num_cpus=0.5
     )
     found.write_parquet(out)
+    return time.monotonic() - began
 
 
-def ours(num: int, out: str, cores: int, engine: str) -> None:
-    """The command line."""
+def ours(num: int, out: str, cores: int, engine: str) -> float:
+    """The command line; seconds of loading and sampling, from its report."""
     script = Path(sys.executable).with_name("mlem-dist")
     command = [str(script), "generate", "--num", str(num), "--out", out, "--nfe", str(NFE), "--devices", str(cores)]
     command += ["--increments", "held", "--engine", engine, *(["--address", "local"] if engine == "ray" else [])]
-    subprocess.run(command, check=True)
+    done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
+    report = json.loads(done.stdout)
+    return float(report["ready_seconds"] + report["sampling_seconds"])
 
 
 TRAILING = {"kind": "DPMSolverMultistepScheduler", "options": {"timestep_spacing": "trailing"}, "steps": 20}
 DDPM = {"kind": "DDPMScheduler", "options": {"timestep_spacing": "trailing"}, "steps": 250}
-PEERS: dict[str, tuple[Callable[..., None], tuple[Any, ...], float, tuple[Any, ...]]] = {
+PEERS: dict[str, tuple[Callable[..., float], tuple[Any, ...], float, tuple[Any, ...]]] = {
     # Function, its arguments, the part of the images it makes, and the code that a user writes.
     "mlem-dist on Ray": (ours, ("ray",), 1, ()),
     "mlem-dist in process": (ours, ("inline",), 1, ()),
     "Ray Data, ML-EM sampler": (ray_data, (Sampler, {}), 1, (Sampler, as_png, ray_data)),
-    "Ray Data, DPM-Solver++ 20 steps": (ray_data, (Diffusers, TRAILING), 0.5, (Diffusers, as_png, ray_data)),
-    "Ray Data, DDPM 250 steps": (ray_data, (Diffusers, DDPM), 0.1, (Diffusers, as_png, ray_data)),
+    "Ray Data, DPM-Solver++ 20 steps": (ray_data, (Diffusers, TRAILING), 0.25, (Diffusers, as_png, ray_data)),
+    "Ray Data, DDPM 250 steps": (ray_data, (Diffusers, DDPM), 0.05, (Diffusers, as_png, ray_data)),
 }
+
+
+def digest(out: Path) -> str:
+    """Of all images in the order of their ids."""
+    table = pq.read_table(out / "data" if (out / "data").exists() else out)
+    ids, images = (table["sample_id" if "sample_id" in table.column_names else "id"], table["image"].to_pylist())
+    files = [image["bytes"] if isinstance(image, dict) else image for image in images]
+    return hashlib.sha256(b"".join(files[i] for i in np.argsort(ids.to_numpy()))).hexdigest()
 
 
 def run(name: str, num: int, cores: int) -> dict[str, Any]:
@@ -134,18 +149,15 @@ def run(name: str, num: int, cores: int) -> dict[str, Any]:
             import ray
 
             ray.init(address="local", num_cpus=cores, include_dashboard=False, log_to_driver=False)
-        began = time.monotonic()
-        function(num, f"{folder}/out", cores, *arguments)
-        seconds = time.monotonic() - began
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        seconds = function(num, f"{folder}/out", cores, *arguments)
+        images = digest(Path(folder) / "out")
     lines = sum(len([line for line in inspect.getsource(one).splitlines() if line.strip()]) for one in code) or 1
-    return {"way": name, "num": num, "seconds": seconds, "images_per_second": num / seconds, "lines": lines} | {
-        "largest_process_mib": max(children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    }
+    row = {"way": name, "num": num, "seconds": seconds, "images_per_second": num / seconds, "lines": lines}
+    return row | {"images": images}
 
 
 @click.command()
-@click.option("--num", default=2000)
+@click.option("--num", default=3000)
 @click.option("--cores", default=2)
 @click.option("--only", type=click.Choice(list(PEERS)))
 @click.option("--out", type=click.Path(path_type=Path))
@@ -158,11 +170,12 @@ def main(num: int, cores: int, only: str | None, out: Path | None) -> None:
     for name, (_, _, part, _) in PEERS.items():
         images = max(BLOCK * cores, round(num * part / BLOCK) * BLOCK)
         command = [sys.executable, __file__, "--num", str(images), "--cores", str(cores), "--only", name]
-        done = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        output, used, memory = watched(command, os.environ | {"OMP_NUM_THREADS": "1"})
+        row = json.loads(output.splitlines()[-1])
+        rows.append(row | {"cpu_seconds_per_image": used / row["num"], "memory_mib": memory})
         print(rows[-1], flush=True)
+    if len({row["images"] for row in rows if row["num"] == num}) != 1:
+        sys.exit("the same sampler made different images")
     assert out, "--out is missing"
     out.write_text(json.dumps({"machine": f"{platform.machine()}, {cores} cores", "rows": rows}, indent=1) + "\n")
 

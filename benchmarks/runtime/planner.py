@@ -6,16 +6,20 @@ Writes planner.json and planner.png.
 """
 
 import json
+import multiprocessing
 import platform
-import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import matplotlib.pyplot as plt
 import numpy as np
+from processes import watched
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
@@ -25,21 +29,20 @@ from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.tuning.recipe import make_recipe
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
-STEPS, SHARD = 250, 600
+STEPS, SHARD, CORES = 250, 600, 2
 # Placement, evaluations of the best level, block size, devices, images.
 RUNS = [
-    ("together", 10, 100, 2, 6000),
-    ("together", 5, 50, 2, 2400),
+    ("together", 10, 100, 2, 5000),
+    ("together", 5, 50, 2, 1800),
     ("together", 20, 100, 2, 1200),
-    ("together", 10, 100, 1, 1200),
-    ("1-3,4-6", 10, 100, 2, 1800),
-    ("1-2,3-6", 5, 100, 2, 2400),
+    ("together", 10, 100, 1, 800),
+    ("1-3,4-6", 10, 100, 2, 1200),
+    ("1-2,3-6", 5, 100, 2, 1800),
     ("1-5,6", 10, 50, 2, 1200),
     ("pools", 10, 100, 2, 1200),
     ("pools", 10, 50, 2, 1200),
-    ("pools", 5, 100, 2, 1200),
-    ("pools", 20, 200, 2, 1200),
 ]
+KEPT = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools", "cpu_seconds")
 DEVICES = [4**i for i in range(7)]
 CELLS = [16, 64, 4096]
 
@@ -56,37 +59,46 @@ def measure(placement: str, nfe: float, block: int, devices: int, num: int) -> d
         command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--devices", str(devices), "--json"]
         command += ["--address", "local", "--placement", placement, "--nfe", str(nfe), "--block-size", str(block)]
         command += ["--shard-size", str(SHARD), "--increments", "held", "--steps", str(STEPS)]
-        return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+        output, used, _ = watched(command)
+        return json.loads(output) | {"cpu_seconds": used}
 
 
-def validate(ladder: Ladder, costs: dict[int, np.ndarray]) -> list[dict[str, Any]]:
-    """Every run measured and forecast, with the levels' times of this machine by block size."""
-    rows = []
-    stored = ladder.cost("cpu")
-    for placement, nfe, block, devices, num in RUNS:
+@cache
+def level_times(block: int, cores: int) -> np.ndarray:
+    """Seconds per sample of each level, on one core while so many are busy with the same."""
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        return np.mean(list(pool.map(own_level_times, [block] * cores)), axis=0)
+
+
+def own_level_times(block: int) -> list[float]:
+    """Of this process."""
+    ladder = Ladder.load("fashion")
+    levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
+    return [seconds_per_sample(level, ladder.sample_shape, 10, "cpu", block) for level in levels]
+
+
+def validate(done: int, most: int) -> Iterator[dict[str, Any]]:
+    """The next runs measured, and the levels' times before the first of each block size."""
+    for placement, nfe, block, devices, num in RUNS[done : done + most]:
+        row: dict[str, Any] = {"placement": placement, "nfe": nfe, "block_size": block, "devices": devices, "num": num}
+        row["cost"] = level_times(block, devices).tolist()
         report = measure(placement, nfe, block, devices, num)
-        # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
-        job = make_job(ladder, stored, nfe, block, num, SHARD, "cpu")
-        pools = parse_placement(placement, len(ladder.levels)).pools
-        kind = Kind("cpu", devices, costs[block], np.inf, OVERHEADS["cpu"])
-        found = forecast(job, Layout(pools, (kind,) * len(pools)))
-        row = {
-            "placement": placement,
-            "nfe": nfe,
-            "block_size": block,
-            "devices": devices,
-            "num": num,
-            "measured": report["images_per_second"],
-            "forecast": num / found.seconds,
-            "ideal": found.ideal,
-            "first_block_seconds": report["first_block_seconds"],
-            "pools": report["pools"],
-            "writers": report["writers"],
-        }
-        row["ratio"] = row["forecast"] / row["measured"]
-        rows.append(row)
-        print({key: round(value, 3) for key, value in row.items() if isinstance(value, int | float)}, flush=True)
-    return rows
+        row["measured"] = report["images_per_second"]
+        yield row | {key: report[key] for key in KEPT}
+
+
+def add_forecast(row: dict[str, Any], ladder: Ladder) -> None:
+    """What the planner says of a run, with the levels' times measured before it."""
+    nfe, block, devices, num = (row[key] for key in ("nfe", "block_size", "devices", "num"))
+    # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
+    job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
+    pools = parse_placement(row["placement"], len(ladder.levels)).pools
+    kind = Kind("cpu", devices, np.array(row["cost"]), np.inf, OVERHEADS["cpu"])
+    found = forecast(job, Layout(pools, (kind,) * len(pools)))
+    ideal = devices / (np.array(list(row["calls_per_sample"].values())) @ kind.cost)
+    row |= {"forecast": num / found.seconds, "ratio": num / found.seconds / row["measured"]}
+    row |= {"ideal": ideal, "to_ideal": row["measured"] / ideal}
+    print({key: value if key == "placement" else round(value, 3) for key, value in row.items() if np.isscalar(value)})
 
 
 def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
@@ -136,25 +148,25 @@ def draw(validation: list[dict[str, Any]], scaling: list[dict[str, Any]], path: 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(out: Path) -> None:
-    """Level times are measured first, on one core. A rerun goes on where the last one stopped."""
+@click.option("--most", default=len(RUNS), help="Measure at most so many further runs.")
+@click.option("--scaling/--no-scaling", default=True, help="Simulate large clusters.")
+def main(out: Path, most: int, scaling: bool) -> None:
+    """A rerun measures what has not been measured, and forecasts all of it again."""
     ladder = Ladder.load("fashion")
     path = out / "planner.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"machine": platform.machine()}
-    if "validation" not in result:
-        levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
-        costs = {
-            block: np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", block) for level in levels])
-            for block in sorted({block for _, _, block, _, _ in RUNS})
-        }
-        print({block: np.round(cost * 1e3, 3).tolist() for block, cost in costs.items()}, flush=True)
-        result["cost"] = {str(block): cost.tolist() for block, cost in costs.items()}
-        result["validation"] = validate(ladder, costs)
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"validation": []}
+    result["machine"] = f"{platform.machine()}, {CORES} cores"
+    for row in validate(len(result["validation"]), most):
+        result["validation"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")
-    if "scaling" not in result:
-        result["scaling"] = scale(ladder, np.array(result["cost"]["100"]))
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result["validation"], result["scaling"], out / "planner.png")
+        add_forecast(row, ladder)
+    for row in result["validation"]:
+        add_forecast(row, ladder)
+    if scaling:
+        result["scaling"] = scale(ladder, ladder.cost("cpu"))
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    if result["validation"] and "scaling" in result:
+        draw(result["validation"], result["scaling"], out / "planner.png")
 
 
 if __name__ == "__main__":

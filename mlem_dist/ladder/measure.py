@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlem_dist.ladder.memory import keep_memory
+
 WARM = 2
 REPEATS = 7
 
@@ -19,6 +21,7 @@ def seconds_per_sample(
 
     On a CPU it is the thread's own time, in which other programs that share the cores do not count.
     """
+    keep_memory()
     clock = time.perf_counter if device == "cuda" else time.thread_time
     x = torch.randn(batch, *shape, device=device)
     t = torch.zeros(batch, dtype=torch.int64, device=device)

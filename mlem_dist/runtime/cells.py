@@ -18,7 +18,7 @@ from mlem_dist.runtime.pool import DEATHS, PoolError
 from mlem_dist.runtime.progress import PoolProgress, Progress
 
 CELL_DEVICES = 64
-"""At most so many devices per coordinator, whose own limit has not been measured yet."""
+"""At most so many devices per coordinator; `forecast` takes fewer where it would be busy more than half of its time."""
 
 TRIES = 4
 AHEAD = 6

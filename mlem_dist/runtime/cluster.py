@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -25,8 +24,8 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations, pool_loads
-from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts
+from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations
+from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts, seat_loads
 from mlem_dist.runtime.progress import Progress
 
 ANSWER_SECONDS = 10
@@ -206,9 +205,8 @@ def run_ray(
     """
     began = time.monotonic()
     counts = evaluations(job)
-    load = np.array(
-        [pool_loads(counts, [pool], ladder.cost(one.type))[0] for pool, one in zip(pools, devices, strict=True)]
-    )
+    costs, overheads = [ladder.cost(one.type) for one in devices], [OVERHEADS[one.type] for one in devices]
+    load = seat_loads(counts, pools, costs, overheads, job.block_size)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
     kinds = list(dict.fromkeys(devices))
     count = min(-(-sum(kind.count for kind in kinds) // cell_devices), *(kind.count for kind in kinds))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.progress import PoolProgress, Progress
 from mlem_dist.runtime.worker import Levels
@@ -26,6 +27,7 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
         NonFiniteError: a block ended with NaN or infinite values.
     """
     began, busy = time.monotonic(), time.process_time()
+    keep_memory()
     # Within a block one thread, as in the actors: sums over several would be rounded in another order.
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True

@@ -27,11 +27,11 @@ from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, stages
 from mlem_dist.tuning.calibrate import measured_costs
 
 OVERHEADS = {
-    "cpu": Overheads(call=0.002, trip=0.006, latency=0.001, event=0.0008, write=6e-5, poll=0.003, shared=True),
-    "cuda": Overheads(call=0.0005, trip=0.0005, latency=0.001, event=0.0008, write=6e-5, poll=0.003, shared=False),
+    "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
+    "cuda": Overheads(0.0005, 0.0005, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.0, shared=False),
 }
-"""By device type. Those of CPU cores, and the coordinator's, are measured (benchmarks/runtime/planner.py); a GPU's own
-are assumed."""
+"""By device type. Those of CPU cores are measured, the coordinator's and the writers' too (coordinator.py and writer.py
+in benchmarks/runtime); a GPU's own are assumed."""
 
 BUSY_COORDINATOR = 0.5
 """Of its time; above that, cells are made smaller."""
@@ -216,9 +216,10 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     cells = max(1, min(-(-layout.devices // cell_devices), *(kind.count for kind in layout.groups)))
     load = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(layout.pools, costs, strict=True)])
     kinds = list(layout.groups)
+    taken = seat_loads(counts, layout.pools, costs, [kind.overheads for kind in layout.kinds], job.block_size)
     # Cells differ by one device of each kind at most.
     here = [-(-kind.count // cells) for kind in kinds]
-    seats = allot_kinds(load, [kinds.index(kind) for kind in layout.kinds], here)
+    seats = allot_kinds(taken, [kinds.index(kind) for kind in layout.kinds], here)
     devices = [kind.overheads for kind, count in zip(kinds, here, strict=True) for _ in range(count)]
     share = layout.devices / (cells * len(devices))
     blocks = -(-job.num // job.block_size)
@@ -248,6 +249,30 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
         level_seconds,
         tuple(trace.work),
     )
+
+
+def seat_loads(
+    counts: Evaluations,
+    pools: Sequence[range],
+    costs: Sequence[np.ndarray],
+    overheads: Sequence[Overheads],
+    block_size: int,
+) -> np.ndarray:
+    """Expected device seconds per sample in each pool, float64, with what its calls and trips take.
+
+    `costs[pool]` (K,) are seconds per sample, and `overheads[pool]` those of its devices.
+    """
+    found = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(pools, costs, strict=True)])
+    found *= [one.slowdown for one in overheads]
+    asks = np.zeros(len(pools))
+    for together, count in counts.items():
+        away = np.array([any(level in pool for level, _ in together) for pool in pools])
+        away[0] = False
+        # A step that asks others ends a segment on the first pool.
+        away[0] = away.any()
+        asks += count * away
+    found += asks * [one.call + one.trip for one in overheads] / block_size
+    return np.asarray(found)
 
 
 def _devices(kind: Kind, seats: Sequence[Seat], devices: Sequence[Overheads]) -> float:

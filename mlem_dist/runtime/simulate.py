@@ -32,6 +32,7 @@ class Overheads:
         event: the coordinator's own time per call.
         write: a core's time to write one image into a shard.
         poll: the driver's time per cell and round.
+        slowdown: a level's time in an actor over its time alone: noise, closed forms, caches, Ray's own processes.
         shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores;
             then writing takes their time too.
     """
@@ -42,6 +43,7 @@ class Overheads:
     event: float
     write: float
     poll: float
+    slowdown: float
     shared: bool
 
 
@@ -230,7 +232,7 @@ class CellSimulation:
             with actor.device.request() as device:
                 yield device
                 start = self.env.now
-                yield self.env.timeout(seconds * self.block_size + lost)
+                yield self.env.timeout(seconds * self.block_size * actor.overheads.slowdown + lost)
         self.trace.busy[actor.pool] += self.env.now - start
         if len(self.trace.work) < RECORDED:
             self.trace.work.append(Busy(actor.pool, actor.number, start, self.env.now))

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import UNetLevel
+from mlem_dist.ladder.memory import keep_memory
+from mlem_dist.runtime.graphs import Graphed
 from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.progress import Work
 from mlem_dist.solver.integrate import Drift, Request, evaluate
@@ -43,7 +46,7 @@ class Segment:
 
 
 class Levels(dict[int, Drift]):
-    """A ladder's levels by number, loaded at first use, their calls counted; for several threads."""
+    """A ladder's levels by number, loaded at first use, their calls counted; for several threads, or one on a GPU."""
 
     def __init__(self, ladder: Ladder, device: str) -> None:
         super().__init__()
@@ -59,7 +62,10 @@ class Levels(dict[int, Drift]):
         """Load a level unless it is loaded."""
         with self._lock:
             if number not in self:
-                self[number] = self._counted(number, self._ladder.load_level(number, self._device))
+                level = self._ladder.load_level(number, self._device)
+                if self._device == "cuda" and isinstance(level, UNetLevel):
+                    level.model = Graphed(level.model)
+                self[number] = self._counted(number, level)
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
         def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
@@ -75,6 +81,7 @@ class LevelWorker:
     """Evaluates the terms of one pool for any block: stateless, so that a call can be repeated anywhere."""
 
     def __init__(self, job: Job, pools: Sequence[range], pool: int, threads: int) -> None:
+        keep_memory()
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
         self.pools, self.pool = pools, pool
@@ -84,8 +91,10 @@ class LevelWorker:
     @torch.inference_mode()
     def prepare(self) -> None:
         """Load this pool's levels and the one below, and run each once, so that the first call is a warm one."""
-        x = torch.zeros(self.blocks.job.block_size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
-        label = self.blocks.label(0)
+        # A GPU prepares itself for a batch's size. A CPU does not, and a whole block would take it a second.
+        size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
+        x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
+        label = self.blocks.label(0)[:size]
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         for number in range(max(1, self.pools[self.pool].start - 1), self.pools[self.pool].stop):
             self.levels[number](x, t, label)

@@ -69,8 +69,17 @@ def plans(levels: int) -> dict[str, object]:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("devices", "placement"), [(1, "pools"), (3, "pools"), (2, "together")])
-@pytest.mark.parametrize("plan", ["held", "extrapolated in closed form", "impulse", "best level alone"])
+@pytest.mark.parametrize(
+    ("devices", "placement", "plan"),
+    [
+        (3, "pools", "held"),
+        (3, "pools", "extrapolated in closed form"),
+        (3, "pools", "impulse"),
+        (1, "pools", "extrapolated in closed form"),
+        (2, "together", "held"),
+        (2, "together", "best level alone"),
+    ],
+)
 def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cache, tmp_path, devices, placement, plan):
     job = make_job(plans(len(fashion.levels))[plan])
     found, _ = make_ray(job, fashion, tmp_path / "out", devices, placement)

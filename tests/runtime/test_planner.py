@@ -9,11 +9,11 @@ from click.testing import CliRunner
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.placement import WEIGHT_SHARE, evaluations, parse_placement, pool_loads
-from mlem_dist.runtime.planner import Kind, Layout, forecast, marginal, plan_capacity, read_kinds
+from mlem_dist.runtime.planner import Kind, Layout, forecast, marginal, plan_capacity, read_kinds, seat_loads
 from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, stages
 from mlem_dist.solver.plan import Recipe
 
-NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, shared=False)
+NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, shared=False)
 COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
 FOUR = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
 POOLS = (range(1, 3), range(3, 5))
@@ -51,6 +51,18 @@ def test_without_overheads_devices_that_hold_all_levels_are_always_busy(job, dev
     assert found.pools[0].busy == pytest.approx(1, abs=0.02)
     assert found.seconds == pytest.approx(job.num / found.ideal, rel=0.02)
     assert found.level_seconds.sum() == pytest.approx(devices / found.ideal)
+
+
+def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
+    overheads = replace(NOTHING, call=2e-3, trip=5e-3, slowdown=1.1)
+    counts = evaluations(job)
+    loads = seat_loads(counts, POOLS, [COST, COST], [overheads] * 2, 8)
+    assert (loads > pool_loads(counts, POOLS, COST) * 1.1).all()
+    programs = [stages(job.block_plan(block), POOLS, [COST, COST]) for block in range(16)]
+    trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [overheads] * 2, 8, 10).run(16)
+    # The call that begins a block is not in the loads.
+    begins = np.array([overheads.call * 16, 0])
+    np.testing.assert_allclose([trace.busy[0], trace.busy[1]], loads * 8 * 16 + begins, rtol=1e-6)
 
 
 def test_all_work_is_done_and_in_turn(job):
