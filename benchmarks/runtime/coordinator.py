@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from processes import cpu_seconds
 
 from mlem_dist.ladder.ladder import save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
@@ -62,15 +63,6 @@ def resident(pid: int | None) -> float:
         return 0.0
 
 
-def cpu_seconds(pid: int | None) -> float:
-    """User and system time."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError):
-        return 0.0
-
-
 def run(ladder: Path, num: int, placement: str, devices: int) -> dict[str, Any]:
     """One run, with the memory of driver and coordinator every half second."""
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +76,7 @@ def run(ladder: Path, num: int, placement: str, devices: int) -> dict[str, Any]:
             while driver.poll() is None:
                 coordinator = coordinator or process_of("ray::Coordinator")
                 memory.append((resident(driver.pid), resident(coordinator)))
-                used.append((time.monotonic(), cpu_seconds(coordinator)))
+                used.append((time.monotonic(), cpu_seconds(coordinator).get(coordinator, 0.0) if coordinator else 0.0))
                 time.sleep(0.5)
             assert driver.stdout
             report = json.loads(driver.stdout.read())

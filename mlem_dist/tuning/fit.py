@@ -83,7 +83,6 @@ class Times:
         fire = np.zeros((2 if self.middle == 1 else 3, steps), dtype=bool)
         fire[0] = True
         fire[1, at] = True
-        fire[-1] = False
         fire[-1, at[:: self.between]] = True
         return fire
 
@@ -107,7 +106,6 @@ class Fitter:
         self.cost = judge.ladder.cost(judge.device)
         self.form = ClosedForm(base.affine(self.table.t), self.table, judge.label)
         self.blocks = range(judge.samples // len(judge.label))
-        self._half = -(-len(self.blocks) // 2)
         self._found: dict[float, Times] = {}
 
     def plan(self, nfe: float, progress: Progress = lambda done, total: None) -> Plan:
@@ -125,13 +123,14 @@ class Fitter:
 
     def _times(self, nfe: float, progress: Progress) -> Times:
         """The best call times for a budget; searched for once."""
-        import cma
-
         if nfe in self._found:
             return self._found[nfe]
+        import cma
+
         starts = list(self._starts(nfe))
         if not starts:
             raise UsageError(f"--nfe {nfe:g} is below the cost of one call of the best level; raise --nfe")
+        half = self.blocks[: -(-len(self.blocks) // 2)]
         total = len(starts) + min(SCREENED, len(starts)) * POPULATION * GENERATIONS
         done = 0
 
@@ -139,7 +138,7 @@ class Fitter:
             nonlocal done
             done += 1
             progress(done, total)
-            return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), self.blocks[: self._half])[1]
+            return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), half)[1]
 
         tried = sorted(((error(start), start) for start in starts), key=lambda one: one[0])
         for _, start in tried[:SCREENED]:

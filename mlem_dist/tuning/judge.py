@@ -17,16 +17,7 @@ from torch import Tensor
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.solver.closed_form import ClosedForm
-from mlem_dist.solver.integrate import (
-    Drift,
-    Noise,
-    block_noise,
-    block_rng,
-    coarse_noise,
-    evaluate,
-    integrate,
-    trajectory,
-)
+from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coarse_noise, integrate
 from mlem_dist.solver.plan import Plan, Recipe, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
 
@@ -92,25 +83,20 @@ class Judge:
         """float32 (N + 1, samples, C, H, W): the best level's states before each step and, last, after all of them."""
         return torch.cat(self._each_block(self._block_path), dim=1)
 
-    @torch.inference_mode()
     def _block_path(self, block: int) -> Tensor:
-        best = len(self.levels)
-        run = trajectory(self.fine, single_level(best, best, len(self.fine)), self.noise(block, len(self.fine)))
-        states: list[Tensor] = []
-        values = None
-        while True:
-            try:
-                request = run.send(values)  # type: ignore[arg-type]  # None starts it
-            except StopIteration as end:
-                return torch.stack([*states, end.value])
-            states.append(request.x)
-            values = evaluate(self.levels, request.terms, request.x, request.t, self.label)
+        best, states = len(self.levels), []
+
+        def seen(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            states.append(x)
+            return self.levels[best](x, t, label)
+
+        plan = single_level(best, best, len(self.fine))
+        end = integrate({best: seen}, self.fine, plan, self.noise(block, len(self.fine)), self.label)
+        return torch.stack([*states, end])
 
     @cached_property
     def reference(self) -> Tensor:
         """float32 (samples, C, H, W): the best level at every step."""
-        if "path" in self.__dict__:
-            return self.path[-1]
         name = f"{self.ladder.digest[:12]}-{self.solver}-{len(self.fine)}-{self.seed}-{self.samples}.safetensors"
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]

@@ -91,6 +91,7 @@ def test_the_reference_is_its_own_judge(small, tmp_path):
     assert verdict.seconds > 0
     kept = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3, tmp_path / "cache")
     assert torch.equal(kept.reference, judge.reference)
+    assert torch.equal(judge.path[-1], judge.reference)
     assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3).reference, judge.reference)
 
 
