@@ -32,12 +32,16 @@ class AffineDrift:
     centre: np.ndarray
 
 
-@dataclass(frozen=True)
 class Held:
-    """A value v (B, d) that enters the drift of every step of a run, and Q^T v (B, r)."""
+    """A value v (B, d) that runs of steps combine, and once it has been, Q^T v (B, r).
 
-    value: Tensor
-    thin: Tensor
+    Args:
+        value: (B, ...).
+    """
+
+    def __init__(self, value: Tensor, thin: Tensor | None = None) -> None:
+        self.value = value.flatten(1)
+        self.thin = thin
 
 
 class ClosedForm:
@@ -55,28 +59,21 @@ class ClosedForm:
     def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, path: bool = False) -> None:
         self.drift, self.table, self.label, self.path = drift, table, label, path
         self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in label.unique().tolist()]
-        self.mean = self.held(drift.mean[label])
-
-    def held(self, value: Tensor) -> Held:
-        """A value (B, ...) with its projection."""
-        flat = value.flatten(1)
-        thin = flat.new_empty(len(flat), self.drift.basis.shape[2])
-        for c, rows in self.rows:
-            thin[rows] = flat[rows] @ self.drift.basis[c].to(flat.dtype)
-        return Held(flat, thin)
+        self.mean = Held(drift.mean[label])
+        self._project([self.mean])
 
     def advance(
         self,
         start: int,
-        x: Tensor,
+        x: Held,
         base: Sequence[float],
         held: Sequence[tuple[Held, Sequence[float]]],
         noise: Callable[[int], Tensor],
-    ) -> Tensor:
+    ) -> Held:
         """x after the steps start, start + 1, ..., as many as `base` has weights.
 
         Args:
-            x: (B, C, H, W).
+            x: the state before them.
             base: w_i, the weight of f^1 in each step.
             held: the values of h, each with its weight in each step.
             noise: z_i by step.
@@ -88,14 +85,14 @@ class ClosedForm:
         def carried(what: np.ndarray) -> np.ndarray:
             return np.asarray((after * what).sum(1))
 
-        parts = [(self.held(x), after[:, 0] * factor[:, 0])]
+        parts = [(x, after[:, 0] * factor[:, 0])]
         parts.append((self.mean, -carried((b * self.drift.centre[steps])[:, None] * gain)))
         parts += [(value, carried((b * np.array(weights))[:, None])) for value, weights in held]
         if self.path:
-            parts += [(self.held(noise(start + i)), after[:, i] * c[i]) for i in np.flatnonzero(c).tolist()]
+            parts += [(Held(noise(start + i)), after[:, i] * c[i]) for i in np.flatnonzero(c).tolist()]
         elif c.any():
-            parts.append((self.held(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
-        return self._sum(parts).view_as(x)
+            parts.append((Held(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
+        return self._sum(parts)
 
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
         """What a value with `weights` in the drift of the steps start, start + 1, ... has added to x after them.
@@ -114,7 +111,7 @@ class ClosedForm:
 
     def scaled(self, value: Held, coefficients: np.ndarray) -> Tensor:
         """(B, d): a value multiplied by float64 (classes, r + 1) in every mode."""
-        return self._sum([(value, coefficients)])
+        return self._sum([(value, coefficients)]).value
 
     def _factors(self, start: int, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """By class, step from `start` and mode: gain of w f^1, factor of the step, product of those after it."""
@@ -123,16 +120,35 @@ class ClosedForm:
         factor = self.table.a[steps, None] + self.table.b[steps, None] * gain
         return gain, factor, np.cumprod(np.pad(factor[:, :0:-1], _ONE, constant_values=1.0), axis=1)[:, ::-1]
 
-    def _sum(self, parts: Sequence[tuple[Held, np.ndarray]]) -> Tensor:
+    def _sum(self, parts: Sequence[tuple[Held, np.ndarray]]) -> Held:
         """The sum of values, each multiplied by its coefficient (classes, r + 1) in every mode."""
+        self._project([part for part, _ in parts if part.thin is None])
         first = parts[0][0].value
         coefficients = torch.tensor(np.stack([c for _, c in parts]), dtype=first.dtype).to(first.device)[:, self.label]
         outside = coefficients[:, :, -1:]
-        inside = coefficients[:, :, :-1] - outside
-        out, thin = outside[0] * first, inside[0] * parts[0][0].thin
+        inside = coefficients[:, :, :-1]
+        out, thin, moved = outside[0] * first, inside[0] * _thin(parts[0][0]), outside[0] * _thin(parts[0][0])
         for q, (part, _) in enumerate(parts[1:], 1):
             out.addcmul_(outside[q], part.value)
-            thin.addcmul_(inside[q], part.thin)
+            thin.addcmul_(inside[q], _thin(part))
+            moved.addcmul_(outside[q], _thin(part))
+        change = thin - moved
         for c, rows in self.rows:
-            out[rows] += thin[rows] @ self.drift.basis[c].T.to(out.dtype)
-        return out
+            out[rows] += change[rows] @ self.drift.basis[c].T.to(out.dtype)
+        return Held(out, thin)
+
+    def _project(self, values: Sequence[Held]) -> None:
+        """Q^T v of several values at once: what takes time is to read Q."""
+        if not values:
+            return
+        stacked = torch.stack([one.value for one in values])
+        thin = stacked.new_empty(*stacked.shape[:2], self.drift.basis.shape[2])
+        for c, rows in self.rows:
+            thin[:, rows] = stacked[:, rows] @ self.drift.basis[c].to(stacked.dtype)
+        for one, of_it in zip(values, thin, strict=True):
+            one.thin = of_it
+
+
+def _thin(value: Held) -> Tensor:
+    assert value.thin is not None
+    return value.thin

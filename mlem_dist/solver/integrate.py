@@ -74,6 +74,8 @@ def trajectory(
     memory = torch.zeros_like(x)
     live: list[tuple[Term, Tensor]] = []
     held: dict[Term, Held] = {}
+    # x between two runs in closed form.
+    carried: Held | None = None
     for run in plan.runs:
         i = run.start
         if run.terms:
@@ -82,10 +84,12 @@ def trajectory(
         if run.base:
             assert closed_form is not None
             assert table.memory is None
-            held = {term: held.get(term) or closed_form.held(value) for term, value in live}
+            held = {term: held.get(term) or Held(value) for term, value in live}
             weights = [(held[term], term.weights_at(i, run.stop)) for term, _ in live]
-            x = closed_form.advance(i, x, run.base, weights, noise)
+            carried = closed_form.advance(i, carried or Held(x), run.base, weights, noise)
+            x = carried.value.view_as(x)
             continue
+        carried = None
         step = float(table.a[i]) * x
         for term, value in live:
             step.add_(value, alpha=float(table.b[i]) * term.weights[i - term.start])

@@ -252,7 +252,7 @@ class _Segments:
         terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in fresh]
         found = evaluate(self.judge.levels, terms, self.x, int(self.judge.fine.t[at]), self.judge.label)
         for r, value in zip(fresh, found, strict=True):
-            self.values[r] = [self.form.held(value), *self.values[r][:1]]
+            self.values[r] = [Held(value), *self.values[r][:1]]
 
     @torch.inference_mode()
     def normal(self, stop: int, choices: list[_Choice]) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +262,7 @@ class _Segments:
         columns = [
             self.form.scaled(self.values[c.rung][c.age], flow * self.form.response(self.at, c.shape)) for c in choices
         ]
-        missing = self.form.scaled(self.form.held(self.path[stop] - left), flow)
+        missing = self.form.scaled(Held(self.path[stop] - left), flow)
         design = torch.stack([column.flatten() for column in columns]).double()
         return (design @ design.T).cpu().numpy(), (design @ missing.flatten().double()).cpu().numpy()
 
@@ -277,4 +277,5 @@ class _Segments:
         self.x = self._run(stop, held)
 
     def _run(self, stop: int, held: list[tuple[Held, list[float]]]) -> Tensor:
-        return self.form.advance(self.at, self.x, [1.0] * (stop - self.at), held, lambda _: self.x)
+        end = self.form.advance(self.at, Held(self.x), [1.0] * (stop - self.at), held, lambda _: self.x)
+        return end.value.view_as(self.x)

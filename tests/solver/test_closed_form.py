@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
+from mlem_dist.solver.closed_form import AffineDrift, ClosedForm, Held
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Recipe, single_level
 from mlem_dist.solver.steps import ETA, StepTable, half_log_snr, step_table
@@ -74,19 +74,19 @@ def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
     def response(path: bool, step: int) -> torch.Tensor:
         """(2, 4, 4): how each sample's end depends on the noise of a step."""
         closed_form = ClosedForm(drift, table, label, path)
-        base = closed_form.advance(start, zero, run, [], lambda i: zero)
-        moved = [
-            closed_form.advance(start, zero, run, [], lambda i, u=u: u.expand(2, 4) if i == step else zero)
-            for u in unit
-        ]
-        return torch.stack([end - base for end in moved], -1)
+
+        def end(noise: torch.Tensor) -> torch.Tensor:
+            return closed_form.advance(start, Held(zero), run, [], lambda i: noise if i == step else zero).value
+
+        return torch.stack([end(u.expand(2, 4)) - end(zero) for u in unit], -1)
 
     single = sum(m @ m.mT for m in (response(True, start + i) for i in range(len(run))))
     at_once = response(False, start)
     assert (at_once @ at_once.mT - single).abs().max() < 1e-12
     assert single.diagonal(dim1=1, dim2=2).min() > 0.01
     # Means: both forms without noise, against the steps written out.
-    ends = [ClosedForm(drift, table, label, p).advance(start, zero, run, [], lambda i: zero) for p in (False, True)]
+    forms = [ClosedForm(drift, table, label, path) for path in (False, True)]
+    ends = [form.advance(start, Held(zero), run, [], lambda i: zero).value for form in forms]
     assert torch.equal(*ends)
     for sample, c in enumerate(label.tolist()):
         q, mu, x = drift.basis[c].numpy(), drift.mean[c].numpy(), np.zeros(4)
@@ -121,10 +121,23 @@ def test_response_and_flow_are_what_a_run_does():
     weights = rng.standard_normal(5)
 
     def run(x: torch.Tensor, start: int, stop: int, held: list) -> torch.Tensor:
-        return form.advance(start, x, [1.0] * (stop - start), held, lambda _: torch.zeros_like(x))
+        return form.advance(start, Held(x), [1.0] * (stop - start), held, lambda _: torch.zeros_like(x)).value
 
-    added = run(x, 2, 7, [(form.held(value), weights.tolist())]) - run(x, 2, 7, [])
-    torch.testing.assert_close(form.scaled(form.held(value), form.response(2, weights)), added)
+    added = run(x, 2, 7, [(Held(value), weights.tolist())]) - run(x, 2, 7, [])
+    torch.testing.assert_close(form.scaled(Held(value), form.response(2, weights)), added)
     carried = run(x + change, 4, len(table), []) - run(x, 4, len(table), [])
-    torch.testing.assert_close(form.scaled(form.held(change), form.flow(4)), carried)
-    torch.testing.assert_close(form.scaled(form.held(change), form.flow(len(table))), change)
+    torch.testing.assert_close(form.scaled(Held(change), form.flow(4)), carried)
+    torch.testing.assert_close(form.scaled(Held(change), form.flow(len(table))), change)
+
+
+def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection():
+    """A run knows the projection of its end without a look at it, as the next run takes it for granted."""
+    drift, table = small()
+    label = torch.tensor([0, 1, 1])
+    form = ClosedForm(drift, table, label)
+    rng = np.random.default_rng(5)
+    x, value, noise = (torch.tensor(rng.standard_normal((3, 4))) for _ in range(3))
+    end = form.advance(1, Held(x), [1.0, 0.7, 1.3], [(Held(value), [0.5, 1.0, -1.0])], lambda _: noise)
+    assert end.thin is not None
+    for sample, c in enumerate(label.tolist()):
+        torch.testing.assert_close(end.thin[sample], drift.basis[c].T @ end.value[sample])
