@@ -10,29 +10,34 @@ import multiprocessing
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from processes import watched
+from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.job import Job
+from mlem_dist.ladder.memory import keep_memory
+from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.placement import parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
+from mlem_dist.solver.integrate import evaluate
 from mlem_dist.tuning.recipe import make_recipe
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, SHARD, CORES = 250, 600, 2
 # Placement, evaluations of the best level, block size, devices, images.
 RUNS = [
-    ("together", 10, 100, 2, 5000),
+    ("together", 10, 100, 2, 8000),
     ("together", 5, 50, 2, 1800),
     ("together", 20, 100, 2, 1200),
     ("together", 10, 100, 1, 800),
@@ -63,41 +68,76 @@ def measure(placement: str, nfe: float, block: int, devices: int, num: int) -> d
         return json.loads(output) | {"cpu_seconds": used}
 
 
-@cache
-def level_times(block: int, cores: int) -> np.ndarray:
-    """Seconds per sample of each level, on one core while so many are busy with the same."""
+def level_times(job: Job, cores: int) -> np.ndarray:
+    """Seconds per sample of each level, on one core while so many are busy with the same, float64 (2, K).
+
+    First when a level is called again and again, then when they are called in the order of a block's steps.
+    """
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        return np.mean(list(pool.map(own_level_times, [block] * cores)), axis=0)
+        return np.mean(list(pool.map(own_level_times, [job] * cores)), axis=0)
 
 
-def own_level_times(block: int) -> list[float]:
-    """Of this process."""
+def own_level_times(job: Job) -> list[list[float]]:
+    """Of this process; a level that the block does not call has the first time twice."""
     ladder = Ladder.load("fashion")
-    levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
-    return [seconds_per_sample(level, ladder.sample_shape, 10, "cpu", block) for level in levels]
+    numbers = range(1, len(ladder.levels) + 1)
+    levels = {k: ladder.load_level(k, "cpu") for k in numbers}
+    alone = [seconds_per_sample(levels[k], ladder.sample_shape, 10, "cpu", job.block_size) for k in numbers]
+    keep_memory()
+    torch.set_num_threads(1)
+    calls: Counter[int] = Counter()
+    used: Counter[int] = Counter()
+
+    def timed(number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            began = time.thread_time_ns()
+            out: Tensor = levels[number](x, t, label)
+            used[number] += time.thread_time_ns() - began
+            calls[number] += 1
+            return out
+
+        return call
+
+    watched_levels = {k: timed(k) for k in numbers}
+    blocks = Blocks(job, ladder)
+    with torch.inference_mode():
+        for block in range(-(-200 // job.block_size)):
+            run, label = blocks.trajectory(block), blocks.label(block)
+            values = None
+            try:
+                while True:
+                    request = run.send(values)  # type: ignore[arg-type]  # None starts it
+                    values = evaluate(watched_levels, request.terms, request.x, request.t, label)
+            except StopIteration:
+                pass
+    in_turn = [used[k] / calls[k] / job.block_size / 1e9 if calls[k] else alone[k - 1] for k in numbers]
+    return [alone, in_turn]
 
 
-def validate(done: int, most: int) -> Iterator[dict[str, Any]]:
-    """The next runs measured, and the levels' times before the first of each block size."""
+def validate(ladder: Ladder, done: int, most: int) -> Iterator[dict[str, Any]]:
+    """The next runs measured, between two measurements of the levels' times."""
     for placement, nfe, block, devices, num in RUNS[done : done + most]:
         row: dict[str, Any] = {"placement": placement, "nfe": nfe, "block_size": block, "devices": devices, "num": num}
-        row["cost"] = level_times(block, devices).tolist()
+        job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
+        before = level_times(job, devices)
         report = measure(placement, nfe, block, devices, num)
-        row["measured"] = report["images_per_second"]
+        alone, in_turn = (before + level_times(job, devices)) / 2
+        row |= {"cost": alone.tolist(), "cost_in_turn": in_turn.tolist(), "measured": report["images_per_second"]}
         yield row | {key: report[key] for key in KEPT}
 
 
 def add_forecast(row: dict[str, Any], ladder: Ladder) -> None:
-    """What the planner says of a run, with the levels' times measured before it."""
+    """What the planner says of a run, with the levels' times measured around it."""
     nfe, block, devices, num = (row[key] for key in ("nfe", "block_size", "devices", "num"))
     # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
     job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
     pools = parse_placement(row["placement"], len(ladder.levels)).pools
     kind = Kind("cpu", devices, np.array(row["cost"]), np.inf, OVERHEADS["cpu"])
     found = forecast(job, Layout(pools, (kind,) * len(pools)))
-    ideal = devices / (np.array(list(row["calls_per_sample"].values())) @ kind.cost)
+    calls = np.array(list(row["calls_per_sample"].values()))
     row |= {"forecast": num / found.seconds, "ratio": num / found.seconds / row["measured"]}
-    row |= {"ideal": ideal, "to_ideal": row["measured"] / ideal}
+    for ideal, cost in (("to_ideal", "cost"), ("to_ideal_in_turn", "cost_in_turn")):
+        row[ideal] = row["measured"] * float(calls @ np.array(row[cost])) / devices
     print({key: value if key == "placement" else round(value, 3) for key, value in row.items() if np.isscalar(value)})
 
 
@@ -156,7 +196,7 @@ def main(out: Path, most: int, scaling: bool) -> None:
     path = out / "planner.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"validation": []}
     result["machine"] = f"{platform.machine()}, {CORES} cores"
-    for row in validate(len(result["validation"]), most):
+    for row in validate(ladder, len(result["validation"]), most):
         result["validation"].append(row)
         path.write_text(json.dumps(result, indent=1) + "\n")
         add_forecast(row, ladder)
