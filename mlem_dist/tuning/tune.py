@@ -19,10 +19,8 @@ from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.optimise import MODEL_SAMPLES, MODEL_STEPS, FirstOrder, Shape, first_order, optimise
 from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 
-CHOOSING_SEED, JUDGING_SEED = 0, 1
-CHOOSING_SAMPLES, JUDGING_SAMPLES = 64, 64
-FITTING_SAMPLES = 128
-"""The first of them are the choosing ones."""
+CHOOSING_SEED, JUDGING_SEED, FITTING_SEED = 0, 1, 2
+CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 64, 64, 128
 
 DRAWS = 15
 """Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
@@ -68,8 +66,8 @@ def tune(
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
     Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments. For the
-    ODE, on a Gaussian first level, there is a fitted one too, and otherwise for a calibrated ladder an optimised one;
-    the better of both, by the error on the choosing noises, is written. Rows hold the error on the judging ones.
+    ODE, on a Gaussian first level, there is a fitted one too, and for a calibrated ladder an optimised one; the best
+    of them, by the error on the choosing noises, is written. Rows hold the error on the judging ones.
 
     Args:
         ladder: the ladder.
@@ -103,29 +101,28 @@ def tune(
             progress(f"{label}, {family}", done, len(ways))
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
         path = plan_path(out, solver, nfe)
-        families = [MEMORISED, search[0]] if search else [MEMORISED]
-        rows = {family: frontier.find(family, label) for family in families}
+        rows = {family: frontier.find(family, label) for family in (MEMORISED, *search)}
         if not path.exists() or not all(rows.values()):
             cost = ladder.cost(device)
             plans = {MEMORISED: best_draw(choosing, recipes[nfe], cost, partial(progress, f"{label}, draws"))}
-            if search:
-                plans[search[0]] = search[1](nfe)
-            better = best_plan(choosing, list(plans.values()), cost)
-            replace_file(path, json.dumps(plan_to_dict(better, ladder.digest, solver)) + "\n")
+            plans |= {family: find(nfe) for family, find in search.items()}
+            best = best_plan(choosing, list(plans.values()), cost)
+            replace_file(path, json.dumps(plan_to_dict(best, ladder.digest, solver)) + "\n")
             rows = {name: rows[name] or frontier.add(name, label, judging.judge(plan)) for name, plan in plans.items()}
         yield from (row for row in rows.values() if row)
 
 
-def searched(choosing: Judge, threads: int, progress: Progress) -> tuple[str, Callable[[float], Plan]] | None:
-    """The family whose plans are searched for, and how to find one for a budget; None for a ladder that has none."""
-    if choosing.solver == "ddim" and choosing.ladder.levels[0].kind == "gaussian" and len(choosing.levels) > 1:
-        steps, seed = len(choosing.fine), choosing.seed
-        noises = Judge(choosing.ladder, choosing.solver, choosing.device, steps, FITTING_SAMPLES, seed, threads=threads)
-        fitter = Fitter(noises)
-        return FITTED, lambda nfe: fitter.plan(nfe, partial(progress, f"{nfe:g} NFE, fits"))
-    if calibrated(choosing.ladder):
-        return OPTIMISED, Optimiser(choosing, threads, progress).plan
-    return None
+def searched(choosing: Judge, threads: int, progress: Progress) -> dict[str, Callable[[float], Plan]]:
+    """The families whose plans are searched for on this ladder, and how to find the plan for a budget."""
+    ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
+    found: dict[str, Callable[[float], Plan]] = {}
+    if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
+        # Noises of their own: on those that its weights were fitted to, a plan would be chosen too easily.
+        fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
+        found[FITTED] = lambda nfe: fitter.plan(nfe, partial(progress, f"{nfe:g} NFE, fits"))
+    if calibrated(ladder):
+        found[OPTIMISED] = Optimiser(choosing, threads, progress).plan
+    return found
 
 
 def best_draw(
