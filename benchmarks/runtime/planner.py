@@ -1,8 +1,10 @@
 """The planner against measured runs, and what it says of clusters from 1 to 4,096 devices.
 
+python benchmarks/runtime/ray_share.py --out benchmarks/results/ray_share.json
 python benchmarks/runtime/planner.py --out benchmarks/results
 
-Writes planner.json and planner.png.
+Writes planner.json and planner.png. On two cores that both sample, Ray's own processes, the coordinator, the writer and
+the driver take some of them, which the first command measures and the forecast takes off.
 """
 
 import json
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,19 @@ from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.placement import parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
-from mlem_dist.solver.integrate import evaluate
+from mlem_dist.solver.integrate import Drift, integrate
 from mlem_dist.tuning.recipe import make_recipe
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, SHARD, CORES = 250, 600, 2
 SETTLED_SECONDS = 20
 """After its start Ray goes on to load things for a while, which a planner of clusters is not asked about."""
+
+SAMPLES = 200
+"""For the times of levels that are called in the order of a block's steps."""
 
 # Placement, evaluations of the best level, block size, devices, images.
 RUNS = [
@@ -51,12 +55,6 @@ RUNS = [
     ("pools", 10, 100, 2, 1200),
     ("pools", 10, 50, 2, 1200),
 ]
-RAY_CORES = 0.046
-"""What Ray's own processes, the coordinator, the writer and the driver use of a node's cores while two sample.
-
-Measured from outside, over 40 s of a run with `together`. On a large node it is nothing; on two cores it is 2 %.
-"""
-
 KEPT = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools")
 DEVICES = [4**i for i in range(7)]
 CELLS = [16, 64, 4096]
@@ -95,12 +93,11 @@ def own_level_times(job: Job) -> list[list[float]]:
     numbers = range(1, len(ladder.levels) + 1)
     levels = {k: ladder.load_level(k, "cpu") for k in numbers}
     alone = [seconds_per_sample(levels[k], ladder.sample_shape, 10, "cpu", job.block_size) for k in numbers]
-    keep_memory()
     torch.set_num_threads(1)
     calls: Counter[int] = Counter()
     used: Counter[int] = Counter()
 
-    def timed(number: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def timed(number: int) -> Drift:
         def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
             began = time.thread_time_ns()
             out: Tensor = levels[number](x, t, label)
@@ -110,25 +107,20 @@ def own_level_times(job: Job) -> list[list[float]]:
 
         return call
 
-    watched_levels = {k: timed(k) for k in numbers}
+    timed_levels = {k: timed(k) for k in numbers}
     blocks = Blocks(job, ladder)
-    with torch.inference_mode():
-        for block in range(-(-200 // job.block_size)):
-            run, label = blocks.trajectory(block), blocks.label(block)
-            values = None
-            try:
-                while True:
-                    request = run.send(values)  # type: ignore[arg-type]  # None starts it
-                    values = evaluate(watched_levels, request.terms, request.x, request.t, label)
-            except StopIteration:
-                pass
+    for block in range(-(-SAMPLES // job.block_size)):
+        plan, closed_form = job.block_plan(block), blocks.closed_form(block)
+        integrate(timed_levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
     in_turn = [used[k] / calls[k] / job.block_size / 1e9 if calls[k] else alone[k - 1] for k in numbers]
     return [alone, in_turn]
 
 
-def validate(address: str, ladder: Ladder, done: int, most: int) -> Iterator[dict[str, Any]]:
-    """The next runs measured, between two measurements of the levels' times."""
-    for placement, nfe, block, devices, num in RUNS[done : done + most]:
+def validate(
+    address: str, ladder: Ladder, runs: Sequence[tuple[str, float, int, int, int]]
+) -> Iterator[dict[str, Any]]:
+    """Runs measured, each between two measurements of the levels' times."""
+    for placement, nfe, block, devices, num in runs:
         row: dict[str, Any] = {"placement": placement, "nfe": nfe, "block_size": block, "devices": devices, "num": num}
         job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
         before = level_times(job, devices)
@@ -138,13 +130,16 @@ def validate(address: str, ladder: Ladder, done: int, most: int) -> Iterator[dic
         yield row | {key: report[key] for key in KEPT}
 
 
-def add_forecast(row: dict[str, Any], ladder: Ladder) -> None:
-    """What the planner says of a run, with the levels' times measured around it."""
+def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
+    """What the planner says of a run, with the levels' times measured around it.
+
+    Where every core samples, without and with the cores `taken` by others.
+    """
     nfe, block, devices, num = (row[key] for key in ("nfe", "block_size", "devices", "num"))
     # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
     job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
     pools = parse_placement(row["placement"], len(ladder.levels)).pools
-    for name, share in (("forecast_of_free_cores", 0.0), ("forecast", RAY_CORES / CORES if devices == CORES else 0.0)):
+    for name, share in (("forecast_of_free_cores", 0.0), ("forecast", taken / CORES if devices == CORES else 0.0)):
         kind = Kind("cpu", devices, np.array(row["cost"]) / (1 - share), np.inf, OVERHEADS["cpu"])
         row[name] = num / forecast(job, Layout(pools, (kind,) * len(pools))).seconds
         row[f"ratio{name.removeprefix('forecast')}"] = row[name] / row["measured"]
@@ -207,18 +202,21 @@ def main(out: Path, most: int, scaling: bool) -> None:
     """A rerun measures what has not been measured, and forecasts all of it again."""
     ladder = Ladder.load("fashion")
     path = out / "planner.json"
+    taken = json.loads((out / "ray_share.json").read_text())["cores_beside_sampling"]
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"validation": []}
     result["machine"] = f"{platform.machine()}, {CORES} cores"
-    if len(result["validation"]) < min(most, len(RUNS)):
+    done = len(result["validation"])
+    if todo := RUNS[done : done + most]:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES})
-        time.sleep(SETTLED_SECONDS)
-        for row in validate(cluster.address, ladder, len(result["validation"]), most):
-            result["validation"].append(row)
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            add_forecast(row, ladder)
-        cluster.shutdown()
+        try:
+            time.sleep(SETTLED_SECONDS)
+            for row in validate(cluster.address, ladder, todo):
+                result["validation"].append(row)
+                path.write_text(json.dumps(result, indent=1) + "\n")
+        finally:
+            cluster.shutdown()
     for row in result["validation"]:
-        add_forecast(row, ladder)
+        add_forecast(row, ladder, taken)
     if scaling:
         result["scaling"] = scale(ladder, ladder.cost("cpu"))
     path.write_text(json.dumps(result, indent=1) + "\n")
