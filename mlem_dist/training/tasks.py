@@ -62,7 +62,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
     # As arrays, so that the levels on a machine share one copy.
     arrays = [ray.put(getattr(images, name).numpy()) for name in TENSORS]
     modules: dict[str, Any] = {}
-    entries: dict[Any, str] = {}
+    running: dict[Any, str] = {}
     for level in training_order(config):
         gaussian, teacher = (modules[name] if name else None for name in needs(config, level))
         modules[level.name], entry = task.options(
@@ -73,15 +73,18 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
             # Ray would begin a level again and again that is too large for the memory.
             max_retries=0,
         ).remote(board, config, level, images.labels, out.absolute(), gaussian, teacher, device, threads, *arrays)
-        entries[entry] = level.name
+        running[entry] = level.name
     stored: dict[str, Level] = {}
     try:
-        while len(stored) < len(entries):
-            ready, _ = ray.wait([ref for ref, name in entries.items() if name not in stored], timeout=POLL_SECONDS)
-            stored |= {entries[ref]: _result(ref, entries[ref]) for ref in ready}
+        while running:
+            ready, _ = ray.wait(list(running), timeout=POLL_SECONDS)
+            for ref in ready:
+                name = running.pop(ref)
+                stored[name] = _result(ref, name)
             yield ray.get(board.read.remote())
     finally:
-        for ref in entries:
+        # Those only that have not ended: a cancel that meets the end of its task can abort this process, a race in Ray.
+        for ref in running:
             ray.cancel(ref, force=True)
         ray.kill(board)
     finish_training(config, images, out, stored)
