@@ -44,8 +44,8 @@ from mlem_dist.tuning.tune import (
 from mlem_dist.tuning.tune import FAMILIES as TUNED
 
 BASE_STEPS = 1000
-BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200)
-EM_STEPS = (10, 25, 50, 100, 250)
+BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
+EM_STEPS = (5, 10, 25, 50, 100, 250, 500)
 BUDGETS = (5, 10, 20, 40, 80)
 MEMORISED_BUDGETS = (5, 10, 20, 40)
 SEARCHED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 7, 10, 14, 20, 40, 80), 256

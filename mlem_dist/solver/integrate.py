@@ -43,7 +43,7 @@ def coarse_noise(noise: Noise, fine: StepTable, ratio: int) -> Noise:
     """The Brownian path of `noise`, drawn for the steps of `fine`, for the table of every `ratio`-th of its times.
 
     The noise of a coarse step is the sum of those of the fine steps it spans, each carried forward by the a of the fine
-    steps after it, scaled to unit variance.
+    steps after it, scaled to unit variance; zeros where no fine step takes any, as along the ODE.
     """
 
     def coarse(step: int) -> Tensor:
@@ -52,6 +52,8 @@ def coarse_noise(noise: Noise, fine: StepTable, ratio: int) -> Noise:
         spanned = range(step * ratio, (step + 1) * ratio)
         weight = [fine.c[i] * fine.a[i + 1 : spanned.stop].prod() for i in spanned]
         scale = float(np.linalg.norm(weight))
+        if not scale:
+            return torch.zeros_like(noise(-1))
         return torch.stack([noise(i) * float(w / scale) for i, w in zip(spanned, weight, strict=True)]).sum(0)
 
     return coarse

@@ -192,7 +192,10 @@ def single_level(level: int, levels: int, steps: int, collapse: bool = False) ->
 
 
 def switched(small: int, large: int, levels: int, steps: int, at: int) -> Plan:
-    """Euler-Maruyama with level `small` before step `at` and `large` from there on (T-Stitch, arXiv:2402.14167)."""
+    """Euler-Maruyama with level `small` before step `at` and `large` from there on (T-Stitch, arXiv:2402.14167).
+
+    Biased: before step `at` the drift is off by the small level's error, at any number of steps.
+    """
     fire = np.zeros((levels, steps), dtype=bool)
     fire[:small] = True
     fire[:large, at:] = True

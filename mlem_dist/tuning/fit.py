@@ -6,7 +6,8 @@ at most six numbers per rung. It is solved segment by segment, each from where t
 noises, so that a segment also makes up for their error. What is left at the end is a function of the call times alone,
 and a search over a few numbers improves them.
 
-Along the noisy path of the SDE this does not hold on other noises: what a segment makes up for there is chance.
+Biased: one plan for all images, whose error at a budget is the same each time. Along the noisy path of the SDE the fit
+does not hold on other noises: what a segment makes up for there is chance.
 """
 
 from __future__ import annotations

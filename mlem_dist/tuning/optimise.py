@@ -8,7 +8,7 @@ the final sample by x_{j+1}, a plan that uses increments of other steps i at ste
 For a probe v of independent random signs E<v, e>^2 = |e|^2, so that the numbers <v, J_j b_j D_k(i)> of all pairs of
 steps, from one pass back over each trajectory, give the error of *any* plan in a millisecond. A search over a few
 numbers, the shape of each level's density of call times and its reach, then takes seconds, and is too small to fit the
-noise.
+noise. What is found holds or extrapolates increments, and is biased as these are.
 """
 
 from __future__ import annotations

@@ -131,7 +131,10 @@ def best_draw(
     cost: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
-    """The best of `DRAWS` plans of the better one of the recipes "held" and "extrapolated", for level costs `cost`."""
+    """The best of `DRAWS` plans of the better one of the recipes "held" and "extrapolated", for level costs `cost`.
+
+    One plan for all images has no variance: biased, as the increments of both recipes are.
+    """
     better = min(("held", "extrapolated"), key=lambda name: choosing.judge(recipes[name]).errors.mean())
     plans = [recipes[better].plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
     return best_plan(choosing, plans, cost, progress)

@@ -138,6 +138,13 @@ def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
     assert float(z.var()) == pytest.approx(1, abs=0.1)
 
 
+def test_the_ode_has_no_coarse_noise():
+    noise = block_noise(0, 0, (2, 1, 2, 2), "cpu")
+    coarse = coarse_noise(noise, step_table(SCHEDULE, 100, 0.0), 5)
+    assert torch.equal(coarse(-1), noise(-1))
+    assert not coarse(3).any()
+
+
 @pytest.fixture(scope="module")
 def measured(fashion):
     """The bundled ladder, measured very little."""
