@@ -1,5 +1,6 @@
-"""What every part of the program asks of the folders that it writes."""
+"""What every part of the program asks of the files that it reads and the folders that it writes."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,3 +34,20 @@ def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
     else:
         content(temporary)
     temporary.replace(path)
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file; `what` it is, for the errors.
+
+    Raises:
+        UsageError: it is missing, unreadable, or holds no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{what} {path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what} {path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{what} {path} is not a JSON object")
+    return found

@@ -169,6 +169,8 @@ def test_a_plan_for_other_steps_is_refused(tmp_path, other_plan):
         (flip_byte, "corrupted"),
         (remove_weights, "missing"),
         (other_schema, "schema_version is 99"),
+        (lambda folder: (folder / "ladder.json").write_text("[]"), "is not a JSON object"),
+        (lambda folder: (folder / "ladder.json").unlink(), "it has no ladder.json"),
         (other_labels, "does not fit"),
     ],
 )

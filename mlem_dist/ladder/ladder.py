@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import replace_file
+from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import read_alpha_bar
 
@@ -90,15 +90,11 @@ class Ladder:
         """
         folder = _find(source)
         path = folder / "ladder.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UsageError(f"{folder} is not a ladder: it has no ladder.json") from None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from None
-        if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
-            version = raw.get("schema_version") if isinstance(raw, dict) else None
-            raise UsageError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+        if not path.exists():
+            raise UsageError(f"{folder} is not a ladder: it has no ladder.json")
+        raw = read_object(path, "ladder")
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise UsageError(f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
         if raw.get("parametrisation") != "epsilon":
             raise UsageError(f"{path}: parametrisation is {raw.get('parametrisation')!r}, expected 'epsilon'")
         try:
@@ -152,7 +148,7 @@ class Ladder:
                 )
             if height % level.patch or width % level.patch:
                 raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
-            config = _read_json(self.folder / level.path / "config.json")
+            config = read_object(self.folder / level.path / "config.json", "model configuration")
             if config.get("_class_name") != "UNet2DModel":
                 raise UsageError(
                     f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel"
@@ -188,7 +184,7 @@ class Ladder:
     @property
     def scheduler(self) -> dict[str, Any]:
         """The diffusers scheduler configuration."""
-        return _read_json(self.folder / SCHEDULER)
+        return read_object(self.folder / SCHEDULER, "noise schedule")
 
     @cached_property
     def digest(self) -> str:
@@ -340,14 +336,6 @@ def _triple(values: Any) -> tuple[int, int, int]:
     if min(channels, height, width) < 1:
         raise ValueError(f"sample_shape {values}")
     return channels, height, width
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    return raw
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:

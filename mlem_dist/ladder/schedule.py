@@ -1,6 +1,5 @@
 """Noise schedules in the diffusers format."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import read_object
 
 
 def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
@@ -49,12 +49,7 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
 
 def read_alpha_bar(path: Path) -> np.ndarray:
     """`alpha_bar` of the JSON file at `path`."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"noise schedule {path} is missing") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"noise schedule {path} cannot be read: {error}") from None
+    config = read_object(path, "noise schedule")
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise UsageError(f"noise schedule {path}: prediction_type {config['prediction_type']!r}, expected 'epsilon'")
     return alpha_bar(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import read_object
 
 Draw = Literal["independent", "systematic", "quantiles"]
 Increments = Literal["impulse", "held", "extrapolated"]
@@ -294,14 +294,7 @@ def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str
     Raises:
         UsageError: the file is missing or no plan, or it was made for another ladder, solver or number of steps.
     """
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UsageError(f"plan {path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"plan {path} cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise UsageError(f"plan {path} is not a JSON object")
+    raw = read_object(path, "plan")
     for key, expected in (("ladder", ladder_digest), ("solver", solver), ("steps", steps)):
         if expected is not None and raw.get(key) != expected:
             raise UsageError(
