@@ -94,26 +94,29 @@ def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
 
 
 def save_frontier(frontier: Frontier, path: Path) -> Path:
-    """Write error against time, a curve per family with its best points, and return the path."""
+    """Write error against time, a curve per family through its best points, and return the path.
+
+    Rows on other noises than those that all are judged on are dots that no curve goes through.
+    """
     about = frontier.about
     figure = _figure(f"{about['solver'].upper()}, {about['samples']} samples, {about['machine']}", 1, 1, 7.5)
     axes = figure.axes[0]
     families = list(dict.fromkeys(row.family for row in frontier.rows))
     for index, family in enumerate(families):
         rows = [row for row in frontier.rows if row.family == family]
-        best = lower_envelope(rows)
-        for shown, label, line, alpha in ((rows, None, "", 0.3), (best, family, "-", 1.0)):
+        best = lower_envelope([row for row in rows if len(row.errors) == about["samples"]])
+        for shown, label, line, alpha in ((rows, None if best else family, "", 0.3), (best, family, "-", 1.0)):
             axes.plot(
                 [row.seconds * 1e3 for row in shown],
                 [row.error for row in shown],
-                ls=line,
+                ls=line and ("-", "--", ":")[index // 10 % 3],
                 alpha=alpha,
-                label=label,
+                label=label if shown else None,
                 color=f"C{index % 10}",
                 marker="os^vD"[index // 10 % 5],
             )
     axes.set(xscale="log", yscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {about['reference']}")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
 
