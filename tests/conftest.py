@@ -1,4 +1,6 @@
-from collections.abc import Iterator
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,3 +48,19 @@ def make_job(fashion: Ladder):
         return Job(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def write_data(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a folder of IDX files, with the images and labels of each part."""
+
+    def write(**parts: tuple[np.ndarray, np.ndarray]) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        for part, (images, label) in parts.items():
+            for name, array in ((f"{part}-images-idx3-ubyte.gz", images), (f"{part}-labels-idx1-ubyte.gz", label)):
+                header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+                (folder / name).write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+        return folder
+
+    return write

@@ -65,8 +65,12 @@ def bias(ends: Tensor, reference: Tensor) -> dict[str, float]:
 def main(nfe: int, draws: int, out: Path) -> None:
     """One block of 32 samples per solver."""
     ladder = Ladder.load("fashion")
-    about = {"machine": platform.machine(), "ladder": ladder.digest, "nfe": nfe, "steps": STEPS, "draws": draws}
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    about: dict[str, Any] = {"machine": platform.machine(), "ladder": ladder.digest}
+    about |= {"nfe": nfe, "steps": STEPS, "draws": draws, "samples": BLOCK}
+    kept = json.loads(out.read_text()) if out.exists() else about | {"rows": []}
+    rows = kept.pop("rows")
+    if kept != about:
+        raise click.UsageError(f"{out} is of other options than these; choose another --out")
     for solver in ("ddpm", "ddim"):
         judge = Judge(ladder, solver, "cpu", STEPS, BLOCK, JUDGING_SEED)
         plans = {family: [plan] for family, plan in fixed(ladder, solver, nfe)}
@@ -79,7 +83,7 @@ def main(nfe: int, draws: int, out: Path) -> None:
             ends = torch.stack([judge.end(plan, 0) for plan in drawn])
             rows.append({"solver": solver, "family": family} | bias(ends, judge.reference))
             print(rows[-1], flush=True)
-            out.write_text(json.dumps(about | {"samples": BLOCK, "rows": rows}, indent=1) + "\n")
+            out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,11 +49,14 @@ def ways(ladder: Ladder, nfe: int) -> Iterator[tuple[str, str, Plan | None, int]
 def main(data: Path, name: str, num: int, nfe: str, classifier_steps: int, out: Path) -> None:
     """Rows of the share of samples in the class asked for, and of the Frechet distance to the real test images."""
     ladder = Ladder.load(name)
+    about: dict[str, Any] = {"machine": platform.machine(), "ladder": ladder.digest, "num": num}
+    kept = json.loads(out.read_text()) if out.exists() else about | {"rows": []}
+    rows = kept.pop("rows")
+    if kept != about:
+        raise click.UsageError(f"{out} is of other options than these; choose another --out")
     real = load_images(data, ladder.sample_shape, ladder.labels)
     judge = train(real.train, real.train_label, classifier_steps)
     test, _ = seen(judge, real.test)
-    about: dict[str, Any] = {"machine": platform.machine(), "ladder": ladder.digest, "num": num}
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
     for budget in map(int, nfe.split(",")):
         for way, solver, plan, steps in ways(ladder, budget):
             if any((row["way"], row["nfe"]) == (way, budget) for row in rows):

@@ -1,4 +1,3 @@
-import gzip
 import json
 
 import numpy as np
@@ -35,25 +34,18 @@ CONFIG = {
 }
 
 
-def write_idx(path, array):
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
-
 @pytest.fixture
-def data(tmp_path):
+def data(write_data):
     """Bright squares on the left or the right, 6x6."""
-    folder = tmp_path / "data"
-    folder.mkdir()
     rng = np.random.default_rng(0)
+    parts = {}
     for part, n in (("train", 400), ("t10k", 100)):
         label = rng.integers(0, 2, n)
         images = np.zeros((n, 6, 6), np.uint8)
         for image, side in zip(images, label, strict=True):
             image[1:5, 3 * side : 3 * side + 3] = rng.integers(120, 255)
-        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", label)
-    return folder
+        parts[part] = images, label
+    return write_data(**parts)
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
-import gzip
 import itertools
 import json
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,20 +226,12 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, fashion):
         stored(tmp_path / "file", fashion)
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    path.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
-
-
 @pytest.fixture
-def data(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
+def data(write_data):
     rng = np.random.default_rng(0)
-    for part in ("train", "t10k"):
-        write_idx(folder / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 256, (40, 28, 28)))
-        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", rng.integers(0, 10, 40))
-    return folder
+    return write_data(
+        **{part: (rng.integers(0, 256, (40, 28, 28)), rng.integers(0, 10, 40)) for part in ("train", "t10k")}
+    )
 
 
 def run(*arguments: str) -> Result:
