@@ -109,20 +109,27 @@ class Judge:
 
     def judge(self, plan: Plan | Recipe) -> Verdict:
         """The verdict on a memorised plan, or on a recipe by which each block draws its own."""
-        blocks = range(self.samples // BLOCK)
-        plans = [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
+        plans = self._plans(plan)
         plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
         table, closed_form = self._grid(plans[0], path=False)
         seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))
         # Draws differ in cost, those of independent coins by a third and more: the time is of the mean of them.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
-        return self.verdict(seconds, lambda block: self.end(plans[block], block))
+        return Verdict(seconds, self.errors(plan))
+
+    def errors(self, plan: Plan | Recipe) -> np.ndarray:
+        """The errors of a verdict, without the run that is timed for it."""
+        plans = self._plans(plan)
+        return self._errors(lambda block: self.end(plans[block], block))
+
+    def _plans(self, plan: Plan | Recipe) -> list[Plan]:
+        blocks = range(self.samples // BLOCK)
+        return [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
         """The verdict on any way to come from the noise of a block to its end (32, C, H, W)."""
-        errors = (self._ends(end) - self.reference).square().flatten(1).double().mean(1)
-        return Verdict(seconds, errors.cpu().numpy())
+        return Verdict(seconds, self._errors(end))
 
     def timed(self, run: Callable[[], Tensor]) -> float:
         """Seconds per sample of a block's `run`: on a CPU one thread's own time, on a GPU the clock's."""
@@ -132,6 +139,10 @@ class Judge:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return (clock() - start) / BLOCK
+
+    def _errors(self, end: Callable[[int], Tensor]) -> np.ndarray:
+        errors: np.ndarray = (self._ends(end) - self.reference).square().flatten(1).double().mean(1).cpu().numpy()
+        return errors
 
     def _ends(self, end: Callable[[int], Tensor]) -> Tensor:
         return torch.cat(self._each_block(end))

@@ -135,7 +135,7 @@ def best_draw(
 
     One plan for all images has no variance: biased, as the increments of both recipes are.
     """
-    better = min(("held", "extrapolated"), key=lambda name: choosing.judge(recipes[name]).errors.mean())
+    better = min(("held", "extrapolated"), key=lambda name: choosing.errors(recipes[name]).mean())
     plans = [recipes[better].plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
     return best_plan(choosing, plans, cost, progress)
 
@@ -152,7 +152,7 @@ def best_plan(
         progress(done, len(plans))
         # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
         # found again.
-        worth.append(choosing.judge(plan).errors.mean() * plan.nfe(cost))
+        worth.append(choosing.errors(plan).mean() * plan.nfe(cost))
     return plans[int(np.argmin(worth))]
 
 
