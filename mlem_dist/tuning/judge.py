@@ -116,7 +116,7 @@ class Judge:
         # Draws differ in cost, those of independent coins by a third and more: the time is of the mean of them.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
-        return Verdict(seconds, self.errors(plan))
+        return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
     def errors(self, plan: Plan | Recipe) -> np.ndarray:
         """The errors of a verdict, without the run that is timed for it."""
