@@ -457,7 +457,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     with parts_bar() as progress:
         rows = list(search(ladder, device, nfe, frontier, _cores() if device == "cpu" else 1, progress))
     figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
-    click.echo(frontier_table(rows, float(ladder.cost(device)[-1])))
+    click.echo(frontier_table(rows))
     plans = [str(plan_path(out, solver, budget)) for budget in nfe]
     click.echo(f"Wrote {', '.join([*plans, str(frontier.path), str(figure)])}")
 

@@ -12,9 +12,9 @@ does not hold on other noises: what a segment makes up for there is chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -33,18 +33,17 @@ RIDGE = 1e-3
 """On the weights' distance from those of extrapolated increments, relative to the squares of what they weigh."""
 
 TIME_SHARE = 0.4
-"""The start's density of calls: so much of it uniform in time, the rest in lambda."""
+"""Of the density of calls, so much is uniform in time, the rest in lambda; times the factor below."""
 
-KNOTS = 4
-"""Between which the logarithm of the factor on that density is linear."""
+START = (-0.9, 0.1, 0.3, 0.4)
+"""Logarithms of the factor at equally spaced knots, linear between: few calls in the first third of the path. From the
+searches for the bundled ladder, which end near it at 5 and at 10 evaluations, at a third to a half of the error without
+a factor."""
 
 BETWEEN = (1, 2, 3)
 """Calls of the middle rung per call of the best level."""
 
-SCREENED = 2
-"""Of all choices of a middle rung, so many that do best at the start are searched from."""
-
-SCALE, POPULATION, GENERATIONS = 0.5, 6, 6
+SCALE, POPULATION, GENERATIONS = 0.3, 6, 3
 
 LARGEST = 10.0
 """Evaluations of the best level; a larger budget has this one's times, at more quantiles."""
@@ -59,13 +58,13 @@ class Times:
     Attributes:
         middle: the middle rung's level; 1 for none, with `between` = 1.
         calls, between: at least 1.
-        factors: KNOTS logarithms of the factor on the start's density.
+        factors: logarithms of the factor on the density of calls, as `START`.
     """
 
     middle: int
     calls: int
     between: int
-    factors: tuple[float, ...] = (0.0,) * KNOTS
+    factors: tuple[float, ...] = START
 
     def rungs(self, best: int) -> tuple[int, ...]:
         """The levels in use, by number."""
@@ -77,7 +76,7 @@ class Times:
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
         passed = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
         fine = np.linspace(0, 1, 1001)
-        speed = np.exp(-np.interp(fine, np.linspace(0, 1, KNOTS), self.factors))
+        speed = np.exp(-np.interp(fine, np.linspace(0, 1, len(self.factors)), self.factors))
         warped = np.concatenate([[0.0], np.cumsum((speed[1:] + speed[:-1]) / 2)])
         quantiles = np.arange(self.calls * self.between) / (self.calls * self.between)
         at = np.searchsorted(passed, np.interp(quantiles, fine, warped / warped[-1]))
@@ -91,7 +90,7 @@ class Times:
 class Fitter:
     """Fits plans on the noises of a judge of the ODE, for a ladder whose first level is a Gaussian.
 
-    Times are searched for on half of the blocks; the weights of the found ones are fitted to all.
+    Times are searched for on half of the blocks, several at a time; the weights of the found ones are fitted to all.
 
     Args:
         judge: its path of the best level is what is fitted to.
@@ -107,6 +106,7 @@ class Fitter:
         self.cost = judge.ladder.cost(judge.device)
         self.form = ClosedForm(base.affine(self.table.t), self.table, judge.label)
         self.blocks = range(judge.samples // len(judge.label))
+        self.pool = ThreadPoolExecutor(judge.threads)
         self._found: dict[float, Times] = {}
 
     def plan(self, nfe: float, progress: Progress = lambda done, total: None) -> Plan:
@@ -119,8 +119,10 @@ class Fitter:
             UsageError: the budget is below the cost of one call of the best level.
         """
         best = self._times(min(nfe, LARGEST), progress)
-        times = Times(best.middle, self._calls(nfe, best.middle, best.between), best.between, best.factors)
-        return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr))[0]
+        return self._fit_times(replace(best, calls=self._calls(nfe, best.middle, best.between)))[0]
+
+    def _fit_times(self, times: Times, blocks: range | None = None) -> tuple[Plan, float]:
+        return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
     def _times(self, nfe: float, progress: Progress) -> Times:
         """The best call times for a budget; searched for once."""
@@ -131,27 +133,28 @@ class Fitter:
         starts = list(self._starts(nfe))
         if not starts:
             raise UsageError(f"--nfe {nfe:g} is below the cost of one call of the best level; raise --nfe")
-        half = self.blocks[: -(-len(self.blocks) // 2)]
-        total = len(starts) + min(SCREENED, len(starts)) * POPULATION * GENERATIONS
-        done = 0
+        # The path is made here, before the fits that run side by side would each make it.
+        half = self.blocks[: -(-self.judge.path.shape[1] // (2 * len(self.judge.label)))]
+        total = len(starts) + POPULATION * GENERATIONS
+        tried: list[tuple[float, Times]] = []
 
-        def error(times: Times) -> float:
-            nonlocal done
-            done += 1
-            progress(done, total)
-            return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), half)[1]
+        def errors(several: Sequence[Times]) -> list[float]:
+            found = []
+            with ThreadPoolExecutor(len(several)) as pool:
+                for fitted in pool.map(lambda one: self._fit_times(one, half), several):
+                    found.append(fitted[1])
+                    progress(len(tried) + len(found), total)
+            tried.extend(zip(found, several, strict=True))
+            return found
 
-        tried = sorted(((error(start), start) for start in starts), key=lambda one: one[0])
-        for _, start in tried[:SCREENED]:
-            search = cma.CMAEvolutionStrategy(
-                np.zeros(KNOTS), SCALE, {"seed": 1, "popsize": POPULATION, "maxiter": GENERATIONS, "verbose": -9}
-            )
-            while not search.stop():
-                asked = search.ask()
-                moved = [Times(start.middle, start.calls, start.between, tuple(one.tolist())) for one in asked]
-                errors = [error(one) for one in moved]
-                search.tell(asked, errors)
-                tried += zip(errors, moved, strict=True)
+        errors(starts)
+        start = min(tried, key=lambda one: one[0])[1]
+        search = cma.CMAEvolutionStrategy(
+            np.array(START), SCALE, {"seed": 1, "popsize": POPULATION, "maxiter": GENERATIONS, "verbose": -9}
+        )
+        while not search.stop():
+            asked = search.ask()
+            search.tell(asked, errors([replace(start, factors=tuple(one.tolist())) for one in asked]))
         self._found[nfe] = min(tried, key=lambda one: one[0])[1]
         return self._found[nfe]
 
@@ -178,19 +181,18 @@ class Fitter:
         """
         weight, previous = np.zeros(fire.shape), np.zeros(fire.shape)
         weight[0] = 1
-        with ThreadPoolExecutor(self.judge.threads) as pool:
-            segments = [_Segments(self, rungs, block) for block in blocks or self.blocks]
-            edges = [*np.flatnonzero(fire[1:].any(0)).tolist(), fire.shape[1]]
-            for start, stop in pairwise(edges):
-                fresh = [r for r in range(1, len(rungs)) if fire[r, start]]
-                list(pool.map(lambda one, at=start, fresh=fresh: one.evaluate(at, fresh), segments))
-                choices = list(self._choices(fire, start, stop))
-                normal = list(pool.map(lambda one, to=stop, ways=choices: one.normal(to, ways), segments))
-                found = _solve(np.sum([one[0] for one in normal], 0), np.sum([one[1] for one in normal], 0), choices)
-                for choice, factor in zip(choices, found, strict=True):
-                    (previous if choice.age else weight)[choice.rung, start:stop] += factor * choice.shape
-                list(pool.map(lambda one, to=stop: one.advance(to, weight, previous), segments))
-            error = np.mean([float((one.x - one.path[-1]).square().mean()) for one in segments])
+        segments = [_Segments(self, rungs, block) for block in blocks or self.blocks]
+        edges = [*np.flatnonzero(fire[1:].any(0)).tolist(), fire.shape[1]]
+        for start, stop in pairwise(edges):
+            fresh = [r for r in range(1, len(rungs)) if fire[r, start]]
+            list(self.pool.map(lambda one, at=start, fresh=fresh: one.evaluate(at, fresh), segments))
+            choices = list(self._choices(fire, start, stop))
+            normal = list(self.pool.map(lambda one, to=stop, ways=choices: one.normal(to, ways), segments))
+            found = _solve(np.sum([one[0] for one in normal], 0), np.sum([one[1] for one in normal], 0), choices)
+            for choice, factor in zip(choices, found, strict=True):
+                (previous if choice.age else weight)[choice.rung, start:stop] += factor * choice.shape
+            list(self.pool.map(lambda one, to=stop: one.advance(to, weight, previous), segments))
+        error = np.mean([float((one.x - one.path[-1]).square().mean()) for one in segments])
         return on_levels(Plan(fire, weight, previous, collapse=True), rungs), float(error)
 
     def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[_Choice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coarse_noise, integrate
 from mlem_dist.solver.plan import Plan, Recipe, single_level
@@ -45,7 +46,7 @@ class Judge:
         ladder: the ladder.
         solver: "ddpm" or "ddim".
         device: "cpu" or "cuda".
-        steps: of the reference; those of a plan are a divisor of it.
+        steps: of the reference; for the SDE, those of a plan are a divisor of it.
         samples: how many, a multiple of 32.
         seed: of the noises and coins; plans are chosen with one seed and judged with another.
         cache: where the reference is kept, or None to compute it each time.
@@ -64,6 +65,7 @@ class Judge:
         threads: int = 1,
     ) -> None:
         assert samples % BLOCK == 0
+        keep_memory()
         # Within a block one thread: it is timed so, and sums over several would be rounded in another order.
         torch.set_num_threads(1)
         self.threads = threads
@@ -74,7 +76,7 @@ class Judge:
         self.label = torch.arange(BLOCK, device=device) % max(1, len(ladder.labels))
 
     def noise(self, block: int, steps: int) -> Noise:
-        """The noise of a block for `steps` steps, a divisor of the reference's: one Brownian path for all of them."""
+        """The noise of a block for `steps` steps, one Brownian path for all; for the SDE a divisor of `self.fine`."""
         fine = block_noise(self.seed, block, (BLOCK, *self.ladder.sample_shape), self.device)
         return coarse_noise(fine, self.fine, len(self.fine) // steps)
 
@@ -118,10 +120,22 @@ class Judge:
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
         return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
-    def errors(self, plan: Plan | Recipe) -> np.ndarray:
-        """The errors of a verdict, without the run that is timed for it."""
-        plans = self._plans(plan)
-        return self._errors(lambda block: self.end(plans[block], block))
+    def errors(
+        self, ways: Sequence[Plan | Recipe], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> np.ndarray:
+        """The errors of the verdicts on several plans or recipes, float64 (ways, n), without the runs that are timed.
+
+        `progress` is told how many ways are done, of how many.
+        """
+        blocks = self.samples // BLOCK
+        jobs = [(plan, block) for way in ways for block, plan in enumerate(self._plans(way))]
+        errors = []
+        references = self.reference.split(BLOCK)
+        with ThreadPoolExecutor(self.threads) as pool:
+            for done, end in enumerate(pool.map(lambda job: self.end(*job), jobs), 1):
+                errors.append(_errors(end, references[(done - 1) % blocks]))
+                progress(-(-done // blocks), len(ways))
+        return np.concatenate(errors).reshape(len(ways), -1)
 
     def _plans(self, plan: Plan | Recipe) -> list[Plan]:
         blocks = range(self.samples // BLOCK)
@@ -129,7 +143,7 @@ class Judge:
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
         """The verdict on any way to come from the noise of a block to its end (32, C, H, W)."""
-        return Verdict(seconds, self._errors(end))
+        return Verdict(seconds, _errors(self._ends(end), self.reference))
 
     def timed(self, run: Callable[[], Tensor]) -> float:
         """Seconds per sample of a block's `run`: on a CPU one thread's own time, on a GPU the clock's."""
@@ -139,10 +153,6 @@ class Judge:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return (clock() - start) / BLOCK
-
-    def _errors(self, end: Callable[[int], Tensor]) -> np.ndarray:
-        errors: np.ndarray = (self._ends(end) - self.reference).square().flatten(1).double().mean(1).cpu().numpy()
-        return errors
 
     def _ends(self, end: Callable[[int], Tensor]) -> Tensor:
         return torch.cat(self._each_block(end))
@@ -164,3 +174,8 @@ class Judge:
         base = self.levels[1]
         assert isinstance(base, GaussianLevel)
         return table, ClosedForm(base.affine(table.t), table, self.label, path)
+
+
+def _errors(end: Tensor, reference: Tensor) -> np.ndarray:
+    errors: np.ndarray = (end - reference).square().flatten(1).double().mean(1).cpu().numpy()
+    return errors

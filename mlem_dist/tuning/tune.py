@@ -94,8 +94,9 @@ def tune(
     search = searched(choosing, threads, progress)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
-        # A grid that divides the steps, as the comparison on one Brownian path needs.
-        count = max(n for n in range(1, min(steps, max(1, round(nfe))) + 1) if steps % n == 0)
+        # Of the steps of one Brownian path a grid can only take every second, third ... one; the ODE has no path.
+        grids = [n for n in range(1, steps + 1) if solver == "ddim" or steps % n == 0]
+        count = max(n for n in grids if n <= max(1, round(nfe)))
         ways: dict[str, Plan | Recipe] = {**recipes[nfe], EM: single_level(levels, levels, count)}
         for done, (family, way) in enumerate(ways.items(), 1):
             progress(f"{label}, {family}", done, len(ways))
@@ -135,8 +136,9 @@ def best_draw(
 
     One plan for all images has no variance: biased, as the increments of both recipes are.
     """
-    better = min(("held", "extrapolated"), key=lambda name: choosing.errors(recipes[name]).mean())
-    plans = [recipes[better].plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
+    remembering = [recipes["held"], recipes["extrapolated"]]
+    better = remembering[int(choosing.errors(remembering).mean(1).argmin())]
+    plans = [better.plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
     return best_plan(choosing, plans, cost, progress)
 
 
@@ -147,13 +149,10 @@ def best_plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """The best of plans of nearly the same cost, for level costs `cost`."""
-    worth = []
-    for done, plan in enumerate(plans, 1):
-        progress(done, len(plans))
-        # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
-        # found again.
-        worth.append(choosing.errors(plan).mean() * plan.nfe(cost))
-    return plans[int(np.argmin(worth))]
+    # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
+    # found again.
+    worth = choosing.errors(plans, progress).mean(1) * [plan.nfe(cost) for plan in plans]
+    return plans[int(worth.argmin())]
 
 
 class Optimiser:
