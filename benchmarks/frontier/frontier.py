@@ -11,7 +11,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
 from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
 from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.refine import fitted_plan
 from mlem_dist.tuning.tune import (
-    CHOOSING_SAMPLES,
     CHOOSING_SEED,
     DRAWS,
     FITTED,
     FITTING_SAMPLES,
+    FITTING_SEED,
     JUDGING_SEED,
     OPTIMISED,
     Optimiser,
@@ -43,7 +44,7 @@ from mlem_dist.tuning.tune import (
 )
 from mlem_dist.tuning.tune import FAMILIES as TUNED
 
-BASE_STEPS = 1000
+BASE_STEPS, CHOOSING_SAMPLES = 1000, 64
 BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
 EM_STEPS = (5, 10, 25, 50, 100, 250, 500)
 BUDGETS, DDPM_BUDGET = (5, 10, 20, 40, 80), 160
@@ -65,11 +66,16 @@ FAMILIES = OURS | {
     "ML-EM, theory": TUNED["ML-EM"] | {"probabilities": "theory"},
 }
 
+
+def untold(*progress: object) -> None:
+    """Progress that nobody is told."""
+
+
 EVERY_DRAW = "ML-EM, learned, 15 draws"
 Case = tuple[str, str, Callable[[], Verdict]]
 
 
-def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
+def cases(judge: Judge, choosing: Judge) -> Iterator[Case]:
     """Family, label, and how to run it; the most interesting first."""
     ladder, solver = judge.ladder, judge.solver
     levels, cost = len(ladder.levels), ladder.cost(judge.device)
@@ -94,13 +100,13 @@ def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
                 yield name, f"{steps} steps", partial(fast, name, steps, judge)
     for nfe in MEMORISED_BUDGETS:
         yield "memorised", f"{nfe} NFE", partial(memorised, nfe)
-    optimiser = Optimiser(choosing, 1, lambda stage, done, total: None, OPTIMISER_SAMPLES)
+    optimiser = Optimiser(choosing, 1, untold, OPTIMISER_SAMPLES)
     for nfe in SEARCHED_BUDGETS:
         yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
     if solver == "ddim":
-        fitter = Fitter(Judge(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, CHOOSING_SEED, threads=2))
+        fitter = Fitter(Judge(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, FITTING_SEED, threads=2))
         for nfe in SEARCHED_BUDGETS:
-            yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(fitter.plan(nfe))
+            yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(fitted_plan(fitter, nfe, untold, untold))
     for small in range(3, levels):
         for steps in STITCH_STEPS:
             for part in STITCHES:
@@ -108,7 +114,6 @@ def cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
                 plan = switched(small, levels, levels, steps, at)
                 label = f"{ladder.levels[small - 1].name} for {at} of {steps} steps"
                 yield "T-Stitch", label, lambda plan=plan: judge.judge(plan)
-    yield from learned_cases(judge, choosing, frontier)
 
 
 def learned_cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
@@ -205,8 +210,9 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
 @click.option("--solver", type=click.Choice(["ddpm", "ddim"]), required=True)
 @click.option("--samples", default=256)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
+@click.option("--family", "families", multiple=True, help="Only these, to compare them on one machine in one session.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(name: str, solver: str, samples: int, device: str, out: Path) -> None:
+def main(name: str, solver: str, samples: int, device: str, families: tuple[str, ...], out: Path) -> None:
     """Write OUT/frontier-SOLVER.json and .png."""
     ladder = Ladder.load(name)
     judge = Judge(ladder, solver, device, BASE_STEPS, samples, JUDGING_SEED, out / "cache")
@@ -221,8 +227,9 @@ def main(name: str, solver: str, samples: int, device: str, out: Path) -> None:
         "best_level_seconds": float(ladder.cost(device)[-1]),
     }
     frontier = Frontier(out / f"frontier-{solver}.json", about)
-    for family, label, run in cases(judge, choosing, frontier):
-        if not frontier.find(family, label):
+    learning = () if families else learned_cases(judge, choosing, frontier)
+    for family, label, run in chain(cases(judge, choosing), learning):
+        if not frontier.find(family, label) and (not families or family in families):
             row = frontier.add(family, label, run())
             nfe = row.seconds / float(ladder.cost(device)[-1])
             print(

@@ -4,7 +4,8 @@ Between two evaluations x is affine in the values in use, as the Gaussian level 
 of such a segment that bring x nearest to where the best level would be are therefore a linear least-squares problem, of
 at most six numbers per rung. It is solved segment by segment, each from where the ones before have brought the choosing
 noises, so that a segment also makes up for their error. What is left at the end is a function of the call times alone,
-and a search over a few numbers improves them.
+and a search over a few numbers improves them. What one segment's weights do to the values of the next ones is left out
+of this, and taken in by `mlem_dist.tuning.refine`.
 
 Biased: one plan for all images, whose error at a budget is the same each time. Along the noisy path of the SDE the fit
 does not hold on other noises: what a segment makes up for there is chance.
@@ -12,10 +13,12 @@ does not hold on other noises: what a segment makes up for there is chance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +27,13 @@ from torch import Tensor
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.solver.closed_form import ClosedForm, Held
-from mlem_dist.solver.integrate import evaluate
+from mlem_dist.solver.integrate import Drift, evaluate
 from mlem_dist.solver.plan import Plan, Term, on_levels
 from mlem_dist.solver.steps import half_log_snr
 from mlem_dist.tuning.judge import Judge
 
 RIDGE = 1e-3
-"""On the weights' distance from those of extrapolated increments, relative to the squares of what they weigh."""
+"""On the factors' distance from those of extrapolated increments, relative to the squares of what they weigh."""
 
 TIME_SHARE = 0.4
 """Of the density of calls, so much is uniform in time, the rest in lambda; times the factor below."""
@@ -49,6 +52,8 @@ LARGEST = 10.0
 """Evaluations of the best level; a larger budget has this one's times, at more quantiles."""
 
 Progress = Callable[[int, int], None]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,56 @@ class Times:
         return fire
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A shape of weights, float64 (steps,), for the latest value of a rung (age 0) or the one before it (age 1)."""
+
+    rung: int
+    age: int
+    shape: np.ndarray
+    prior: float
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """The steps start ... stop - 1, between two evaluations.
+
+    Attributes:
+        fresh: the rungs that fire at `start`.
+        choices: what its weights are combined from.
+        factors: of each choice, float64 (C,).
+        squares: float64 (C, C): the mean square per value of what the choices add at the end of the trajectory, as the
+            Gaussian level carries it there.
+    """
+
+    start: int
+    stop: int
+    fresh: list[int]
+    choices: tuple[Choice, ...]
+    factors: np.ndarray
+    squares: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Fitted weights, with the levels in use `rungs`, the steps `fire` (R, N), and the mean squared error per value."""
+
+    rungs: tuple[int, ...]
+    fire: np.ndarray
+    segments: tuple[Segment, ...]
+    error: float
+
+    def plan(self) -> Plan:
+        """The plan of these weights."""
+        weight, previous = np.zeros(self.fire.shape), np.zeros(self.fire.shape)
+        weight[0] = 1
+        for segment in self.segments:
+            for choice, factor in zip(segment.choices, segment.factors, strict=True):
+                of_age = previous if choice.age else weight
+                of_age[choice.rung, segment.start : segment.stop] += factor * choice.shape
+        return on_levels(Plan(self.fire, weight, previous, collapse=True), self.rungs)
+
+
 class Fitter:
     """Fits plans on the noises of a judge of the ODE, for a ladder whose first level is a Gaussian.
 
@@ -109,8 +164,8 @@ class Fitter:
         self.pool = ThreadPoolExecutor(judge.threads)
         self._found: dict[float, Times] = {}
 
-    def plan(self, nfe: float, progress: Progress = lambda done, total: None) -> Plan:
-        """The plan of at most `nfe` evaluations of the best level whose error on the noises is least.
+    def search(self, nfe: float, progress: Progress = lambda done, total: None) -> Fit:
+        """The fit of at most `nfe` evaluations of the best level whose error on the noises is least.
 
         The search is the covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772). `progress` is told
         how many plans have been fitted, of how many.
@@ -119,9 +174,9 @@ class Fitter:
             UsageError: the budget is below the cost of one call of the best level.
         """
         best = self._times(min(nfe, LARGEST), progress)
-        return self._fit_times(replace(best, calls=self._calls(nfe, best.middle, best.between)))[0]
+        return self._fit_times(replace(best, calls=self._calls(nfe, best.middle, best.between)))
 
-    def _fit_times(self, times: Times, blocks: range | None = None) -> tuple[Plan, float]:
+    def _fit_times(self, times: Times, blocks: range | None = None) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
     def _times(self, nfe: float, progress: Progress) -> Times:
@@ -142,7 +197,7 @@ class Fitter:
             found = []
             with ThreadPoolExecutor(len(several)) as pool:
                 for fitted in pool.map(lambda one: self._fit_times(one, half), several):
-                    found.append(fitted[1])
+                    found.append(fitted.error)
                     progress(len(tried) + len(found), total)
             tried.extend(zip(found, several, strict=True))
             return found
@@ -170,32 +225,29 @@ class Fitter:
         below = self.cost[middle - 1] if middle > 1 else 0.0
         return int(nfe * self.cost[-1] / (self.cost[-1] + between * (below + 2 * self.cost[0])))
 
-    def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> tuple[Plan, float]:
-        """The plan of fitted weights that evaluates the increments of `rungs` at `fire`, bool (R, N).
+    def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
+        """The fit that evaluates the increments of `rungs` at `fire`, bool (R, N).
 
         All fire at step 0, and each only where those below it fire too. `blocks` are those that it is fitted to, all of
         the judge's by default.
-
-        Returns:
-            The plan, and its mean squared error per value on these blocks.
         """
-        weight, previous = np.zeros(fire.shape), np.zeros(fire.shape)
-        weight[0] = 1
-        segments = [_Segments(self, rungs, block) for block in blocks or self.blocks]
-        edges = [*np.flatnonzero(fire[1:].any(0)).tolist(), fire.shape[1]]
-        for start, stop in pairwise(edges):
+        samples = [Block(self, rungs, block) for block in blocks or self.blocks]
+        segments = []
+        for start, stop in pairwise([*np.flatnonzero(fire[1:].any(0)).tolist(), fire.shape[1]]):
             fresh = [r for r in range(1, len(rungs)) if fire[r, start]]
-            list(self.pool.map(lambda one, at=start, fresh=fresh: one.evaluate(at, fresh), segments))
-            choices = list(self._choices(fire, start, stop))
-            normal = list(self.pool.map(lambda one, to=stop, ways=choices: one.normal(to, ways), segments))
-            found = _solve(np.sum([one[0] for one in normal], 0), np.sum([one[1] for one in normal], 0), choices)
-            for choice, factor in zip(choices, found, strict=True):
-                (previous if choice.age else weight)[choice.rung, start:stop] += factor * choice.shape
-            list(self.pool.map(lambda one, to=stop: one.advance(to, weight, previous), segments))
-        error = np.mean([float((one.x - one.path[-1]).square().mean()) for one in segments])
-        return on_levels(Plan(fire, weight, previous, collapse=True), rungs), float(error)
+            self._each(samples, partial(Block.evaluate, at=start, fresh=fresh))
+            choices = tuple(self._choices(fire, start, stop))
+            normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
+            squares, products = (np.mean([one[i] for one in normal], 0) / samples[0].x.numel() for i in (0, 1))
+            segments.append(Segment(start, stop, fresh, choices, _solve(squares, products, choices), squares))
+            self._each(samples, partial(Block.advance, segment=segments[-1]))
+        error = np.mean([float((one.x - one.path[-1]).square().mean()) for one in samples])
+        return Fit(rungs, fire, tuple(segments), float(error))
 
-    def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[_Choice]:
+    def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:
+        return list(self.pool.map(torch.inference_mode()(run), samples))
+
+    def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[Choice]:
         """What the weights of steps start ... stop - 1 are combined from.
 
         For both values of a rung: a constant, the line of extrapolation and, where the rung fires at `start`, one step
@@ -204,81 +256,74 @@ class Fitter:
         for rung in range(1, len(fire)):
             *_, before, last = [-1, *np.flatnonzero(fire[rung, : start + 1]).tolist()]
             steps = np.ones(stop - start)
-            yield _Choice(rung, 0, steps, 1.0)
+            yield Choice(rung, 0, steps, 1.0)
             if before < 0:
                 continue
-            yield _Choice(rung, 1, steps, 0.0)
+            yield Choice(rung, 1, steps, 0.0)
             ahead = (self.log_snr[start:stop] - self.log_snr[last]) / (self.log_snr[last] - self.log_snr[before])
             line = np.minimum(1.0, ahead)
-            yield _Choice(rung, 0, line, 1.0)
-            yield _Choice(rung, 1, line, -1.0)
+            yield Choice(rung, 0, line, 1.0)
+            yield Choice(rung, 1, line, -1.0)
             if last == start:
                 once = np.zeros(stop - start)
                 once[0] = np.abs(self.table.b[before:start]).sum() / abs(self.table.b[start])
-                yield _Choice(rung, 0, once, 0.0)
-                yield _Choice(rung, 1, once, 0.0)
+                yield Choice(rung, 0, once, 0.0)
+                yield Choice(rung, 1, once, 0.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Choice:
-    """A shape of weights, float64 (steps,), for the latest value of a rung (age 0) or the one before it (age 1)."""
-
-    rung: int
-    age: int
-    shape: np.ndarray
-    prior: float
-
-
-def _solve(squares: np.ndarray, products: np.ndarray, choices: list[_Choice]) -> np.ndarray:
+def _solve(squares: np.ndarray, products: np.ndarray, choices: Sequence[Choice]) -> np.ndarray:
     """The factors of least squared error, drawn to their priors by the ridge."""
     prior = np.array([choice.prior for choice in choices])
-    ridge = RIDGE * np.diag(squares) + 1e-12 * squares.max()
-    return np.asarray(np.linalg.solve(squares + np.diag(ridge), products + ridge * prior))
+    drawn = ridge(squares)
+    return np.asarray(np.linalg.solve(squares + drawn, products + drawn @ prior))
 
 
-class _Segments:
+def ridge(squares: np.ndarray) -> np.ndarray:
+    """What is added to the squares (C, C) of choices so that each has a factor, even where two are one."""
+    return np.diag(RIDGE * np.diag(squares) + 1e-12 * squares.max())
+
+
+class Block:
     """A block on its way: x (B, C, H, W) before step `at`, and the last two values of each rung above the first."""
 
     def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
         judge = fitter.judge
-        self.judge, self.form, self.rungs = judge, fitter.form, rungs
+        self.levels: Mapping[int, Drift] = judge.levels
+        self.table, self.label, self.form, self.rungs = judge.fine, judge.label, fitter.form, rungs
         rows = slice(block * len(judge.label), (block + 1) * len(judge.label))
         self.path = judge.path[:, rows]
         self.x: Tensor = self.path[0]
         self.at = 0
         self.values: dict[int, list[Held]] = {r: [] for r in range(1, len(rungs))}
 
-    @torch.inference_mode()
-    def evaluate(self, at: int, fresh: list[int]) -> None:
+    def evaluate(self, at: int, fresh: Sequence[int]) -> None:
         """The increments of the rungs `fresh`, at x."""
         self.at = at
         terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in fresh]
-        found = evaluate(self.judge.levels, terms, self.x, int(self.judge.fine.t[at]), self.judge.label)
+        found = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
         for r, value in zip(fresh, found, strict=True):
             self.values[r] = [Held(value), *self.values[r][:1]]
 
-    @torch.inference_mode()
-    def normal(self, stop: int, choices: list[_Choice]) -> tuple[np.ndarray, np.ndarray]:
+    def normal(self, stop: int, choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:
         """The normal equations of the choices' factors: what they add up to step `stop`, carried on to the end."""
         flow = self.form.flow(stop)
-        left = self._run(stop, [])
-        columns = [
-            self.form.scaled(self.values[c.rung][c.age], flow * self.form.response(self.at, c.shape)) for c in choices
-        ]
-        missing = self.form.scaled(Held(self.path[stop] - left), flow)
-        design = torch.stack([column.flatten() for column in columns]).double()
+        design = torch.stack([self.column(choice, flow).flatten() for choice in choices]).double()
+        missing = self.form.scaled(Held(self.path[stop] - self.run(stop, [])), flow)
         return (design @ design.T).cpu().numpy(), (design @ missing.flatten().double()).cpu().numpy()
 
-    @torch.inference_mode()
-    def advance(self, stop: int, weight: np.ndarray, previous: np.ndarray) -> None:
-        """Go on to step `stop` with the weights (R, N) of the latest values and of those before them."""
-        held = [
-            (value, of_age[r, self.at : stop].tolist())
-            for r, values in self.values.items()
-            for value, of_age in zip(values, (weight, previous), strict=False)
-        ]
-        self.x = self._run(stop, held)
+    def column(self, choice: Choice, flow: np.ndarray | float = 1.0) -> Tensor:
+        """What a choice adds to x up to the end of its steps, times `flow`, (B, d)."""
+        return self.form.scaled(self.values[choice.rung][choice.age], flow * self.form.response(self.at, choice.shape))
 
-    def _run(self, stop: int, held: list[tuple[Held, list[float]]]) -> Tensor:
+    def advance(self, segment: Segment) -> None:
+        """Go on to the end of a segment with its factors."""
+        weights: dict[tuple[int, int], np.ndarray] = {}
+        for choice, factor in zip(segment.choices, segment.factors, strict=True):
+            value = choice.rung, choice.age
+            weights[value] = weights.get(value, 0.0) + factor * choice.shape
+        self.x = self.run(segment.stop, [(self.values[r][age], of_it.tolist()) for (r, age), of_it in weights.items()])
+
+    def run(self, stop: int, held: Sequence[tuple[Held, Sequence[float]]]) -> Tensor:
+        """x at step `stop` by the Gaussian level and `held`, each value with its weight in each step."""
         end = self.form.advance(self.at, Held(self.x), [1.0] * (stop - self.at), held, lambda _: self.x)
         return end.value.view_as(self.x)

@@ -18,9 +18,10 @@ from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.optimise import MODEL_SAMPLES, MODEL_STEPS, FirstOrder, Shape, first_order, optimise
 from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
+from mlem_dist.tuning.refine import fitted_plan
 
 CHOOSING_SEED, JUDGING_SEED, FITTING_SEED = 0, 1, 2
-CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 64, 64, 128
+CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 32, 64, 256
 
 DRAWS = 15
 """Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
@@ -120,7 +121,9 @@ def searched(choosing: Judge, threads: int, progress: Progress) -> dict[str, Cal
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # Noises of their own: on those that its weights were fitted to, a plan would be chosen too easily.
         fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
-        found[FITTED] = lambda nfe: fitter.plan(nfe, partial(progress, f"{nfe:g} NFE, fits"))
+        found[FITTED] = lambda nfe: fitted_plan(
+            fitter, nfe, *(partial(progress, f"{nfe:g} NFE, {stage}") for stage in ("fits", "refinement"))
+        )
     if calibrated(ladder):
         found[OPTIMISED] = Optimiser(choosing, threads, progress).plan
     return found

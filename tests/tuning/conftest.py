@@ -30,3 +30,13 @@ def calibrated(small) -> Path:
     images = torch.randint(256, (40, *ladder.sample_shape), dtype=torch.uint8, generator=generator)
     store(small, ladder, calibrate(ladder, images, torch.arange(40) % 10, "cpu", per_band=4, steps=40, samples=16))
     return small
+
+
+@pytest.fixture
+def three(tmp_path, fashion) -> Ladder:
+    """The three lowest levels of the bundled ladder."""
+    folder = tmp_path / "three"
+    shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*", "*.png"))
+    raw = json.loads((folder / "ladder.json").read_text())
+    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:3]}))
+    return Ladder.load(folder)

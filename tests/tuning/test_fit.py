@@ -1,6 +1,3 @@
-import json
-import shutil
-
 import numpy as np
 import pytest
 
@@ -13,16 +10,6 @@ from mlem_dist.tuning.recipe import make_recipe
 STEPS = 40
 
 
-@pytest.fixture
-def three(tmp_path, fashion) -> Ladder:
-    """The three lowest levels of the bundled ladder."""
-    folder = tmp_path / "three"
-    shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*", "*.png"))
-    raw = json.loads((folder / "ladder.json").read_text())
-    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:3]}))
-    return Ladder.load(folder)
-
-
 def judge(ladder: Ladder, seed: int) -> Judge:
     return Judge(ladder, "ddim", "cpu", STEPS, 3 * BLOCK, seed, threads=2)
 
@@ -31,8 +18,9 @@ def judge(ladder: Ladder, seed: int) -> Judge:
 def test_the_error_of_a_fit_is_that_of_its_plan(three, times):
     """The plan that is written does what the fit has seen, by the integrator that generates."""
     fitter = Fitter(judge(three, 0))
-    plan, error = fitter.fit(times.rungs(3), times.fire(fitter.log_snr))
-    assert error == pytest.approx(fitter.judge.judge(plan).errors.mean(), rel=1e-3)
+    fit = fitter.fit(times.rungs(3), times.fire(fitter.log_snr))
+    plan = fit.plan()
+    assert fit.error == pytest.approx(fitter.judge.errors([plan]).mean(), rel=1e-3)
     assert plan.calls[2].sum() == times.calls
     assert plan.calls[1].sum() == (times.calls * times.between if times.middle == 2 else 0)
 
@@ -40,20 +28,20 @@ def test_the_error_of_a_fit_is_that_of_its_plan(three, times):
 def test_a_fit_with_an_evaluation_at_every_step_is_the_best_level(three):
     fitter = Fitter(judge(three, 0))
     for rungs in ((1, 3), (1, 2, 3)):
-        _, error = fitter.fit(rungs, np.ones((len(rungs), STEPS), dtype=bool))
-        assert error < 1e-6
+        assert fitter.fit(rungs, np.ones((len(rungs), STEPS), dtype=bool)).error < 1e-6
 
 
 def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
     fitter, judging = Fitter(judge(three, 0)), judge(three, 1)
     told = []
-    plan = fitter.plan(6, lambda done, total: told.append((done, total)))
+    plan = fitter.search(6, lambda done, total: told.append((done, total))).plan()
     default = make_recipe(three, "cpu", "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
     cost = three.cost("cpu")
     assert 4 < plan.nfe(cost) <= 6
-    assert judging.judge(plan).errors.mean() < 0.7 * judging.judge(default).errors.mean()
+    found, of_default = judging.errors([plan, default]).mean(1)
+    assert found < 0.7 * of_default
     # On the noises that it was fitted to it is no better than chance allows.
-    assert judging.judge(plan).errors.mean() < 1.7 * fitter.judge.judge(plan).errors.mean()
+    assert found < 1.7 * fitter.judge.errors([plan]).mean()
     assert told[-1][0] == told[-1][1] == len(told)
 
 
@@ -69,4 +57,4 @@ def test_times_are_nested_and_begin_at_the_first_step():
 
 def test_a_budget_below_one_call_of_the_best_level_is_refused(three):
     with pytest.raises(UsageError, match="below the cost of one call"):
-        Fitter(judge(three, 0)).plan(0.5)
+        Fitter(judge(three, 0)).search(0.5)

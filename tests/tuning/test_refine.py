@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.tuning.fit import Fit, Fitter, Times
+from mlem_dist.tuning.judge import BLOCK, Judge
+from mlem_dist.tuning.refine import derivatives, fitted_plan, refine, with_factors
+
+STEPS = 40
+
+
+def fitter_of(ladder: Ladder, seed: int, blocks: int) -> Fitter:
+    return Fitter(Judge(ladder, "ddim", "cpu", STEPS, blocks * BLOCK, seed, threads=2))
+
+
+def factors_of(fit: Fit) -> np.ndarray:
+    return np.concatenate([segment.factors for segment in fit.segments])
+
+
+def test_derivatives_are_those_of_the_plans_end(three):
+    """Against differences of the ends that the integrator comes to."""
+    fitter = fitter_of(three, 0, 1)
+    fit = fitter.fit((1, 3), Times(1, 2, 1).fire(fitter.log_snr))
+    factors = factors_of(fit)
+
+    def end(moved: np.ndarray) -> torch.Tensor:
+        return fitter.judge.end(with_factors(fit, moved, 0.0).plan(), 0).double()
+
+    width = 1e-2
+    jacobian = torch.stack(
+        [
+            (end(factors + width * one) - end(factors - width * one)).flatten() / (2 * width)
+            for one in np.eye(len(factors))
+        ]
+    ).numpy()
+    off = (end(factors) - fitter.judge.path[-1]).flatten().numpy()
+    found = [derivatives(fitter, fit, factors, seed, 0) for seed in range(40)]
+    assert found[0][0] == pytest.approx(np.square(off).mean(), rel=1e-3)
+    gradient, squares = jacobian @ off / off.size, jacobian @ jacobian.T / off.size
+    scale = np.sqrt(np.diag(squares))
+    np.testing.assert_allclose(found[0][1] / scale, gradient / scale, atol=2e-2 * np.abs(gradient / scale).max())
+    mean = np.mean([one[2] for one in found], 0)
+    assert np.linalg.norm((mean - squares) / np.outer(scale, scale)) < 0.1 * len(factors)
+
+
+def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(three):
+    fitter, judging = fitter_of(three, 0, 6), Judge(three, "ddim", "cpu", STEPS, 6 * BLOCK, 1, threads=2)
+    fit = fitter.fit((1, 2, 3), Times(2, 4, 2).fire(fitter.log_snr))
+    told = []
+    refined = refine(fitter, fit, lambda done, total: told.append((done, total)))
+    assert refined.error < 0.9 * fit.error
+    assert refined.error == pytest.approx(fitter.judge.errors([refined.plan()]).mean(), rel=1e-2)
+    before, after = judging.errors([fit.plan(), refined.plan()]).mean(1)
+    assert after < 0.95 * before
+    assert (refined.plan().fire == fit.plan().fire).all()
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1]
+
+
+def test_what_cannot_be_better_stays_as_it_is(three):
+    fitter = fitter_of(three, 0, 1)
+    fit = fitter.fit((1, 3), np.ones((2, STEPS), dtype=bool))
+    assert refine(fitter, fit).error <= fit.error * (1 + 1e-3)
+
+
+def test_small_budgets_are_refined(three):
+    fitter = fitter_of(three, 0, 1)
+    told = []
+    few, many = (
+        fitted_plan(fitter, nfe, lambda *_: None, lambda *done, nfe=nfe: told.append((nfe, *done))) for nfe in (4, 12)
+    )
+    assert {nfe for nfe, *_ in told} == {4}
+    cost = three.cost("cpu")
+    assert few.nfe(cost) <= 4 < many.nfe(cost) <= 12
+    assert fitter.judge.errors([few]).mean() < fitter.search(4).error
