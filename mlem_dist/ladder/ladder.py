@@ -26,7 +26,7 @@ from torch import nn
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
-from mlem_dist.ladder.schedule import read_alpha_bar
+from mlem_dist.ladder.schedule import alpha_bar
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(str(files("mlem_dist.ladder")))
@@ -179,7 +179,7 @@ class Ladder:
     @cached_property
     def alpha_bar(self) -> np.ndarray:
         """The noise schedule, float64 (T,)."""
-        return read_alpha_bar(self.folder / SCHEDULER)
+        return alpha_bar(self.scheduler)
 
     @property
     def scheduler(self) -> dict[str, Any]:

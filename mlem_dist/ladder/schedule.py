@@ -1,13 +1,11 @@
 """Noise schedules in the diffusers format."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import read_object
 
 
 def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
@@ -16,7 +14,7 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     Args:
         config: the keys `num_train_timesteps`, `beta_schedule` ("linear", "scaled_linear" or
             "squaredcos_cap_v2"), `beta_start`, `beta_end`, or `trained_betas`, as in
-            `scheduler_config.json`.
+            `scheduler_config.json`; `prediction_type` is "epsilon", if it is there.
 
     Returns:
         float64 array of shape (num_train_timesteps,), strictly decreasing, in (0, 1).
@@ -24,6 +22,8 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     Raises:
         UsageError: if the schedule is unknown or its values are not a valid noise schedule.
     """
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        raise UsageError(f"noise schedule: prediction_type is {config['prediction_type']!r}, expected 'epsilon'")
     n = config.get("num_train_timesteps", 1000)
     if not isinstance(n, int) or n < 1:
         raise UsageError(f"noise schedule: num_train_timesteps is {n!r}, expected a positive integer")
@@ -45,11 +45,3 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     if beta.shape != (n,) or not ((beta > 0) & (beta < 1)).all():
         raise UsageError(f"noise schedule: expected {n} betas strictly between 0 and 1")
     return np.cumprod(1 - beta)
-
-
-def read_alpha_bar(path: Path) -> np.ndarray:
-    """`alpha_bar` of the JSON file at `path`."""
-    config = read_object(path, "noise schedule")
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise UsageError(f"noise schedule {path}: prediction_type {config['prediction_type']!r}, expected 'epsilon'")
-    return alpha_bar(config)
