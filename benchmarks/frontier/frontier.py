@@ -51,7 +51,7 @@ BUDGETS, DDPM_BUDGET = (5, 10, 20, 40, 80), 160
 """Only for the SDE do held increments need so much for an error of 3e-4."""
 
 MEMORISED_BUDGETS = (5, 10, 20, 40)
-SEARCHED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 7, 10, 14, 20, 40, 80), 256
+SEARCHED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 6, 7, 8, 10, 14, 20, 40, 80), 256
 FAST_STEPS = (3, 4, 5, 8, 10, 15, 20, 30, 40)
 STITCH_STEPS = (10, 20, 50)
 STITCHES = (0.25, 0.5, 0.75)
