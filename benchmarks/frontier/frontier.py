@@ -51,7 +51,8 @@ BUDGETS, DDPM_BUDGET = (5, 10, 20, 40, 80), 160
 """Only for the SDE do held increments need so much for an error of 3e-4."""
 
 MEMORISED_BUDGETS = (5, 10, 20, 40)
-SEARCHED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 6, 7, 8, 10, 14, 20, 40, 80), 256
+SEARCHED_BUDGETS, OPTIMISER_SAMPLES = (2, 3, 4, 5, 7, 10, 14, 20, 40, 80), 256
+FITTED_BUDGETS = (1.3, 1.6, 2, 2.5, 3, 4, 5, 6, 8, 10, 14, 20, 40, 80)
 FAST_STEPS = (3, 4, 5, 8, 10, 15, 20, 30, 40)
 STITCH_STEPS = (10, 20, 50)
 STITCHES = (0.25, 0.5, 0.75)
@@ -105,7 +106,7 @@ def cases(judge: Judge, choosing: Judge) -> Iterator[Case]:
         yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
     if solver == "ddim":
         fitter = Fitter(Judge(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, FITTING_SEED, threads=2))
-        for nfe in SEARCHED_BUDGETS:
+        for nfe in FITTED_BUDGETS:
             yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(fitted_plan(fitter, nfe, untold, untold))
     for small in range(3, levels):
         for steps in STITCH_STEPS:

@@ -130,7 +130,7 @@ def _end(one: Block, fit: Fit, factors: Tensor) -> Tensor:
     """x_N (B, C, H, W) of a block whose samples have the factors (B, P)."""
     # Of an evaluation only the state is kept, and the rest computed again on the way back.
     one.levels = {k: partial(checkpoint, level, use_reentrant=False) for k, level in one.levels.items()}
-    one.x = one.x.clone()
+    one.begin(fit.segments[0].start)
     for segment, own in zip(fit.segments, factors.split(_sizes(fit), dim=1), strict=True):
         one.evaluate(segment.start, segment.fresh)
         columns = torch.stack([one.column(choice) for choice in segment.choices])

@@ -3,7 +3,7 @@ import pytest
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.fit import BETWEEN, Fitter, Times
+from mlem_dist.tuning.fit import BETWEEN, START, TIME_SHARE, Fitter, Times
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import make_recipe
 
@@ -45,14 +45,17 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
     assert told[-1][0] == told[-1][1] == len(told)
 
 
-def test_times_are_nested_and_begin_at_the_first_step():
-    log_snr = np.linspace(-5, 4, STEPS) + np.sin(np.arange(STEPS) / 8)
+def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
+    log_snr = np.sort(np.linspace(-5, 4, 200) + np.sin(np.arange(200) / 8))
     for between in BETWEEN:
-        for factors in ((0.0,) * 4, (2.0, -1.0, 0.5, 1.0)):
-            fire = Times(1 + (between > 1), 5, between, factors).fire(np.sort(log_snr))
+        for density in (START, (0.2, 2.0, -1.0, 0.5)):
+            fire = Times(1 + (between > 1), 5, between, density).fire(log_snr)
             assert fire[0].all()
-            assert fire[:, 0].all()
             assert (np.diff(fire.astype(int), axis=0) <= 0).all()
+            assert [row.sum() for row in fire[1:]] == ([5 * between, 5] if between > 1 else [5])
+            first = np.flatnonzero(fire[1])[0]
+            passed = TIME_SHARE * first / 199 + (1 - TIME_SHARE) * (log_snr[first] - log_snr[0]) / np.ptp(log_snr)
+            assert passed == pytest.approx(density[0], abs=0.02)
 
 
 def test_a_budget_below_one_call_of_the_best_level_is_refused(three):
