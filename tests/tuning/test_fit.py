@@ -3,7 +3,7 @@ import pytest
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.fit import BETWEEN, START, TIME_SHARE, Fitter, Times
+from mlem_dist.tuning.fit import BETWEEN, LARGEST, START, TIME_SHARE, Fitter, Times
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import make_recipe
 
@@ -56,6 +56,14 @@ def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
             first = np.flatnonzero(fire[1])[0]
             passed = TIME_SHARE * first / 199 + (1 - TIME_SHARE) * (log_snr[first] - log_snr[0]) / np.ptp(log_snr)
             assert passed == pytest.approx(density[0], abs=0.02)
+
+
+def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three):
+    fitter = Fitter(judge(three, 0))
+    small, large = fitter.search(LARGEST), fitter.search(1.6 * LARGEST)
+    cost = three.cost("cpu")
+    assert LARGEST < large.plan().nfe(cost) <= 1.6 * LARGEST
+    assert large.error < 0.7 * small.error
 
 
 def test_a_budget_below_one_call_of_the_best_level_is_refused(three):
