@@ -47,10 +47,10 @@ def _budget_options(command: Any) -> Any:
         [
             click.option(
                 "--solver",
-                type=click.Choice(["ddpm", "ddim", "dpm++"]),
-                default="ddpm",
+                type=click.Choice(["ddim", "ddpm", "dpm++"]),
+                default="ddim",
                 show_default=True,
-                help="The SDE by DDPM, or the ODE by DDIM or DPM-Solver++(2M).",
+                help="The ODE by DDIM or DPM-Solver++(2M), or the SDE by DDPM.",
             ),
             click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps."),
             click.option(
@@ -433,7 +433,7 @@ class Budgets(click.ParamType[tuple[float, ...]]):
 @cli.command()
 @click.argument("name", metavar="LADDER")
 @click.option("--nfe", type=Budgets(), default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
-@click.option("--solver", type=click.Choice(["ddpm", "ddim"]), default="ddpm", show_default=True)
+@click.option("--solver", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
 @click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps, as for generate.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; a rerun goes on.")

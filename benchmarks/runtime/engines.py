@@ -29,7 +29,7 @@ def run(engine: str, num: int, devices: int, block_size: int) -> tuple[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         command = [SCRIPT, "generate", "--num", str(num), "--out", str(out), "--devices", str(devices), "--json"]
-        command += ["--block-size", str(block_size), *ENGINES[engine]]
+        command += ["--solver", "ddpm", "--block-size", str(block_size), *ENGINES[engine]]
         report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         manifest = json.loads((out / "mlem.json").read_text())
     busy = sum(report["busy_seconds"].values()) / (report["sampling_seconds"] * devices)

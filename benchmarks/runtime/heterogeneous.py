@@ -35,7 +35,7 @@ def measured(address: str, placement: str, num: int, nfe: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--json", "--address", address]
         command += ["--placement", placement, "--nfe", str(nfe), "--block-size", str(BLOCK), "--shard-size", str(SHARD)]
-        command += ["--steps", str(STEPS), "--increments", "held"]
+        command += ["--solver", "ddpm", "--steps", str(STEPS), "--increments", "held"]
         report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         return float(report["images_per_second"])
 

@@ -115,7 +115,8 @@ def ours(num: int, out: str, cores: int, engine: str) -> float:
     """The command line; seconds of loading and sampling, from its report."""
     script = Path(sys.executable).with_name("mlem-dist")
     command = [str(script), "generate", "--num", str(num), "--out", out, "--nfe", str(NFE), "--devices", str(cores)]
-    command += ["--increments", "held", "--engine", engine, *(["--address", "local"] if engine == "ray" else [])]
+    command += ["--solver", "ddpm", "--increments", "held", "--engine", engine]
+    command += ["--address", "local"] if engine == "ray" else []
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)
     return float(report["ready_seconds"] + report["sampling_seconds"])

@@ -71,7 +71,7 @@ def measure(address: str, placement: str, nfe: float, block: int, devices: int, 
     with tempfile.TemporaryDirectory() as folder:
         command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--devices", str(devices), "--json"]
         command += ["--address", address, "--placement", placement, "--nfe", str(nfe), "--block-size", str(block)]
-        command += ["--shard-size", str(SHARD), "--increments", "held", "--steps", str(STEPS)]
+        command += ["--shard-size", str(SHARD), "--solver", "ddpm", "--increments", "held", "--steps", str(STEPS)]
         found: dict[str, Any] = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         )

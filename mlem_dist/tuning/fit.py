@@ -52,11 +52,11 @@ BETWEEN = (1, 2, 3, 5)
 POPULATION, GENERATIONS = 6, 3
 
 LARGEST = 10.0
-"""Evaluations of the best level; a larger budget has this one's times, at more quantiles, perhaps from earlier on."""
+"""Evaluations of the best level; a larger budget has this one's times, at more quantiles."""
 
 EARLIER = (1.0, 0.65, 0.4)
-"""Factors on where a larger budget's calls begin, of which the best is taken: the less error later calls leave, the
-more what the Gaussian misses before them counts."""
+"""Factors on where the calls found begin, of which the best is taken: the less error later calls leave, the more what
+the Gaussian misses before them counts."""
 
 Progress = Callable[[int, int], None]
 
@@ -184,8 +184,7 @@ class Fitter:
         best = self._times(min(nfe, LARGEST), progress)
         larger = replace(best, calls=self._calls(nfe, best.middle, best.between))
         first, *factors = larger.density
-        shares = EARLIER if nfe > LARGEST else EARLIER[:1]
-        fits = [self._fit_times(replace(larger, density=(share * first, *factors))) for share in shares]
+        fits = [self._fit_times(replace(larger, density=(share * first, *factors))) for share in EARLIER]
         return min(fits, key=lambda fit: fit.error)
 
     def _fit_times(self, times: Times, blocks: range | None = None) -> Fit:

@@ -67,8 +67,9 @@ def tune(
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
     Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments. For the
-    ODE, on a Gaussian first level, there is a fitted one too, and for a calibrated ladder an optimised one; the best
-    of them, by the error on the choosing noises, is written. Rows hold the error on the judging ones.
+    ODE, on a Gaussian first level, there is a fitted one too; for any other calibrated ladder, and the SDE, an
+    optimised one. The better of the two, by the error on the choosing noises, is written. Rows hold the error on the
+    judging ones.
 
     Args:
         ladder: the ladder.
@@ -115,18 +116,17 @@ def tune(
 
 
 def searched(choosing: Judge, threads: int, progress: Progress) -> dict[str, Callable[[float], Plan]]:
-    """The families whose plans are searched for on this ladder, and how to find the plan for a budget."""
+    """The family whose plans are searched for on this ladder, if any, and how to find the plan for a budget."""
     ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
-    found: dict[str, Callable[[float], Plan]] = {}
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # Noises of their own: on those that its weights were fitted to, a plan would be chosen too easily.
         fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
-        found[FITTED] = lambda nfe: fitted_plan(
-            fitter, nfe, *(partial(progress, f"{nfe:g} NFE, {stage}") for stage in ("fits", "refinement"))
-        )
-    if calibrated(ladder):
-        found[OPTIMISED] = Optimiser(choosing, threads, progress).plan
-    return found
+        return {
+            FITTED: lambda nfe: fitted_plan(
+                fitter, nfe, *(partial(progress, f"{nfe:g} NFE, {stage}") for stage in ("fits", "refinement"))
+            )
+        }
+    return {OPTIMISED: Optimiser(choosing, threads, progress).plan} if calibrated(ladder) else {}
 
 
 def best_draw(
