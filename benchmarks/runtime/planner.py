@@ -33,7 +33,9 @@ from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.placement import parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.solver.integrate import Drift, integrate
+from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.tune import plan_path
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, SHARD, CORES = 250, 600, 2
@@ -43,35 +45,47 @@ SETTLED_SECONDS = 20
 SAMPLES = 200
 """For the times of levels that are called in the order of a block's steps."""
 
-# Placement, evaluations of the best level, block size, devices, images.
+# Solver, placement, evaluations of the best level, block size, devices, images.
 RUNS = [
-    ("together", 10, 100, 2, 8000),
-    ("together", 5, 50, 2, 3000),
-    ("together", 20, 100, 2, 1200),
-    ("together", 10, 100, 1, 800),
-    ("1-3,4-6", 10, 100, 2, 1800),
-    ("1-2,3-6", 5, 100, 2, 3000),
-    ("1-5,6", 10, 50, 2, 1800),
-    ("pools", 10, 100, 2, 1200),
-    ("pools", 10, 50, 2, 1200),
+    ("ddpm", "together", 10, 100, 2, 8000),
+    ("ddpm", "together", 5, 50, 2, 3000),
+    ("ddpm", "together", 20, 100, 2, 1200),
+    ("ddpm", "together", 10, 100, 1, 800),
+    ("ddpm", "1-3,4-6", 10, 100, 2, 1800),
+    ("ddpm", "1-2,3-6", 5, 100, 2, 3000),
+    ("ddpm", "1-5,6", 10, 50, 2, 1800),
+    ("ddpm", "pools", 10, 100, 2, 1200),
+    ("ddpm", "pools", 10, 50, 2, 1200),
+    ("ddim", "together", 10, 100, 2, 14000),
 ]
 KEPT = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools")
 DEVICES = [4**i for i in range(7)]
 CELLS = [16, 64, 4096]
 
 
-def make_job(ladder: Ladder, cost: np.ndarray, nfe: float, block: int, num: int, shard: int, device: str) -> Job:
-    recipe = make_recipe(ladder.with_cost("here", cost), "here", "ddpm", STEPS, nfe)
+def make_job(
+    ladder: Ladder, cost: np.ndarray, solver: str, nfe: float, block: int, num: int, shard: int, device: str
+) -> Job:
+    """With held increments for the SDE, and for the ODE the plan that the ladder has for this budget."""
+    plan: Plan | Recipe
+    if solver == "ddpm":
+        plan = make_recipe(ladder.with_cost("here", cost), "here", solver, STEPS, nfe, increments="held")
+    else:
+        names = [level.name for level in ladder.levels]
+        plan = read_plan(plan_path(ladder.folder, solver, nfe), ladder.digest, names, solver, STEPS)
     labels = tuple(range(10))
-    return Job("fashion", ladder.digest, num, labels, "ddpm", STEPS, recipe, 0, block, shard, device)
+    return Job("fashion", ladder.digest, num, labels, solver, STEPS, plan, 0, block, shard, device)
 
 
-def measure(address: str, placement: str, nfe: float, block: int, devices: int, num: int) -> dict[str, Any]:
+def measure(
+    address: str, solver: str, placement: str, nfe: float, block: int, devices: int, num: int
+) -> dict[str, Any]:
     """One run's report, on the Ray at `address`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--devices", str(devices), "--json"]
         command += ["--address", address, "--placement", placement, "--nfe", str(nfe), "--block-size", str(block)]
-        command += ["--shard-size", str(SHARD), "--solver", "ddpm", "--increments", "held", "--steps", str(STEPS)]
+        command += ["--shard-size", str(SHARD), "--steps", str(STEPS), "--solver", solver]
+        command += ["--increments", "held"] if solver == "ddpm" else []
         found: dict[str, Any] = json.loads(
             subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         )
@@ -117,14 +131,15 @@ def own_level_times(job: Job) -> list[list[float]]:
 
 
 def validate(
-    address: str, ladder: Ladder, runs: Sequence[tuple[str, float, int, int, int]]
+    address: str, ladder: Ladder, runs: Sequence[tuple[str, str, float, int, int, int]]
 ) -> Iterator[dict[str, Any]]:
     """Runs measured, each between two measurements of the levels' times."""
-    for placement, nfe, block, devices, num in runs:
-        row: dict[str, Any] = {"placement": placement, "nfe": nfe, "block_size": block, "devices": devices, "num": num}
-        job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
+    for solver, placement, nfe, block, devices, num in runs:
+        row: dict[str, Any] = {"solver": solver, "placement": placement, "nfe": nfe, "block_size": block}
+        row |= {"devices": devices, "num": num}
+        job = make_job(ladder, ladder.cost("cpu"), solver, nfe, block, num, SHARD, "cpu")
         before = level_times(job, devices)
-        report = measure(address, placement, nfe, block, devices, num)
+        report = measure(address, solver, placement, nfe, block, devices, num)
         alone, in_turn = (before + level_times(job, devices)) / 2
         row |= {"cost": alone.tolist(), "cost_in_turn": in_turn.tolist(), "measured": report["images_per_second"]}
         yield row | {key: report[key] for key in KEPT}
@@ -137,7 +152,7 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     """
     nfe, block, devices, num = (row[key] for key in ("nfe", "block_size", "devices", "num"))
     # The plan is that of the run, which goes by the ladder's costs; its time is by those measured now.
-    job = make_job(ladder, ladder.cost("cpu"), nfe, block, num, SHARD, "cpu")
+    job = make_job(ladder, ladder.cost("cpu"), row["solver"], nfe, block, num, SHARD, "cpu")
     pools = parse_placement(row["placement"], len(ladder.levels)).pools
     for name, share in (("forecast_of_free_cores", 0.0), ("forecast", taken / CORES if devices == CORES else 0.0)):
         kind = Kind("cpu", devices, np.array(row["cost"]) / (1 - share), np.inf, OVERHEADS["cpu"])
@@ -146,7 +161,9 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     calls = np.array(list(row["calls_per_sample"].values()))
     for ideal, cost in (("to_ideal", "cost"), ("to_ideal_in_turn", "cost_in_turn")):
         row[ideal] = row["measured"] * float(calls @ np.array(row[cost])) / devices
-    print({key: value if key == "placement" else round(value, 3) for key, value in row.items() if np.isscalar(value)})
+    print(
+        {key: value if isinstance(value, str) else round(value, 3) for key, value in row.items() if np.isscalar(value)}
+    )
 
 
 def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
@@ -158,7 +175,7 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
                 # One coordinator of more devices with a pool per level is saturated long before.
                 for devices in DEVICES if placement == "together" or cell <= 64 else DEVICES[:5]:
                     kind = Kind(device, devices, cost / speed, np.inf, OVERHEADS[device])
-                    job = make_job(ladder, cost, 10, block, 10**9, 20 * block, device)
+                    job = make_job(ladder, cost, "ddpm", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
                     found = forecast(job, Layout(pools, (kind,) * len(pools)), cell)
                     row = {"devices": devices, "kind": name, "placement": placement, "cell": cell}
