@@ -149,7 +149,6 @@ def generate(
     from mlem_dist.runtime.generate import complete, open_dataset
     from mlem_dist.runtime.job import Job
     from mlem_dist.runtime.placement import Devices, parse_placement
-    from mlem_dist.solver.plan import Plan
 
     ladder = Ladder.load(plan_options["ladder_name"])
     chosen = _labels(labels, len(ladder.labels))
@@ -179,8 +178,8 @@ def generate(
         shard_size=shard_size,
         device=device,
     )
-    if isinstance(plan, Plan) and plan_file is None:
-        click.echo(f"Using the plan tuned for this budget, of {ladder.source}.", err=True)
+    if plan_file is None:
+        _say_if_tuned(ladder, plan, **plan_options)
     dataset = open_dataset(job, ladder, out)
     if not dataset.missing and dataset.manifest.shards:
         if as_json:
@@ -585,6 +584,22 @@ def _plan(
         if plan.fire.shape[1] == steps:
             return plan
     return make_recipe(ladder, device, solver, steps, nfe, probabilities, draw, increments)
+
+
+def _say_if_tuned(ladder: Any, plan: Any, *, solver: str, steps: int, nfe: float | None, **choices: Any) -> None:
+    from mlem_dist.solver.plan import Plan
+    from mlem_dist.tuning.tune import tuned_budgets
+
+    chosen = any(choices[name] is not None for name in ("probabilities", "draw", "increments"))
+    if isinstance(plan, Plan):
+        click.echo(f"Using the plan tuned for this budget, of {ladder.source}.", err=True)
+    elif not chosen and (budgets := tuned_budgets(ladder.folder, solver)):
+        there = ", ".join(f"{budget:g}" for budget in budgets)
+        click.echo(
+            f"No plan is tuned for --nfe {DEFAULT_NFE if nfe is None else nfe:g} --steps {steps}. {ladder.source} has "
+            f"plans of less error for --nfe {there}, at the --steps they were tuned with; `mlem-dist tune` finds more.",
+            err=True,
+        )
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,16 @@ Progress = Callable[[str, int, int], None]
 def plan_path(folder: Path, solver: str, nfe: float) -> Path:
     """Where the tuned plan of a solver and budget lies."""
     return folder / f"plan-{solver}-{nfe:g}.json"
+
+
+def tuned_budgets(folder: Path, solver: str) -> list[float]:
+    """The budgets that a folder has tuned plans of a solver for, increasing."""
+    start, found = f"plan-{solver}-", []
+    for path in folder.glob(f"{start}*.json"):
+        # A user's own file may have another name.
+        with suppress(ValueError):
+            found.append(float(path.stem.removeprefix(start)))
+    return sorted(found)
 
 
 def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
