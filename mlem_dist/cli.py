@@ -178,8 +178,6 @@ def generate(
         shard_size=shard_size,
         device=device,
     )
-    if plan_file is None:
-        _say_if_tuned(ladder, plan, **plan_options)
     dataset = open_dataset(job, ladder, out)
     if not dataset.missing and dataset.manifest.shards:
         if as_json:
@@ -187,6 +185,8 @@ def generate(
         else:
             click.echo(f"{out} is finished already: {num:,} images in {job.shards} shards.")
         return
+    if plan_file is None:
+        _say_if_tuned(ladder, plan, **plan_options)
     if len(dataset.missing) < job.shards:
         click.echo(f"{out}: {job.shards - len(dataset.missing)} of {job.shards} shards are there; going on.", err=True)
     if engine == "ray":
