@@ -597,7 +597,7 @@ def _say_if_tuned(ladder: Any, plan: Any, *, solver: str, steps: int, nfe: float
         there = ", ".join(f"{budget:g}" for budget in budgets)
         click.echo(
             f"No plan is tuned for --nfe {DEFAULT_NFE if nfe is None else nfe:g} --steps {steps}. {ladder.source} has "
-            f"plans of less error for --nfe {there}, at the --steps they were tuned with; `mlem-dist tune` finds more.",
+            f"plans for --nfe {there}, at the --steps they were tuned with; `mlem-dist tune` finds more.",
             err=True,
         )
 
