@@ -25,7 +25,7 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
-from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
+from mlem_dist.ladder.levels import PRECISIONS, PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import alpha_bar
 
 SCHEMA_VERSION = 1
@@ -223,8 +223,10 @@ class Ladder:
         """Bytes of each level's weights in float32, float64 (K,)."""
         return np.array([4.0 * level.parameters for level in self.levels])
 
-    def load_level(self, number: int, device: torch.device | str) -> nn.Module:
-        """Level `number` (from 1) as a module in evaluation mode, float32, on `device`.
+    def load_level(self, number: int, device: torch.device | str, precision: str = "float32") -> nn.Module:
+        """Level `number` (from 1) as a module in evaluation mode on `device`, a UNet in one of `PRECISIONS`.
+
+        It takes and returns float32 in either; a Gaussian level is always float32.
 
         Raises:
             UsageError: its weights are unreadable, or not those of its configuration.
@@ -233,7 +235,7 @@ class Ladder:
         for name, digest in level.sha256.items():
             _check_digest(self.folder, name, digest)
         try:
-            module = self._load_gaussian(level) if level.kind == "gaussian" else self._load_unet(level)
+            module = self._load_gaussian(level) if level.kind == "gaussian" else self._load_unet(level, precision)
         except (RuntimeError, ValueError, OSError) as error:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
         return module.eval().requires_grad_(False).to(device)
@@ -245,18 +247,18 @@ class Ladder:
         module.load_state_dict(state)
         return module
 
-    def _load_unet(self, level: Level) -> nn.Module:
+    def _load_unet(self, level: Level, precision: str) -> nn.Module:
         from diffusers import UNet2DModel
 
         model = UNet2DModel.from_pretrained(
             self.folder / level.path,
-            torch_dtype=torch.float32,
+            torch_dtype=PRECISIONS[precision],
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
         )
         gaussian = self._load_gaussian(self.levels[0]) if level.prediction == "residual" else None
-        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian)
+        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian, PRECISIONS[precision])
 
 
 def bundled() -> Iterator[str]:

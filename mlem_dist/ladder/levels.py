@@ -13,6 +13,9 @@ from mlem_dist.solver.closed_form import AffineDrift
 
 PREDICTIONS = ("epsilon", "v_prediction", "residual")
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a UNet's weights and activations can be, by name."""
+
 
 class GaussianLevel(nn.Module):
     """The exact denoiser of one Gaussian per class, low rank plus isotropic.
@@ -94,18 +97,27 @@ class UNetLevel(nn.Module):
     where x0 is the image that the ladder's Gaussian level expects, clamped to [-1, 1]; the model sees it as further
     channels. A small model need not spend its capacity on what a linear one knows, and clamping alone is worth much
     where images are black or white.
+
+    The model's weights are of dtype `precision`, and so is what it computes; all else is float32.
     """
 
     alpha_bar: Tensor
 
     def __init__(
-        self, model: nn.Module, patch: int, prediction: str, alpha_bar: np.ndarray, gaussian: GaussianLevel | None
+        self,
+        model: nn.Module,
+        patch: int,
+        prediction: str,
+        alpha_bar: np.ndarray,
+        gaussian: GaussianLevel | None,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.model = model
         self.patch = patch
         self.prediction = prediction
         self.gaussian = gaussian
+        self.precision = precision
         config: Any = model.config
         self.conditional: bool = config.num_class_embeds is not None
         self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
@@ -120,9 +132,9 @@ class UNetLevel(nn.Module):
         return (x - a.sqrt() * x0) / (1 - a).sqrt() + a.sqrt() * self._model(torch.cat([x, x0], 1), t, label)
 
     def _model(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        small = pixel_unshuffle(x, self.patch)
+        small = pixel_unshuffle(x, self.patch).to(self.precision)
         out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
-        return pixel_shuffle(out, self.patch)
+        return pixel_shuffle(out, self.patch).to(x.dtype)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """(B, 1, 1, 1): the weight that turns the squared error of the noise into that of the model's output."""

@@ -31,7 +31,7 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
     # Within a block one thread, as in the actors: sums over several would be rounded in another order.
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
-    blocks, levels = Blocks(job, ladder), Levels(ladder, job.device)
+    blocks, levels = Blocks(job, ladder), Levels(ladder, job.device, job.precision)
     writer = Writer(out, job.shards, ladder.labels)
 
     def make(block: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlem_dist import __version__
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.levels import PRECISIONS, GaussianLevel
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
 from mlem_dist.solver.integrate import Noise, Request, block_noise, block_rng, trajectory
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
@@ -44,6 +44,7 @@ class Job:
         block_size: samples that advance together.
         shard_size: samples of one file, a multiple of the block size.
         device: "cpu" or "cuda".
+        precision: of the UNets, one of `PRECISIONS`.
 
     Raises:
         UsageError: a value is out of range.
@@ -60,6 +61,7 @@ class Job:
     block_size: int
     shard_size: int
     device: str
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("num", "steps", "block_size", "shard_size"):
@@ -69,6 +71,8 @@ class Job:
             raise UsageError(f"seed is {self.seed}, expected 0 or more")
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
         if self.plan.collapse and self.solver == "dpm++":
             raise UsageError(
                 "the plan takes runs of base steps in closed form, which --solver dpm++ cannot; draw another"

@@ -48,10 +48,10 @@ class Segment:
 class Levels(dict[int, Drift]):
     """A ladder's levels by number, loaded at first use, their calls counted; for several threads, or one on a GPU."""
 
-    def __init__(self, ladder: Ladder, device: str) -> None:
+    def __init__(self, ladder: Ladder, device: str, precision: str) -> None:
         super().__init__()
         self.calls: Counter[int] = Counter()
-        self._ladder, self._device = ladder, device
+        self._ladder, self._device, self._precision = ladder, device, precision
         self._lock = threading.Lock()
 
     def __missing__(self, number: int) -> Drift:
@@ -62,7 +62,7 @@ class Levels(dict[int, Drift]):
         """Load a level unless it is loaded."""
         with self._lock:
             if number not in self:
-                level = self._ladder.load_level(number, self._device)
+                level = self._ladder.load_level(number, self._device, self._precision)
                 if self._device == "cuda" and isinstance(level, UNetLevel):
                     level.model = Graphed(level.model)
                 self[number] = self._counted(number, level)
@@ -86,7 +86,7 @@ class LevelWorker:
         torch.backends.cudnn.deterministic = True
         self.pools, self.pool = pools, pool
         self.blocks = Blocks(job, Ladder.load(job.ladder))
-        self.levels = Levels(self.blocks.ladder, job.device)
+        self.levels = Levels(self.blocks.ladder, job.device, job.precision)
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -77,10 +77,9 @@ def tune(
 ) -> Iterator[Row]:
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
-    Each budget's memorised plan is the best of 15 draws of the better one of held and extrapolated increments. For the
-    ODE, on a Gaussian first level, there is a fitted one too; for any other calibrated ladder, and the SDE, an
-    optimised one. The better of the two, by the error on the choosing noises, is written. Rows hold the error on the
-    judging ones.
+    For the ODE, on a Gaussian first level, a budget's plan is the fitted one. Else it is the memorised one, the best of
+    15 draws of the better one of held and extrapolated increments, or, for a calibrated ladder, the optimised one if
+    that is better on the choosing noises. Rows hold the error on the judging ones.
 
     Args:
         ladder: the ladder.
@@ -104,7 +103,7 @@ def tune(
     }
     choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
     judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
-    search = searched(choosing, threads, progress)
+    search = searched(choosing, recipes, threads, progress)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # Of the steps of one Brownian path a grid can only take every second, third ... one; the ODE has no path.
@@ -115,29 +114,31 @@ def tune(
             progress(f"{label}, {family}", done, len(ways))
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
         path = plan_path(out, solver, nfe)
-        rows = {family: frontier.find(family, label) for family in (MEMORISED, *search)}
+        rows = {family: frontier.find(family, label) for family in search}
         if not path.exists() or not all(rows.values()):
-            cost = ladder.cost(device)
-            plans = {MEMORISED: best_draw(choosing, recipes[nfe], cost, partial(progress, f"{label}, draws"))}
-            plans |= {family: find(nfe) for family, find in search.items()}
-            best = best_plan(choosing, list(plans.values()), cost)
+            plans = {family: find(nfe) for family, find in search.items()}
+            best = best_plan(choosing, list(plans.values()), ladder.cost(device))
             replace_file(path, json.dumps(plan_to_dict(best, ladder.digest, solver)) + "\n")
             rows = {name: rows[name] or frontier.add(name, label, judging.judge(plan)) for name, plan in plans.items()}
         yield from (row for row in rows.values() if row)
 
 
-def searched(choosing: Judge, threads: int, progress: Progress) -> dict[str, Callable[[float], Plan]]:
-    """The family whose plans are searched for on this ladder, if any, and how to find the plan for a budget."""
+def searched(
+    choosing: Judge, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: Progress
+) -> dict[str, Callable[[float], Plan]]:
+    """The families whose plans are searched for on this ladder, and how to find the plan for one of the budgets."""
     ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
+
+    def told(nfe: float, stage: str) -> Callable[[int, int], None]:
+        return partial(progress, f"{nfe:g} NFE, {stage}")
+
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
-        # Noises of their own: on those that its weights were fitted to, a plan would be chosen too easily.
+        # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
         fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
-        return {
-            FITTED: lambda nfe: fitted_plan(
-                fitter, nfe, *(partial(progress, f"{nfe:g} NFE, {stage}") for stage in ("fits", "refinement"))
-            )
-        }
-    return {OPTIMISED: Optimiser(choosing, threads, progress).plan} if calibrated(ladder) else {}
+        return {FITTED: lambda nfe: fitted_plan(fitter, nfe, told(nfe, "fits"), told(nfe, "refinement"))}
+    cost = ladder.cost(device)
+    search = {MEMORISED: lambda nfe: best_draw(choosing, recipes[nfe], cost, told(nfe, "draws"))}
+    return search | ({OPTIMISED: Optimiser(choosing, threads, progress).plan} if calibrated(ladder) else {})
 
 
 def best_draw(
@@ -163,6 +164,8 @@ def best_plan(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """The best of plans of nearly the same cost, for level costs `cost`."""
+    if len(plans) == 1:
+        return plans[0]
     # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
     # found again.
     worth = choosing.errors(plans, progress).mean(1) * [plan.nfe(cost) for plan in plans]

@@ -71,6 +71,20 @@ def test_every_level_predicts_the_noise(fashion):
         assert (predicted - noise).square().mean() < 1e-2
 
 
+def test_in_bfloat16_only_unets_lose_digits(fashion):
+    rng = torch.Generator().manual_seed(0)
+    x, t, label = torch.randn(4, *fashion.sample_shape, generator=rng), torch.full((4,), 300), torch.arange(4)
+    for number in range(1, len(fashion.levels) + 1):
+        full, low = (fashion.load_level(number, "cpu", precision) for precision in ("float32", "bfloat16"))
+        error = (low(x, t, label) - full(x, t, label)).abs()
+        assert low(x, t, label).dtype == torch.float32
+        if number == 1:
+            assert error.max() == 0
+        else:
+            assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
+            assert 0 < error.max() < 0.1
+
+
 def test_the_bundled_ladder_is_small(fashion):
     size = sum(path.stat().st_size for path in fashion.folder.rglob("*") if path.is_file())
     assert size < 25 * 2**20

@@ -118,6 +118,19 @@ def test_coalesced_blocks_are_equal_to_rounding(fashion, make_job, reference_cac
     assert last.calls[levels] == sum(job.block_plan(block).calls[levels - 1].sum() for block in range(6))
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_ray_writes_the_bytes_of_the_reference_in_bfloat16(fashion, make_job, reference_cache, tmp_path):
+    job = make_job(precision="bfloat16")
+    found, _ = make_ray(job, fashion, tmp_path / "out", 3, "pools")
+    low = reference_cache(job, fashion)
+    assert found == low
+    full = reference_cache(make_job(), fashion)
+    for name in (name for name in full if name.endswith(".parquet")):
+        images, expected = decoded(low[name]), decoded(full[name])
+        assert (images != expected).any()
+        assert np.abs(images - expected).mean() < 1
+
+
 def decoded(parquet: bytes) -> np.ndarray:
     images = pq.read_table(io.BytesIO(parquet))["image"].to_pylist()
     return np.stack([np.array(Image.open(io.BytesIO(image["bytes"]))) for image in images]).astype(int)
