@@ -169,10 +169,11 @@ def generate(
 
         remote = cluster.is_remote(address)
     device = _local_device(device, remote)
-    plan = _plan(ladder, device, plan_file, **plan_options)
+    plan, note = _plan(ladder, device, plan_file, **plan_options)
     if remote:
         cluster.connect(address)
         device = cluster.device_type(device)
+        plan, note = _plan(ladder, device, plan_file, **plan_options)
     job = Job(
         ladder=ladder.source,
         digest=ladder.digest,
@@ -180,7 +181,7 @@ def generate(
         labels=chosen,
         solver=plan_options["solver"],
         steps=plan_options["steps"],
-        plan=_plan(ladder, device, plan_file, **plan_options) if remote else plan,
+        plan=plan,
         seed=plan_options["seed"],
         block_size=block_size,
         shard_size=shard_size,
@@ -194,8 +195,8 @@ def generate(
         else:
             click.echo(f"{out} is finished already: {num:,} images in {job.shards} shards.")
         return
-    if plan_file is None:
-        _say_if_tuned(ladder, plan, **plan_options)
+    if note:
+        click.echo(note, err=True)
     if len(dataset.missing) < job.shards:
         click.echo(f"{out}: {job.shards - len(dataset.missing)} of {job.shards} shards are there; going on.", err=True)
     if engine == "ray":
@@ -521,7 +522,7 @@ def plan(
         labels=(0,),
         solver=choices["solver"],
         steps=choices["steps"],
-        plan=_plan(there, first.name, None, seed=0, ladder_name=ladder_name, **choices),
+        plan=_plan(there, first.name, None, seed=0, ladder_name=ladder_name, **choices)[0],
         seed=0,
         block_size=block_size,
         shard_size=shard_size,
@@ -575,40 +576,32 @@ def _plan(
     increments: Any,
     seed: int,
     ladder_name: str,
-) -> Any:
-    """The plan in a file, or the recipe that the options give."""
+) -> tuple[Any, str]:
+    """The plan in a file, or the one that was tuned, or the recipe that the options give; and what to say about it."""
     from mlem_dist.solver.plan import read_plan
     from mlem_dist.tuning.recipe import make_recipe
-    from mlem_dist.tuning.tune import plan_path
+    from mlem_dist.tuning.tune import plan_path, tuned_budgets
 
     if plan_file is not None:
         given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
         if clash := [option for option, value in given.items() if value is not None]:
             raise UsageError(f"{clash[0]} and --plan exclude each other: a plan has its own; leave one out")
-        return read_plan(plan_file, ladder.digest, [level.name for level in ladder.levels], solver, steps)
+        return read_plan(plan_file, ladder.digest, [level.name for level in ladder.levels], solver, steps), ""
     nfe = DEFAULT_NFE if nfe is None else nfe
-    tuned = plan_path(ladder.folder, solver, nfe)
-    if tuned.exists() and (probabilities, draw, increments) == (None, None, None):
-        plan = read_plan(tuned, ladder.digest, [level.name for level in ladder.levels], solver, None)
-        if plan.fire.shape[1] == steps:
-            return plan
-    return make_recipe(ladder, device, solver, steps, nfe, probabilities, draw, increments)
-
-
-def _say_if_tuned(ladder: Any, plan: Any, *, solver: str, steps: int, nfe: float | None, **choices: Any) -> None:
-    from mlem_dist.solver.plan import Plan
-    from mlem_dist.tuning.tune import tuned_budgets
-
-    chosen = any(choices[name] is not None for name in ("probabilities", "draw", "increments"))
-    if isinstance(plan, Plan):
-        click.echo(f"Using the plan tuned for this budget, of {ladder.source}.", err=True)
-    elif not chosen and (budgets := tuned_budgets(ladder.folder, solver)):
-        there = ", ".join(f"{budget:g}" for budget in budgets)
-        click.echo(
-            f"No plan is tuned for --nfe {DEFAULT_NFE if nfe is None else nfe:g} --steps {steps}. {ladder.source} has "
-            f"plans for --nfe {there}, at the --steps they were tuned with; `mlem-dist tune` finds more.",
-            err=True,
-        )
+    note = ""
+    if (probabilities, draw, increments) == (None, None, None):
+        tuned = plan_path(ladder.folder, solver, nfe)
+        if tuned.exists():
+            plan = read_plan(tuned, ladder.digest, [level.name for level in ladder.levels], solver, None)
+            if plan.fire.shape[1] == steps:
+                return plan, f"Using the plan tuned for this budget, of {ladder.source}."
+        if budgets := tuned_budgets(ladder.folder, solver):
+            note = (
+                f"No plan is tuned for --nfe {nfe:g} --steps {steps}. {ladder.source} has plans for --nfe "
+                f"{', '.join(f'{budget:g}' for budget in budgets)}, at the --steps they were tuned with; "
+                "`mlem-dist tune` finds more."
+            )
+    return make_recipe(ladder, device, solver, steps, nfe, probabilities, draw, increments), note
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

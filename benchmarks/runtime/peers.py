@@ -35,30 +35,30 @@ class Sampler:
 
         from mlem_dist.ladder.ladder import Ladder
         from mlem_dist.solver.closed_form import ClosedForm
+        from mlem_dist.solver.plan import read_plan
         from mlem_dist.solver.steps import solver_table
-        from mlem_dist.tuning.recipe import make_recipe
+        from mlem_dist.tuning.tune import plan_path
 
         torch.set_num_threads(1)
         ladder = Ladder.load(LADDER)
         self.shape = ladder.sample_shape
         self.levels = {k: ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)}
-        self.table = solver_table(ladder.alpha_bar, STEPS, "ddpm")
-        self.recipe = make_recipe(ladder, "cpu", "ddpm", STEPS, NFE, increments="held")
+        self.table = solver_table(ladder.alpha_bar, STEPS, "ddim")
+        names = [level.name for level in ladder.levels]
+        self.plan = read_plan(plan_path(ladder.folder, "ddim", NFE), ladder.digest, names, "ddim", STEPS)
         affine = self.levels[1].affine(self.table.t)
         self.closed_form = lambda label: ClosedForm(affine, self.table, label)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         import torch
 
-        from mlem_dist.solver.integrate import block_noise, block_rng, integrate
+        from mlem_dist.solver.integrate import block_noise, integrate
 
         ids = batch["id"]
         label = torch.tensor(ids % 10)
-        block = int(ids[0]) // BLOCK
         with torch.inference_mode():
-            noise = block_noise(0, block, (len(ids), *self.shape), "cpu")
-            plan = self.recipe.plan(block_rng(0, block))
-            x = integrate(self.levels, self.table, plan, noise, label, self.closed_form(label))
+            noise = block_noise(0, int(ids[0]) // BLOCK, (len(ids), *self.shape), "cpu")
+            x = integrate(self.levels, self.table, self.plan, noise, label, self.closed_form(label))
         return {"id": ids, "label": ids % 10, "image": as_png(x.numpy())}
 
 
@@ -115,7 +115,7 @@ def ours(num: int, out: str, cores: int, engine: str) -> float:
     """The command line; seconds of loading and sampling, from its report."""
     script = Path(sys.executable).with_name("mlem-dist")
     command = [str(script), "generate", "--num", str(num), "--out", out, "--nfe", str(NFE), "--devices", str(cores)]
-    command += ["--solver", "ddpm", "--increments", "held", "--engine", engine]
+    command += ["--engine", engine]
     command += ["--address", "local"] if engine == "ray" else []
     done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     report = json.loads(done.stdout)

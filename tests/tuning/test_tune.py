@@ -13,7 +13,7 @@ from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED
+from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, plan_path, tuned_budgets
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
 
@@ -88,6 +88,17 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
     plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, ["", ""], solver, 40)
     found = Judge(ladder, solver, "cpu", 40, JUDGING_SAMPLES, JUDGING_SEED).judge(plan).errors
     assert any(np.allclose(found, errors[family], rtol=1e-2) for family in searched)
+
+
+def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
+    budgets = tuned_budgets(fashion.folder, "ddim")
+    names = [level.name for level in fashion.levels]
+    plans = [read_plan(plan_path(fashion.folder, "ddim", nfe), fashion.digest, names, "ddim", 250) for nfe in budgets]
+    assert budgets == [2, 3, 5, 10, 20, 40]
+    assert all(plan.nfe(fashion.cost("cpu")) <= nfe for plan, nfe in zip(plans, budgets, strict=True))
+    errors = Judge(fashion, "ddim", "cpu", 250, 2 * BLOCK, JUDGING_SEED, threads=2).errors(plans).mean(1)
+    assert (errors[1:] < errors[:-1]).all()
+    assert errors[0] < 0.01
 
 
 def test_the_reference_is_its_own_judge(small, tmp_path):

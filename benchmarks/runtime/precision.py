@@ -1,0 +1,72 @@
+"""What `--precision bfloat16` brings in time, and what it costs in error.
+
+python benchmarks/runtime/precision.py --out benchmarks/results/precision.json
+
+For the tuned plan of each budget: the mean squared error to the best level in float32 at all 250 steps, the levels in
+either precision, and seconds per sample on one thread, in blocks of 32. Then the images per second of `mlem-dist
+generate` on Ray, twice in either, in turn.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import PRECISIONS
+from mlem_dist.solver.plan import read_plan
+from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.tune import plan_path, tuned_budgets
+
+LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
+
+
+def errors(cores: int) -> list[dict[str, Any]]:
+    """A row for each budget that has a tuned plan, and precision."""
+    ladder = Ladder.load(LADDER)
+    names = [level.name for level in ladder.levels]
+    judge = Judge(ladder, SOLVER, "cpu", STEPS, SAMPLES, SEED, threads=cores)
+    judge.reference  # noqa: B018  (in float32, before the levels change)
+    rows = []
+    for precision in PRECISIONS:
+        judge.levels = {k: ladder.load_level(k, "cpu", precision) for k in judge.levels}
+        for nfe in tuned_budgets(ladder.folder, SOLVER):
+            plan = read_plan(plan_path(ladder.folder, SOLVER, nfe), ladder.digest, names, SOLVER, STEPS)
+            verdict = judge.judge(plan)
+            found = {"error": float(verdict.errors.mean()), "seconds": verdict.seconds}
+            rows.append({"nfe": nfe, "precision": precision, **found})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def rate(num: int, cores: int, precision: str) -> float:
+    """Images per second after loading, by the default budget."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(Path(sys.executable).with_name("mlem-dist")), "generate", "--num", str(num), "--json"]
+        command += ["--out", f"{folder}/out", "--address", "local", "--devices", str(cores), "--precision", precision]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout)["images_per_second"])
+
+
+@click.command()
+@click.option("--num", default=4000)
+@click.option("--cores", default=2)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(num: int, cores: int, out: Path) -> None:
+    """Errors, then rates."""
+    result = {"machine": f"{platform.machine()}, {cores} cores", "samples": SAMPLES, "rows": errors(cores), "num": num}
+    rates: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    for _ in range(2):
+        for precision, found in rates.items():
+            found.append(rate(num, cores, precision))
+            print(precision, found, flush=True)
+    out.write_text(json.dumps(result | {"images_per_second": rates}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
