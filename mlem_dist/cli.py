@@ -580,7 +580,7 @@ def _plan(
     """The plan in a file, or the one that was tuned, or the recipe that the options give; and what to say about it."""
     from mlem_dist.solver.plan import read_plan
     from mlem_dist.tuning.recipe import make_recipe
-    from mlem_dist.tuning.tune import plan_path, tuned_budgets
+    from mlem_dist.tuning.tune import tuned_budgets, tuned_plan
 
     if plan_file is not None:
         given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
@@ -590,11 +590,8 @@ def _plan(
     nfe = DEFAULT_NFE if nfe is None else nfe
     note = ""
     if (probabilities, draw, increments) == (None, None, None):
-        tuned = plan_path(ladder.folder, solver, nfe)
-        if tuned.exists():
-            plan = read_plan(tuned, ladder.digest, [level.name for level in ladder.levels], solver, None)
-            if plan.fire.shape[1] == steps:
-                return plan, f"Using the plan tuned for this budget, of {ladder.source}."
+        if tuned := tuned_plan(ladder, solver, steps, nfe):
+            return tuned, f"Using the plan tuned for this budget, of {ladder.source}."
         if budgets := tuned_budgets(ladder.folder, solver):
             note = (
                 f"No plan is tuned for --nfe {nfe:g} --steps {steps}. {ladder.source} has plans for --nfe "

@@ -35,17 +35,15 @@ class Sampler:
 
         from mlem_dist.ladder.ladder import Ladder
         from mlem_dist.solver.closed_form import ClosedForm
-        from mlem_dist.solver.plan import read_plan
         from mlem_dist.solver.steps import solver_table
-        from mlem_dist.tuning.tune import plan_path
+        from mlem_dist.tuning.tune import tuned_plan
 
         torch.set_num_threads(1)
         ladder = Ladder.load(LADDER)
         self.shape = ladder.sample_shape
         self.levels = {k: ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)}
         self.table = solver_table(ladder.alpha_bar, STEPS, "ddim")
-        names = [level.name for level in ladder.levels]
-        self.plan = read_plan(plan_path(ladder.folder, "ddim", NFE), ladder.digest, names, "ddim", STEPS)
+        self.plan = tuned_plan(ladder, "ddim", STEPS, NFE)
         affine = self.levels[1].affine(self.table.t)
         self.closed_form = lambda label: ClosedForm(affine, self.table, label)
 

@@ -33,9 +33,9 @@ from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.placement import parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.solver.integrate import Drift, integrate
-from mlem_dist.solver.plan import Plan, Recipe, read_plan
+from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.tune import plan_path
+from mlem_dist.tuning.tune import tuned_plan
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, SHARD, CORES = 250, 600, 2
@@ -67,12 +67,12 @@ def make_job(
     ladder: Ladder, cost: np.ndarray, solver: str, nfe: float, block: int, num: int, shard: int, device: str
 ) -> Job:
     """With held increments for the SDE, and for the ODE the plan that the ladder has for this budget."""
-    plan: Plan | Recipe
+    plan: Plan | Recipe | None
     if solver == "ddpm":
         plan = make_recipe(ladder.with_cost("here", cost), "here", solver, STEPS, nfe, increments="held")
     else:
-        names = [level.name for level in ladder.levels]
-        plan = read_plan(plan_path(ladder.folder, solver, nfe), ladder.digest, names, solver, STEPS)
+        plan = tuned_plan(ladder, solver, STEPS, nfe)
+        assert plan, f"no plan is tuned for {nfe} evaluations"
     labels = tuple(range(10))
     return Job("fashion", ladder.digest, num, labels, solver, STEPS, plan, 0, block, shard, device)
 

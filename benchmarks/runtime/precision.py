@@ -19,9 +19,8 @@ import click
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import PRECISIONS
-from mlem_dist.solver.plan import read_plan
 from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.tune import plan_path, tuned_budgets
+from mlem_dist.tuning.tune import tuned_budgets, tuned_plan
 
 LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
 
@@ -29,14 +28,14 @@ LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
 def errors(cores: int) -> list[dict[str, Any]]:
     """A row for each budget that has a tuned plan, and precision."""
     ladder = Ladder.load(LADDER)
-    names = [level.name for level in ladder.levels]
     judge = Judge(ladder, SOLVER, "cpu", STEPS, SAMPLES, SEED, threads=cores)
-    judge.reference  # noqa: B018  (in float32, before the levels change)
     rows = []
+    # The first of them is float32, and with its first verdict comes the reference.
     for precision in PRECISIONS:
         judge.levels = {k: ladder.load_level(k, "cpu", precision) for k in judge.levels}
         for nfe in tuned_budgets(ladder.folder, SOLVER):
-            plan = read_plan(plan_path(ladder.folder, SOLVER, nfe), ladder.digest, names, SOLVER, STEPS)
+            plan = tuned_plan(ladder, SOLVER, STEPS, nfe)
+            assert plan, "the bundled plans have 250 steps"
             verdict = judge.judge(plan)
             found = {"error": float(verdict.errors.mean()), "seconds": verdict.seconds}
             rows.append({"nfe": nfe, "precision": precision, **found})

@@ -21,7 +21,7 @@ class Graphed(nn.Module):
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor, Tensor | None], Tensor]] = {}
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, return_dict: bool) -> tuple[Tensor]:
-        """The model's output for x (B, C, H, W) float32, t (B,) int64 and classes (B,) int64 or None, as a 1-tuple."""
+        """The model's output, a 1-tuple, for x (B, C, H, W) of its dtype, t (B,) int64, classes (B,) int64 or None."""
         if x.shape not in self._graphs:
             self._graphs[x.shape] = self._record(x, t, class_labels)
         graph, inputs, output = self._graphs[x.shape]

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, single_level
+from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, read_plan, single_level
 from mlem_dist.tuning.fit import Fitter
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
@@ -43,6 +43,19 @@ Progress = Callable[[str, int, int], None]
 def plan_path(folder: Path, solver: str, nfe: float) -> Path:
     """Where the tuned plan of a solver and budget lies."""
     return folder / f"plan-{solver}-{nfe:g}.json"
+
+
+def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | None:
+    """The plan that was tuned for a budget, if the ladder's folder has one of that many steps.
+
+    Raises:
+        UsageError: as `read_plan`.
+    """
+    path = plan_path(ladder.folder, solver, nfe)
+    if not path.exists():
+        return None
+    plan = read_plan(path, ladder.digest, [level.name for level in ladder.levels], solver, None)
+    return plan if plan.fire.shape[1] == steps else None
 
 
 def tuned_budgets(folder: Path, solver: str) -> list[float]:

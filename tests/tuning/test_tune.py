@@ -13,7 +13,7 @@ from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, plan_path, tuned_budgets
+from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, tuned_budgets, tuned_plan
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
 
@@ -92,8 +92,7 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
 
 def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     budgets = tuned_budgets(fashion.folder, "ddim")
-    names = [level.name for level in fashion.levels]
-    plans = [read_plan(plan_path(fashion.folder, "ddim", nfe), fashion.digest, names, "ddim", 250) for nfe in budgets]
+    plans = [tuned_plan(fashion, "ddim", 250, nfe) for nfe in budgets]
     assert budgets == [2, 3, 5, 10, 20, 40]
     assert all(plan.nfe(fashion.cost("cpu")) <= nfe for plan, nfe in zip(plans, budgets, strict=True))
     errors = Judge(fashion, "ddim", "cpu", 250, 2 * BLOCK, JUDGING_SEED, threads=2).errors(plans).mean(1)
