@@ -5,16 +5,14 @@ python benchmarks/runtime/engines.py --num 2000 --out benchmarks/results/engines
 
 import json
 import platform
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
+from processes import generated
 
-SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 LOCAL = ["--engine", "ray", "--address", "local", "--placement"]
 ENGINES = {
     "in process": ["--engine", "inline"],
@@ -26,17 +24,13 @@ ENGINES = {
 
 def run(engine: str, num: int, devices: int, block_size: int) -> tuple[dict[str, Any], list[str]]:
     """One run: its report, and the digests of its files."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        command = [SCRIPT, "generate", "--num", str(num), "--out", str(out), "--devices", str(devices), "--json"]
-        command += ["--solver", "ddpm", "--block-size", str(block_size), *ENGINES[engine]]
-        report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        manifest = json.loads((out / "mlem.json").read_text())
+    options = ["--devices", str(devices), "--solver", "ddpm", "--block-size", str(block_size), *ENGINES[engine]]
+    report, digests = generated(num, *options)
     busy = sum(report["busy_seconds"].values()) / (report["sampling_seconds"] * devices)
     kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds")
     result = {"engine": engine, "busy_share": busy, **{key: report[key] for key in kept}}
     result |= {"calls_per_sample": report["calls_per_sample"], "busy_seconds": report["busy_seconds"]}
-    return result, [shard["sha256"] for shard in manifest["shards"]]
+    return result, digests
 
 
 @click.command()

@@ -8,14 +8,12 @@ device, so it has the large one alone; pools put the lower levels on the small o
 
 import json
 import platform
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from processes import generated
 from ray.cluster_utils import Cluster
 
 from mlem_dist.ladder.ladder import Ladder
@@ -25,19 +23,16 @@ from mlem_dist.runtime.placement import parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.tuning.recipe import make_recipe
 
-SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, BLOCK, SHARD = 250, 50, 500
 PLACEMENTS = ("1-6@size=large", "1-5@size=small,6@size=large")
 
 
 def measured(address: str, placement: str, num: int, nfe: float) -> float:
     """Images per second after loading."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--json", "--address", address]
-        command += ["--placement", placement, "--nfe", str(nfe), "--block-size", str(BLOCK), "--shard-size", str(SHARD)]
-        command += ["--solver", "ddpm", "--steps", str(STEPS), "--increments", "held"]
-        report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-        return float(report["images_per_second"])
+    options = ["--address", address, "--placement", placement, "--nfe", str(nfe), "--block-size", str(BLOCK)]
+    options += ["--shard-size", str(SHARD), "--solver", "ddpm", "--steps", str(STEPS), "--increments", "held"]
+    report, _ = generated(num, *options)
+    return float(report["images_per_second"])
 
 
 @click.command()

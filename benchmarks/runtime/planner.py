@@ -10,9 +10,6 @@ the driver take some of them, which the first command measures and the forecast 
 import json
 import multiprocessing
 import platform
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,6 +21,7 @@ import click
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from processes import generated
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
@@ -37,7 +35,6 @@ from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.tuning.recipe import make_recipe
 from mlem_dist.tuning.tune import tuned_plan
 
-SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 STEPS, SHARD, CORES = 250, 600, 2
 SETTLED_SECONDS = 20
 """After its start Ray goes on to load things for a while, which a planner of clusters is not asked about."""
@@ -81,15 +78,10 @@ def measure(
     address: str, solver: str, placement: str, nfe: float, block: int, devices: int, num: int
 ) -> dict[str, Any]:
     """One run's report, on the Ray at `address`."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--devices", str(devices), "--json"]
-        command += ["--address", address, "--placement", placement, "--nfe", str(nfe), "--block-size", str(block)]
-        command += ["--shard-size", str(SHARD), "--steps", str(STEPS), "--solver", solver]
-        command += ["--increments", "held"] if solver == "ddpm" else []
-        found: dict[str, Any] = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        )
-        return found
+    options = ["--address", address, "--placement", placement, "--devices", str(devices), "--nfe", str(nfe)]
+    options += ["--block-size", str(block), "--shard-size", str(SHARD), "--steps", str(STEPS), "--solver", solver]
+    options += ["--increments", "held"] if solver == "ddpm" else []
+    return generated(num, *options)[0]
 
 
 def level_times(job: Job, cores: int) -> np.ndarray:

@@ -9,13 +9,11 @@ generate` on Ray, twice in either, in turn.
 
 import json
 import platform
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
+from processes import generated
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import PRECISIONS
@@ -45,11 +43,8 @@ def errors(cores: int) -> list[dict[str, Any]]:
 
 def rate(num: int, cores: int, precision: str) -> float:
     """Images per second after loading, by the default budget."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(Path(sys.executable).with_name("mlem-dist")), "generate", "--num", str(num), "--json"]
-        command += ["--out", f"{folder}/out", "--address", "local", "--devices", str(cores), "--precision", precision]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout)["images_per_second"])
+    report, _ = generated(num, "--address", "local", "--devices", str(cores), "--precision", precision)
+    return float(report["images_per_second"])
 
 
 @click.command()

@@ -1,13 +1,27 @@
-"""A command and all that it begins, directly or not: what they use together."""
+"""`mlem-dist generate` as a command, and what a command and all that it begins, directly or not, use together."""
 
 import contextlib
+import json
 import os
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 EVERY_SECONDS = 0.5
+
+
+def generated(num: int, *options: str) -> tuple[dict[str, Any], list[str]]:
+    """The final report of `mlem-dist generate` with these options, and the digests of the files that it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [SCRIPT, "generate", "--num", str(num), "--out", f"{folder}/out", "--json", *options]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        manifest = json.loads(Path(folder, "out", "mlem.json").read_text())
+    return json.loads(done.stdout), [shard["sha256"] for shard in manifest["shards"]]
 
 
 def watched(command: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[str, float, float]:
