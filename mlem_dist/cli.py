@@ -205,18 +205,26 @@ def generate(
         from mlem_dist.runtime.cells import CELL_DEVICES
 
         if parsed and any(parsed.kinds):
-            pools, there = parsed.pools, cluster.find_devices(parsed.kinds, device)
+            there = cluster.find_devices(parsed.kinds, device)
         else:
-            count = cluster.count_devices(device, devices)
-            if parsed is None:
-                found = cluster.choose_placement(job, ladder, count)
-                click.echo(placement_reason(found), err=True)
-            pools = parsed.pools if parsed else found[0].layout.pools
-            there = [Devices(device, count)] * len(pools)
-        cell_devices = found[0].cell_devices if parsed is None else CELL_DEVICES
+            there = [Devices(device, cluster.count_devices(device, devices))] * (len(parsed.pools) if parsed else 1)
+        # With one pool for all levels there is nothing to weigh.
+        timed = (not parsed or len(parsed.pools) > 1) and cluster.is_long(job, ladder, there)
+        cost = {
+            one: cluster.measured_cost(job, ladder, one, remote) if timed else ladder.cost(one.type)
+            for one in dict.fromkeys(there)
+        }
+        if parsed:
+            pools, cell_devices = parsed.pools, CELL_DEVICES
+        else:
+            found = cluster.choose_placement(job, ladder, there[0].count, cost[there[0]])
+            click.echo(placement_reason(found, timed), err=True)
+            pools, cell_devices = found[0].layout.pools, found[0].cell_devices
+            there = there * len(pools)
+        costs = [cost[one] for one in there]
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, pools, there, cell_devices, coalesce)
+            return cluster.run_ray(job, ladder, out, shards, pools, there, costs, cell_devices, coalesce)
     else:
         from mlem_dist.runtime.inline import run_inline
 

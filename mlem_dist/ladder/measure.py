@@ -1,6 +1,7 @@
 """What is measured of one level: seconds per sample, and the error of the noise that it predicts."""
 
 import time
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
@@ -9,15 +10,21 @@ from torch import Tensor, nn
 
 from mlem_dist.ladder.memory import keep_memory
 
-WARM = 2
-REPEATS = 7
+WARM, REPEATS = 2, 7
+"""Evaluations before those that are timed, and those."""
 
 
 @torch.inference_mode()
 def seconds_per_sample(
-    module: nn.Module, shape: tuple[int, int, int], classes: int, device: str, batch: int = 64
+    level: Callable[[Tensor, Tensor, Tensor], Tensor],
+    shape: tuple[int, int, int],
+    classes: int,
+    device: str,
+    batch: int = 64,
+    warm: int = WARM,
+    repeats: int = REPEATS,
 ) -> float:
-    """Median time of seven warm evaluations of a batch, per sample, on one CPU thread or one GPU.
+    """Median time of `repeats` evaluations of a batch after `warm` others, per sample, on one CPU thread or one GPU.
 
     On a CPU it is the thread's own time, in which other programs that share the cores do not count.
     """
@@ -30,15 +37,15 @@ def seconds_per_sample(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(WARM + REPEATS):
+        for _ in range(warm + repeats):
             start = clock()
-            module(x, t, label)
+            level(x, t, label)
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(clock() - start)
     finally:
         torch.set_num_threads(threads)
-    return median(times[WARM:]) / batch
+    return median(times[warm:]) / batch
 
 
 def to_range(images: Tensor) -> Tensor:

@@ -128,10 +128,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
-def placement_reason(found: Sequence[Forecast]) -> str:
-    """Why the first of the placements that fit is taken: its simulated rate beside that of the most divided one."""
+def placement_reason(found: Sequence[Forecast], timed: bool) -> str:
+    """Why the first of the placements that fit is taken: its simulated rate beside that of the most divided one.
+
+    `timed` is whether the levels were for it, or it goes by the ladder's costs.
+    """
     best, divided = found[0], max(found, key=lambda one: len(one.layout.pools))
-    text = f"Placement {pools_text(best.layout.pools)}: simulated {_simulated(best)}"
+    by = "the levels' time here" if timed else "the ladder's costs"
+    text = f"Placement {pools_text(best.layout.pools)}, by {by}: simulated {_simulated(best)}"
     if best is divided:
         return text
     return f"{text}; {pools_text(divided.layout.pools)} would make {_simulated(divided)}."

@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
@@ -24,11 +26,18 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations
+from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations, pool_loads
 from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts, seat_loads
 from mlem_dist.runtime.progress import Progress
+from mlem_dist.runtime.worker import time_levels
 
 ANSWER_SECONDS = 10
+LONG_SECONDS = 60
+"""Of a run, by the ladder's costs, from which on the few seconds that it takes to time the levels are worth it."""
+
+DEVICE_SECONDS = 60
+"""How long to wait for a device to time levels on; those that have them may be in use."""
+
 WRITTEN_PIXELS = 32 * 32
 """Of the images by which the writing time was measured (benchmarks/runtime/writer.py)."""
 
@@ -148,13 +157,48 @@ def _count(resource: str, labels: Mapping[str, str]) -> int:
     return sum(int(node["Resources"].get(resource, 0)) for node in _nodes() if _has(node, labels))
 
 
-def choose_placement(job: Job, ladder: Ladder, devices: int) -> list[Forecast]:
+def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
+    """Whether the costs of a job's levels are worth being measured."""
+    load = pool_loads(evaluations(job), [range(1, len(ladder.levels) + 1)], ladder.cost(job.device))
+    return job.num * float(load[0]) / sum(one.count for one in dict.fromkeys(devices)) > LONG_SECONDS
+
+
+def measured_cost(job: Job, ladder: Ladder, devices: Devices, remote: bool) -> np.ndarray:
+    """float64 (K,): seconds per sample of each level in the job's blocks and precision, timed on one of the devices.
+
+    Where they are not `remote` and CPU cores, by this process, which needs no start. Levels that the plan does not call
+    have the ladder's costs, as all have if no device is free within a minute.
+
+    Raises:
+        UsageError: the ladder cannot be loaded there.
+    """
+    cost = ladder.cost(devices.type)
+    numbers = [k for k, calls in enumerate(job.expected_calls(), 1) if calls or k == 1]
+    if devices.type == "cpu" and not remote:
+        cost[[k - 1 for k in numbers]] = time_levels(job, numbers)
+        return cost
+    task: Any = ray.remote(time_levels)
+    here = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
+    timed = task.options(**here, label_selector=dict(devices.labels)).remote(replace(job, device=devices.type), numbers)
+    if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
+        ray.cancel(timed)
+        return cost
+    try:
+        cost[[k - 1 for k in numbers]] = ray.get(timed)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    return cost
+
+
+def choose_placement(job: Job, ladder: Ladder, devices: int, cost: np.ndarray) -> list[Forecast]:
     """Placements that the connected cluster has memory for, simulated, the one that ends first before the others.
+
+    `cost` (K,) is the seconds per sample of each level.
 
     Raises:
         UsageError: there is none.
     """
-    kind = Kind(job.device, devices, ladder.cost(job.device), _memory(job.device), OVERHEADS[job.device])
+    kind = Kind(job.device, devices, cost, _memory(job.device), OVERHEADS[job.device])
     found = [forecast(job, layout) for layout in layouts(job, ladder.weights, kind)]
     return sorted(found, key=lambda one: one.seconds)
 
@@ -189,15 +233,16 @@ def run_ray(
     shards: Sequence[int],
     pools: Sequence[range],
     devices: Sequence[Devices],
+    costs: Sequence[np.ndarray],
     cell_devices: int = CELL_DEVICES,
     coalesce: int = 1,
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
 
-    `pools` are the levels (from 1) of each pool, and `devices` what each is on; pools on equal devices divide them by
-    their load. Each cell of at most `cell_devices` devices, or of one of each kind, has its own actors. This process
-    does a few calls per cell twice a second. At most `coalesce` blocks are evaluated together by another pool than the
-    first; more than one changes the rounding.
+    `pools` are the levels (from 1) of each pool, and `devices` what each is on, and `costs` (K,) the seconds per
+    sample of each level there; pools on equal devices divide them by their load. Each cell of at most `cell_devices`
+    devices, or of one of each kind, has its own actors. This process does a few calls per cell twice a second. At most
+    `coalesce` blocks are evaluated together by another pool than the first; more than one changes the rounding.
 
     Raises:
         PoolError: actors or coordinators die faster than they work.
@@ -205,8 +250,7 @@ def run_ray(
     """
     began = time.monotonic()
     counts = evaluations(job)
-    costs, overheads = [ladder.cost(one.type) for one in devices], [OVERHEADS[one.type] for one in devices]
-    load = seat_loads(counts, pools, costs, overheads, job.block_size)
+    load = seat_loads(counts, pools, costs, [OVERHEADS[one.type] for one in devices], job.block_size)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
     kinds = list(dict.fromkeys(devices))
     count = min(-(-sum(kind.count for kind in kinds) // cell_devices), *(kind.count for kind in kinds))

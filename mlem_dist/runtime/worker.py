@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import UNetLevel
+from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.graphs import Graphed
 from mlem_dist.runtime.job import Blocks, Job
@@ -75,6 +76,14 @@ class Levels(dict[int, Drift]):
             return out
 
         return call
+
+
+def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
+    """Seconds per sample of levels by number, in blocks of the job, as a worker in this process evaluates them."""
+    ladder = Ladder.load(job.ladder)
+    levels = Levels(ladder, job.device, job.precision)
+    about = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
+    return [seconds_per_sample(levels[k], *about, warm=1, repeats=1) for k in numbers]
 
 
 class LevelWorker:

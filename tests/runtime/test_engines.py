@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime import cluster
@@ -15,7 +17,7 @@ from mlem_dist.runtime.inline import run_inline
 from mlem_dist.runtime.job import Blocks, NonFiniteError
 from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.solver.integrate import integrate
-from mlem_dist.solver.plan import Recipe, single_level
+from mlem_dist.solver.plan import Recipe, held, on_levels, single_level
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -37,7 +39,8 @@ def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress
     dataset = open_dataset(job, ladder, out)
 
     def engine(shards):
-        return cluster.run_ray(job, ladder, out, shards, parsed.pools, there, **options)
+        costs = [ladder.cost(one.type) for one in there]
+        return cluster.run_ray(job, ladder, out, shards, parsed.pools, there, costs, **options)
 
     for last in complete(dataset, ladder, engine):
         watch(last)
@@ -98,6 +101,36 @@ def test_pools_on_named_devices_write_the_same_bytes(fashion, make_job, referenc
         cluster.find_devices(["site=here", "L4"], "cpu")
     with pytest.raises(UsageError, match="two of its kinds are on one node"):
         cluster.find_devices(["cpu", "site=here"], "cpu")
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_levels_of_the_plan_are_timed_on_a_device(fashion, make_job, remote):
+    """The ladder's own costs are said to be absurd: what is called is timed, and what is not keeps them."""
+    absurd = fashion.with_cost("cpu", np.full(len(fashion.levels), 1e6))
+    two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(fashion.levels)))
+    job, devices = make_job(two), Devices("cpu", 3, (("site", "here"),))
+    cost = cluster.measured_cost(job, absurd, devices, remote)
+    assert 0 < cost[0] < cost[-1] < 1
+    assert (cost[1:-1] == 1e6).all()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_costs_of_the_ladder_are_taken_where_no_device_is_free(fashion, make_job, monkeypatch):
+    monkeypatch.setattr(cluster, "DEVICE_SECONDS", 0.1)
+    holder = placement_group([{"CPU": 3}])
+    ray.get(holder.ready())
+    try:
+        cost = cluster.measured_cost(make_job(), fashion, Devices("cpu", 3), remote=True)
+    finally:
+        remove_placement_group(holder)
+    assert (cost == fashion.cost("cpu")).all()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_ladder_that_a_device_does_not_find_is_bad_input(fashion, make_job):
+    with pytest.raises(UsageError, match="nowhere"):
+        cluster.measured_cost(make_job(ladder="nowhere"), fashion, Devices("cpu", 3), remote=True)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -205,12 +238,12 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_p
     """The large levels are said to cost nothing, so that they get one actor, and the trajectories all devices."""
     levels = len(fashion.levels)
     job = make_job(num=16_000, steps=40, shard_size=32)
-    wrong = fashion.with_cost("cpu", np.array([1.0, 1.0] + [1e-6] * (levels - 2)))
+    wrong = np.array([1.0, 1.0] + [1e-6] * (levels - 2))
     out, pools = tmp_path / "out", parse_placement(f"1-2,3-{levels}", levels).pools
-    dataset = open_dataset(job, wrong, out)
+    dataset = open_dataset(job, fashion, out)
     actors = []
     enough = job.num
-    for progress in cluster.run_ray(job, wrong, out, dataset.missing, pools, [Devices("cpu", 3)] * 2):
+    for progress in cluster.run_ray(job, fashion, out, dataset.missing, pools, [Devices("cpu", 3)] * 2, [wrong] * 2):
         actors.append(tuple(pool.actors for pool in progress.pools))
         if actors[-1] in {(2, 2), (1, 3)}:
             enough = min(enough, progress.samples + 200)
