@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -156,13 +157,15 @@ def generate(
     from mlem_dist.report.tables import placement_reason
     from mlem_dist.runtime.generate import complete, open_dataset
     from mlem_dist.runtime.job import Job
-    from mlem_dist.runtime.placement import Devices, parse_placement
+    from mlem_dist.runtime.placement import parse_placement
 
     ladder = Ladder.load(plan_options["ladder_name"])
     chosen = _labels(labels, len(ladder.labels))
     parsed = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
-    if parsed and any(parsed.kinds) and (devices or engine != "ray"):
-        raise UsageError(f"--placement {placement} names its devices; leave out --devices and --engine")
+    if parsed and any(parsed.kinds) and devices:
+        raise UsageError(f"--placement {placement} names its devices; leave out --devices")
+    if engine == "inline" and (parsed or coalesce > 1 or (address or "local") != "local"):
+        raise UsageError("--engine inline has no pools; leave out --placement, --coalesce and --address")
     remote = False
     if engine == "ray":
         from mlem_dist.runtime import cluster
@@ -202,43 +205,30 @@ def generate(
     if engine == "ray":
         if not remote:
             cluster.connect(address)
-        from mlem_dist.runtime.cells import CELL_DEVICES
-
-        if parsed and any(parsed.kinds):
-            there = cluster.find_devices(parsed.kinds, device)
-        else:
-            there = [Devices(device, cluster.count_devices(device, devices))] * (len(parsed.pools) if parsed else 1)
-        # With one pool for all levels there is nothing to weigh.
-        timed = (not parsed or len(parsed.pools) > 1) and cluster.is_long(job, ladder, there)
-        cost = {
-            one: cluster.measured_cost(job, ladder, one, remote) if timed else ladder.cost(one.type)
-            for one in dict.fromkeys(there)
-        }
-        if parsed:
-            pools, cell_devices = parsed.pools, CELL_DEVICES
-        else:
-            found = cluster.choose_placement(job, ladder, there[0].count, cost[there[0]])
-            click.echo(placement_reason(found, timed), err=True)
-            pools, cell_devices = found[0].layout.pools, found[0].cell_devices
-            there = there * len(pools)
-        costs = [cost[one] for one in there]
+        arranged = cluster.arrange(job, ladder, parsed, devices, remote)
+        if arranged.forecasts:
+            click.echo(placement_reason(arranged.forecasts, arranged.timed), err=True)
+        where = arranged.pools, arranged.devices, arranged.costs, arranged.cell_devices
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, pools, there, costs, cell_devices, coalesce)
+            return cluster.run_ray(job, ladder, out, shards, *where, coalesce)
     else:
         from mlem_dist.runtime.inline import run_inline
 
-        threads = devices or _cores()
+        # A GPU does one block after another.
+        threads = 1 if device == "cuda" else devices or _cores()
 
         def run(shards: Any) -> Any:
             return run_inline(job, ladder, out, shards, threads)
 
-    signal.signal(signal.SIGTERM, _terminated)  # ray.init has put its own handler in place.
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
     display = Display(todo, block_size, [level.name for level in ladder.levels])
-    with display:
+    # Ray prints what its nodes say to standard output, also when it is left.
+    with contextlib.redirect_stdout(sys.stderr), display:
         for progress in complete(dataset, ladder, run):
             display.show(progress)
+        if engine == "ray":
+            cluster.disconnect()
     _report(out, job, display, time.monotonic() - started, as_json)
 
 
@@ -291,7 +281,7 @@ def draw(out: Path, device: str, **plan_options: Any) -> None:
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name")
     device, seed = _local_device(device, False), plan_options.pop("seed")
-    choices = plan_options | {"nfe": plan_options["nfe"] or DEFAULT_NFE}
+    choices = plan_options | {"nfe": DEFAULT_NFE if plan_options["nfe"] is None else plan_options["nfe"]}
     del choices["ladder_name"]
     plan = make_recipe(ladder, device, **choices).plan(block_rng(seed, 0))
     out.write_text(json.dumps(plan_to_dict(plan, ladder.digest, plan_options["solver"])) + "\n")
@@ -387,7 +377,6 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
         click.echo(f"{out} is finished already.")
     else:
         cluster.connect(address)
-        signal.signal(signal.SIGTERM, _terminated)  # ray.init has put its own handler in place.
         total = sum(level.steps for level in config.levels)
         with training_bar(total) as show:
             for progress in train_on_ray(config, images, out, cluster.device_type(device)):
@@ -547,8 +536,10 @@ def plan(
 
 
 def _labels(text: str, classes: int) -> tuple[int, ...]:
-    if text == "all" or not classes:
+    if text == "all":
         return tuple(range(max(1, classes)))
+    if not classes:
+        raise UsageError(f"--labels {text}: the ladder has no classes; leave it out")
     try:
         labels = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -133,6 +133,8 @@ BAD = {
     "steps beyond the schedule": (["--steps", "1001"], "1001"),
     "shard not a multiple": (["--block-size", "8", "--shard-size", "20"], "take 16"),
     "placement": (["--placement", "1,3"], "1,3"),
+    "placement in one process": (["--engine", "inline", "--placement", "pools"], "inline has no pools"),
+    "shards": (["--num", "1e12"], "500,000,000 files; raise"),
     "device": (["--device", "cuda"], "cuda"),
     "unknown option": (["--nonesuch"], "nonesuch"),
     "ray client": (["--address", "ray://127.0.0.1:10001"], "ray job submit"),

@@ -160,7 +160,7 @@ def learned(choosing: Judge, path: Path) -> tuple[Logistic, tuple[int, ...]]:
             fit_logistic(recipe.probabilities, tau(LEARN_STEPS)),
             cost,
             lambda i: path_of_all[i + 1],
-            choosing.label.repeat(blocks),
+            torch.cat([choosing.label(block) for block in range(blocks)]),
             choosing.reference,
             seed=0,
         )
@@ -200,7 +200,7 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
         x = judge.noise(block, steps=len(judge.fine))(-1)
         for t in scheduler.timesteps:
             times = torch.full((BLOCK,), int(t), dtype=torch.int64, device=x.device)
-            x = scheduler.step(best(x, times, judge.label), t, x).prev_sample
+            x = scheduler.step(best(x, times, judge.label(block)), t, x).prev_sample
         return x
 
     return judge.verdict(judge.timed(lambda: end(0)), end)

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
@@ -30,6 +31,7 @@ from mlem_dist.ladder.schedule import alpha_bar
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(str(files("mlem_dist.ladder")))
+LADDER = "ladder.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -89,9 +91,7 @@ class Ladder:
                 contradict each other.
         """
         folder = _find(source)
-        path = folder / "ladder.json"
-        if not path.exists():
-            raise UsageError(f"{folder} is not a ladder: it has no ladder.json")
+        path = folder / LADDER
         raw = read_object(path, "ladder")
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
@@ -101,10 +101,10 @@ class Ladder:
             ladder = cls(
                 folder=folder,
                 name=str(raw["name"]),
-                sample_shape=_triple(raw["sample_shape"]),
+                sample_shape=_sample_shape(raw["sample_shape"]),
                 labels=tuple(map(str, raw["labels"])),
-                value_range=(float(raw["value_range"][0]), float(raw["value_range"][1])),
-                levels=tuple(Level(**level) for level in raw["levels"]),
+                value_range=_value_range(raw["value_range"]),
+                levels=tuple(map(_level, raw["levels"])),
                 scheduler_sha256=str(raw["scheduler_sha256"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -116,7 +116,13 @@ class Ladder:
         names = [level.name for level in self.levels]
         if not names or len(set(names)) != len(names):
             raise UsageError(f"{self.folder}: expected at least one level and no name twice, got {names}")
+        if len(set(self.labels)) != len(self.labels):
+            raise UsageError(f"{self.folder}: labels has a name twice: {', '.join(self.labels)}")
         _check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
+        try:
+            _ = self.alpha_bar
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{self.folder / SCHEDULER}: {error}") from None
         for level in self.levels:
             if not level.sha256:
                 raise UsageError(f"{self.folder}: level {level.name!r} lists no files")
@@ -264,8 +270,28 @@ class Ladder:
 def bundled() -> Iterator[str]:
     """The names of the ladders in the package."""
     for folder in PACKAGE.iterdir():
-        if (folder / "ladder.json").is_file():
+        if (folder / LADDER).is_file():
             yield folder.name
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, complete or not at all, that may be read by those who may read any new file.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def write(temporary: Path) -> None:
+        # Safetensors would make it the user's own.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
+        temporary.chmod(mode)
+
+    replace_file(path, write)
 
 
 def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
@@ -274,7 +300,7 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in stored.state_dict().items()}
     if isinstance(module, GaussianLevel):
         kind, path, patch, prediction = "gaussian", f"{name}.safetensors", 1, "epsilon"
-        save_file(state, folder / path)
+        save_tensors(folder / path, state)
         written = [folder / path]
     elif isinstance(module, UNetLevel):
         kind, path, patch, prediction = "unet", name, module.patch, module.prediction
@@ -282,7 +308,7 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
         model: Any = module.model
         model.save_config(folder / path)
         weights = folder / path / "diffusion_pytorch_model.safetensors"
-        save_file(state, weights, {"format": "pt"})
+        save_tensors(weights, state, {"format": "pt"})
         written = [folder / path / "config.json", weights]
     else:
         raise TypeError(f"no ladder format for a {type(module).__name__}")
@@ -308,7 +334,7 @@ def save_ladder(
     """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
     (folder / SCHEDULER).parent.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
-    (folder / SCHEDULER).write_text(json.dumps(config, indent=2) + "\n")
+    replace_file(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
     raw = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -319,25 +345,50 @@ def save_ladder(
         "scheduler_sha256": _sha256(folder / SCHEDULER),
         "levels": [level.__dict__ for level in levels],
     }
-    replace_file(folder / "ladder.json", json.dumps(raw, indent=2) + "\n")
+    replace_file(folder / LADDER, json.dumps(raw, indent=2) + "\n")
     return Ladder.load(folder)
 
 
 def _find(source: str | Path) -> Path:
-    if Path(source).is_dir():
+    # A dataset may be named like a bundled ladder.
+    if (Path(source) / LADDER).is_file():
         return Path(source).resolve()
     if str(source) in bundled():
         return PACKAGE / str(source)
+    if Path(source).is_dir():
+        raise UsageError(
+            f"{source} is not a ladder: it has no {LADDER}; give the folder that `mlem-dist train` has finished"
+        )
     raise UsageError(
         f"no ladder {str(source)!r}: expected a ladder folder or one of {', '.join(sorted(bundled())) or 'none'}"
     )
 
 
-def _triple(values: Any) -> tuple[int, int, int]:
+def _sample_shape(values: Any) -> tuple[int, int, int]:
     channels, height, width = map(int, values)
-    if min(channels, height, width) < 1:
-        raise ValueError(f"sample_shape {values}")
+    if channels not in (1, 3) or min(height, width) < 1:
+        raise ValueError(f"sample_shape is {values}, expected [1 or 3, height, width], as images are grey or RGB")
     return channels, height, width
+
+
+def _value_range(values: Any) -> tuple[float, float]:
+    low, high = map(float, values)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"value_range is {values}, expected [low, high]")
+    return low, high
+
+
+def _level(raw: Any) -> Level:
+    level = Level(**raw)
+    for key, kind in get_type_hints(Level).items():
+        if not isinstance(getattr(level, key), get_origin(kind) or kind):
+            raise TypeError(f"{key} of level {level.name!r} is {getattr(level, key)!r}")
+    for number in (*level.seconds.values(), *level.denoising_error):
+        if not isinstance(number, int | float):
+            raise TypeError(f"level {level.name!r} has {number!r} for a number")
+    if level.patch < 1:
+        raise ValueError(f"patch of level {level.name!r} is {level.patch}, expected at least 1")
+    return level
 
 
 def _tensor_shapes(path: Path) -> dict[str, list[int]]:

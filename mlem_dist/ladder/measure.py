@@ -48,9 +48,10 @@ def seconds_per_sample(
     return median(times[warm:]) / batch
 
 
-def to_range(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+def to_range(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """uint8 images as float32 in a ladder's value range."""
+    low, high = value_range
+    return images.float() / (255 / (high - low)) + low
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
@@ -61,7 +62,13 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def denoising_errors(
-    module: nn.Module, images: Tensor, label: Tensor, a: np.ndarray, bands: int, per_band: int
+    module: nn.Module,
+    images: Tensor,
+    label: Tensor,
+    a: np.ndarray,
+    bands: int,
+    per_band: int,
+    value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> np.ndarray:
     """Squared error of the predicted noise, mean over the values of a sample, float64 (bands, per_band).
 
@@ -77,7 +84,7 @@ def denoising_errors(
         index = torch.randint(len(images), (per_band,), generator=rng)
         times = torch.randint(band * len(a) // bands, (band + 1) * len(a) // bands, (per_band,), generator=rng)
         for rows in torch.arange(per_band).split(100):
-            x0 = to_range(images[index[rows]])
+            x0 = to_range(images[index[rows]], value_range)
             noise = torch.randn(x0.shape, generator=rng).to(device)
             t = times[rows].to(device)
             predicted = module(add_noise(x0, noise, t, schedule), t, label[index[rows]])

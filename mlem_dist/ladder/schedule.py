@@ -24,6 +24,11 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     """
     if config.get("prediction_type", "epsilon") != "epsilon":
         raise UsageError(f"noise schedule: prediction_type is {config['prediction_type']!r}, expected 'epsilon'")
+    if config.get("rescale_betas_zero_snr"):
+        raise UsageError(
+            "noise schedule: rescale_betas_zero_snr is true, expected false: where alpha_bar is 0 a prediction of the "
+            "noise says nothing of the image"
+        )
     n = config.get("num_train_timesteps", 1000)
     if not isinstance(n, int) or n < 1:
         raise UsageError(f"noise schedule: num_train_timesteps is {n!r}, expected a positive integer")

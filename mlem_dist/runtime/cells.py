@@ -39,7 +39,7 @@ class Cell:
 
     def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Path) -> None:
         self.devices, self.job, self.out = devices, job, out
-        self.deaths = 0
+        self._in_a_row = 0
         self.finished = False
         self._create = create
         self._given: list[int] = []
@@ -52,6 +52,16 @@ class Cell:
         self.progress: Progress | None = None
         self._closed = False
         self._count = self.queued = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has its devices and levels; it may wait for those that others use."""
+        return self.progress is not None and self.progress.ready is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether its coordinator has been given nothing."""
+        return not self._count
 
     @property
     def wants(self) -> bool:
@@ -86,6 +96,8 @@ class Cell:
                 ray.get(self.run)
             self.progress = ray.get(self.coordinator.progress.remote())
             self.queued = self.progress.queued
+            if self.progress.blocks:
+                self._in_a_row = 0
             self.finished = ended
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, Exception) else error from None
@@ -94,13 +106,15 @@ class Cell:
         return []
 
     def _replace(self, error: Exception) -> list[int]:
-        self.deaths += 1
-        if self.deaths >= TRIES:
+        self._in_a_row += 1
+        if self._in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker is there, which follows the file.
         marked = {shard.path for shard in marked_shards(self.out) if is_whole(self.out, shard)}
-        made = [shard for shard in self._given if shard_path(shard, self.job.shards) in marked]
-        lost = [shard for shard in self._given if shard not in made]
+        made: list[int] = []
+        lost: list[int] = []
+        for shard in self._given:
+            (made if shard_path(shard, self.job.shards) in marked else lost).append(shard)
         if self.progress:
             self._past = replace(
                 self.total(),

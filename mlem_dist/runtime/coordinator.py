@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -42,6 +42,11 @@ def trajectory_depth(devices: int, actors: int) -> int:
 def writer_count(images_per_second: float, seconds: float) -> int:
     """Writers for so many images per second, each written in `seconds`; they are busy for 70 % of the time at most."""
     return 1 + int(images_per_second * seconds / WRITER_SHARE)
+
+
+def lost(error: Exception) -> bool:
+    """Whether a value that a call needs or gives is lost, as when its node died."""
+    return isinstance(error.cause if isinstance(error, RayTaskError) else error, ObjectLostError)
 
 
 class Coordinator:
@@ -167,8 +172,9 @@ class Coordinator:
 
     async def progress(self) -> Progress:
         """What has been done so far."""
+        empty = [pool.name for pool in self.running.values() if self.state == "sampling" and not pool.alive]
         return Progress(
-            self.state,
+            f"waiting for an actor of pool {empty[0]}" if empty else self.state,
             time.monotonic() - self.began,
             self.ready,
             self.first_block,
@@ -227,10 +233,10 @@ class Coordinator:
                 self.flying += 1
                 try:
                     return await self._segments(block, member)
-                except (*DEATHS, ObjectLostError):
+                except DEATHS:
                     pass
-                except RayTaskError as error:
-                    if not isinstance(error.cause, ObjectLostError):
+                except (ObjectLostError, RayTaskError) as error:
+                    if not lost(error):
                         raise
                 finally:
                     self.flying -= 1
@@ -239,7 +245,7 @@ class Coordinator:
         raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
 
     async def _segments(self, block: int, member: Member) -> tuple[ray.ObjectRef[Any], Counter[int]]:
-        home = self.running[0]
+        home, actor = self.running[0], member.actor
         calls: Counter[int] = Counter()
         segment: Segment
         segment, (payload,) = await home.call_member(member, "start", block)
@@ -248,6 +254,8 @@ class Coordinator:
             answers = await self._answers(block, segment.asks, payload)
             for ask in segment.asks:
                 calls.update(ask.calls)
+            if member.actor is not actor:
+                raise ActorUnavailableError("the actor that held the block's state has been replaced", None)
             segment, (payload,) = await home.call_member(member, "resume", block, *answers)
             calls.update(segment.work.calls)
         return payload, calls
@@ -277,4 +285,21 @@ class Coordinator:
         blocks = self.job.shard_blocks(shard)
         if len(parts) == len(blocks):
             del self.images[shard]
-            await self.writers.call("write", shard, *self.job.shard_samples(shard), *(parts[b] for b in blocks))
+            await self._write(shard, [parts[b] for b in blocks])
+
+    async def _write(self, shard: int, images: Sequence[ray.ObjectRef[Any]]) -> None:
+        """Write a shard; if images are lost with the node that made them, make its blocks again."""
+        for _ in range(TRIES):
+            try:
+                await self.writers.call("write", shard, *self.job.shard_samples(shard), *images)
+            except (ObjectLostError, RayTaskError) as error:
+                if not lost(error):
+                    raise
+            else:
+                return
+            logger.warning("images of shard %d are lost with their node, making it again", shard)
+            made = await asyncio.gather(*(self._block(block) for block in self.job.shard_blocks(shard)))
+            images = [ref for ref, _ in made]
+            for _, calls in made:
+                self.calls += calls
+        raise PoolError(f"shard {shard}: images of it were lost {TRIES} times in turn")

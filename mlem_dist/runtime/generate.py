@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlem_dist.dataset.manifest import Manifest, check_out, finish, finished_shards
+from mlem_dist.dataset.manifest import Manifest, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job, versions
@@ -40,11 +40,26 @@ def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
 
 
 def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:
-    """Make the missing shards and finish the dataset, with the engine's progress."""
+    """Make the missing shards and finish the dataset, with the engine's progress.
+
+    Raises:
+        RuntimeError: shards that were written are not there.
+    """
+    # Another run of the same command may have begun or finished it meanwhile.
+    dataset = open_dataset(dataset.job, ladder, dataset.out)
+    if dataset.manifest.shards and not dataset.missing:
+        return
     dataset.manifest.write(dataset.out)
     if dataset.missing:
         yield from engine(dataset.missing)
     done = finished_shards(dataset.out, dataset.manifest)
+    if len(done) < dataset.job.shards:
+        if read_manifest(dataset.out).shards:
+            return
+        raise RuntimeError(
+            f"{dataset.job.shards - len(done)} shards that were written to {dataset.out} are not there; the same "
+            "command makes them again"
+        )
     shards = tuple(done[shard_path(i, dataset.job.shards)] for i in range(dataset.job.shards))
     names = [level.name for level in ladder.levels]
     calls = dict(zip(names, dataset.job.expected_calls().tolist(), strict=True))

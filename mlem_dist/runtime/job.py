@@ -23,6 +23,8 @@ from mlem_dist.solver.integrate import Noise, Request, block_noise, block_rng, t
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
 from mlem_dist.solver.steps import SOLVERS, StepTable, solver_table
 
+MOST_SHARDS = 10**6
+
 
 class NonFiniteError(RuntimeError):
     """A block ended with NaN or infinite values."""
@@ -76,6 +78,10 @@ class Job:
         if self.plan.collapse and self.solver == "dpm++":
             raise UsageError(
                 "the plan takes runs of base steps in closed form, which --solver dpm++ cannot; draw another"
+            )
+        if self.shards > MOST_SHARDS:
+            raise UsageError(
+                f"{self.num:,} samples in shards of {self.shard_size} are {self.shards:,} files; raise the shard size"
             )
         if self.shard_size % self.block_size:
             lower = max(1, self.shard_size // self.block_size) * self.block_size
@@ -139,7 +145,10 @@ class Blocks:
 
     def __init__(self, job: Job, ladder: Ladder) -> None:
         if ladder.digest != job.digest:
-            raise UsageError(f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for")
+            raise UsageError(
+                f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for; every node "
+                "must find the same one there"
+            )
         self.job = job
         self.ladder = ladder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,6 +12,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.job import Job
+from mlem_dist.solver.plan import Recipe
 
 # A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
 LEAST_SHARE = 0.05
@@ -22,6 +23,9 @@ on CPU cores, which Ray's own work takes time from. On a GPU only the copies cou
 
 WEIGHT_SHARE = 0.5
 """The share of a device's memory that weights may take; the rest is for activations and states."""
+
+RARE = 1e-6
+"""Evaluations counted for an increment that may be drawn, beside those of the blocks that are looked at."""
 
 Evaluations = Mapping[tuple[tuple[int, int], ...], float]
 """How often, per sample, terms are evaluated together at one step, by the (level, below) of each."""
@@ -95,13 +99,19 @@ def pools_text(pools: Sequence[range]) -> str:
 
 
 def evaluations(job: Job) -> Evaluations:
-    """What a job's plans evaluate per sample, averaged over 16 blocks."""
-    counts: Counter[tuple[tuple[int, int], ...]] = Counter()
+    """What a job's plans evaluate per sample, averaged over 16 blocks; what these never do has a count near zero."""
+    counts: defaultdict[tuple[tuple[int, int], ...], float] = defaultdict(float)
     for run in (run for block in range(16) for run in job.block_plan(block).runs):
         counts[tuple((term.level, term.below) for term in run.terms)] += 1
         # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
         counts[((1, 0),)] += bool(run.base)
-    del counts[()]
+    counts.pop((), None)
+    if isinstance(job.plan, Recipe):
+        # A later block may draw what these do not, and must find a pool for it.
+        rungs = job.plan.rungs or range(1, len(job.plan.probabilities) + 1)
+        for below, level, p in zip((0, *rungs), rungs, job.plan.probabilities, strict=False):
+            if p.any():
+                counts[((level, below),)] += RARE
     return {together: count / 16 for together, count in counts.items()}
 
 

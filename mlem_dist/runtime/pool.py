@@ -18,9 +18,11 @@ from ray.exceptions import (
     NodeDiedError,
     OutOfMemoryError,
     RayError,
+    RayTaskError,
     WorkerCrashedError,
 )
 
+from mlem_dist.errors import UsageError
 from mlem_dist.runtime.metrics import PoolMetrics
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.progress import PoolProgress, Work
@@ -39,10 +41,11 @@ class PoolError(RuntimeError):
 
 @dataclass(eq=False)
 class Member:
-    """A seat with the actor that sits there now, if any, and how many of its slots are taken."""
+    """A seat with the actor that sits there now, if any, whether it has worked, and how many of its slots are taken."""
 
     seat: Seat
     actor: Any = None
+    worked: bool = False
     taken: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -56,7 +59,8 @@ class Member:
 class Pool:
     """Actors behind a queue: at most `slots` calls or holders each, the least busy first, first come first served.
 
-    An actor that dies is replaced; four deaths in a row without a finished call between them break the pool.
+    An actor that dies is replaced; four deaths in a row of actors that have not finished a call break the pool. (Those
+    of a lost node have.)
 
     Attributes:
         metrics: what it has done.
@@ -69,12 +73,17 @@ class Pool:
         self.metrics = PoolMetrics(name)
         self._create = create
         self._in_a_row = 0
-        self._broken: PoolError | None = None
+        self._broken: PoolError | UsageError | None = None
         self._waiting: deque[asyncio.Future[Member]] = deque()
         self._restarts: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Create every actor and wait until all are ready."""
+        """Create every actor and wait until all are ready.
+
+        Raises:
+            PoolError: they die.
+            UsageError: what they need is not there.
+        """
         await asyncio.gather(*(self._fill(member) for member in self.members))
         if self._broken:
             raise self._broken
@@ -152,7 +161,7 @@ class Pool:
                     return await self.call_member(member, method, *args, payloads=payloads)
                 except DEATHS:
                     self.metrics.count("retries")
-        raise PoolError(f"pool {self.name}: {TRIES} actors in turn died at the same call")
+        raise self._error(f"{TRIES} actors in turn died at the same call")
 
     async def call_member(
         self, member: Member, method: str, *args: Any, payloads: int = 1
@@ -172,6 +181,7 @@ class Pool:
         except DEATHS as error:
             self._lost(member, actor, error)
             raise
+        member.worked = True
         self._in_a_row = 0
         self.metrics.finished(found if isinstance(found, Work) else found.work, time.monotonic() - began)
         return found, found_payloads
@@ -181,12 +191,12 @@ class Pool:
             return
         member.actor = None
         self.metrics.count("deaths")
-        self._in_a_row += 1
+        self._in_a_row += not member.worked
         logger.warning("pool %s lost an actor (%s), starting another", self.name, type(error).__name__)
         # An unavailable actor may still run: its late answer must not meet its replacement's.
         ray.kill(actor)
         if self._in_a_row >= BREAKER:
-            self._break(f"{BREAKER} actors in a row died; the last one: {error}")
+            self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
             return
         if member not in self.members:
             return
@@ -203,17 +213,21 @@ class Pool:
                 self.metrics.count("deaths")
                 self._in_a_row += 1
                 if self._in_a_row >= BREAKER:
-                    self._break(f"{BREAKER} actors in a row died; the last one: {error}")
+                    self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
             except Exception as error:
                 # Not a death but a defect: nobody awaits a restart, so the pool must say it.
-                self._break(f"an actor cannot load its levels: {error}")
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                self._break(cause if isinstance(cause, UsageError) else self._error(f"an actor cannot start: {cause}"))
             else:
-                member.actor = actor
+                member.actor, member.worked = actor, False
                 self._hand_out()
                 return
 
-    def _break(self, reason: str) -> None:
-        self._broken = PoolError(f"pool {self.name}: {reason}")
+    def _error(self, reason: str) -> PoolError:
+        return PoolError(f"pool {self.name}: {reason}")
+
+    def _break(self, error: PoolError | UsageError) -> None:
+        self._broken = error
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_exception(self._broken)

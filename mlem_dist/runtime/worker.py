@@ -93,13 +93,18 @@ class LevelWorker:
         keep_memory()
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
-        self.pools, self.pool = pools, pool
-        self.blocks = Blocks(job, Ladder.load(job.ladder))
-        self.levels = Levels(self.blocks.ladder, job.device, job.precision)
+        self.job, self.pools, self.pool = job, pools, pool
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Load this pool's levels and the one below, and run each once, so that the first call is a warm one."""
+        """Load this pool's levels and the one below, and run each once, so that the first call is a warm one.
+
+        Raises:
+            UsageError: the ladder is not here, or another one.
+        """
+        # Not in the constructor, an error of which Ray takes for the actor's death.
+        self.blocks = Blocks(self.job, Ladder.load(self.job.ladder))
+        self.levels = Levels(self.blocks.ladder, self.job.device, self.job.precision)
         # A GPU prepares itself for a batch's size. A CPU does not, and a whole block would take it a second.
         size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)

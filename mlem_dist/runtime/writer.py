@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mlem_dist.dataset.manifest import NAME
 from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.errors import UsageError
 from mlem_dist.runtime.progress import Work
 
 
@@ -19,7 +22,16 @@ class Writer:
         self.out, self.shards, self.labels = out, shards, labels
 
     def prepare(self) -> None:
-        """Answers when the process is up."""
+        """Answers when the process is up.
+
+        Raises:
+            UsageError: the dataset that the driver has begun is not seen from here.
+        """
+        if not (self.out / NAME).exists():
+            raise UsageError(
+                f"--out {self.out} is not seen on node {platform.node()}; choose a folder on a file system that all "
+                "nodes share"
+            )
 
     def write(self, shard: int, first_id: int, label: Sequence[int], *blocks: np.ndarray) -> tuple[Work, Shard]:
         """Write one shard.

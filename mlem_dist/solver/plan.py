@@ -299,6 +299,6 @@ def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str
         if expected is not None and raw.get(key) != expected:
             raise UsageError(
                 f"plan {path} was made for another {key}: {str(raw.get(key))[:19]}, not {str(expected)[:19]}; "
-                "draw one with `mlem-dist draw`"
+                "make one by `mlem-dist draw` or `tune`, or move the file away"
             )
     return plan_from_dict(raw, len(levels), f"plan {path}")

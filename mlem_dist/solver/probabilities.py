@@ -58,7 +58,7 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
         UsageError: the budget is below the cost of the base level.
     """
     steps = weights.shape[1]
-    if nfe >= steps or len(cost) == 1:
+    if nfe >= steps:
         return np.ones_like(weights)
 
     def probabilities(scale: float) -> np.ndarray:
@@ -67,11 +67,15 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
     def spent(scale: float) -> float:
         return expected_cost(probabilities(scale), cost, collapse) / float(cost[-1])
 
-    if nfe < spent(0):
+    # But for rounding.
+    if nfe < spent(0) * (1 - 1e-9):
+        payable = 0 if collapse else int(nfe / float(cost[0] / cost[-1]))
         raise UsageError(
             f"--nfe {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
-            "raise --nfe" + ("" if collapse else " or lower --steps")
+            "raise --nfe" + (f" or lower --steps to {payable}" if payable else "")
         )
+    if len(cost) == 1:
+        return probabilities(0)
     low, high = 0.0, 1 / weights[1:][weights[1:] > 0].min()
     for _ in range(200):
         middle = (low + high) / 2

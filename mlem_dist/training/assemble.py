@@ -1,18 +1,22 @@
 """From trained levels to a ladder folder."""
 
 import json
+import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mlem_dist.files import replace_file
-from mlem_dist.ladder.ladder import Ladder, Level, save_ladder, save_level
+from mlem_dist.errors import UsageError
+from mlem_dist.files import read_object, replace_file
+from mlem_dist.ladder.ladder import LADDER, Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.schedule import alpha_bar
@@ -30,23 +34,29 @@ from mlem_dist.training.resume import (
 )
 from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
 
+logger = logging.getLogger(__name__)
+
 HALF_LOSS = 0.005
 """The relative loss in denoising error below which weights are stored in half precision."""
 
+MEASURED = ("calibration.json", "plan-*.json", "frontier-*.json")
+"""Files in a ladder's folder that name the ladder they belong to, by its digest."""
+
 
 def measure(ladder: Ladder) -> Ladder:
-    """The ladder with its levels' costs on this machine's devices in `ladder.json`."""
+    """The ladder with its levels' costs on this machine's devices in `ladder.json`, whose other entries stay."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    levels = []
-    for number, level in enumerate(ladder.levels, 1):
+    raw = read_object(ladder.folder / LADDER, "ladder")
+    for number, entry in enumerate(raw["levels"], 1):
         seconds = {
             device: seconds_per_sample(
                 ladder.load_level(number, device), ladder.sample_shape, len(ladder.labels), device
             )
             for device in devices
         }
-        levels.append(replace(level, seconds=level.seconds | seconds))
-    return save_ladder(ladder.folder, ladder.name, ladder.sample_shape, ladder.labels, ladder.scheduler, levels)
+        entry["seconds"] = entry.get("seconds", {}) | seconds
+    replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
+    return Ladder.load(ladder.folder)
 
 
 def training_order(config: TrainConfig) -> list[LevelConfig]:
@@ -142,9 +152,12 @@ def train_ladder(
 
 
 def finish_training(config: TrainConfig, images: Images, out: Path, entries: Mapping[str, Level]) -> Ladder:
-    """Move the stored levels to their places in `out`, write the ladder and measure its costs."""
+    """Move the stored levels to their places in `out`, write the ladder and measure its costs.
+
+    What `calibrate` and `tune` have measured of an earlier ladder there is set aside.
+    """
     # From here to the end there is no ladder, rather than one whose levels are of two trainings.
-    (out / "ladder.json").unlink(missing_ok=True)
+    (out / LADDER).unlink(missing_ok=True)
     for level in config.levels:
         path = entries[level.name].path
         if (out / path).is_dir():
@@ -152,8 +165,26 @@ def finish_training(config: TrainConfig, images: Images, out: Path, entries: Map
         (out / WORK / level.name / STORED / path).replace(out / path)
     levels = [entries[level.name] for level in config.levels]
     ladder = measure(save_ladder(out, config.name, config.sample_shape, images.labels, config.scheduler, levels))
+    set_stale_aside(ladder)
     replace_file(out / WORK / FINISHED, json.dumps(ladder_settings(config, images)))
     return ladder
+
+
+def set_stale_aside(ladder: Ladder) -> None:
+    """Move what was measured of another ladder in this one's folder to training/stale-DIGEST, and log that."""
+    for path in sorted(path for pattern in MEASURED for path in ladder.folder.glob(pattern)):
+        try:
+            digest = str(read_object(path, "measurement").get("ladder"))
+        except UsageError:
+            continue
+        if digest == ladder.digest or not re.fullmatch("[0-9a-f]{64}", digest):
+            continue
+        folder = ladder.folder / WORK / f"stale-{digest[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = chain([path.name], (f"{number}-{path.name}" for number in count(2)))
+        target = next(folder / name for name in names if not (folder / name).exists())
+        path.replace(target)
+        logger.warning("%s belongs to the ladder as it was before this training: moved to %s", path, target)
 
 
 def _store(

@@ -113,6 +113,8 @@ def read_config(path: Path) -> TrainConfig:
     names = [level.name for level in config.levels]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"{path}: expected at least one level and no name twice, got {names}")
+    if config.seed < 0:
+        raise UsageError(f"{path}: seed is {config.seed}, expected 0 or more")
     if config.labels is not None and len(set(config.labels)) != len(config.labels):
         raise UsageError(f"{path}: labels has a name twice: {', '.join(config.labels)}")
     for level in config.levels:

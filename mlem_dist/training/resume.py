@@ -6,6 +6,7 @@ OUT/training/<level>/settings.json            what the checkpoint was trained wi
 OUT/training/<level>/stored/                  the trained level, until all are and it moves to OUT
 OUT/training/<level>/stored/level.json        its entry for ladder.json, and the settings it was trained with
 OUT/training/finished.json                    the settings of all levels of the ladder in OUT
+OUT/training/stale-DIGEST/                    what was measured of the ladder that was in OUT before
 """
 
 import json

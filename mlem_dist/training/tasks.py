@@ -93,12 +93,13 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
 def threads_per_level(config: TrainConfig, device: str) -> int:
     """The threads of a level: its share of the connected Ray's cores when as many train side by side as can."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cores = [int(node.get("CPU", 0)) for node in nodes]
+    # A head may have none, and takes no part.
+    cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     pupils = sum(bool(level.teacher) for level in config.levels)
     beside = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
     if device == "cuda":
         beside = min(beside, max(1, sum(int(node.get("GPU", 0)) for node in nodes)))
-    return max(1, min(sum(cores) // beside, *cores))
+    return max(1, min([sum(cores) // beside, *cores]))
 
 
 def _result(ref: Any, name: str) -> Any:

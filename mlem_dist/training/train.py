@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mlem_dist.files import replace_file
+from mlem_dist.ladder.ladder import save_tensors
 from mlem_dist.ladder.levels import GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.measure import add_noise, denoising_errors, to_range
 from mlem_dist.ladder.schedule import alpha_bar
@@ -109,7 +109,7 @@ class _State:
         for name, parameter in self.parameters.items():
             tensors |= {f"{moment}/{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, {"step": str(step)}))
+        save_tensors(path, tensors, {"step": str(step)})
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:

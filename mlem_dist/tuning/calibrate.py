@@ -173,15 +173,18 @@ def calibrate(
             module: Any = ladder.load_level(k, device)
             module.model.compile(dynamic=False)
             fast = _seconds(ladder, module, device)
-        errors.append(denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band))
+        errors.append(
+            denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band, ladder.value_range)
+        )
         levels.append(LevelCalibration(level.name, level.kind, seconds, fast, errors[-1].mean(1)))
     cost = np.array([level.seconds[BATCHES[-1]] for level in levels])
 
     steps = min(steps, len(ladder.alpha_bar))
-    classes = torch.arange(samples, device=device) % max(1, len(ladder.labels))
+    number, classes = torch.arange(samples, device=device), max(1, len(ladder.labels))
+    chosen = number * classes // samples if classes > samples else number % classes
     solvers, increments = {}, {}
     for name in ETA:
-        solvers[name], increments[name] = _along_trajectories(ladder, modules, name, steps, classes, cost, progress)
+        solvers[name], increments[name] = _along_trajectories(ladder, modules, name, steps, chosen, cost, progress)
     return Calibration(
         device=device_key(device),
         torch=torch.__version__,

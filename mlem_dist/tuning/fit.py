@@ -13,6 +13,7 @@ does not hold on other noises: what a segment makes up for there is chance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from mlem_dist.solver.closed_form import ClosedForm, Held
 from mlem_dist.solver.integrate import Drift, evaluate
 from mlem_dist.solver.plan import Plan, Term, on_levels
 from mlem_dist.solver.steps import half_log_snr
-from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.judge import BLOCK, Judge
 
 RIDGE = 1e-3
 """On the factors' distance from those of extrapolated increments, relative to the squares of what they weigh."""
@@ -132,7 +133,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Fitted weights, with the levels in use `rungs`, the steps `fire` (R, N), and the mean squared error per value."""
+    """Fitted weights, with the levels in use `rungs`, the steps `fire` (R, N), and the mean squared error per value.
+
+    The error is infinite where it is no number.
+    """
 
     rungs: tuple[int, ...]
     fire: np.ndarray
@@ -167,8 +171,9 @@ class Fitter:
         self.table = judge.fine
         self.log_snr = half_log_snr(judge.ladder.alpha_bar, self.table.t)
         self.cost = judge.ladder.cost(judge.device)
-        self.form = ClosedForm(base.affine(self.table.t), self.table, judge.label)
-        self.blocks = range(judge.samples // len(judge.label))
+        self.blocks = range(judge.samples // BLOCK)
+        drift = base.affine(self.table.t)
+        self.forms = [ClosedForm(drift, self.table, judge.label(block)) for block in self.blocks]
         self.pool = ThreadPoolExecutor(judge.threads)
         self._found: dict[float, Times] = {}
 
@@ -179,13 +184,16 @@ class Fitter:
         how many plans have been fitted, of how many.
 
         Raises:
-            UsageError: the budget is below the cost of one call of the best level.
+            UsageError: the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
         best = self._times(min(nfe, LARGEST), progress)
         larger = replace(best, calls=self._calls(nfe, best.middle, best.between))
         first, *factors = larger.density
         fits = [self._fit_times(replace(larger, density=(share * first, *factors))) for share in EARLIER]
-        return min(fits, key=lambda fit: fit.error)
+        least = min(fits, key=lambda fit: fit.error)
+        if least.error == math.inf:
+            raise UsageError(f"--nfe {nfe:g}: no fitted plan ends in finite numbers on this ladder; raise --nfe")
+        return least
 
     def _fit_times(self, times: Times, blocks: range | None = None) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
@@ -196,11 +204,9 @@ class Fitter:
             return self._found[nfe]
         import cma
 
-        starts = list(self._starts(nfe))
-        if not starts:
-            raise UsageError(f"--nfe {nfe:g} is below the cost of one call of the best level; raise --nfe")
+        starts = self.starts(nfe)
         # The path is made here, before the fits that run side by side would each make it.
-        half = self.blocks[: -(-self.judge.path.shape[1] // (2 * len(self.judge.label)))]
+        half = self.blocks[: -(-self.judge.path.shape[1] // (2 * BLOCK))]
         total = len(starts) + POPULATION * GENERATIONS
         tried: list[tuple[float, Times]] = []
 
@@ -226,12 +232,21 @@ class Fitter:
         self._found[nfe] = min(tried, key=lambda one: one[0])[1]
         return self._found[nfe]
 
-    def _starts(self, nfe: float) -> Iterator[Times]:
-        for middle in range(1, len(self.cost)):
-            for between in BETWEEN[:1] if middle == 1 else BETWEEN[1:]:
-                calls = self._calls(nfe, middle, between)
-                if calls:
-                    yield Times(middle, calls, between)
+    def starts(self, nfe: float) -> list[Times]:
+        """What the search for a budget begins with.
+
+        Raises:
+            UsageError: the budget is below the cost of one call of the best level.
+        """
+        found = [
+            Times(middle, calls, between)
+            for middle in range(1, len(self.cost))
+            for between in (BETWEEN[:1] if middle == 1 else BETWEEN[1:])
+            if (calls := self._calls(nfe, middle, between))
+        ]
+        if not found:
+            raise UsageError(f"--nfe {nfe:g} is below the cost of one call of the best level; raise --nfe")
+        return found
 
     def _calls(self, nfe: float, middle: int, between: int) -> int:
         """How often a budget pays for the best level: each with a run in closed form and a call of level 1."""
@@ -256,8 +271,8 @@ class Fitter:
             squares, products = (np.mean([one[i] for one in normal], 0) / samples[0].x.numel() for i in (0, 1))
             segments.append(Segment(start, stop, fresh, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
-        error = np.mean([float((one.x - one.path[-1]).square().mean()) for one in samples])
-        return Fit(rungs, fire, tuple(segments), float(error))
+        error = float(np.mean([float((one.x - one.path[-1]).square().mean()) for one in samples]))
+        return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf)
 
     def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:
         return list(self.pool.map(torch.inference_mode()(run), samples))
@@ -306,9 +321,8 @@ class Block:
     def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
         judge = fitter.judge
         self.levels: Mapping[int, Drift] = judge.levels
-        self.table, self.label, self.form, self.rungs = judge.fine, judge.label, fitter.form, rungs
-        rows = slice(block * len(judge.label), (block + 1) * len(judge.label))
-        self.path = judge.path[:, rows]
+        self.table, self.label, self.form, self.rungs = judge.fine, judge.label(block), fitter.forms[block], rungs
+        self.path = judge.path[:, block * BLOCK : (block + 1) * BLOCK]
         self.x: Tensor = self.path[0]
         self.at = 0
         self.values: dict[int, list[Held]] = {r: [] for r in range(1, len(rungs))}

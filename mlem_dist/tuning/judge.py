@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.ladder import Ladder, save_tensors
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.solver.closed_form import ClosedForm
@@ -73,7 +73,12 @@ class Judge:
         self.samples, self.seed, self.cache = samples, seed, cache
         self.levels: dict[int, Drift] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
         self.fine = solver_table(ladder.alpha_bar, steps, solver)
-        self.label = torch.arange(BLOCK, device=device) % max(1, len(ladder.labels))
+
+    def label(self, block: int) -> Tensor:
+        """int64 (32,): the classes of a block, the same ones in all blocks if there are at most 32 of them."""
+        classes = max(1, len(self.ladder.labels))
+        first = block * BLOCK if classes > BLOCK else 0
+        return torch.arange(first, first + BLOCK, device=self.device) % classes
 
     def noise(self, block: int, steps: int) -> Noise:
         """The noise of a block for `steps` steps, one Brownian path for all; for the SDE a divisor of `self.fine`."""
@@ -93,7 +98,7 @@ class Judge:
             return self.levels[best](x, t, label)
 
         plan = single_level(best, best, len(self.fine))
-        end = integrate({best: seen}, self.fine, plan, self.noise(block, len(self.fine)), self.label)
+        end = integrate({best: seen}, self.fine, plan, self.noise(block, len(self.fine)), self.label(block))
         return torch.stack([*states, end])
 
     @cached_property
@@ -106,15 +111,16 @@ class Judge:
         found = self._ends(lambda block: self.end(best, block))
         if self.cache:
             self.cache.mkdir(parents=True, exist_ok=True)
-            save_file({"reference": found.cpu()}, self.cache / name)
+            save_tensors(self.cache / name, {"reference": found.cpu()})
         return found
 
     def judge(self, plan: Plan | Recipe) -> Verdict:
         """The verdict on a memorised plan, or on a recipe by which each block draws its own."""
         plans = self._plans(plan)
         plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
-        table, closed_form = self._grid(plans[0], path=False)
-        seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, self.label, closed_form))
+        label = self.label(0)
+        table, closed_form = self._grid(plans[0], label, path=False)
+        seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, label, closed_form))
         # Draws differ in cost, those of independent coins by a third and more: the time is of the mean of them.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
@@ -148,6 +154,10 @@ class Judge:
     def timed(self, run: Callable[[], Tensor]) -> float:
         """Seconds per sample of a block's `run`: on a CPU one thread's own time, on a GPU the clock's."""
         clock = time.perf_counter if self.device == "cuda" else time.thread_time
+        if self.device == "cuda":
+            # The first run also loads and chooses kernels.
+            run()
+            torch.cuda.synchronize()
         start = clock()
         run()
         if self.device == "cuda":
@@ -163,17 +173,18 @@ class Judge:
 
     def end(self, plan: Plan, block: int) -> Tensor:
         """Where a plan brings a block, float32 (32, C, H, W), on the Brownian path of all plans."""
-        table, closed_form = self._grid(plan, path=True)
-        return integrate(self.levels, table, plan, self.noise(block, len(table)), self.label, closed_form)
+        label = self.label(block)
+        table, closed_form = self._grid(plan, label, path=True)
+        return integrate(self.levels, table, plan, self.noise(block, len(table)), label, closed_form)
 
-    def _grid(self, plan: Plan, path: bool) -> tuple[StepTable, ClosedForm | None]:
-        """A plan's step table and, if it collapses, its closed form, for single steps' noises with `path`."""
+    def _grid(self, plan: Plan, label: Tensor, path: bool) -> tuple[StepTable, ClosedForm | None]:
+        """A plan's step table and, if it collapses, a block's closed form, for single steps' noises with `path`."""
         table = solver_table(self.ladder.alpha_bar, plan.fire.shape[1], self.solver)
         if not plan.collapse:
             return table, None
         base = self.levels[1]
         assert isinstance(base, GaussianLevel)
-        return table, ClosedForm(base.affine(table.t), table, self.label, path)
+        return table, ClosedForm(base.affine(table.t), table, label, path)
 
 
 def _errors(end: Tensor, reference: Tensor) -> np.ndarray:

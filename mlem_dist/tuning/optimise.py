@@ -99,7 +99,7 @@ def first_order(
     def one(block: int) -> np.ndarray:
         nonlocal done
         noise = block_noise(MODEL_SEED, block, shape, judge.device)
-        found = pair_effects(judge.levels, table, noise, judge.label, probes[block])
+        found = pair_effects(judge.levels, table, noise, judge.label(block), probes[block])
         done += 1
         progress(done, len(blocks))
         return found

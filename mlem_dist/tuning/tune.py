@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlem_dist.errors import UsageError
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, read_plan, single_level
@@ -92,7 +94,8 @@ def tune(
 
     For the ODE, on a Gaussian first level, a budget's plan is the fitted one. Else it is the memorised one, the best of
     15 draws of the better one of held and extrapolated increments, or, for a calibrated ladder, the optimised one if
-    that is better on the choosing noises. Rows hold the error on the judging ones.
+    that is better on the choosing noises. A budget for the best level at every step is spent so. Rows hold the error on
+    the judging noises.
 
     Args:
         ladder: the ladder.
@@ -106,7 +109,8 @@ def tune(
         The rows, budget by budget.
 
     Raises:
-        UsageError: a budget is below the cost of the base level.
+        UsageError: a budget is below the cost of the base level, or of one call of the best level where plans are
+            fitted; cma is needed and not installed; no plan ends in finite numbers.
     """
     out, solver, steps = frontier.path.parent, frontier.about["solver"], frontier.about["steps"]
     levels = len(ladder.levels)
@@ -116,17 +120,22 @@ def tune(
     }
     choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
     judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
-    search = searched(choosing, recipes, threads, progress)
+    search = searched(choosing, {nfe: recipes[nfe] for nfe in budgets if nfe < steps}, threads, progress)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # Of the steps of one Brownian path a grid can only take every second, third ... one; the ODE has no path.
         grids = [n for n in range(1, steps + 1) if solver == "ddim" or steps % n == 0]
         count = max(n for n in grids if n <= max(1, round(nfe)))
-        ways: dict[str, Plan | Recipe] = {**recipes[nfe], EM: single_level(levels, levels, count)}
+        euler = single_level(levels, levels, count)
+        ways: dict[str, Plan | Recipe] = {**recipes[nfe], EM: euler}
         for done, (family, way) in enumerate(ways.items(), 1):
             progress(f"{label}, {family}", done, len(ways))
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
         path = plan_path(out, solver, nfe)
+        if nfe >= steps:
+            # The reference itself: no other plan could be better.
+            replace_file(path, json.dumps(plan_to_dict(euler, ladder.digest, solver)) + "\n")
+            continue
         rows = {family: frontier.find(family, label) for family in search}
         if not path.exists() or not all(rows.values()):
             plans = {family: find(nfe) for family, find in search.items()}
@@ -139,7 +148,11 @@ def tune(
 def searched(
     choosing: Judge, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: Progress
 ) -> dict[str, Callable[[float], Plan]]:
-    """The families whose plans are searched for on this ladder, and how to find the plan for one of the budgets."""
+    """The families whose plans are searched for on this ladder, and how to find the plan for one of the budgets.
+
+    Raises:
+        UsageError: as `tune`, before anything is judged.
+    """
     ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
 
     def told(nfe: float, stage: str) -> Callable[[int, int], None]:
@@ -147,11 +160,22 @@ def searched(
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
+        _require_cma()
         fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
+        for nfe in recipes:
+            fitter.starts(nfe)
         return {FITTED: lambda nfe: fitted_plan(fitter, nfe, told(nfe, "fits"), told(nfe, "refinement"))}
     cost = ladder.cost(device)
     search = {MEMORISED: lambda nfe: best_draw(choosing, recipes[nfe], cost, told(nfe, "draws"))}
-    return search | ({OPTIMISED: Optimiser(choosing, threads, progress).plan} if calibrated(ladder) else {})
+    if calibrated(ladder):
+        _require_cma()
+        search[OPTIMISED] = Optimiser(choosing, threads, progress).plan
+    return search
+
+
+def _require_cma() -> None:
+    if importlib.util.find_spec("cma") is None:
+        raise UsageError("the search for plans needs cma, which is not installed: pip install 'mlem-dist[train]'")
 
 
 def best_draw(
@@ -165,7 +189,7 @@ def best_draw(
     One plan for all images has no variance: biased, as the increments of both recipes are.
     """
     remembering = [recipes["held"], recipes["extrapolated"]]
-    better = remembering[int(choosing.errors(remembering).mean(1).argmin())]
+    better = remembering[_least(choosing.errors(remembering).mean(1))]
     plans = [better.plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
     return best_plan(choosing, plans, cost, progress)
 
@@ -176,13 +200,25 @@ def best_plan(
     cost: np.ndarray,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
-    """The best of plans of nearly the same cost, for level costs `cost`."""
+    """The best of plans of nearly the same cost, for level costs `cost`.
+
+    Raises:
+        UsageError: there are several, and none ends in finite numbers.
+    """
     if len(plans) == 1:
         return plans[0]
     # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
     # found again.
     worth = choosing.errors(plans, progress).mean(1) * [plan.nfe(cost) for plan in plans]
-    return plans[int(worth.argmin())]
+    return plans[_least(worth)]
+
+
+def _least(values: np.ndarray) -> int:
+    """The index of the least finite value."""
+    finite = np.isfinite(values)
+    if not finite.any():
+        raise UsageError("no plan that was tried ends in finite numbers on this ladder; raise --nfe")
+    return int(np.where(finite, values, np.inf).argmin())
 
 
 class Optimiser:

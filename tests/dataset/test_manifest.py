@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlem_dist.dataset.manifest import check_out
+from mlem_dist.dataset.manifest import Manifest, check_out
 from mlem_dist.errors import UsageError
 
 NOBODY = 65534
@@ -28,3 +28,12 @@ def test_a_folder_without_write_permission_is_refused():
             if root:
                 os.seteuid(0)
             hidden.chmod(0o700)
+
+
+def test_a_run_goes_on_where_its_ladder_has_moved(tmp_path):
+    Manifest({"ladder": "/a/mine", "digest": "1", "seed": 0}, (), {}, {}, ()).write(tmp_path)
+    found = check_out(tmp_path, {"ladder": "/b/mine", "digest": "1", "seed": 0})
+    assert found
+    assert found.config["ladder"] == "/a/mine"
+    with pytest.raises(UsageError, match="digest was"):
+        check_out(tmp_path, {"ladder": "/a/mine", "digest": "2", "seed": 0})

@@ -9,7 +9,9 @@ from mlem_dist.runtime.placement import (
     allot,
     allot_kinds,
     candidates,
+    evaluations,
     parse_placement,
+    pool_loads,
 )
 from mlem_dist.solver.plan import Recipe
 
@@ -44,6 +46,19 @@ def test_placements():
     for text in ("", "1,3", "2-3,1", "1-2", "0-3", "1-3-3,", "a", "1-2@L4,3", "1-2@,3@", "1-3@L4,"):
         with pytest.raises(UsageError, match="placement"):
             parse_placement(text, 3)
+
+
+def test_a_level_that_is_hardly_ever_drawn_has_a_seat(make_job):
+    """No block of the first sixteen draws it, but one of a million will."""
+    p = np.array([[1.0] * 12, [0.5] * 12, [0.0] * 11 + [1e-9]])
+    job = make_job(Recipe(p, "systematic", "held"))
+    assert not job.expected_calls()[2]
+    load = pool_loads(evaluations(job), [range(1, 3), range(3, 4)], np.array([1.0, 2.0, 4.0]))
+    assert 0 < load[1] < 1e-6 * load[0]
+    assert all(allot(load, 4))
+    p[2] = 0
+    never = evaluations(make_job(Recipe(p, "systematic", "held")))
+    assert pool_loads(never, [range(1, 3), range(3, 4)], np.array([1.0, 2.0, 4.0]))[1] == 0
 
 
 def test_pools_stay_on_their_kinds_of_devices():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import ray
 
+from mlem_dist.errors import UsageError
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import Pool, PoolError
 from mlem_dist.runtime.progress import Work
@@ -14,12 +15,14 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 @ray.remote(num_cpus=0)
 class Actor:
-    """Dies while it prepares, or at its n-th call."""
+    """Dies while it prepares, or at its n-th call; a negative life lacks what it needs."""
 
     def __init__(self, dies_at: int) -> None:
         self.left = dies_at
 
     def prepare(self) -> None:
+        if self.left < 0:
+            raise UsageError("there is no ladder here")
         if not self.left:
             os._exit(1)
 
@@ -39,6 +42,26 @@ def make_pool(seats: int, *lives: int) -> Pool:
 def test_actors_that_die_while_they_start_break_the_pool():
     with pytest.raises(PoolError, match="4 actors in a row died"):
         asyncio.run(make_pool(1, 0, 0, 0, 0, 0).start())
+
+
+def test_what_an_actor_lacks_is_said_and_not_tried_again():
+    pool = make_pool(1, -1, 1000)
+    with pytest.raises(UsageError, match=r"^there is no ladder here$"):
+        asyncio.run(pool.start())
+    assert not pool.progress().deaths
+
+
+def test_a_lost_node_does_not_break_the_pool():
+    """Five actors that have worked die at the same time."""
+
+    async def main():
+        pool = make_pool(5, *[2] * 5)
+        await pool.start()
+        for _ in range(2):
+            await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(5)))
+        assert pool.progress().deaths == 5
+
+    asyncio.run(main())
 
 
 def test_calls_of_a_dead_actor_are_made_elsewhere():

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 import torch
 from diffusers import DDPMScheduler
 
@@ -30,8 +29,7 @@ def test_independent_impulses_have_the_exact_mean_over_trajectories():
     assert abs((0.95 - 0.2 * slopes[2]) ** n - exact) > 10 * error
 
 
-@pytest.mark.parametrize("solver", ["ddpm"])
-def test_the_best_level_alone_is_the_diffusers_loop(fashion, solver):
+def test_the_best_level_alone_is_the_diffusers_loop(fashion):
     """The whole loop of diffusers' scheduler with a real level and the same noise."""
     number = len(fashion.levels)
     level = fashion.load_level(number, "cpu")

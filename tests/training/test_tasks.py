@@ -47,6 +47,21 @@ def test_side_by_side_on_ray_and_interrupted_it_is_the_same_ladder(tmp_path, ima
     assert [line["step"] for line in log] == [100, 160]
 
 
+def test_machines_without_cores_do_not_count(configure, monkeypatch):
+    def node(**resources):
+        return {"Alive": True, "Resources": resources}
+
+    config = configure({}, {"name": "second"})
+    for nodes, threads in (
+        ([node(CPU=8.0)], 4),
+        ([node(), node(CPU=8.0), node(CPU=8.0)], 8),
+        ([node(CPU=0.0), node(CPU=3.0), node(CPU=8.0)], 3),
+        ([node()], 1),
+    ):
+        monkeypatch.setattr("ray.nodes", lambda nodes=nodes: nodes)
+        assert threads_per_level(config, "cpu") == threads
+
+
 def test_what_does_not_fit_together_is_refused_and_nothing_is_touched(tmp_path, images, configure):
     out = tmp_path / "out"
     train_ladder(configure({"steps": 20}), images, out, lambda *progress: None)

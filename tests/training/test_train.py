@@ -144,6 +144,7 @@ def test_a_wrong_configuration_is_refused(configure, changes, message):
         ({"labels": ["left", "left"]}, "a name twice"),
         ({"scheduler": {"num_train_timesteps": 100, "beta_start": "low"}}, "scheduler"),
         ({"seed": "one"}, "expected a whole number"),
+        ({"seed": -1}, "seed is -1, expected 0 or more"),
     ],
 )
 def test_a_wrong_ladder_configuration_is_refused(configure, changes, message):

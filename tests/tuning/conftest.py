@@ -1,11 +1,14 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.ladder import Ladder, save_ladder, save_level
+from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.tuning.calibrate import calibrate, store
 
 
@@ -39,4 +42,25 @@ def three(tmp_path, fashion) -> Ladder:
     shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*", "*.png"))
     raw = json.loads((folder / "ladder.json").read_text())
     (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:3]}))
+    return Ladder.load(folder)
+
+
+@pytest.fixture
+def many(tmp_path) -> Ladder:
+    """Two Gaussian levels of 40 classes far apart, with values in [0, 1]."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(2000) % 40
+    x0 = torch.rand(40, 1, 4, 4, generator=generator)[label] + 0.1 * torch.randn(2000, 1, 4, 4, generator=generator)
+    scheduler = {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}
+    levels = []
+    for name, rank, seconds in (("small", 1, 1e-5), ("large", 8, 1e-3)):
+        level = GaussianLevel(40, 16, rank, alpha_bar(scheduler))
+        level.fit(x0.clamp(0, 1), label)
+        entry = save_level(folder, name, level, torch.float32)
+        levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))
+    save_ladder(folder, "many", (1, 4, 4), [str(c) for c in range(40)], scheduler, levels)
+    raw = json.loads((folder / "ladder.json").read_text())
+    (folder / "ladder.json").write_text(json.dumps(raw | {"value_range": [0, 1]}))
     return Ladder.load(folder)

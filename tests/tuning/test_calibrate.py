@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.report.tables import calibration_table
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import impulse, single_level
@@ -184,6 +185,23 @@ def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
         ladder, found
     )
     assert "torch.compile" not in calibration_table(ladder, measured)
+
+
+def test_images_are_in_the_ladders_range_and_trajectories_of_all_its_classes(many, monkeypatch):
+    chosen = []
+
+    def watched(levels, table, noise, label, progress):
+        chosen.append(label.tolist())
+        return best_trajectory(levels, table, noise, label, progress)
+
+    monkeypatch.setattr("mlem_dist.tuning.calibrate.best_trajectory", watched)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (20, *many.sample_shape), generator=rng, dtype=torch.uint8)
+    label = torch.arange(20)
+    found = calibrate(many, images, label, "cpu", per_band=4, steps=10, samples=4)
+    assert chosen[0] == [0, 10, 20, 30]
+    exact = denoising_errors(many.load_level(1, "cpu"), images, label, many.alpha_bar, 10, 4, (0.0, 1.0))
+    np.testing.assert_array_equal(found.levels[0].denoising_error, exact.mean(1))
 
 
 def test_other_devices_keep_their_entries(tmp_path, fashion, measured):

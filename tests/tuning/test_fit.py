@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -23,6 +24,13 @@ def test_the_error_of_a_fit_is_that_of_its_plan(three, times):
     assert fit.error == pytest.approx(fitter.judge.errors([plan]).mean(), rel=1e-3)
     assert plan.calls[2].sum() == times.calls
     assert plan.calls[1].sum() == (times.calls * times.between if times.middle == 2 else 0)
+
+
+def test_a_fit_is_to_the_classes_of_each_block(many):
+    """Of 40 classes a block holds 32."""
+    fitter = Fitter(judge(many, 0))
+    fit = fitter.fit((1, 2), Times(1, 4, 1).fire(fitter.log_snr))
+    assert fit.error == pytest.approx(fitter.judge.errors([fit.plan()]).mean(), rel=1e-3)
 
 
 def test_a_fit_with_an_evaluation_at_every_step_is_the_best_level(three):
@@ -69,3 +77,10 @@ def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three):
 def test_a_budget_below_one_call_of_the_best_level_is_refused(three):
     with pytest.raises(UsageError, match="below the cost of one call"):
         Fitter(judge(three, 0)).search(0.5)
+
+
+def test_fits_that_do_not_end_in_finite_numbers_are_refused(many):
+    fitter = Fitter(judge(many, 0))
+    fitter.judge.path[-1] = torch.nan
+    with pytest.raises(UsageError, match="no fitted plan ends in finite numbers"):
+        fitter.search(4)

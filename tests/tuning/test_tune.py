@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, tuned_budgets, tuned_plan
+from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, tuned_budgets, tuned_plan
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
 
@@ -118,6 +119,7 @@ def test_the_reference_is_its_own_judge(small, tmp_path):
         (["--steps", "1001"], "expected 1 to 1000"),
         (["--nfe", "5,x"], "positive numbers such as"),
         (["--nfe", "0.01"], "below the cost of the base level"),
+        (["--nfe", "9,1"], "--nfe 1 is below the cost of one call of the best level"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_judged(small, tmp_path, change, message):
@@ -125,6 +127,49 @@ def test_bad_input_is_refused_before_anything_is_judged(small, tmp_path, change,
     with pytest.raises(Exception, match=message):
         run("tune", str(small), "--out", str(out), *change)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_without_cma_nothing_is_begun_that_needs_it(calibrated, tmp_path, monkeypatch, solver):
+    monkeypatch.setitem(sys.modules, "cma", None)
+    with pytest.raises(UsageError, match=r"pip install 'mlem-dist\[train\]'"):
+        run("tune", str(calibrated), "--solver", solver, "--steps", "40", "--nfe", "6", "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_a_budget_for_every_step_is_spent_on_the_best_level(small, tmp_path, solver):
+    out = tmp_path / "out"
+    run("tune", str(small), "--solver", solver, "--steps", "8", "--nfe", "8", "--device", "cpu", "--out", str(out))
+    ladder = Ladder.load(small)
+    plan = read_plan(out / f"plan-{solver}-8.json", ladder.digest, ["", ""], solver, 8)
+    assert Judge(ladder, solver, "cpu", 8, BLOCK, JUDGING_SEED).errors([plan]).max() == 0
+
+
+def test_a_plan_that_does_not_stay_finite_never_wins(small):
+    ladder = Ladder.load(small)
+    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK, 0)
+    good = single_level(2, 2, 8)
+    bad = Plan(good.fire, 1e38 * good.weight, good.previous)
+    assert not np.isfinite(choosing.errors([bad])).all()
+    for plans in ([bad, good], [good, bad]):
+        assert best_plan(choosing, plans, ladder.cost("cpu")) is good
+    with pytest.raises(UsageError, match="no plan that was tried ends in finite numbers"):
+        best_plan(choosing, [bad, bad], ladder.cost("cpu"))
+
+
+def test_every_class_has_its_turn(many, fashion):
+    for ladder, blocks in ((many, 5), (fashion, 2)):
+        judge = Judge(ladder, "ddim", "cpu", 10, blocks * BLOCK, 0)
+        label = torch.cat([judge.label(block) for block in range(blocks)])
+        assert {*label.tolist()} == {*range(len(ladder.labels))}
+        assert label.bincount().min() > 0.6 * label.bincount().max()
+        # What is judged is what each block's own classes end in.
+        best, end = single_level(2, 2, 10), judge.reference.split(BLOCK)[1]
+        levels = judge.levels if ladder is many else {2: judge.levels[len(ladder.levels)]}
+        own = integrate(levels, judge.fine, best, judge.noise(1, 10), judge.label(1))
+        assert torch.equal(own, end)
+    assert torch.equal(judge.label(0), judge.label(1))
 
 
 def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):

@@ -1,0 +1,138 @@
+import json
+import os
+import resource
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder, bundled, save_ladder, save_level, save_tensors
+from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.measure import denoising_errors
+
+
+@pytest.fixture
+def copy(tmp_path, fashion):
+    """The bundled ladder as a folder, two levels of it."""
+    folder = tmp_path / "copy"
+    shutil.copytree(fashion.folder, folder)
+    edit(folder, levels=json.loads((folder / "ladder.json").read_text())["levels"][:2])
+    return folder
+
+
+def edit(folder, **entries):
+    path = folder / "ladder.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def edit_level(folder, **entries):
+    first, *others = json.loads((folder / "ladder.json").read_text())["levels"]
+    edit(folder, levels=[first, *others[:-1], others[-1] | entries])
+
+
+def test_a_dataset_named_like_a_bundled_ladder_is_none(tmp_path, fashion, copy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "fashion" in bundled()
+    (tmp_path / "fashion").mkdir()
+    assert Ladder.load("fashion").folder == fashion.folder
+    (tmp_path / "other").mkdir()
+    for other in ("other", "./fashion"):
+        with pytest.raises(UsageError, match="is not a ladder"):
+            Ladder.load(other)
+    shutil.copytree(copy, tmp_path / "fashion", dirs_exist_ok=True)
+    assert Ladder.load("fashion").folder == tmp_path / "fashion"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"sample_shape": [2, 32, 32]}, r"sample_shape is \[2, 32, 32\], expected \[1 or 3, height, width\]"),
+        ({"sample_shape": [1, 32]}, "malformed entry"),
+        ({"value_range": [1, -1]}, r"value_range is \[1, -1\]"),
+        ({"value_range": [0, 0]}, r"value_range is \[0, 0\]"),
+        ({"value_range": [float("nan"), 1]}, "value_range is"),
+        ({"value_range": None}, "malformed entry"),
+        ({"labels": ["shoe"] * 10}, "labels has a name twice"),
+        ({"levels": ["unet"]}, "malformed entry"),
+    ],
+)
+def test_a_malformed_ladder_is_refused(copy, entries, message):
+    edit(copy, **entries)
+    with pytest.raises(UsageError, match=message):
+        Ladder.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"patch": 0}, "malformed entry: patch of level 'unet-1' is 0, expected at least 1"),
+        ({"patch": "2"}, "malformed entry: patch"),
+        ({"sha256": "0" * 64}, "malformed entry: sha256"),
+        ({"seconds": None}, "malformed entry: seconds"),
+        ({"seconds": {"cpu": None}}, "malformed entry: level 'unet-1' has None"),
+        ({"denoising_error": ["low"]}, "malformed entry: level 'unet-1' has 'low'"),
+    ],
+)
+def test_a_malformed_level_is_refused(copy, entries, message):
+    edit_level(copy, **entries)
+    with pytest.raises(UsageError, match=message):
+        Ladder.load(copy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rescale_betas_zero_snr": True}, {"beta_schedule": "sigmoid"}, {"beta_start": "low"}, {"trained_betas": ["a"]}],
+)
+def test_a_noise_schedule_that_cannot_be_used_is_refused(tmp_path, fashion, changes):
+    with pytest.raises(UsageError, match=r"scheduler_config\.json: "):
+        tiny(tmp_path, fashion.scheduler | changes)
+
+
+def tiny(folder, scheduler):
+    level = GaussianLevel(1, 16, 2, np.linspace(0.999, 0.01, 1000))
+    entry = save_level(folder, "gaussian", level, torch.float32)
+    return save_ladder(folder, "tiny", (1, 4, 4), [], scheduler, [entry])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_a_ladder_may_be_read_by_those_who_may_read_any_new_file(tmp_path, fashion, umask, mode):
+    before = os.umask(umask)
+    try:
+        tiny(tmp_path, fashion.scheduler)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"gaussian.safetensors", "ladder.json", "scheduler_config.json"}
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+
+
+def test_what_does_not_fit_on_the_disk_is_an_os_error_and_leaves_what_was_there(tmp_path):
+    path = tmp_path / "some.safetensors"
+    save_tensors(path, {"some": torch.zeros(3)})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"some\.safetensors cannot be written"):
+            save_tensors(path, {"some": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+
+
+def test_images_are_mapped_to_the_ladders_range():
+    seen = []
+
+    def level(x, t, label):
+        seen.append(x)
+        return x
+
+    images = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
+    # Without noise.
+    for value_range in ((-1.0, 1.0), (0.0, 1.0), (-2.0, 3.0)):
+        denoising_errors(level, images, torch.zeros(1).long(), np.ones(1), 1, 1, value_range)
+        low, high = value_range
+        torch.testing.assert_close(seen[-1].flatten(), low + (high - low) * torch.tensor([0, 0.2, 1]))

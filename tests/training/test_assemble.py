@@ -1,0 +1,59 @@
+import json
+import logging
+import shutil
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.training.assemble import measure, set_stale_aside, train_ladder
+from mlem_dist.training.data import load_images
+
+
+def test_measuring_changes_the_seconds_alone(tmp_path, fashion):
+    """Also of a ladder that other programs wrote: another value range, other keys, in another order."""
+    folder = tmp_path / "ladder"
+    shutil.copytree(fashion.folder, folder)
+    raw = json.loads((folder / "ladder.json").read_text())
+    raw |= {"value_range": [0, 1], "levels": raw["levels"][:1], "author": "me"}
+    raw = dict(reversed(raw.items()))
+    (folder / "ladder.json").write_text(json.dumps(raw))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    digest = Ladder.load(folder).digest
+    measured = measure(Ladder.load(folder))
+    assert measured.digest == digest
+    changed = {path.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {"ladder.json"}
+    assert {path for path in folder.rglob("*") if path.is_file()} == {*before}
+    found = json.loads((folder / "ladder.json").read_text())
+    assert list(found) == list(raw)
+    seconds = found["levels"][0].pop("seconds")
+    assert seconds["cpu"] != raw["levels"][0].pop("seconds")["cpu"]
+    assert found == raw
+
+
+def test_what_was_measured_of_an_earlier_training_is_set_aside(tmp_path, data, configure, caplog):
+    images = load_images(data, (1, 8, 8), ["left", "right"])
+    out = tmp_path / "out"
+    old = train_ladder(configure({"steps": 20}), images, out, lambda *progress: None).digest
+    files = {name: json.dumps({"ladder": old, "of": name}) for name in ("calibration.json", "plan-ddim-10.json")}
+    for name, text in files.items():
+        (out / name).write_text(text)
+    (out / "plan-mine.json").write_text("[]")
+    train_ladder(configure({"steps": 20}), images, out, lambda *progress: None)
+    assert all((out / name).exists() for name in files)
+
+    with caplog.at_level(logging.WARNING):
+        ladder = train_ladder(configure({"steps": 30}), images, out, lambda *progress: None)
+    assert ladder.digest != old
+    aside = out / "training" / f"stale-{old[:8]}"
+    for name, text in files.items():
+        assert not (out / name).exists()
+        assert (aside / name).read_text() == text
+        assert str(aside / name) in caplog.text
+    assert (out / "plan-mine.json").exists()
+
+    # One of the same name is kept as well, and those of this ladder stay.
+    (out / "calibration.json").write_text(json.dumps({"ladder": old, "of": "another"}))
+    (out / "frontier-ddim.json").write_text(json.dumps({"ladder": ladder.digest}))
+    set_stale_aside(ladder)
+    assert (aside / "calibration.json").read_text() == files["calibration.json"]
+    assert json.loads((aside / "2-calibration.json").read_text())["of"] == "another"
+    assert (out / "frontier-ddim.json").exists()
