@@ -86,10 +86,16 @@ def _budget_options(command: Any) -> Any:
 
 def _plan_options(command: Any) -> Any:
     """The options that decide a plan."""
-    command = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)(
-        command
-    )
-    command = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)(command)
+    command = click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="auto is GPUs if there are any.",
+    )(command)
+    command = click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides every noise and coin."
+    )(command)
     command = _budget_options(command)
     return click.option(
         "--ladder", "ladder_name", default="fashion", show_default=True, help="Bundled name or folder."
@@ -100,7 +106,9 @@ def _plan_options(command: Any) -> Any:
 @click.option("--num", type=Count(), required=True, help="Images: 1000, 1e6, 1_000_000.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Dataset folder; a rerun finishes it.")
 @_plan_options
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of `mlem-dist draw` for all blocks.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of `mlem-dist draw` or `tune`, for all blocks."
+)
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
@@ -131,7 +139,13 @@ def _plan_options(command: Any) -> Any:
 @click.option(
     "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
 )
-@click.option("--engine", type=click.Choice(["ray", "inline"]), default="ray", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["ray", "inline"]),
+    default="ray",
+    show_default=True,
+    help="inline is this process alone, with a thread per device.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the final report as JSON.")
 def generate(
     num: int,
@@ -263,7 +277,7 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
         rate = f"{made / sampling:.1f} images/s on {last.devices} {devices}"
         click.echo(f"Sampling: {rate}, after {last.ready or 0:.1f} s of loading.")
         click.echo("Evaluations per image: " + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()))
-    click.echo(f"Open it:  python -c \"import pandas; print(pandas.read_parquet('{out}/data'))\"")
+    click.echo(f"Open it:  python -c \"import pyarrow.parquet as pq; print(pq.read_table('{out}/data'))\"")
     click.echo(f"See it:   mlem-dist show {out}")
 
 

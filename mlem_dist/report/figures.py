@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
         UsageError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib, which is not installed: pip install 'mlem-dist[train]'")
+        raise UsageError("figures need matplotlib, which is not installed: install the extra `train`")
 
 
 def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list[Path]:

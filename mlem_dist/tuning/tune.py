@@ -175,7 +175,7 @@ def searched(
 
 def _require_cma() -> None:
     if importlib.util.find_spec("cma") is None:
-        raise UsageError("the search for plans needs cma, which is not installed: pip install 'mlem-dist[train]'")
+        raise UsageError("the search for plans needs cma, which is not installed: install the extra `train`")
 
 
 def best_draw(
