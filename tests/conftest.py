@@ -19,7 +19,9 @@ def fashion() -> Ladder:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for all tests: a fresh one takes seconds."""
-    ray.init(address="local", num_cpus=3, labels={"site": "here"}, include_dashboard=False, log_to_driver=False)
+    # The same tests where there are GPUs.
+    resources = {"num_cpus": 3, "num_gpus": 0, "labels": {"site": "here"}}
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, **resources)
     yield
     ray.shutdown()
 

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.data import load_images
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
-SMALL = ["--steps", "20", "--nfe", "4", "--block-size", "8", "--shard-size", "16"]
+SMALL = ["--device", "cpu", "--steps", "20", "--nfe", "4", "--block-size", "8", "--shard-size", "16"]
 
 
 def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -135,7 +136,6 @@ BAD = {
     "placement": (["--placement", "1,3"], "1,3"),
     "placement in one process": (["--engine", "inline", "--placement", "pools"], "inline has no pools"),
     "shards": (["--num", "1e12"], "500,000,000 files; raise"),
-    "device": (["--device", "cuda"], "cuda"),
     "unknown option": (["--nonesuch"], "nonesuch"),
     "ray client": (["--address", "ray://127.0.0.1:10001"], "ray job submit"),
     "plan missing": (["--plan", "nonesuch.json"], "nonesuch.json"),
@@ -150,6 +150,12 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path, name):
     done = command("generate", "--out", str(out), *given)
     assert_refused(done, message)
     assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--device", "cuda")
+    assert_refused(done, "torch finds no CUDA device")
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:

@@ -51,7 +51,7 @@ class Cell:
         self.run = self.coordinator.run.remote()
         self.progress: Progress | None = None
         self._closed = False
-        self._count = self.queued = 0
+        self._count = self._blocks = self.queued = 0
 
     @property
     def ready(self) -> bool:
@@ -64,6 +64,11 @@ class Cell:
         return not self._count
 
     @property
+    def spent(self) -> bool:
+        """Whether its coordinator has sampled all that it was given."""
+        return self.idle or (self.progress is not None and self.progress.blocks >= self._blocks)
+
+    @property
     def wants(self) -> bool:
         """Whether its coordinator should be given another shard."""
         return not self._closed and self.queued < AHEAD * self.devices
@@ -72,6 +77,7 @@ class Cell:
         """Hand a shard to the coordinator."""
         self._given.append(shard)
         self._count += 1
+        self._blocks += len(self.job.shard_blocks(shard))
         self.queued += len(self.job.shard_blocks(shard))
         self.coordinator.add.remote(shard)
 

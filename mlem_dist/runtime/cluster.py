@@ -365,7 +365,8 @@ def run_ray(
                 todo.extendleft(reversed(cell.poll()))
             while todo and (hungry := [cell for cell in cells if cell.wants and (cell.ready or len(cells) == 1)]):
                 min(hungry, key=lambda cell: cell.queued / cell.devices).give(todo.popleft())
-            if not todo:
+            # As long as a cell may lose its devices, another must be there to take its shards.
+            if not todo and (len(cells) == 1 or all(cell.spent for cell in cells)):
                 for cell in cells:
                     cell.close()
             if all(cell.progress for cell in cells):
