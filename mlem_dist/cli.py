@@ -219,13 +219,16 @@ def generate(
     if engine == "ray":
         if not remote:
             cluster.connect(address)
-        arranged = cluster.arrange(job, ladder, parsed, devices, remote)
+        from mlem_dist.runtime.arrange import arrange
+        from mlem_dist.runtime.driver import run_ray
+
+        arranged = arrange(job, ladder, parsed, devices, remote)
         if arranged.forecasts:
             click.echo(placement_reason(arranged.forecasts, arranged.timed), err=True)
         where = arranged.pools, arranged.devices, arranged.costs, arranged.cell_devices
 
         def run(shards: Any) -> Any:
-            return cluster.run_ray(job, ladder, out, shards, *where, coalesce)
+            return run_ray(job, ladder, out, shards, *where, coalesce)
     else:
         from mlem_dist.runtime.inline import run_inline
 

@@ -12,7 +12,8 @@ from PIL import Image
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime import cluster
+from mlem_dist.runtime import arrange, cluster
+from mlem_dist.runtime.driver import run_ray
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
 from mlem_dist.runtime.job import Blocks, NonFiniteError
@@ -41,7 +42,7 @@ def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress
 
     def engine(shards):
         costs = [ladder.cost(one.type) for one in there]
-        return cluster.run_ray(job, ladder, out, shards, parsed.pools, there, costs, **options)
+        return run_ray(job, ladder, out, shards, parsed.pools, there, costs, **options)
 
     for last in complete(dataset, ladder, engine):
         watch(last)
@@ -111,18 +112,18 @@ def test_the_levels_of_the_plan_are_timed_on_a_device(fashion, make_job, remote)
     absurd = fashion.with_cost("cpu", np.full(len(fashion.levels), 1e6))
     two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(fashion.levels)))
     job, devices = make_job(two), Devices("cpu", 3, (("site", "here"),))
-    cost = cluster.measured_cost(job, absurd, devices, remote)
+    cost = arrange.measured_cost(job, absurd, devices, remote)
     assert 0 < cost[0] < cost[-1] < 1
     assert (cost[1:-1] == 1e6).all()
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_nothing_is_timed_where_no_device_is_free(fashion, make_job, monkeypatch):
-    monkeypatch.setattr(cluster, "DEVICE_SECONDS", 0.1)
+    monkeypatch.setattr(arrange, "DEVICE_SECONDS", 0.1)
     holder = placement_group([{"CPU": 3}])
     ray.get(holder.ready())
     try:
-        cost = cluster.measured_cost(make_job(), fashion, Devices("cpu", 3), remote=True)
+        cost = arrange.measured_cost(make_job(), fashion, Devices("cpu", 3), remote=True)
     finally:
         remove_placement_group(holder)
     assert cost is None
@@ -131,7 +132,7 @@ def test_nothing_is_timed_where_no_device_is_free(fashion, make_job, monkeypatch
 @pytest.mark.usefixtures("local_ray")
 def test_a_ladder_that_a_device_does_not_find_is_bad_input(fashion, make_job):
     with pytest.raises(UsageError, match="nowhere"):
-        cluster.measured_cost(make_job(ladder="nowhere"), fashion, Devices("cpu", 3), remote=True)
+        arrange.measured_cost(make_job(ladder="nowhere"), fashion, Devices("cpu", 3), remote=True)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -252,7 +253,7 @@ def test_what_a_node_does_not_find_is_bad_input(fashion, make_job, tmp_path, lad
         open_dataset(job, fashion, out).manifest.write(out)
     where = parse_placement("together", len(fashion.levels)).pools, [Devices("cpu", 2)], [fashion.cost("cpu")]
     with pytest.raises(UsageError, match=message):
-        list(cluster.run_ray(job, fashion, out, range(job.shards), *where))
+        list(run_ray(job, fashion, out, range(job.shards), *where))
 
 
 def test_two_runs_of_one_command_end_with_one_dataset(fashion, make_job, tmp_path):
@@ -293,7 +294,7 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_p
     actors = []
     enough = job.num
     dataset.manifest.write(out)
-    for progress in cluster.run_ray(job, fashion, out, dataset.missing, pools, [Devices("cpu", 3)] * 2, [wrong] * 2):
+    for progress in run_ray(job, fashion, out, dataset.missing, pools, [Devices("cpu", 3)] * 2, [wrong] * 2):
         actors.append(tuple(pool.actors for pool in progress.pools))
         if actors[-1] in {(2, 2), (1, 3)}:
             enough = min(enough, progress.samples + 200)

@@ -1,0 +1,154 @@
+"""What runs where: a placement with the devices and costs of its pools, given or chosen by forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.cells import CELL_DEVICES
+from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
+from mlem_dist.runtime.job import Job
+from mlem_dist.runtime.placement import Devices, Placement, evaluations, pool_loads
+from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts
+from mlem_dist.runtime.worker import time_levels
+
+LONG_SECONDS = 60
+"""Of a run, by the ladder's costs, from which on the few seconds that it takes to time the levels are worth it."""
+
+DEVICE_SECONDS = 60
+"""How long to wait for a device to time levels on, or for its memory; others may use them all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """What runs where.
+
+    Attributes:
+        pools: the levels (from 1) of each pool.
+        devices: what each is on.
+        costs: float64 (K,) for each pool, seconds per sample of each level there.
+        cell_devices: at most so many devices in a cell.
+        forecasts: of the placements that were weighed, the chosen one first; none where it was given.
+        timed: whether the levels were, for that, or it goes by the ladder's costs.
+    """
+
+    pools: tuple[range, ...]
+    devices: list[Devices]
+    costs: list[np.ndarray]
+    cell_devices: int
+    forecasts: list[Forecast]
+    timed: bool
+
+
+def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int | None, remote: bool) -> Arrangement:
+    """A placement on the connected cluster's devices; without one, that of the best forecast.
+
+    Args:
+        devices: so many, if the placement does not name them; None for all.
+        remote: whether Ray is elsewhere, rather than started by this process.
+
+    Raises:
+        UsageError: there are not the devices, or not the memory for any placement.
+    """
+    if placement and any(placement.kinds):
+        there = find_devices(placement.kinds, job.device)
+    else:
+        there = [Devices(job.device, count_devices(job.device, devices))] * (len(placement.pools) if placement else 1)
+    cost = {one: ladder.cost(one.type) for one in there}
+    timed = False
+    # With one pool for all levels there is nothing to weigh.
+    if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
+        found = {one: measured_cost(job, ladder, one, remote) for one in cost}
+        cost |= {one: measured for one, measured in found.items() if measured is not None}
+        timed = any(measured is not None for measured in found.values())
+    if placement:
+        return Arrangement(placement.pools, there, [cost[one] for one in there], CELL_DEVICES, [], timed)
+    forecasts = choose_placement(job, ladder, there[0].count, cost[there[0]])
+    best, count = forecasts[0], len(forecasts[0].layout.pools)
+    costs = [cost[there[0]]] * count
+    return Arrangement(best.layout.pools, there * count, costs, best.cell_devices, forecasts, timed)
+
+
+def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
+    """Whether the costs of a job's levels are worth being measured."""
+    load = pool_loads(evaluations(job), [range(1, len(ladder.levels) + 1)], ladder.cost(job.device))
+    return job.num * float(load[0]) / sum(one.count for one in dict.fromkeys(devices)) > LONG_SECONDS
+
+
+def measured_cost(job: Job, ladder: Ladder, devices: Devices, remote: bool) -> np.ndarray | None:
+    """float64 (K,): seconds per sample of each level in the job's blocks and precision, timed on one of the devices.
+
+    Where they are not `remote` and CPU cores, by this process, which needs no start. Levels that the plan does not call
+    have the ladder's costs. None if a device has not done it within a minute, as when others use them all.
+
+    Raises:
+        UsageError: the ladder cannot be loaded there.
+    """
+    cost = ladder.cost(devices.type)
+    numbers = [k for k, calls in enumerate(job.expected_calls(), 1) if calls or k == 1]
+    if devices.type == "cpu" and not remote:
+        cost[[k - 1 for k in numbers]] = time_levels(job, numbers)
+        return cost
+    # For this call only: the process would keep its memory of a GPU.
+    task: Any = ray.remote(max_calls=1)(time_levels)
+    here = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
+    timed = task.options(**here, label_selector=dict(devices.labels)).remote(replace(job, device=devices.type), numbers)
+    if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
+        ray.cancel(timed, force=True)
+        return None
+    try:
+        cost[[k - 1 for k in numbers]] = ray.get(timed)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except RayError:
+        return None
+    return cost
+
+
+def choose_placement(job: Job, ladder: Ladder, devices: int, cost: np.ndarray) -> list[Forecast]:
+    """Placements that the connected cluster has memory for, simulated, the one that ends first before the others.
+
+    `cost` (K,) is the seconds per sample of each level.
+
+    Raises:
+        UsageError: there is none.
+    """
+    kind = Kind(job.device, devices, cost, _memory(job.device), OVERHEADS[job.device])
+    found = [forecast(job, layout) for layout in layouts(job, ladder.weights, kind)]
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _memory(device: str) -> float:
+    """Bytes of the smallest device: of one GPU of each node, or of a node's memory per CPU core.
+
+    Raises:
+        UsageError: no GPU is free to be asked.
+    """
+    if device == "cuda":
+        kind: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_gpu_bytes)
+        nodes = [node["NodeID"] for node in live_nodes() if node["Resources"].get("GPU", 0)]
+        there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        asked = [kind.options(scheduling_strategy=one).remote() for one in there]
+        answered, late = ray.wait(asked, num_returns=len(asked), timeout=DEVICE_SECONDS)
+        for one in late:
+            ray.cancel(one, force=True)
+        if not answered:
+            raise UsageError(
+                "--placement auto: others use all GPUs, whose memory it asks for; wait for them, or name the placement"
+            )
+        return float(min(ray.get(answered)))
+    found = [node["Resources"] for node in live_nodes()]
+    return min(float(one["memory"] / one["CPU"]) for one in found if one.get("CPU", 0) >= 1)
+
+
+def _gpu_bytes() -> int:
+    return torch.cuda.get_device_properties(0).total_memory

@@ -1,0 +1,107 @@
+"""The Ray engine's driver: start the cells, hand out shards, relay their progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
+from mlem_dist.runtime.cluster import RESOURCES
+from mlem_dist.runtime.coordinator import Coordinator, writer_count
+from mlem_dist.runtime.job import Job
+from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations
+from mlem_dist.runtime.planner import OVERHEADS, seat_loads
+from mlem_dist.runtime.progress import Progress
+
+WRITTEN_PIXELS = 32 * 32
+"""Of the images by which the writing time was measured (benchmarks/runtime/writer.py)."""
+
+
+def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
+    """A bundle of one device for each of `counts` devices of each kind, kind by kind."""
+    of_bundle = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+    bundles = [{RESOURCES[kind.type]: 1.0} for kind in of_bundle]
+    selectors = [dict(kind.labels) for kind in of_bundle]
+    if not any(selectors):
+        return placement_group(bundles, strategy="PACK")
+    return placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+
+
+def run_ray(
+    job: Job,
+    ladder: Ladder,
+    out: Path,
+    shards: Sequence[int],
+    pools: Sequence[range],
+    devices: Sequence[Devices],
+    costs: Sequence[np.ndarray],
+    cell_devices: int = CELL_DEVICES,
+    coalesce: int = 1,
+) -> Iterator[Progress]:
+    """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
+
+    `pools` are the levels (from 1) of each pool, and `devices` what each is on, and `costs` (K,) the seconds per
+    sample of each level there; pools on equal devices divide them by their load. Each cell of at most `cell_devices`
+    devices, or of one of each kind, has its own actors. This process does a few calls per cell twice a second. At most
+    `coalesce` blocks are evaluated together by another pool than the first; more than one changes the rounding.
+
+    Raises:
+        PoolError: actors or coordinators die faster than they work.
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    began = time.monotonic()
+    counts = evaluations(job)
+    load = seat_loads(counts, pools, costs, [OVERHEADS[one.type] for one in devices], job.block_size)
+    names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
+    kinds = list(dict.fromkeys(devices))
+    count = min(-(-sum(kind.count for kind in kinds) // cell_devices), *(kind.count for kind in kinds))
+    sizes = [[kind.count // count + (index < kind.count % count) for kind in kinds] for index in range(count)]
+    # This process owns the devices: they are free again when it ends, however it ends.
+    groups = [_reserve(kinds, size) for size in sizes]
+    coordinator: Any = ray.remote(Coordinator)
+    of_pool = [kinds.index(one) for one in devices]
+    # A lone one beside the driver, where no lost node takes it: its successor would wait for all devices.
+    strategy: Any = "DEFAULT"
+    if count == 1:
+        strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+    def writers(size: Sequence[int]) -> int:
+        seconds = OVERHEADS["cpu"].write * math.prod(ladder.sample_shape[1:]) / WRITTEN_PIXELS
+        return writer_count(sum(size) / max(float(load.sum()), 1e-9), seconds)
+
+    def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
+        seats = allot_kinds(load, of_pool, size)
+        arguments = (job, out.absolute(), pools, names, devices, seats, group, ladder.labels, coalesce, writers(size))
+        return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
+
+    cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]
+    todo = deque(shards)
+    try:
+        # A cell whose devices others use does not hold up the end, if it has been given nothing.
+        while todo or not all(cell.finished or cell.idle for cell in cells):
+            for cell in cells:
+                todo.extendleft(reversed(cell.poll()))
+            while todo and (hungry := [cell for cell in cells if cell.wants and (cell.ready or len(cells) == 1)]):
+                min(hungry, key=lambda cell: cell.queued / cell.devices).give(todo.popleft())
+            # As long as a cell may lose its devices, another must be there to take its shards.
+            if not todo and (len(cells) == 1 or all(cell.spent for cell in cells)):
+                for cell in cells:
+                    cell.close()
+            if all(cell.progress for cell in cells):
+                yield replace(merged([cell.total() for cell in cells]), seconds=time.monotonic() - began)
+            ray.wait([cell.run for cell in cells if not cell.finished] or [cells[0].run], timeout=POLL_SECONDS)
+    finally:
+        for cell, group in zip(cells, groups, strict=True):
+            ray.kill(cell.coordinator)
+            remove_placement_group(group)
