@@ -28,7 +28,7 @@ there = arrange(job, ladder, parse_placement("together", len(ladder.levels)), No
 dataset = open_dataset(job, ladder, out)
 engine = lambda shards: run_ray(job, ladder, out, shards, there.pools, there.devices, there.costs)
 for progress in complete(dataset, ladder, engine):
-    print("at", progress.blocks, progress.devices, progress.pools[0].calls, flush=True)
+    print("at", progress.blocks, progress.devices, sum(pool.calls for pool in progress.pools), flush=True)
 """
 
 
