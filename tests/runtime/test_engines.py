@@ -202,7 +202,7 @@ def processes(kind: str) -> list[int]:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("kind", ["LevelWorker", "TrajectoryWorker"])
 def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path, kind):
-    job = make_job(num=320, steps=40, shard_size=64)
+    job = make_job(num=192, steps=40, shard_size=64)
     killed = []
 
     def kill(progress):
@@ -213,7 +213,7 @@ def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_
     found, last = make_ray(job, fashion, tmp_path / "out", 2, watch=kill)
     assert killed
     assert sum(pool.deaths for pool in last.pools) == 1
-    assert last.samples == 320
+    assert last.samples == 192
     assert found == reference_cache(job, fashion)
 
 
@@ -268,7 +268,7 @@ def test_two_runs_of_one_command_end_with_one_dataset(fashion, make_job, tmp_pat
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
     """Two cells of one device each; one of them loses its coordinator, and its actors with it."""
-    job = make_job(num=320, steps=40, shard_size=32)
+    job = make_job(num=224, steps=40, shard_size=32)
     killed = []
 
     def kill(progress):
@@ -279,7 +279,7 @@ def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache
     found, last = make_ray(job, fashion, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
     assert len(killed) == 2
     assert last.devices == 2
-    assert last.samples == 320
+    assert last.samples == 224
     assert found == reference_cache(job, fashion)
 
 

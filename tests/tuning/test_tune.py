@@ -132,7 +132,7 @@ def test_bad_input_is_refused_before_anything_is_judged(small, tmp_path, change,
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_without_cma_nothing_is_begun_that_needs_it(calibrated, tmp_path, monkeypatch, solver):
     monkeypatch.setitem(sys.modules, "cma", None)
-    with pytest.raises(UsageError, match=r"pip install 'mlem-dist\[train\]'"):
+    with pytest.raises(UsageError, match=r"install the extra `train`"):
         run("tune", str(calibrated), "--solver", solver, "--steps", "40", "--nfe", "6", "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
