@@ -227,7 +227,7 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     """SIGKILL of the driver's whole process group half-way, on Ray; then to the end with another placement."""
-    arguments = ["--num", "256", *SMALL, "--devices", "2", "--address", "local"]
+    arguments = ["--num", "192", *SMALL, "--devices", "2", "--address", "local"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = command("generate", *arguments, "--out", str(whole))
     assert done.returncode == 0, done.stderr
@@ -243,12 +243,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     kept = {path: path.stat().st_mtime_ns for path in killed.glob("data/*.parquet")}
-    assert 4 <= len(kept) < 16
+    assert 4 <= len(kept) < 12
     marked = {path.stem for path in killed.glob(".mlem/train-*.json")}
     done = command("generate", *arguments, "--out", str(killed), "--json")
     assert done.returncode == 0, done.stderr
     # Ray's processes outlive their driver for a moment and may have finished some more.
-    assert 0 < json.loads(done.stdout)["made"] <= 256 - 16 * len(marked)
+    assert 0 < json.loads(done.stdout)["made"] <= 192 - 16 * len(marked)
     assert tree(killed) == tree(whole)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.stem in marked)
     again = command("generate", *arguments, "--out", str(killed))

@@ -79,7 +79,7 @@ def plans(levels: int) -> dict[str, object]:
     [
         (3, "pools", "held"),
         (3, "pools", "extrapolated in closed form"),
-        (3, "pools", "impulse"),
+        (3, "1-2,3-6", "impulse"),
         (1, "pools", "extrapolated in closed form"),
         (2, "together", "held"),
         (2, "together", "best level alone"),
@@ -156,7 +156,7 @@ def test_coalesced_blocks_are_equal_to_rounding(fashion, make_job, reference_cac
 @pytest.mark.usefixtures("local_ray")
 def test_ray_writes_the_bytes_of_the_reference_in_bfloat16(fashion, make_job, reference_cache, tmp_path):
     job = make_job(precision="bfloat16")
-    found, _ = make_ray(job, fashion, tmp_path / "out", 3, "pools")
+    found, _ = make_ray(job, fashion, tmp_path / "out", 2, "1-2,3-6")
     low = reference_cache(job, fashion)
     assert found == low
     full = reference_cache(make_job(), fashion)
@@ -174,7 +174,7 @@ def decoded(parquet: bytes) -> np.ndarray:
 @pytest.mark.usefixtures("local_ray")
 def test_ray_keeps_the_memory_of_a_two_step_solver(fashion, make_job, tmp_path):
     job = make_job(plans(len(fashion.levels))["held"], solver="dpm++")
-    found, _ = make_ray(job, fashion, tmp_path / "out", 2, "pools")
+    found, _ = make_ray(job, fashion, tmp_path / "out", 2, "1-2,3-6")
     assert found == make_inline(job, fashion, tmp_path / "reference")
     other = make_job(plans(len(fashion.levels))["held"], solver="ddim")
     assert found != make_inline(other, fashion, tmp_path / "other")
@@ -202,7 +202,7 @@ def processes(kind: str) -> list[int]:
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("kind", ["LevelWorker", "TrajectoryWorker"])
 def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path, kind):
-    job = make_job(num=192, steps=40, shard_size=64)
+    job = make_job(num=96, steps=40, shard_size=32)
     killed = []
 
     def kill(progress):
@@ -213,7 +213,7 @@ def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_
     found, last = make_ray(job, fashion, tmp_path / "out", 2, watch=kill)
     assert killed
     assert sum(pool.deaths for pool in last.pools) == 1
-    assert last.samples == 192
+    assert last.samples == 96
     assert found == reference_cache(job, fashion)
 
 
@@ -268,7 +268,7 @@ def test_two_runs_of_one_command_end_with_one_dataset(fashion, make_job, tmp_pat
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
     """Two cells of one device each; one of them loses its coordinator, and its actors with it."""
-    job = make_job(num=224, steps=40, shard_size=32)
+    job = make_job(num=160, steps=40, shard_size=32)
     killed = []
 
     def kill(progress):
@@ -279,7 +279,7 @@ def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache
     found, last = make_ray(job, fashion, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
     assert len(killed) == 2
     assert last.devices == 2
-    assert last.samples == 224
+    assert last.samples == 160
     assert found == reference_cache(job, fashion)
 
 

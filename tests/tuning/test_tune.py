@@ -96,7 +96,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     plans = [tuned_plan(fashion, "ddim", 250, nfe) for nfe in budgets]
     assert budgets == [2, 3, 5, 10, 20, 40]
     assert all(plan.nfe(fashion.cost("cpu")) <= nfe for plan, nfe in zip(plans, budgets, strict=True))
-    errors = Judge(fashion, "ddim", "cpu", 250, 2 * BLOCK, JUDGING_SEED, threads=2).errors(plans).mean(1)
+    errors = Judge(fashion, "ddim", "cpu", 250, BLOCK, JUDGING_SEED, threads=2).errors(plans).mean(1)
     assert (errors[1:] < errors[:-1]).all()
     assert errors[0] < 0.01
 
