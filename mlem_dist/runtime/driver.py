@@ -51,7 +51,7 @@ def run_ray(
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
 
-    `pools` are the levels (from 1) of each pool, and `devices` what each is on, and `costs` (K,) the seconds per
+    `pools` are the levels (from 1) of each pool, `devices` what each is on, and `costs` (K,) the seconds per
     sample of each level there; pools on equal devices divide them by their load. Each cell of at most `cell_devices`
     devices, or of one of each kind, has its own actors. This process does a few calls per cell twice a second. At most
     `coalesce` blocks are evaluated together by another pool than the first; more than one changes the rounding.
