@@ -15,6 +15,7 @@ import click
 
 from mlem_dist import __version__
 from mlem_dist.errors import UsageError
+from mlem_dist.extras import require
 
 DEFAULT_NFE = 10.0
 _stop_code = 130
@@ -225,10 +226,9 @@ def generate(
         arranged = arrange(job, ladder, parsed, devices, remote)
         if arranged.forecasts:
             click.echo(placement_reason(arranged.forecasts, arranged.timed), err=True)
-        where = arranged.pools, arranged.devices, arranged.costs, arranged.cell_devices
 
         def run(shards: Any) -> Any:
-            return run_ray(job, ladder, out, shards, *where, coalesce)
+            return run_ray(job, ladder, out, shards, arranged, coalesce)
     else:
         from mlem_dist.runtime.inline import run_inline
 
@@ -374,7 +374,7 @@ DATA_HELP = "Folder of images: IDX files, Parquet or pictures; see the docs."
 def train(data: Path, config_file: Path, out: Path, device: str, address: str | None) -> None:
     """Train a ladder, its levels side by side. The same command again continues after a kill."""
     from mlem_dist.ladder.ladder import Ladder
-    from mlem_dist.report.figures import require_matplotlib, save_loss_curves
+    from mlem_dist.report.figures import save_loss_curves
     from mlem_dist.report.progress import training_bar
     from mlem_dist.report.tables import ladder_table
     from mlem_dist.runtime import cluster
@@ -383,7 +383,7 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
     from mlem_dist.training.resume import WORK, check_training
     from mlem_dist.training.tasks import train_on_ray
 
-    require_matplotlib()
+    require("matplotlib", "figures")
     config = read_config(config_file)
     remote = cluster.is_remote(address)
     device = _local_device(device, remote)
@@ -417,14 +417,14 @@ def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bo
     Writes calibration.json, beside other devices' entries, and two figures.
     """
     from mlem_dist.ladder.ladder import Ladder
-    from mlem_dist.report.figures import require_matplotlib, save_figures
+    from mlem_dist.report.figures import save_figures
     from mlem_dist.report.progress import parts_bar
     from mlem_dist.report.tables import calibration_table
     from mlem_dist.training.data import load_images
     from mlem_dist.tuning.calibrate import calibrate as measure
     from mlem_dist.tuning.calibrate import device_key, store, stored
 
-    require_matplotlib()
+    require("matplotlib", "figures")
     ladder = Ladder.load(name)
     device = _local_device(device, False)
     folder = ladder.folder if out is None else out
@@ -467,13 +467,13 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     `generate --nfe NFE` uses the plans.
     """
     from mlem_dist.ladder.ladder import Ladder
-    from mlem_dist.report.figures import require_matplotlib, save_frontier
+    from mlem_dist.report.figures import save_frontier
     from mlem_dist.report.progress import parts_bar
     from mlem_dist.report.tables import frontier_table
     from mlem_dist.tuning.tune import open_frontier, plan_path
     from mlem_dist.tuning.tune import tune as search
 
-    require_matplotlib()
+    require("matplotlib", "figures")
     ladder = Ladder.load(name)
     device = _local_device(device, False)
     frontier = open_frontier(ladder, solver, steps, device, out)
@@ -518,14 +518,14 @@ def plan(
 ) -> None:
     """Simulate a cluster that makes NUM images with LADDER: rate, hours, bottleneck, best placement."""
     from mlem_dist.ladder.ladder import Ladder
-    from mlem_dist.report.figures import require_matplotlib, save_timeline
+    from mlem_dist.report.figures import save_timeline
     from mlem_dist.report.tables import capacity_table
     from mlem_dist.runtime.job import Job
     from mlem_dist.runtime.planner import capacity_report, marginal, plan_capacity, read_kinds
 
     ladder = Ladder.load(ladder_name)
     if out is not None:
-        require_matplotlib()
+        require("matplotlib", "figures")
     kinds = read_kinds(ladder, pool_devices, costs)
     first = kinds[0]
     there = ladder.with_cost(first.name, first.cost)

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from mlem_dist.cli import main
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.data import load_images
 
@@ -22,6 +24,21 @@ SMALL = ["--device", "cpu", "--steps", "20", "--nfe", "4", "--block-size", "8", 
 
 def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def refuses(monkeypatch, capfd) -> Callable[..., None]:
+    """A function that gives a command to this process and expects one sentence; a process of its own takes seconds."""
+
+    def check(*arguments: str, message: str) -> None:
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        signal.signal(signal.SIGTERM, handler)
+        assert_refused(subprocess.CompletedProcess(arguments, ended.value.code, *capfd.readouterr()), message)
+
+    return check
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -53,7 +70,8 @@ def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_p
         name: data for name, data in before.items() if name != "training/loss.png"
     }
     out = tmp_path / "out"
-    made = command("generate", "--ladder", str(ladder), "--num", "20", *SMALL, "--out", str(out))
+    arguments = ("--num", "20", *SMALL, "--engine", "inline", "--out", str(out))
+    made = command("generate", "--ladder", str(ladder), *arguments)
     assert made.returncode == 0, made.stderr
     assert load_images(out, (3, 32, 32), None).labels == ("cats", "dogs")
 
@@ -143,19 +161,22 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_in_one_sentence(tmp_path, name):
+def test_bad_input_is_refused_in_one_sentence(tmp_path, name, refuses):
     arguments, message = BAD[name]
     out = tmp_path / "out"
     given = arguments if "--num" in arguments else ["--num", "16", *arguments]
-    done = command("generate", "--out", str(out), *given)
-    assert_refused(done, message)
+    refuses("generate", "--out", str(out), *given, message=message)
     assert not out.exists()
 
 
+def test_a_process_that_refuses_says_only_why(tmp_path):
+    assert_refused(command("generate", "--num", "0", "--out", str(tmp_path / "out")), "0")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_refused(tmp_path):
-    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--device", "cuda")
-    assert_refused(done, "torch finds no CUDA device")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, refuses):
+    arguments = ("--num", "8", "--out", str(tmp_path / "out"), "--device", "cuda")
+    refuses("generate", *arguments, message="torch finds no CUDA device")
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
@@ -166,9 +187,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], message: str) -> None
     assert message in done.stderr
 
 
-def test_a_plan_for_other_steps_is_refused(tmp_path, other_plan):
-    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--steps", "20", "--plan", str(other_plan))
-    assert_refused(done, "another steps: 30, not 20")
+def test_a_plan_for_other_steps_is_refused(tmp_path, other_plan, refuses):
+    arguments = ("--num", "8", "--out", str(tmp_path / "out"), "--steps", "20", "--plan", str(other_plan))
+    refuses("generate", *arguments, message="another steps: 30, not 20")
 
 
 @pytest.mark.parametrize(
@@ -182,23 +203,22 @@ def test_a_plan_for_other_steps_is_refused(tmp_path, other_plan):
         (other_labels, "does not fit"),
     ],
 )
-def test_a_broken_ladder_is_refused(tmp_path, fashion, spoil, message):
+def test_a_broken_ladder_is_refused(tmp_path, fashion, spoil, message, refuses):
     folder = tmp_path / "ladder"
     shutil.copytree(fashion.folder, folder)
     spoil(folder)
-    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--ladder", str(folder))
-    assert_refused(done, message)
+    refuses("generate", "--num", "8", "--out", str(tmp_path / "out"), "--ladder", str(folder), message=message)
 
 
-def test_a_plan_for_another_ladder_is_refused(tmp_path, fashion, other_plan):
+def test_a_plan_for_another_ladder_is_refused(tmp_path, other_plan, refuses):
     raw = json.loads(other_plan.read_text()) | {"ladder": "0" * 64}
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(raw))
-    done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--steps", "30", "--plan", str(plan))
-    assert_refused(done, "another ladder")
+    arguments = ("--num", "8", "--out", str(tmp_path / "out"), "--steps", "30", "--plan", str(plan))
+    refuses("generate", *arguments, message="another ladder")
 
 
-def test_an_out_path_that_cannot_be_used_is_refused(tmp_path):
+def test_an_out_path_that_cannot_be_used_is_refused(tmp_path, refuses):
     file = tmp_path / "file"
     file.write_text("mine")
     folder = tmp_path / "folder"
@@ -206,7 +226,7 @@ def test_an_out_path_that_cannot_be_used_is_refused(tmp_path):
     (folder / "mine.txt").write_text("mine")
     for path, message in ((file, "is a file"), (file / "below", "not a writable folder"), (folder, "something else")):
         before = tree(tmp_path)
-        assert_refused(command("generate", "--num", "8", "--out", str(path)), message)
+        refuses("generate", "--num", "8", "--out", str(path), message=message)
         assert tree(tmp_path) == before
 
 
@@ -227,11 +247,11 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     """SIGKILL of the driver's whole process group half-way, on Ray; then to the end with another placement."""
-    arguments = ["--num", "192", *SMALL, "--devices", "2", "--address", "local"]
+    arguments = ["--num", "192", *SMALL, "--devices", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = command("generate", *arguments, "--out", str(whole))
+    done = command("generate", *arguments, "--engine", "inline", "--out", str(whole))
     assert done.returncode == 0, done.stderr
-    assert "Placement 1-" in done.stderr
+    arguments += ["--address", "local"]
     run = subprocess.Popen(
         [SCRIPT, "generate", *arguments, "--placement", "pools", "--out", str(killed)],
         start_new_session=True,
@@ -247,6 +267,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     marked = {path.stem for path in killed.glob(".mlem/train-*.json")}
     done = command("generate", *arguments, "--out", str(killed), "--json")
     assert done.returncode == 0, done.stderr
+    assert "Placement 1-" in done.stderr
     # Ray's processes outlive their driver for a moment and may have finished some more.
     assert 0 < json.loads(done.stdout)["made"] <= 192 - 16 * len(marked)
     assert tree(killed) == tree(whole)

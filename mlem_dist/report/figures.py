@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlem_dist.errors import UsageError
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.planner import Capacity
@@ -24,16 +22,6 @@ if TYPE_CHECKING:
 
 BINS = 25
 """Steps are shown in so many groups: one step's effect is measured with a few dozen samples."""
-
-
-def require_matplotlib() -> None:
-    """Refuse to begin work whose figures could not be drawn.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib, which is not installed: install the extra `train`")
 
 
 def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, Placement, evaluations, pool_loads
 from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts
+from mlem_dist.runtime.pool import cause
 from mlem_dist.runtime.worker import time_levels
 
 LONG_SECONDS = 60
@@ -41,12 +42,12 @@ class Arrangement:
         timed: whether the levels were, for that, or it goes by the ladder's costs.
     """
 
-    pools: tuple[range, ...]
-    devices: list[Devices]
-    costs: list[np.ndarray]
-    cell_devices: int
-    forecasts: list[Forecast]
-    timed: bool
+    pools: Sequence[range]
+    devices: Sequence[Devices]
+    costs: Sequence[np.ndarray]
+    cell_devices: int = CELL_DEVICES
+    forecasts: list[Forecast] = field(default_factory=list)
+    timed: bool = False
 
 
 def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int | None, remote: bool) -> Arrangement:
@@ -71,7 +72,7 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         cost |= {one: measured for one, measured in found.items() if measured is not None}
         timed = any(measured is not None for measured in found.values())
     if placement:
-        return Arrangement(placement.pools, there, [cost[one] for one in there], CELL_DEVICES, [], timed)
+        return Arrangement(placement.pools, there, [cost[one] for one in there], timed=timed)
     forecasts = choose_placement(job, ladder, there[0].count, cost[there[0]])
     best, count = forecasts[0], len(forecasts[0].layout.pools)
     costs = [cost[there[0]]] * count
@@ -108,7 +109,7 @@ def measured_cost(job: Job, ladder: Ladder, devices: Devices, remote: bool) -> n
     try:
         cost[[k - 1 for k in numbers]] = ray.get(timed)
     except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+        raise cause(error) from None
     except RayError:
         return None
     return cost

@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from mlem_dist.dataset.shards import is_whole, marked_shards, shard_path
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.pool import DEATHS, PoolError
+from mlem_dist.runtime.pool import DEATHS, PoolError, cause
 from mlem_dist.runtime.progress import PoolProgress, Progress
 
 CELL_DEVICES = 64
@@ -106,7 +106,7 @@ class Cell:
                 self._in_a_row = 0
             self.finished = ended
         except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+            raise cause(error) from None
         except DEATHS as error:
             return self._replace(error)
         return []

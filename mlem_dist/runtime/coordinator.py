@@ -20,7 +20,7 @@ from mlem_dist.runtime.balance import Load, Move, choose_move
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, Seat
-from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError
+from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
 from mlem_dist.runtime.progress import Progress
 from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
 from mlem_dist.runtime.writer import Writer
@@ -46,7 +46,7 @@ def writer_count(images_per_second: float, seconds: float) -> int:
 
 def lost(error: Exception) -> bool:
     """Whether a value that a call needs or gives is lost, as when its node died."""
-    return isinstance(error.cause if isinstance(error, RayTaskError) else error, ObjectLostError)
+    return isinstance(cause(error), ObjectLostError)
 
 
 class Coordinator:

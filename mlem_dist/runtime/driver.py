@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.cells import CELL_DEVICES, POLL_SECONDS, Cell, merged
+from mlem_dist.runtime.arrange import Arrangement
+from mlem_dist.runtime.cells import POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.cluster import RESOURCES
 from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
@@ -43,29 +43,26 @@ def run_ray(
     ladder: Ladder,
     out: Path,
     shards: Sequence[int],
-    pools: Sequence[range],
-    devices: Sequence[Devices],
-    costs: Sequence[np.ndarray],
-    cell_devices: int = CELL_DEVICES,
+    where: Arrangement,
     coalesce: int = 1,
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
 
-    `pools` are the levels (from 1) of each pool, `devices` what each is on, and `costs` (K,) the seconds per
-    sample of each level there; pools on equal devices divide them by their load. Each cell of at most `cell_devices`
-    devices, or of one of each kind, has its own actors. This process does a few calls per cell twice a second. At most
-    `coalesce` blocks are evaluated together by another pool than the first; more than one changes the rounding.
+    Pools on equal devices divide them by their load. Each cell, of at least one device of each kind, has its own
+    actors. This process does a few calls per cell twice a second. At most `coalesce` blocks are evaluated together by
+    another pool than the first; more than one changes the rounding.
 
     Raises:
         PoolError: actors or coordinators die faster than they work.
         NonFiniteError: a block ended with NaN or infinite values.
     """
     began = time.monotonic()
+    pools, devices = where.pools, where.devices
     counts = evaluations(job)
-    load = seat_loads(counts, pools, costs, [OVERHEADS[one.type] for one in devices], job.block_size)
+    load = seat_loads(counts, pools, where.costs, [OVERHEADS[one.type] for one in devices], job.block_size)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
     kinds = list(dict.fromkeys(devices))
-    count = min(-(-sum(kind.count for kind in kinds) // cell_devices), *(kind.count for kind in kinds))
+    count = min(-(-sum(kind.count for kind in kinds) // where.cell_devices), *(kind.count for kind in kinds))
     sizes = [[kind.count // count + (index < kind.count % count) for kind in kinds] for index in range(count)]
     # This process owns the devices: they are free again when it ends, however it ends.
     groups = [_reserve(kinds, size) for size in sizes]

@@ -35,6 +35,11 @@ BREAKER = 4
 logger = logging.getLogger(__name__)
 
 
+def cause(error: Exception) -> Exception:
+    """What a task or a call of an actor has raised, without what Ray puts around it."""
+    return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
+
+
 class PoolError(RuntimeError):
     """A pool's actors die faster than they work."""
 
@@ -216,8 +221,8 @@ class Pool:
                     self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
             except Exception as error:
                 # Not a death but a defect: nobody awaits a restart, so the pool must say it.
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                self._break(cause if isinstance(cause, UsageError) else self._error(f"an actor cannot start: {cause}"))
+                why = cause(error)
+                self._break(why if isinstance(why, UsageError) else self._error(f"an actor cannot start: {why}"))
             else:
                 member.actor, member.worked = actor, False
                 self._hand_out()

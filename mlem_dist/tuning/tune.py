@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.extras import require
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, read_plan, single_level
@@ -160,7 +160,7 @@ def searched(
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
-        _require_cma()
+        require("cma", "searches for plans")
         fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)
@@ -168,14 +168,9 @@ def searched(
     cost = ladder.cost(device)
     search = {MEMORISED: lambda nfe: best_draw(choosing, recipes[nfe], cost, told(nfe, "draws"))}
     if calibrated(ladder):
-        _require_cma()
+        require("cma", "searches for plans")
         search[OPTIMISED] = Optimiser(choosing, threads, progress).plan
     return search
-
-
-def _require_cma() -> None:
-    if importlib.util.find_spec("cma") is None:
-        raise UsageError("the search for plans needs cma, which is not installed: install the extra `train`")
 
 
 def best_draw(

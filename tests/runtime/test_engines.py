@@ -31,7 +31,7 @@ def make_inline(job, ladder, out, devices=1):
     return files(out)
 
 
-def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None, **options):
+def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None, coalesce=1, **cells):
     parsed = parse_placement(placement, len(ladder.levels))
     if any(parsed.kinds):
         there = cluster.find_devices(parsed.kinds, "cpu")
@@ -41,8 +41,8 @@ def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress
     dataset = open_dataset(job, ladder, out)
 
     def engine(shards):
-        costs = [ladder.cost(one.type) for one in there]
-        return run_ray(job, ladder, out, shards, parsed.pools, there, costs, **options)
+        where = arrange.Arrangement(parsed.pools, there, [ladder.cost(one.type) for one in there], **cells)
+        return run_ray(job, ladder, out, shards, where, coalesce)
 
     for last in complete(dataset, ladder, engine):
         watch(last)
@@ -78,7 +78,6 @@ def plans(levels: int) -> dict[str, object]:
     ("devices", "placement", "plan"),
     [
         (3, "pools", "held"),
-        (3, "pools", "extrapolated in closed form"),
         (3, "1-2,3-6", "impulse"),
         (1, "pools", "extrapolated in closed form"),
         (2, "together", "held"),
@@ -210,7 +209,7 @@ def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_
             killed.append(processes(kind)[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    found, last = make_ray(job, fashion, tmp_path / "out", 2, watch=kill)
+    found, last = make_ray(job, fashion, tmp_path / "out", 2, "1-3,4-6", watch=kill)
     assert killed
     assert sum(pool.deaths for pool in last.pools) == 1
     assert last.samples == 96
@@ -251,9 +250,10 @@ def test_what_a_node_does_not_find_is_bad_input(fashion, make_job, tmp_path, lad
     job, out = make_job(ladder=ladder), tmp_path / "out"
     if begun:
         open_dataset(job, fashion, out).manifest.write(out)
-    where = parse_placement("together", len(fashion.levels)).pools, [Devices("cpu", 2)], [fashion.cost("cpu")]
+    pools = parse_placement("together", len(fashion.levels)).pools
+    where = arrange.Arrangement(pools, [Devices("cpu", 2)], [fashion.cost("cpu")])
     with pytest.raises(UsageError, match=message):
-        list(run_ray(job, fashion, out, range(job.shards), *where))
+        list(run_ray(job, fashion, out, range(job.shards), where))
 
 
 def test_two_runs_of_one_command_end_with_one_dataset(fashion, make_job, tmp_path):
@@ -294,7 +294,8 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_p
     actors = []
     enough = job.num
     dataset.manifest.write(out)
-    for progress in run_ray(job, fashion, out, dataset.missing, pools, [Devices("cpu", 3)] * 2, [wrong] * 2):
+    where = arrange.Arrangement(pools, [Devices("cpu", 3)] * 2, [wrong] * 2)
+    for progress in run_ray(job, fashion, out, dataset.missing, where):
         actors.append(tuple(pool.actors for pool in progress.pools))
         if actors[-1] in {(2, 2), (1, 3)}:
             enough = min(enough, progress.samples + 200)

@@ -26,7 +26,7 @@ cluster.connect(address)
 ladder = Ladder.load(job.ladder)
 there = arrange(job, ladder, parse_placement("together", len(ladder.levels)), None, True)
 dataset = open_dataset(job, ladder, out)
-engine = lambda shards: run_ray(job, ladder, out, shards, there.pools, there.devices, there.costs)
+engine = lambda shards: run_ray(job, ladder, out, shards, there)
 for progress in complete(dataset, ladder, engine):
     print("at", progress.blocks, progress.devices, sum(pool.calls for pool in progress.pools), flush=True)
 """
