@@ -86,22 +86,6 @@ class Judge:
         return coarse_noise(fine, self.fine, len(self.fine) // steps)
 
     @cached_property
-    def path(self) -> Tensor:
-        """float32 (N + 1, samples, C, H, W): the best level's states before each step and, last, after all of them."""
-        return torch.cat(self._each_block(self._block_path), dim=1)
-
-    def _block_path(self, block: int) -> Tensor:
-        best, states = len(self.levels), []
-
-        def seen(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-            states.append(x)
-            return self.levels[best](x, t, label)
-
-        plan = single_level(best, best, len(self.fine))
-        end = integrate({best: seen}, self.fine, plan, self.noise(block, len(self.fine)), self.label(block))
-        return torch.stack([*states, end])
-
-    @cached_property
     def reference(self) -> Tensor:
         """float32 (samples, C, H, W): the best level at every step."""
         name = f"{self.ladder.digest[:12]}-{self.solver}-{len(self.fine)}-{self.seed}-{self.samples}.safetensors"
@@ -165,11 +149,8 @@ class Judge:
         return (clock() - start) / BLOCK
 
     def _ends(self, end: Callable[[int], Tensor]) -> Tensor:
-        return torch.cat(self._each_block(end))
-
-    def _each_block(self, run: Callable[[int], Tensor]) -> list[Tensor]:
         with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(run, range(self.samples // BLOCK)))
+            return torch.cat(list(pool.map(end, range(self.samples // BLOCK))))
 
     def end(self, plan: Plan, block: int) -> Tensor:
         """Where a plan brings a block, float32 (32, C, H, W), on the Brownian path of all plans."""

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from mlem_dist.solver.plan import Plan
 from mlem_dist.tuning.fit import LARGEST, Block, Fit, Fitter, ridge
 
-PASSES, ENOUGH = 4, 0.02
+PASSES, ENOUGH = 3, 0.02
 """At most so many steps, each from derivatives on all samples; a step that gains less is the last."""
 
 DAMPING = 0.1

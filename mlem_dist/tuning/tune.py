@@ -160,7 +160,6 @@ def searched(
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
-        require("cma", "searches for plans")
         fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)

@@ -34,7 +34,7 @@ def test_derivatives_are_those_of_the_plans_end(three):
             for one in np.eye(len(factors))
         ]
     ).numpy()
-    off = (end(factors) - fitter.judge.path[-1]).flatten().numpy()
+    off = (end(factors) - fitter.path[-1]).flatten().numpy()
     found = [derivatives(fitter, fit, factors, seed, 0) for seed in range(40)]
     assert found[0][0] == pytest.approx(np.square(off).mean(), rel=1e-3)
     gradient, squares = jacobian @ off / off.size, jacobian @ jacobian.T / off.size
