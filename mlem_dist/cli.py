@@ -16,6 +16,7 @@ import click
 from mlem_dist import __version__
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
+from mlem_dist.files import check_writable
 
 DEFAULT_NFE = 10.0
 _stop_code = 130
@@ -217,6 +218,9 @@ def generate(
         click.echo(note, err=True)
     if len(dataset.missing) < job.shards:
         click.echo(f"{out}: {job.shards - len(dataset.missing)} of {job.shards} shards are there; going on.", err=True)
+        for name, was in dataset.manifest.versions.items():
+            if (now := job.versions.get(name)) != was:
+                click.echo(f"It was begun with {name} {was}; with {now} the rest may be rounded otherwise.", err=True)
     if engine == "ray":
         if not remote:
             cluster.connect(address)
@@ -297,10 +301,12 @@ def draw(out: Path, device: str, **plan_options: Any) -> None:
     ladder = Ladder.load(plan_options["ladder_name"])
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name")
+    check_writable(out.parent)
     device, seed = _local_device(device, False), plan_options.pop("seed")
     choices = plan_options | {"nfe": DEFAULT_NFE if plan_options["nfe"] is None else plan_options["nfe"]}
     del choices["ladder_name"]
     plan = make_recipe(ladder, device, **choices).plan(block_rng(seed, 0))
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(plan_to_dict(plan, ladder.digest, plan_options["solver"])) + "\n")
     calls = dict(zip((level.name for level in ladder.levels), plan.calls.sum(1).tolist(), strict=True))
     click.echo(f"Wrote {out}: {plan.nfe(ladder.cost(device)):.2f} evaluations of the best level; calls {calls}")
@@ -330,6 +336,7 @@ def verify(out: Path) -> None:
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
+        click.echo("Delete these files, and the command that made the dataset makes them again.", err=True)
         sys.exit(1)
     click.echo(f"{out}: all {len(manifest.shards)} shards are as they were written.")
 
@@ -526,6 +533,7 @@ def plan(
     ladder = Ladder.load(ladder_name)
     if out is not None:
         require("matplotlib", "figures")
+        check_writable(out.parent)
     kinds = read_kinds(ladder, pool_devices, costs)
     first = kinds[0]
     there = ladder.with_cost(first.name, first.cost)
@@ -607,7 +615,10 @@ def _plan(
     note = ""
     if (probabilities, draw, increments) == (None, None, None):
         if tuned := tuned_plan(ladder, solver, steps, nfe):
-            return tuned, f"Using the plan tuned for this budget, of {ladder.source}."
+            note = f"Using the plan tuned for this budget, of {ladder.source}."
+            if (spent := tuned.nfe(ladder.cost(device))) > 1.1 * nfe:
+                note += f" By the costs on this device it takes {spent:.3g} evaluations: tune one here."
+            return tuned, note
         if budgets := tuned_budgets(ladder.folder, solver):
             note = (
                 f"No plan is tuned for --nfe {nfe:g} --steps {steps}. {ladder.source} has plans for --nfe "
@@ -642,6 +653,10 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("Stopped. Finished shards are kept; the same command goes on from there.", err=True)
         sys.exit(_stop_code)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:
+        from ray.exceptions import RayError
+
+        if not isinstance(error, RuntimeError | OSError | ArithmeticError | RayError):
+            raise
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

@@ -242,7 +242,7 @@ class Ladder:
             _check_digest(self.folder, name, digest)
         try:
             module = self._load_gaussian(level) if level.kind == "gaussian" else self._load_unet(level, precision)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
         return module.eval().requires_grad_(False).to(device)
 
@@ -256,13 +256,18 @@ class Ladder:
     def _load_unet(self, level: Level, precision: str) -> nn.Module:
         from diffusers import UNet2DModel
 
-        model = UNet2DModel.from_pretrained(
+        model, info = UNet2DModel.from_pretrained(
             self.folder / level.path,
             torch_dtype=PRECISIONS[precision],
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
+        # Diffusers only warns, and leaves at random what it has not found.
+        for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
+            if names:
+                raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
         gaussian = self._load_gaussian(self.levels[0]) if level.prediction == "residual" else None
         return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian, PRECISIONS[precision])
 

@@ -1,7 +1,7 @@
 """Levels: approximators of one drift, each a torch module that predicts the noise of a sample."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,14 @@ PREDICTIONS = ("epsilon", "v_prediction", "residual")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a UNet's weights and activations can be, by name."""
+
+
+FIT_ROWS = 4096
+"""Samples that a covariance is summed up from at a time."""
+
+
+def _rows(x0: Tensor, index: Tensor, in_range: Callable[[Tensor], Tensor]) -> Tensor:
+    return in_range(x0[index]).flatten(1).double()
 
 
 class GaussianLevel(nn.Module):
@@ -42,24 +50,36 @@ class GaussianLevel(nn.Module):
         self.register_buffer("residual", torch.zeros(classes))
         self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
 
-    def fit(self, x0: Tensor, label: Tensor) -> None:
-        """Take mean and covariance per class from x0 (n, C, H, W) in the ladder's value range and label (n,)."""
+    def fit(self, x0: Tensor, label: Tensor, in_range: Callable[[Tensor], Tensor] = Tensor.double) -> None:
+        """Take mean and covariance per class from x0 (n, C, H, W) and label (n,).
+
+        `in_range` takes some of x0 to the ladder's value range; there may not be memory for all of it at once.
+        """
         d, rank = self.basis.shape[1:]
         for c in range(self.mean.shape[0]):
-            rows = x0[label == c].flatten(1).double()
-            self.mean[c] = rows.mean(0)
-            centred = (rows - rows.mean(0)) / math.sqrt(len(rows) - 1)
-            if len(rows) > d:
-                value, vector = torch.linalg.eigh(centred.T @ centred)
+            members = (label == c).nonzero(as_tuple=True)[0]
+            parts = members.split(FIT_ROWS)
+            mean = sum((_rows(x0, part, in_range).sum(0) for part in parts), torch.zeros(d).double()) / len(members)
+            self.mean[c] = mean
+            if len(members) > d:
+                covariance = torch.zeros(d, d).double()
+                for part in parts:
+                    centred = _rows(x0, part, in_range) - mean
+                    covariance += centred.T @ centred
+                covariance /= len(members) - 1
+                total = covariance.trace()
+                value, vector = torch.linalg.eigh(covariance)
             else:
                 # The same eigenvalues from a smaller matrix; all others are 0, and their directions do not matter.
+                centred = (_rows(x0, members, in_range) - mean) / math.sqrt(len(members) - 1)
+                total = centred.square().sum()
                 value, left = torch.linalg.eigh(centred @ centred.T)
                 value, left = value[1:], left[:, 1:]
                 vector = centred.T @ left / value.clamp(min=1e-12).sqrt()
             top = min(rank, len(value))
             self.variance[c, rank - top :] = value[-top:].clamp(min=0)
             self.basis[c, :, rank - top :] = vector[:, -top:]
-            self.residual[c] = (centred.square().sum() - value[-top:].sum()).clamp(min=0) / (d - rank)
+            self.residual[c] = (total - value[-top:].sum()).clamp(min=0) / (d - rank)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""

@@ -15,7 +15,7 @@ def keep_memory() -> None:
     level's time. Call it before threads start, which would get heaps of their own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+    # An older glibc refuses more than 32 MiB; without any threshold the rest would make it worse.
+    if mallopt and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_ARENA_MAX, 1)

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.cells import CELL_DEVICES
 from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, Placement, evaluations, pool_loads
-from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, forecast, layouts
+from mlem_dist.runtime.placement import CELL_DEVICES, Devices, Placement, evaluations, levels_of, pool_loads
+from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, Layout, forecast, layouts
 from mlem_dist.runtime.pool import cause
 from mlem_dist.runtime.worker import time_levels
 
-LONG_SECONDS = 60
-"""Of a run, by the ladder's costs, from which on the few seconds that it takes to time the levels are worth it."""
+LONG_SECONDS, TIMING_SHARE = 60, 0.05
+"""Of a run, by the ladder's costs, from which on it is worth timing the levels, where that takes no larger share."""
 
 DEVICE_SECONDS = 60
 """How long to wait for a device to time levels on, or for its memory; others may use them all."""
@@ -68,11 +67,19 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
     timed = False
     # With one pool for all levels there is nothing to weigh.
     if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
-        found = {one: measured_cost(job, ladder, one, remote) for one in cost}
+        pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
+        found = {}
+        for one in cost:
+            on = [pool for pool, devices in zip(pools, there, strict=True) if devices == one]
+            numbers = sorted({k for pool in on for k in levels_of(evaluations(job), pool)})
+            found[one] = measured_cost(job, ladder, one, numbers, remote)
         cost |= {one: measured for one, measured in found.items() if measured is not None}
         timed = any(measured is not None for measured in found.values())
     if placement:
-        return Arrangement(placement.pools, there, [cost[one] for one in there], timed=timed)
+        kinds = {one: Kind(f"{i}", one.count, cost[one], np.inf, OVERHEADS[one.type]) for i, one in enumerate(cost)}
+        # Of the memory nothing is known, and the user has chosen: only how many devices a coordinator can serve.
+        of_cell = forecast(job, Layout(placement.pools, tuple(kinds[one] for one in there))).cell_devices
+        return Arrangement(placement.pools, there, [cost[one] for one in there], of_cell, timed=timed)
     forecasts = choose_placement(job, ladder, there[0].count, cost[there[0]])
     best, count = forecasts[0], len(forecasts[0].layout.pools)
     costs = [cost[there[0]]] * count
@@ -81,24 +88,29 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
     """Whether the costs of a job's levels are worth being measured."""
-    load = pool_loads(evaluations(job), [range(1, len(ladder.levels) + 1)], ladder.cost(job.device))
-    return job.num * float(load[0]) / sum(one.count for one in dict.fromkeys(devices)) > LONG_SECONDS
+    every, cost = range(1, len(ladder.levels) + 1), ladder.cost(job.device)
+    counts = evaluations(job)
+    load = float(pool_loads(counts, [every], cost)[0])
+    run = job.num * load / sum(one.count for one in dict.fromkeys(devices))
+    timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every))
+    return run > LONG_SECONDS and timing < TIMING_SHARE * run
 
 
-def measured_cost(job: Job, ladder: Ladder, devices: Devices, remote: bool) -> np.ndarray | None:
+def measured_cost(
+    job: Job, ladder: Ladder, devices: Devices, numbers: Sequence[int], remote: bool
+) -> np.ndarray | None:
     """float64 (K,): seconds per sample of each level in the job's blocks and precision, timed on one of the devices.
 
-    Where they are not `remote` and CPU cores, by this process, which needs no start. Levels that the plan does not call
-    have the ladder's costs. None if a device has not done it within a minute, as when others use them all.
+    Where they are not `remote` and CPU cores, by this process, which needs no start. Levels other than `numbers`, and
+    those that there is no memory for, have the ladder's costs. None if a device has not done it within a minute, as
+    when others use them all.
 
     Raises:
         UsageError: the ladder cannot be loaded there.
     """
     cost = ladder.cost(devices.type)
-    numbers = [k for k, calls in enumerate(job.expected_calls(), 1) if calls or k == 1]
     if devices.type == "cpu" and not remote:
-        cost[[k - 1 for k in numbers]] = time_levels(job, numbers)
-        return cost
+        return _replaced(cost, numbers, time_levels(job, numbers))
     # For this call only: the process would keep its memory of a GPU.
     task: Any = ray.remote(max_calls=1)(time_levels)
     here = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
@@ -107,12 +119,17 @@ def measured_cost(job: Job, ladder: Ladder, devices: Devices, remote: bool) -> n
         ray.cancel(timed, force=True)
         return None
     try:
-        cost[[k - 1 for k in numbers]] = ray.get(timed)
-    except RayTaskError as error:
-        raise cause(error) from None
-    except RayError:
+        return _replaced(cost, numbers, ray.get(timed))
+    except RayError as error:
+        if isinstance(cause(error), UsageError):
+            raise cause(error) from None
+        # The run itself will say what is wrong there.
         return None
-    return cost
+
+
+def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
+    found = dict(zip(numbers, seconds, strict=True))
+    return np.array([found[k] if np.isfinite(found.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
 
 
 def choose_placement(job: Job, ladder: Ladder, devices: int, cost: np.ndarray) -> list[Forecast]:
@@ -146,7 +163,13 @@ def _memory(device: str) -> float:
             raise UsageError(
                 "--placement auto: others use all GPUs, whose memory it asks for; wait for them, or name the placement"
             )
-        return float(min(ray.get(answered)))
+        try:
+            return float(min(ray.get(answered)))
+        except RayError as error:
+            raise UsageError(
+                f"--placement auto: a node cannot say how much memory its GPUs have ({cause(error)}); install torch "
+                "with CUDA on every node, or name the placement"
+            ) from None
     found = [node["Resources"] for node in live_nodes()]
     return min(float(one["memory"] / one["CPU"]) for one in found if one.get("CPU", 0) >= 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mlem_dist.runtime.placement import Devices, Seat
@@ -42,8 +42,10 @@ class Move:
     seat: Seat
 
 
-def choose_move(loads: Sequence[Load]) -> Move | None:
+def choose_move(loads: Sequence[Load], refused: Collection[tuple[int, int]] = ()) -> Move | None:
     """The busiest full pool takes the seat that is missed least; None if there is no such pool or seat.
+
+    `refused` are pools and devices on which they cannot start an actor.
 
     Seats go to pools on devices of the same kind, and not to one that has an actor on that device already: the actors
     of a device share it as they need it.
@@ -56,7 +58,7 @@ def choose_move(loads: Sequence[Load]) -> Move | None:
             for giver, load in enumerate(loads)
             for seat in load.seats
             if giver != taker and load.devices == loads[taker].devices and len(load.seats) > 1
-            if seat.device not in sat_on
+            if seat.device not in sat_on and (taker, seat.device) not in refused
         ]
         if free:
             left, move = min(free, key=lambda found: found[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,14 +16,14 @@ from ray.exceptions import RayTaskError
 from mlem_dist.dataset.shards import is_whole, marked_shards, shard_path
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.pool import DEATHS, PoolError, cause
-from mlem_dist.runtime.progress import PoolProgress, Progress
-
-CELL_DEVICES = 64
-"""At most so many devices per coordinator; `forecast` takes fewer where it would be busy more than half of its time."""
+from mlem_dist.runtime.progress import WAITS, PoolProgress, Progress
 
 TRIES = 4
 AHEAD = 6
 """Blocks per device that a coordinator has to begin, so that it never waits for the driver."""
+
+STUCK_SECONDS = 60
+"""How long a cell waits for an actor before others make its shards, if they have nothing else to do."""
 
 POLL_SECONDS = 0.5
 """How long the driver waits between two rounds over the cells."""
@@ -50,6 +51,7 @@ class Cell:
         self.coordinator = self._create()
         self.run = self.coordinator.run.remote()
         self.progress: Progress | None = None
+        self._waits_since: float | None = None
         self._closed = False
         self._count = self._blocks = self.queued = 0
 
@@ -67,6 +69,15 @@ class Cell:
     def spent(self) -> bool:
         """Whether its coordinator has sampled all that it was given."""
         return self.idle or (self.progress is not None and self.progress.blocks >= self._blocks)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it has waited long for an actor, as when the node of all devices of a pool is lost."""
+        return self._waits_since is not None and time.monotonic() - self._waits_since > STUCK_SECONDS
+
+    def give_up(self) -> None:
+        """End its coordinator, so that the next `poll` returns its shards; its successor waits for the devices."""
+        ray.kill(self.coordinator)
 
     @property
     def wants(self) -> bool:
@@ -102,6 +113,10 @@ class Cell:
                 ray.get(self.run)
             self.progress = ray.get(self.coordinator.progress.remote())
             self.queued = self.progress.queued
+            if not self.progress.state.startswith(WAITS):
+                self._waits_since = None
+            elif self._waits_since is None:
+                self._waits_since = time.monotonic()
             if self.progress.blocks:
                 self._in_a_row = 0
             self.finished = ended
@@ -112,6 +127,8 @@ class Cell:
         return []
 
     def _replace(self, error: Exception) -> list[int]:
+        # One that is only out of reach would go on to write shards that are given to others.
+        ray.kill(self.coordinator)
         self._in_a_row += 1
         if self._in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
@@ -122,14 +139,18 @@ class Cell:
         for shard in self._given:
             (made if shard_path(shard, self.job.shards) in marked else lost).append(shard)
         if self.progress:
+            total = self.total()
+            blocks = sum(len(self.job.shard_blocks(shard)) for shard in made)
             self._past = replace(
-                self.total(),
+                total,
                 samples=sum(len(self.job.shard_rows(shard)) for shard in made),
-                blocks=sum(len(self.job.shard_blocks(shard)) for shard in made),
+                blocks=blocks,
+                # Of the blocks that are lost nobody knows which calls were theirs.
+                calls={k: round(calls * blocks / max(1, total.blocks)) for k, calls in total.calls.items()},
                 queued=0,
                 devices=0,
-                pools=tuple(replace(pool, actors=0) for pool in self.total().pools),
-                writers=tuple(replace(pool, actors=0) for pool in self.total().writers),
+                pools=tuple(replace(pool, actors=0) for pool in total.pools),
+                writers=tuple(replace(pool, actors=0) for pool in total.writers),
             )
         self._given = made
         self._begin()

@@ -74,12 +74,15 @@ def _check_answer(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS / 2).close()
         # Something listens, but ray.init would wait for minutes if it is not a Ray head.
         check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
-        healthy = subprocess.run(check, capture_output=True, timeout=ANSWER_SECONDS, check=False).returncode == 0
+        done = subprocess.run(check, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
+        healthy, why = done.returncode == 0, done.stderr
     except (OSError, OverflowError, subprocess.TimeoutExpired):
-        healthy = False
+        healthy, why = False, ""
     if not healthy:
+        # As when its Ray is of another version.
+        said = next((f" ({line.strip()})" for line in why.splitlines()[::-1] if "ersion" in line), "")
         raise UsageError(
-            f"no Ray head answers at --address {address}; start one with `ray start --head`, "
+            f"no Ray head answers at --address {address}{said}; start one with `ray start --head`, "
             "export RAY_AUTH_MODE=token if it uses tokens, or leave the option out"
         )
 

@@ -21,14 +21,14 @@ from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
-from mlem_dist.runtime.progress import Progress
+from mlem_dist.runtime.progress import WAITS, Progress
 from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
 from mlem_dist.runtime.writer import Writer
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
 BLOCKS_PER_DEVICE = 3
-WINDOW_SECONDS = 2
+WINDOW_SECONDS, WINDOW_CALLS = 2, 4
 WRITER_SHARE = 0.7
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Coordinator:
         self.first_block: float | None = None
         self.running: dict[int, Pool] = {}
         self.batchers: dict[int, Batcher] = {}
+        self.refused: set[tuple[int, int]] = set()
         # Blocks that are under way, and those of them that wait for another pool.
         self.flying = self.waiting = 0
         self.runners: set[asyncio.Task[None]] = set()
@@ -128,7 +129,9 @@ class Coordinator:
         balancing = asyncio.create_task(self._balance())
         try:
             while self.runners:
-                done, _ = await asyncio.wait(self.runners | {balancing}, return_when=asyncio.FIRST_COMPLETED)
+                # A limit, as runners may join meanwhile.
+                watched = self.runners | {balancing}
+                done, _ = await asyncio.wait(watched, timeout=WINDOW_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 self.runners -= done
                 for task in done:
                     task.result()
@@ -144,7 +147,9 @@ class Coordinator:
         busy, queued, before = dict.fromkeys(self.running, 0.0), dict.fromkeys(self.running, False), time.monotonic()
         proposed = None
         while True:
-            await asyncio.sleep(WINDOW_SECONDS)
+            # A call counts when it has ended: a window must hold several.
+            longest = max(pool.call_seconds for pool in self.running.values())
+            await asyncio.sleep(max(WINDOW_SECONDS, WINDOW_CALLS * longest))
             seconds, before = time.monotonic() - before, time.monotonic()
             total = {i: pool.metrics.totals["busy_seconds"] for i, pool in self.running.items()}
             queue = {i: pool.queue > 0 or not i for i, pool in self.running.items()}
@@ -153,7 +158,7 @@ class Coordinator:
                 for i, pool in self.running.items()
             }
             busy, queued, last = total, queue, proposed
-            proposed = choose_move(list(loads.values()))
+            proposed = choose_move(list(loads.values()), self.refused)
             # One window may be chance, so that two must say the same.
             if proposed and proposed == last:
                 await self._move(proposed)
@@ -164,17 +169,18 @@ class Coordinator:
         giver, taker = (list(self.running)[i] for i in (move.giver, move.taker))
         logger.info("an actor moves from pool %s to %s", self.names[giver], self.names[taker])
         await self.running[giver].leave(move.seat)
-        joined = taker if await self.running[taker].join(move.seat) else giver
-        if joined == giver:
-            await self.running[giver].join(move.seat)
-        if joined == 0 != giver:
+        if not await self.running[taker].join(move.seat):
+            # As its levels do not fit there beside the others: the same again would end the same.
+            self.refused.add((move.taker, move.seat.device))
+            await self.running[giver].rejoin(move.seat)
+        elif taker == 0:
             self._add_runners(1)
 
     async def progress(self) -> Progress:
         """What has been done so far."""
         empty = [pool.name for pool in self.running.values() if self.state == "sampling" and not pool.alive]
         return Progress(
-            f"waiting for an actor of pool {empty[0]}" if empty else self.state,
+            f"{WAITS} of pool {empty[0]}" if empty else self.state,
             time.monotonic() - self.began,
             self.ready,
             self.first_block,
@@ -228,16 +234,22 @@ class Coordinator:
 
     async def _block(self, block: int) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         """Run a block to its images and its calls by level; if its worker dies, from the start on another."""
-        for _ in range(TRIES):
+        tries = 0
+        while tries < TRIES:
             async with self.running[0].member() as member:
                 self.flying += 1
+                worked = member.worked
                 try:
                     return await self._segments(block, member)
                 except DEATHS:
-                    pass
+                    # Who has worked died for another reason than this block.
+                    tries += not worked
                 except (ObjectLostError, RayTaskError) as error:
                     if not lost(error):
                         raise
+                    tries += 1
+                    if member.actor is not None:
+                        member.actor.drop.remote(block)
                 finally:
                     self.flying -= 1
                     self._flush_if_stuck()
@@ -298,8 +310,6 @@ class Coordinator:
             else:
                 return
             logger.warning("images of shard %d are lost with their node, making it again", shard)
-            made = await asyncio.gather(*(self._block(block) for block in self.job.shard_blocks(shard)))
-            images = [ref for ref, _ in made]
-            for _, calls in made:
-                self.calls += calls
+            # Their calls are counted already.
+            images = [ref for ref, _ in await asyncio.gather(*map(self._block, self.job.shard_blocks(shard)))]
         raise PoolError(f"shard {shard}: images of it were lost {TRIES} times in turn")

@@ -14,6 +14,7 @@ import torch
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.placement import evaluations, levels_of
 from mlem_dist.runtime.progress import PoolProgress, Progress
 from mlem_dist.runtime.worker import Levels
 from mlem_dist.runtime.writer import Writer
@@ -39,7 +40,7 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
         x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
         return blocks.images(block, x)
 
-    for number in range(1, len(ladder.levels) + 1):
+    for number in levels_of(evaluations(job), range(1, len(ladder.levels) + 1)):
         levels.load(number)
     ready = time.monotonic() - began
     first: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,7 @@ class Job:
         shard_size: samples of one file, a multiple of the block size.
         device: "cpu" or "cuda".
         precision: of the UNets, one of `PRECISIONS`.
+        versions: of what decides bytes, where the job was made; no part of `config`.
 
     Raises:
         UsageError: a value is out of range.
@@ -64,6 +65,7 @@ class Job:
     shard_size: int
     device: str
     precision: str = "float32"
+    versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def __post_init__(self) -> None:
         for name in ("num", "steps", "block_size", "shard_size"):
@@ -92,7 +94,7 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; its fingerprint decides whether a dataset can be resumed."""
-        config = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "versions"}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
@@ -149,6 +151,13 @@ class Blocks:
                 f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for; every node "
                 "must find the same one there"
             )
+        for name, version in versions().items():
+            # What follows a plus says for which devices it was built.
+            if version.partition("+")[0] != job.versions[name].partition("+")[0]:
+                raise UsageError(
+                    f"{name} on {platform.node()} is {version}, and {job.versions[name]} where the run was started; "
+                    "install the same versions on every node"
+                )
         self.job = job
         self.ladder = ladder
 

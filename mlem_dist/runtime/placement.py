@@ -21,6 +21,9 @@ TRIP_SECONDS = {"cpu": 0.012, "cuda": 0.001}
 """Device time lost by one trip of a block's state to another pool and back; benchmarks/runtime/engines.py measures it
 on CPU cores, which Ray's own work takes time from. On a GPU only the copies count, and their time is assumed."""
 
+CELL_DEVICES = 64
+"""At most so many devices per coordinator; `forecast` takes fewer where it would be busy more than half of its time."""
+
 WEIGHT_SHARE = 0.5
 """The share of a device's memory that weights may take; the rest is for activations and states."""
 
@@ -125,6 +128,11 @@ def pool_loads(counts: Evaluations, pools: Sequence[range], cost: np.ndarray) ->
     return load
 
 
+def levels_of(counts: Evaluations, pool: range) -> list[int]:
+    """The levels that a pool evaluates: those of its terms and the ones that these are over, by number."""
+    return sorted({k for together in counts for term in together if term[0] in pool for k in term if k})
+
+
 def trips(counts: Evaluations, pools: Sequence[range]) -> float:
     """Expected trips of a block's state to other pools than the first."""
     return sum(
@@ -148,7 +156,7 @@ class Candidate:
 def candidates(job: Job, cost: np.ndarray, weights: np.ndarray, devices: int, memory: float) -> list[Candidate]:
     """Every placement that fits on `devices` devices of `memory` bytes each, the fastest first.
 
-    An actor holds the weights of its pool's levels and of the one below; `weights` (K,) is the bytes of each level.
+    An actor holds the weights of the levels that its pool evaluates; `weights` (K,) is the bytes of each in float32.
     Predicted are the levels' own seconds, for `cost` (K,) seconds per sample, and those that trips take.
 
     Raises:
@@ -156,15 +164,18 @@ def candidates(job: Job, cost: np.ndarray, weights: np.ndarray, devices: int, me
     """
     levels = len(cost)
     counts = evaluations(job)
+    held_bytes = weights / 2 if job.precision == "bfloat16" else weights
+    # A cell divides its own devices.
+    of_cell = -(-devices // -(-devices // CELL_DEVICES))
     found = []
     for cuts in product((False, True), repeat=levels - 1):
         starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
         pools = tuple(map(range, starts, starts[1:]))
         load = pool_loads(counts, pools, cost)
-        held = np.zeros(devices)
-        for pool, seats in zip(pools, allot(load, devices), strict=True):
+        held = np.zeros(of_cell)
+        for pool, seats in zip(pools, allot(load, of_cell), strict=True):
             for seat in seats:
-                held[seat.device] += weights[max(1, pool.start - 1) - 1 : pool.stop - 1].sum()
+                held[seat.device] += sum(held_bytes[k - 1] for k in levels_of(counts, pool))
         if held.max() <= WEIGHT_SHARE * memory:
             lost = trips(counts, pools) * TRIP_SECONDS[job.device] / job.block_size
             found.append(Candidate(pools, float(load.sum()) + lost, lost))

@@ -11,15 +11,16 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.cells import CELL_DEVICES
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import (
+    CELL_DEVICES,
     WEIGHT_SHARE,
     Evaluations,
     Seat,
     allot_kinds,
     candidates,
     evaluations,
+    levels_of,
     pool_loads,
     pools_text,
 )
@@ -391,7 +392,7 @@ def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Lay
     for cut in range(2, len(weights) + 1):
         pools = (range(1, cut), range(cut, len(weights) + 1))
         load = [pool_loads(counts, pools, kind.cost)[i] for i, kind in enumerate((lower, upper))]
-        held = [weights[: cut - 1].sum(), weights[cut - 2 :].sum()]
+        held = [sum(weights[k - 1] for k in levels_of(counts, pool)) for pool in pools]
         fits = all(held[i] <= WEIGHT_SHARE * kind.memory for i, kind in enumerate((lower, upper)))
         if fits and load[1] > 0:
             found.append((min(lower.count / load[0], upper.count / load[1]), cut, pools))

@@ -64,8 +64,8 @@ class Member:
 class Pool:
     """Actors behind a queue: at most `slots` calls or holders each, the least busy first, first come first served.
 
-    An actor that dies is replaced; four deaths in a row of actors that have not finished a call break the pool. (Those
-    of a lost node have.)
+    An actor that dies is replaced. Four deaths in a row of actors that have not finished a call break the pool, and so
+    do four of one seat's that have not started. (Of those that a lost node takes, none counts that has worked.)
 
     Attributes:
         metrics: what it has done.
@@ -130,6 +130,17 @@ class Pool:
         self._hand_out()
         return True
 
+    async def rejoin(self, seat: Seat) -> None:
+        """Start an actor at a seat that has left, as often as it takes."""
+        member = Member(seat)
+        self.members.append(member)
+        await self._fill(member)
+
+    @property
+    def call_seconds(self) -> float:
+        """Device seconds of a finished call in the mean, 0 before the first."""
+        return self.metrics.totals["busy_seconds"] / max(1, self.metrics.totals["calls"])
+
     def progress(self) -> PoolProgress:
         """What it has done so far."""
         self.metrics.state(self.queue, self.alive)
@@ -160,8 +171,11 @@ class Pool:
         Raises:
             PoolError: the pool is broken, or every try met a death.
         """
-        for _ in range(TRIES):
+        tries = 0
+        while tries < TRIES:
             async with self.member() as member:
+                # Not a try: who has worked died for another reason, as all of a lost node do.
+                tries += not member.worked
                 try:
                     return await self.call_member(member, method, *args, payloads=payloads)
                 except DEATHS:
@@ -210,14 +224,15 @@ class Pool:
         task.add_done_callback(self._restarts.discard)
 
     async def _fill(self, member: Member) -> None:
+        died = 0
         while self._broken is None:
             actor = self._create(member.seat)
             try:
                 await actor.prepare.remote()
             except DEATHS as error:
                 self.metrics.count("deaths")
-                self._in_a_row += 1
-                if self._in_a_row >= BREAKER:
+                died += 1
+                if died >= BREAKER:
                     self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
             except Exception as error:
                 # Not a death but a defect: nobody awaits a restart, so the pool must say it.

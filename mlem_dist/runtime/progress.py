@@ -53,6 +53,10 @@ class PoolProgress:
         return PoolProgress(self.name, **totals)
 
 
+WAITS = "waiting for an actor"
+"""What the state of a run begins with that has no actor of some pool."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """A snapshot of a run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.graphs import Graphed
 from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.placement import evaluations, levels_of
 from mlem_dist.runtime.progress import Work
 from mlem_dist.solver.integrate import Drift, Request, evaluate
 from mlem_dist.solver.plan import Term
@@ -79,11 +81,20 @@ class Levels(dict[int, Drift]):
 
 
 def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
-    """Seconds per sample of levels by number, in blocks of the job, as a worker in this process evaluates them."""
+    """Seconds per sample of levels by number, in blocks of the job, as a worker in this process evaluates them.
+
+    One after the other: there may not be memory for all. NaN for a level that there is no memory for.
+    """
     ladder = Ladder.load(job.ladder)
-    levels = Levels(ladder, job.device, job.precision)
     about = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
-    return [seconds_per_sample(levels[k], *about, warm=1, repeats=1) for k in numbers]
+    found = []
+    for k in numbers:
+        try:
+            level = Levels(ladder, job.device, job.precision)[k]
+            found.append(seconds_per_sample(level, *about, warm=1, repeats=1))
+        except torch.OutOfMemoryError:
+            found.append(math.nan)
+    return found
 
 
 class LevelWorker:
@@ -97,7 +108,7 @@ class LevelWorker:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Load this pool's levels and the one below, and run each once, so that the first call is a warm one.
+        """Load the levels that this pool evaluates, and run each once, so that the first call is a warm one.
 
         Raises:
             UsageError: the ladder is not here, or another one.
@@ -110,7 +121,7 @@ class LevelWorker:
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
         label = self.blocks.label(0)[:size]
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        for number in range(max(1, self.pools[self.pool].start - 1), self.pools[self.pool].stop):
+        for number in levels_of(evaluations(self.job), self.pools[self.pool]):
             self.levels[number](x, t, label)
 
     @torch.inference_mode()
@@ -175,6 +186,10 @@ class TrajectoryWorker(LevelWorker):
         clock = self._clock()
         run, request = self.running.pop(block)
         return self._run(block, run, request, answers, clock)
+
+    def drop(self, block: int) -> None:
+        """Forget a block that is begun again elsewhere."""
+        self.running.pop(block, None)
 
     def _run(
         self,

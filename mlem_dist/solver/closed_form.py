@@ -57,8 +57,11 @@ class ClosedForm:
     """
 
     def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, path: bool = False) -> None:
-        self.drift, self.table, self.label, self.path = drift, table, label, path
-        self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in label.unique().tolist()]
+        self.drift, self.table, self.path = drift, table, path
+        # Of many classes only those of the block's samples.
+        present, self.label = label.unique(return_inverse=True)
+        self.gain = drift.gain[present.tolist()]
+        self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in present.tolist()]
         self.mean = Held(drift.mean[label])
         self._project([self.mean])
 
@@ -97,7 +100,8 @@ class ClosedForm:
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
         """What a value with `weights` in the drift of the steps start, start + 1, ... has added to x after them.
 
-        Float64 (classes, r + 1), a factor on the value in every mode; f^1 has weight 1 in each of these steps.
+        Float64 (classes, r + 1), a factor on the value in every mode, for the classes of the block; f^1 has weight 1 in
+        each of these steps.
         """
         _, _, after = self._factors(start, np.ones(len(weights)))
         return np.asarray((after * (self.table.b[start : start + len(weights)] * weights)[:, None]).sum(1))
@@ -105,7 +109,7 @@ class ClosedForm:
     def flow(self, start: int) -> np.ndarray:
         """By what factor f^1 alone carries a change of x before step `start` to the end, float64 (classes, r + 1)."""
         if start == len(self.table):
-            return np.ones_like(self.drift.gain[:, 0])
+            return np.ones_like(self.gain[:, 0])
         _, factor, after = self._factors(start, np.ones(len(self.table) - start))
         return after[:, 0] * factor[:, 0]
 
@@ -116,7 +120,7 @@ class ClosedForm:
     def _factors(self, start: int, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """By class, step from `start` and mode: gain of w f^1, factor of the step, product of those after it."""
         steps = slice(start, start + len(base))
-        gain = self.drift.gain[:, steps] * base[:, None]
+        gain = self.gain[:, steps] * base[:, None]
         factor = self.table.a[steps, None] + self.table.b[steps, None] * gain
         return gain, factor, np.cumprod(np.pad(factor[:, :0:-1], _ONE, constant_values=1.0), axis=1)[:, ::-1]
 

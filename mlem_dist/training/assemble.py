@@ -17,7 +17,7 @@ from torch import nn
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.ladder import LADDER, Ladder, Level, save_ladder, save_level
-from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.levels import GaussianLevel, UNetLevel
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
@@ -202,18 +202,20 @@ def _store(
     taken as it is. `module` gets the weights that are stored.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.clone() for key, value in module.state_dict().items()}
+    # The Gaussian level inside a UNet is as it was stored.
+    weights = module.model if isinstance(module, UNetLevel) else module
+    state = {key: value.clone() for key, value in weights.state_dict().items()}
     rounded = {key: value.half().float() for key, value in state.items()}
     if saved := _saved(folder, wanted):
-        module.load_state_dict(rounded if saved["half"] else state)
+        weights.load_state_dict(rounded if saved["half"] else state)
         return Level(**saved["level"])
     a = alpha_bar(config.scheduler)
     # Few samples, as they are the same ones for both.
     full = denoising_error(module, images, a, device, per_band=100)
-    module.load_state_dict(rounded)
+    weights.load_state_dict(rounded)
     half = sum(denoising_error(module, images, a, device, per_band=100)) <= (1 + HALF_LOSS) * sum(full)
     if not half:
-        module.load_state_dict(state)
+        weights.load_state_dict(state)
     level = save_level(folder, name, module, torch.float16 if half else torch.float32)
     level = replace(level, denoising_error=denoising_error(module, images, a, device))
     replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level.__dict__}))

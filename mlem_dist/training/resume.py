@@ -52,6 +52,10 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         found |= {f"model.{key}": value for key, value in level.model.items()}
         if level.prediction == "residual":
             found["rank of the Gaussian level"] = config.levels[0].rank
+        if level.teacher:
+            teacher = next(one for one in config.levels if one.name == level.teacher)
+            own = settings(config, teacher, images)
+            found |= {f"its teacher's {key}": own[key] for key in own.keys() - {*found, *FREE} | {"steps"}}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 

@@ -214,7 +214,7 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
     """The Gaussian level of the training images."""
     classes, d = max(1, len(images.labels)), math.prod(config.sample_shape)
     gaussian = GaussianLevel(classes, d, level.rank, alpha_bar(config.scheduler))
-    gaussian.fit(to_range(images.train), images.train_label)
+    gaussian.fit(images.train, images.train_label, to_range)
     gaussian.eval()
     return gaussian
 

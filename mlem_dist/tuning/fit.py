@@ -43,9 +43,10 @@ KNOTS = (0.0, 0.3, 0.2, 0.5)
 """Logarithms of the factor, at equally spaced points from the first call to the end, linear between. The mean of what
 was found for `fashion` in twelve searches of 1.6 to 10 evaluations."""
 
-BEGINNINGS = (0.4, 0.5, 0.33, 0.25, 0.15)
+BEGINNINGS = (0.4, 0.5, 0.33, 0.25, 0.15, 0.0)
 """From where on levels are called, as a share of the path, of which the best is taken. What comes before has hardly any
-signal, and the Gaussian level is right there; the less error later calls leave, the more what it misses counts."""
+signal where a schedule begins at pure noise, and the Gaussian level is right there; the less error later calls leave,
+the more what it misses counts."""
 
 BETWEEN = (1, 2, 3, 5)
 """Calls of the middle rung per call of the best level."""
@@ -53,9 +54,11 @@ BETWEEN = (1, 2, 3, 5)
 LARGEST = 10.0
 """Evaluations of the best level; a larger budget has the middle rung of this one."""
 
-PATH_CALLS, PATH_BEGINS = 90, 0.1
-"""Of the best level on the path that is fitted to. For `fashion` and 250 steps it ends within a mean square of .0000003
-of the path of a call at every step, and fitted plans of 40 evaluations have ten times that."""
+PATH_CALLS = 100
+"""Of the best level on the path that is fitted to."""
+
+PATH_BYTES = 4e9
+"""Of that path: as many samples are fitted to as it then has states of."""
 
 Progress = Callable[[int, int], None]
 
@@ -91,6 +94,10 @@ class Times:
         below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         quantiles = np.arange(self.calls * self.between) / (self.calls * self.between)
         at = np.searchsorted(passed, np.interp(quantiles, below / below[-1], path))
+        # Quantiles that fall on one step take the next ones, as far as there are any.
+        order = np.arange(len(at))
+        at = np.maximum.accumulate(at - order) + order
+        at = np.clip(np.minimum(at, steps - len(at) + order), 0, steps - 1)
         fire = np.zeros((2 if self.middle == 1 else 3, steps), dtype=bool)
         fire[0] = True
         fire[1, at] = True
@@ -151,6 +158,12 @@ class Fit:
         return on_levels(Plan(self.fire, weight, previous, collapse=True), self.rungs)
 
 
+def fitting_samples(shape: Sequence[int], steps: int, most: int) -> int:
+    """How many samples of a shape to fit to, a multiple of 32: `most`, or those whose path fits into `PATH_BYTES`."""
+    states = int(PATH_BYTES / (4 * math.prod(shape) * (steps + 1)))
+    return max(BLOCK, min(most, states // BLOCK * BLOCK))
+
+
 class Fitter:
     """Fits plans on the noises of a judge of the ODE, for a ladder whose first level is a Gaussian.
 
@@ -180,10 +193,12 @@ class Fitter:
         best, steps = len(self.cost), len(self.table)
         plan = single_level(best, best, steps)
         if steps > PATH_CALLS:
-            fire = Times(1, PATH_CALLS, 1, PATH_BEGINS).fire(self.log_snr)
+            fire = Times(1, PATH_CALLS, 1, 0.0).fire(self.log_snr)
             plan = on_levels(extrapolated(fire, self.log_snr), (1, best))
 
-        def of_block(block: int) -> Tensor:
+        found = torch.empty(steps + 1, self.judge.samples, *self.judge.ladder.sample_shape, device=self.judge.device)
+
+        def follow(block: int) -> None:
             states: list[Tensor] = []
 
             def seen(level: Drift, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
@@ -195,9 +210,10 @@ class Fitter:
             levels = {k: partial(seen, level) for k, level in self.judge.levels.items()}
             noise = self.judge.noise(block, steps)
             end = integrate(levels, self.table, plan, noise, self.judge.label(block))
-            return torch.stack([*states, end])
+            found[:, block * BLOCK : (block + 1) * BLOCK] = torch.stack([*states, end])
 
-        return torch.cat(list(self.pool.map(of_block, self.blocks)), dim=1)
+        list(self.pool.map(follow, self.blocks))
+        return found
 
     def search(self, nfe: float, progress: Progress = lambda done, total: None) -> Fit:
         """The fit of at most `nfe` evaluations of the best level whose error on the noises is least, of those tried.
@@ -258,7 +274,8 @@ class Fitter:
     def _calls(self, nfe: float, middle: int, between: int) -> int:
         """How often a budget pays for the best level: each with a run in closed form and a call of level 1."""
         below = self.cost[middle - 1] if middle > 1 else 0.0
-        return int(nfe * self.cost[-1] / (self.cost[-1] + between * (below + 2 * self.cost[0])))
+        each = self.cost[-1] + between * (below + 2 * self.cost[0])
+        return max(0, int((nfe * self.cost[-1] - self.cost[0]) / each))
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
         """The fit that evaluates the increments of `rungs` at `fire`, bool (R, N).
@@ -319,7 +336,7 @@ def _solve(squares: np.ndarray, products: np.ndarray, choices: Sequence[Choice])
 
 def ridge(squares: np.ndarray) -> np.ndarray:
     """What is added to the squares (C, C) of choices so that each has a factor, even where two are one."""
-    return np.diag(RIDGE * np.diag(squares) + 1e-12 * squares.max())
+    return np.diag(RIDGE * np.diag(squares) + 1e-12 * squares.max() + 1e-300)
 
 
 class Block:

@@ -60,7 +60,7 @@ class Frontier:
             if raw.get(key) != about.get(key):
                 raise UsageError(
                     f"{path} is of another {key}: {str(raw.get(key))[:40]}, not {str(about.get(key))[:40]}; "
-                    "choose another --out"
+                    "move it away, or choose another --out"
                 )
 
     def find(self, family: str, label: str) -> Row | None:
@@ -84,9 +84,9 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def lower_envelope(rows: Sequence[Row]) -> list[Row]:
-    """The rows that no other one beats in both time and error, by time."""
+    """The rows of finite error that no other one beats in both time and error, by time."""
     best: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.seconds, row.error)):
+    for row in sorted((row for row in rows if np.isfinite(row.error)), key=lambda row: (row.seconds, row.error)):
         if not best or row.error < best[-1].error:
             best.append(row)
     return best

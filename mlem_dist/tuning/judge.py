@@ -71,6 +71,7 @@ class Judge:
         self.threads = threads
         self.ladder, self.solver, self.device = ladder, solver, device
         self.samples, self.seed, self.cache = samples, seed, cache
+        self._warm = False
         self.levels: dict[int, Drift] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
         self.fine = solver_table(ladder.alpha_bar, steps, solver)
 
@@ -138,9 +139,11 @@ class Judge:
     def timed(self, run: Callable[[], Tensor]) -> float:
         """Seconds per sample of a block's `run`: on a CPU one thread's own time, on a GPU the clock's."""
         clock = time.perf_counter if self.device == "cuda" else time.thread_time
-        if self.device == "cuda":
-            # The first run also loads and chooses kernels.
+        if self.device == "cuda" or not self._warm:
+            # The first run also loads and chooses kernels, and asks for memory.
             run()
+            self._warm = True
+        if self.device == "cuda":
             torch.cuda.synchronize()
         start = clock()
         run()

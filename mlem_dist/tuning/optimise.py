@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import Drift, block_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
@@ -76,10 +77,15 @@ def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return at[count + 1], at[count]
 
 
+def model_steps(ladder: Ladder) -> int:
+    """How many steps the model has: `MODEL_STEPS`, or all that a shorter schedule has."""
+    return min(MODEL_STEPS, len(ladder.alpha_bar))
+
+
 def first_order(
     judge: Judge, samples: int, threads: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> FirstOrder:
-    """The model for the ladder and solver of a judge, on noises of its own and `MODEL_STEPS` steps.
+    """The model for the ladder and solver of a judge, on noises of its own and `model_steps`.
 
     Evaluates every level once, and passes back through the best one once, at each step of each sample. Holds all
     increments of `threads` blocks, and 4 K N^2 bytes per sample.
@@ -90,7 +96,7 @@ def first_order(
         progress: told how many blocks are done, of how many.
     """
     generator = torch.Generator().manual_seed(MODEL_SEED)
-    table = solver_table(judge.ladder.alpha_bar, MODEL_STEPS, judge.solver)
+    table = solver_table(judge.ladder.alpha_bar, model_steps(judge.ladder), judge.solver)
     blocks = range(samples // BLOCK)
     shape = (BLOCK, *judge.ladder.sample_shape)
     probes = [torch.randint(2, shape, generator=generator).to(judge.device) * 2.0 - 1 for _ in blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,10 +17,11 @@ from mlem_dist.extras import require
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, read_plan, single_level
-from mlem_dist.tuning.fit import Fitter
+from mlem_dist.tuning.calibrate import NAME
+from mlem_dist.tuning.fit import Fitter, fitting_samples
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.optimise import MODEL_SAMPLES, MODEL_STEPS, FirstOrder, Shape, first_order, optimise
+from mlem_dist.tuning.optimise import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
 from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 from mlem_dist.tuning.refine import fitted_plan
 
@@ -70,6 +72,10 @@ def tuned_budgets(folder: Path, solver: str) -> list[float]:
     return sorted(found)
 
 
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
+
+
 def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
     """The frontier in `out`, new or begun before.
 
@@ -81,6 +87,8 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "solver": solver,
         "steps": steps,
         "machine": "one CPU thread" if device == "cpu" else device,
+        "costs": [float(f"{seconds:.4g}") for seconds in ladder.cost(device)],
+        "calibration": _digest(ladder.folder / NAME),
         "samples": JUDGING_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
@@ -160,7 +168,8 @@ def searched(
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
-        fitter = Fitter(Judge(ladder, solver, device, steps, FITTING_SAMPLES, FITTING_SEED, threads=threads))
+        samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES)
+        fitter = Fitter(Judge(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)
         return {FITTED: lambda nfe: fitted_plan(fitter, nfe, told(nfe, "fits"), told(nfe, "refinement"))}
@@ -230,7 +239,7 @@ class Optimiser:
         self.cost = choosing.ladder.cost(choosing.device)
         of_judge, of_model = (
             NeymanRule(choosing.ladder, choosing.device, choosing.solver, steps)
-            for steps in (len(choosing.fine), MODEL_STEPS)
+            for steps in (len(choosing.fine), model_steps(choosing.ladder))
         )
         self.rule, self.model_rule = of_judge, of_model
 

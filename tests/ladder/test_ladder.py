@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import stat
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder, bundled, save_ladder, save_level, save_tensors
@@ -31,6 +33,24 @@ def edit(folder, **entries):
 def edit_level(folder, **entries):
     first, *others = json.loads((folder / "ladder.json").read_text())["levels"]
     edit(folder, levels=[first, *others[:-1], others[-1] | entries])
+
+
+@pytest.mark.parametrize(("missing", "message"), [(True, "weights lack"), (False, "hold what it does not know")])
+def test_weights_that_are_not_those_of_the_model_are_refused(copy, missing, message):
+    """Diffusers would only warn, and leave at random what it does not find."""
+    (path,) = (copy / "unet-1").glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    if missing:
+        del weights[name]
+    else:
+        weights["another.weight"] = weights[name].clone()
+    save_file(weights, path, {"format": "pt"})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    entry = json.loads((copy / "ladder.json").read_text())["levels"][-1]
+    edit_level(copy, sha256=entry["sha256"] | {f"unet-1/{path.name}": digest})
+    with pytest.raises(UsageError, match=f"level 'unet-1' cannot be loaded: its {message}"):
+        Ladder.load(copy).load_level(2, "cpu")
 
 
 def test_a_dataset_named_like_a_bundled_ladder_is_none(tmp_path, fashion, copy, monkeypatch):

@@ -15,6 +15,12 @@ def test_a_full_pool_takes_the_seat_that_is_missed_least():
     assert choose_move([load(1.0, C), load(0.2, A, B), load(0.1, A, D)]) == Move(2, 0, A)
 
 
+def test_what_has_failed_is_not_tried_again():
+    loads = [load(0.6, A, Seat(1, 0.5)), load(1.0, C)]
+    assert choose_move(loads, {(1, 1)}) == Move(0, 1, A)
+    assert choose_move(loads, {(1, 0), (1, 1)}) is None
+
+
 def test_no_seat_moves_where_it_would_not_help():
     for loads in (
         [load(0.1, A, B), load(0.7, C)],

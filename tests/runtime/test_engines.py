@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from PIL import Image
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -111,7 +112,7 @@ def test_the_levels_of_the_plan_are_timed_on_a_device(fashion, make_job, remote)
     absurd = fashion.with_cost("cpu", np.full(len(fashion.levels), 1e6))
     two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(fashion.levels)))
     job, devices = make_job(two), Devices("cpu", 3, (("site", "here"),))
-    cost = arrange.measured_cost(job, absurd, devices, remote)
+    cost = arrange.measured_cost(job, absurd, devices, [1, len(fashion.levels)], remote)
     assert 0 < cost[0] < cost[-1] < 1
     assert (cost[1:-1] == 1e6).all()
 
@@ -122,16 +123,29 @@ def test_nothing_is_timed_where_no_device_is_free(fashion, make_job, monkeypatch
     holder = placement_group([{"CPU": 3}])
     ray.get(holder.ready())
     try:
-        cost = arrange.measured_cost(make_job(), fashion, Devices("cpu", 3), remote=True)
+        cost = arrange.measured_cost(make_job(), fashion, Devices("cpu", 3), [1], remote=True)
     finally:
         remove_placement_group(holder)
     assert cost is None
 
 
+def test_timing_takes_a_small_part_of_a_run(fashion, make_job):
+    few, many, large = make_job(num=1000), make_job(num=10**6), make_job(num=10**6, block_size=2000, shard_size=2000)
+    assert [arrange.is_long(job, fashion, [Devices("cpu", 2)]) for job in (few, many, large)] == [False, True, True]
+    assert not arrange.is_long(large, fashion, [Devices("cpu", 2000)])
+
+
+def test_a_node_with_another_version_is_bad_input(fashion, make_job):
+    other = make_job(versions=make_job().versions | {"torch": "1.0.0+cpu"})
+    with pytest.raises(UsageError, match=r"torch on .* where the run was started; install the same versions"):
+        Blocks(other, fashion)
+    Blocks(make_job(versions=make_job().versions | {"torch": f"{torch.__version__.partition('+')[0]}+cu1"}), fashion)
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_ladder_that_a_device_does_not_find_is_bad_input(fashion, make_job):
     with pytest.raises(UsageError, match="nowhere"):
-        arrange.measured_cost(make_job(ladder="nowhere"), fashion, Devices("cpu", 3), remote=True)
+        arrange.measured_cost(make_job(ladder="nowhere"), fashion, Devices("cpu", 3), [1], remote=True)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -64,6 +64,33 @@ def test_a_lost_node_does_not_break_the_pool():
     asyncio.run(main())
 
 
+def test_a_call_outlives_the_idle_actors_of_a_lost_node():
+    """It is given to one dead actor after the other, as nobody has noticed that they are."""
+
+    async def main():
+        pool = make_pool(6)
+        await pool.start()
+        await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(12)))
+        assert all(member.worked for member in pool.members)
+        for member in pool.members:
+            ray.kill(member.actor)
+        await asyncio.sleep(1)
+        _, (payload,) = await pool.call("double", np.ones(3))
+        assert ray.get(payload).sum() == 6
+        assert pool.progress().deaths > 4
+
+    asyncio.run(main())
+
+
+def test_actors_that_a_lost_node_takes_while_they_load_do_not_break_the_pool():
+    async def main():
+        pool = make_pool(6, *[0] * 6)
+        await pool.start()
+        assert (pool.alive, pool.progress().deaths) == (6, 6)
+
+    asyncio.run(main())
+
+
 def test_calls_of_a_dead_actor_are_made_elsewhere():
     async def main():
         # Each is given two calls at once, so that both die, however busy the machine is.
@@ -106,6 +133,8 @@ def test_a_seat_whose_actor_does_not_start_does_not_harm_the_pool():
         await pool.start()
         assert not await pool.join(Seat(1, 1.0))
         assert pool.alive == 1
+        await pool.rejoin(Seat(1, 1.0))
+        assert pool.alive == 2
         await pool.call("double", np.ones(3))
 
     asyncio.run(main())

@@ -75,6 +75,10 @@ def test_what_does_not_fit_together_is_refused_and_nothing_is_touched(tmp_path, 
     ):
         with pytest.raises(UsageError, match=message):
             check_training(configure(changes), images, out)
+    pupil, teacher = {"teacher": "large", "steps": 20}, {"name": "large", "steps": 20}
+    train_ladder(configure(pupil, teacher), images, tmp_path / "taught", lambda *progress: None)
+    with pytest.raises(UsageError, match="was trained with its teacher's steps 20, not 30"):
+        check_training(configure(pupil, teacher | {"steps": 30}), images, tmp_path / "taught")
     with pytest.raises(UsageError, match="trained with seed 0, not 1"):
         check_training(configure({"steps": 20}, seed=1), images, out)
     other = load_images(tmp_path / "data", (1, 8, 8), ["right", "left"])

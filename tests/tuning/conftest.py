@@ -48,12 +48,21 @@ def three(tmp_path, fashion) -> Ladder:
 @pytest.fixture
 def many(tmp_path) -> Ladder:
     """Two Gaussian levels of 40 classes far apart, with values in [0, 1]."""
-    folder = tmp_path / "many"
+    return two_gaussians(tmp_path / "many", {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2})
+
+
+@pytest.fixture
+def late(tmp_path) -> Ladder:
+    """The same with the schedule of Stable Diffusion, which does not begin at pure noise."""
+    betas = {"beta_start": 0.0085, "beta_end": 0.12, "beta_schedule": "scaled_linear"}
+    return two_gaussians(tmp_path / "late", {"num_train_timesteps": 100, **betas})
+
+
+def two_gaussians(folder: Path, scheduler: dict) -> Ladder:
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(2000) % 40
     x0 = torch.rand(40, 1, 4, 4, generator=generator)[label] + 0.1 * torch.randn(2000, 1, 4, 4, generator=generator)
-    scheduler = {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}
     levels = []
     for name, rank, seconds in (("small", 1, 1e-5), ("large", 8, 1e-3)):
         level = GaussianLevel(40, 16, rank, alpha_bar(scheduler))

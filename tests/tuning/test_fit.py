@@ -4,7 +4,7 @@ import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.fit import BEGINNINGS, BETWEEN, LARGEST, TIME_SHARE, Fitter, Times
+from mlem_dist.tuning.fit import BEGINNINGS, BETWEEN, LARGEST, TIME_SHARE, Fitter, Times, fitting_samples
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import make_recipe
 
@@ -77,6 +77,27 @@ def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
             first = np.flatnonzero(fire[1])[0]
             passed = TIME_SHARE * first / 199 + (1 - TIME_SHARE) * (log_snr[first] - log_snr[0]) / np.ptp(log_snr)
             assert passed == pytest.approx(begin, abs=0.02)
+
+
+def test_where_a_schedule_begins_late_calls_begin_at_once(late):
+    fitter = Fitter(judge(late, 0))
+    plan = fitter.search(20).plan()
+    default = make_recipe(late, "cpu", "ddim", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
+    found, of_default = judge(late, 1).errors([plan, default]).mean(1)
+    assert found < of_default
+
+
+def test_every_call_has_a_step_of_its_own():
+    log_snr = np.linspace(-5, 4, 250) ** 3
+    for calls, between in ((80, 1), (200, 1), (66, 2), (250, 1)):
+        fire = Times(1 + (between > 1), calls, between, 0.4).fire(log_snr)
+        assert [row.sum() for row in fire[1:]] == [calls * between, calls][-len(fire) + 1 :]
+
+
+def test_a_path_is_of_as_many_samples_as_there_is_memory_for():
+    assert fitting_samples((1, 32, 32), 250, 256) == 256
+    assert fitting_samples((3, 128, 128), 250, 256) == 64
+    assert fitting_samples((3, 512, 512), 1000, 256) == BLOCK
 
 
 def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three):

@@ -185,6 +185,6 @@ def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):
 
 
 def test_the_lower_envelope_holds_what_nothing_beats():
-    points = [(1.0, 5.0), (2.0, 6.0), (2.0, 4.0), (3.0, 4.0), (4.0, 1.0)]
+    points = [(1.0, 5.0), (2.0, 6.0), (2.0, 4.0), (3.0, 4.0), (4.0, 1.0), (0.5, np.nan), (0.6, np.inf)]
     found = lower_envelope([Row("a", str(i), s, np.array([e])) for i, (s, e) in enumerate(points)])
     assert [row.label for row in found] == ["0", "2", "4"]
