@@ -292,6 +292,7 @@ def test_a_stopped_run_keeps_its_shards_and_says_so(tmp_path, number, engine, co
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == code
     assert "Traceback" not in stderr
+    assert "Stopped." in stderr
     assert list(out.glob("data/*.parquet"))
 
 

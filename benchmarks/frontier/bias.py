@@ -52,9 +52,10 @@ def fixed(ladder: Ladder, solver: str, nfe: int) -> Iterator[tuple[str, Plan]]:
 def bias(ends: Tensor, reference: Tensor) -> dict[str, float]:
     """Of draws (D, B, C, H, W) that end at `reference` (B, C, H, W) but for their error."""
     off = (ends - reference).double()
-    noise = float(off.var(0).mean()) / len(off) if len(off) > 1 else 0.0
+    # The samples of a draw share its plan, so that their mean has a variance over draws of its own.
+    noise, of_mean = (float(one.var(0).mean()) / len(off) if len(off) > 1 else 0.0 for one in (off, off.mean(1)))
     error, squared = float(off.square().mean()), float(off.mean(0).square().mean()) - noise
-    shift = float(off.mean((0, 1)).square().mean()) - noise / off.shape[1]
+    shift = float(off.mean((0, 1)).square().mean()) - of_mean
     return {"error": error, "squared_bias": squared, "share": squared / error, "shift": shift}
 
 

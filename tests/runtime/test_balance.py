@@ -16,7 +16,7 @@ def test_a_full_pool_takes_the_seat_that_is_missed_least():
 
 
 def test_what_has_failed_is_not_tried_again():
-    loads = [load(0.6, A, Seat(1, 0.5)), load(1.0, C)]
+    loads = [load(0.1, A, Seat(1, 0.5)), load(1.0, C)]
     assert choose_move(loads, {(1, 1)}) == Move(0, 1, A)
     assert choose_move(loads, {(1, 0), (1, 1)}) is None
 

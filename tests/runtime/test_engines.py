@@ -252,10 +252,15 @@ def test_an_answer_that_finds_another_actor_costs_no_sample(fashion, make_job, r
                 os.kill(seen[0], signal.SIGCONT)
                 seen.append(replaced)
 
-    found, last = make_ray(job, fashion, tmp_path / "out", 1, f"1-{levels - 1},{levels}", watch=replace_holder)
-    assert len(seen) == 3
-    assert sum(pool.deaths for pool in last.pools) == 1
-    assert found == reference_cache(job, fashion)
+    for attempt in range(4):
+        seen.clear()
+        out = tmp_path / f"out-{attempt}"
+        found, last = make_ray(job, fashion, out, 1, f"1-{levels - 1},{levels}", watch=replace_holder)
+        assert sum(pool.deaths for pool in last.pools) == 1
+        assert found == reference_cache(job, fashion)
+        if seen[2]:
+            break
+    assert seen[2]
 
 
 @pytest.mark.usefixtures("local_ray")

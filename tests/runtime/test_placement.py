@@ -10,10 +10,11 @@ from mlem_dist.runtime.placement import (
     allot_kinds,
     candidates,
     evaluations,
+    levels_of,
     parse_placement,
     pool_loads,
 )
-from mlem_dist.solver.plan import Recipe
+from mlem_dist.solver.plan import Recipe, held, on_levels
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 64])
@@ -86,10 +87,19 @@ def test_auto_keeps_levels_together_where_they_fit(make_job):
 
 def test_auto_divides_a_ladder_that_is_too_large_for_a_device(make_job):
     weights = np.array([0.0, 1, 2, 30]) * GIB
-    found = candidates(make_job(FOUR_LEVELS), COST, weights, 8, 34 * GIB / WEIGHT_SHARE)
+    # One increment at a time, each over the next lower level.
+    fire = np.array([np.ones(12)] + [np.arange(12) % 3 == k for k in range(3)], dtype=bool)
+    job = make_job(held(fire))
+    assert [levels_of(evaluations(job), range(k, k + 1)) for k in range(1, 5)] == [[1], [1, 2], [2, 3], [3, 4]]
+    # Five devices: the lower levels' share of the time is one of them.
+    found = candidates(job, COST, weights, 5, 34 * GIB / WEIGHT_SHARE)
     assert (range(1, 5),) in [candidate.pools for candidate in found]
-    found = candidates(make_job(FOUR_LEVELS), COST, weights, 8, 32.5 * GIB / WEIGHT_SHARE)
+    found = candidates(job, COST, weights, 5, 32.5 * GIB / WEIGHT_SHARE)
     assert found
     assert all(candidate.pools[-1] == range(4, 5) for candidate in found)
     with pytest.raises(UsageError, match="33 GiB"):
-        candidates(make_job(FOUR_LEVELS), COST, weights, 8, 32 * GIB)
+        candidates(job, COST, weights, 5, 32 * GIB)
+    # Where increments meet at a step, a term may be over a lower level than the next.
+    assert levels_of(evaluations(make_job(FOUR_LEVELS)), range(4, 5)) == [2, 3, 4]
+    two = on_levels(held(fire[:2]), (1, 4))
+    assert candidates(make_job(two), COST, weights, 5, 31 * GIB / WEIGHT_SHARE)

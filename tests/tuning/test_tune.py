@@ -15,7 +15,7 @@ from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, tuned_budgets, tuned_plan
+from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, open_frontier, tuned_budgets, tuned_plan
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
 
@@ -179,9 +179,11 @@ def test_every_class_has_its_turn(many, fashion):
 
 
 def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):
-    (tmp_path / FRONTIER).write_text(json.dumps({"ladder": "another", "rows": []}))
-    with pytest.raises(UsageError, match="of another ladder"):
-        run("tune", str(small), "--out", str(tmp_path), "--nfe", "9", "--solver", "ddpm")
+    about = open_frontier(Ladder.load(small), "ddpm", 250, "cpu", tmp_path).about
+    for key, other in (("ladder", "another"), ("costs", [1.0, 2.0]), ("calibration", "another")):
+        (tmp_path / FRONTIER).write_text(json.dumps(about | {key: other, "rows": []}))
+        with pytest.raises(UsageError, match=f"of another {key}: .*; move it away, or"):
+            run("tune", str(small), "--out", str(tmp_path), "--nfe", "9", "--solver", "ddpm", "--device", "cpu")
 
 
 def test_the_lower_envelope_holds_what_nothing_beats():
