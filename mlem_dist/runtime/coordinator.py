@@ -234,27 +234,24 @@ class Coordinator:
 
     async def _block(self, block: int) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         """Run a block to its images and its calls by level; if its worker dies, from the start on another."""
-        tries = 0
-        while tries < TRIES:
+        tries = self.running[0].tries
+        for _ in range(tries):
             async with self.running[0].member() as member:
                 self.flying += 1
-                worked = member.worked
                 try:
                     return await self._segments(block, member)
                 except DEATHS:
-                    # Who has worked died for another reason than this block.
-                    tries += not worked
+                    pass
                 except (ObjectLostError, RayTaskError) as error:
                     if not lost(error):
                         raise
-                    tries += 1
                     if member.actor is not None:
                         member.actor.drop.remote(block)
                 finally:
                     self.flying -= 1
                     self._flush_if_stuck()
             self.running[0].metrics.count("retries")
-        raise PoolError(f"block {block}: its worker died {TRIES} times in turn")
+        raise PoolError(f"block {block}: its worker died {tries} times in turn")
 
     async def _segments(self, block: int, member: Member) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         home, actor = self.running[0], member.actor

@@ -137,6 +137,11 @@ class Pool:
         await self._fill(member)
 
     @property
+    def tries(self) -> int:
+        """How often to make a call or a block whose actor dies: a lost node may have held every one of them."""
+        return TRIES + len(self.members)
+
+    @property
     def call_seconds(self) -> float:
         """Device seconds of a finished call in the mean, 0 before the first."""
         return self.metrics.totals["busy_seconds"] / max(1, self.metrics.totals["calls"])
@@ -171,16 +176,14 @@ class Pool:
         Raises:
             PoolError: the pool is broken, or every try met a death.
         """
-        tries = 0
-        while tries < TRIES:
+        tries = self.tries
+        for _ in range(tries):
             async with self.member() as member:
-                # Not a try: who has worked died for another reason, as all of a lost node do.
-                tries += not member.worked
                 try:
                     return await self.call_member(member, method, *args, payloads=payloads)
                 except DEATHS:
                     self.metrics.count("retries")
-        raise self._error(f"{TRIES} actors in turn died at the same call")
+        raise self._error(f"{tries} actors in turn died at the same call")
 
     async def call_member(
         self, member: Member, method: str, *args: Any, payloads: int = 1

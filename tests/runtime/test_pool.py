@@ -26,6 +26,9 @@ class Actor:
         if not self.left:
             os._exit(1)
 
+    def die(self) -> None:
+        os._exit(1)
+
     def double(self, x: np.ndarray) -> tuple[Work, np.ndarray]:
         self.left -= 1
         if not self.left:
@@ -78,6 +81,22 @@ def test_a_call_outlives_the_idle_actors_of_a_lost_node():
         _, (payload,) = await pool.call("double", np.ones(3))
         assert ray.get(payload).sum() == 6
         assert pool.progress().deaths > 4
+
+    asyncio.run(main())
+
+
+def test_a_call_that_kills_every_actor_is_given_up():
+    """Even where they have made other calls before."""
+
+    async def main():
+        pool = make_pool(2)
+        await pool.start()
+        deadly = asyncio.create_task(pool.call("die"))
+        while not deadly.done():
+            await pool.call("double", np.ones(3))
+        with pytest.raises(PoolError, match="6 actors in turn died at the same call"):
+            await deadly
+        assert pool.progress().deaths == 6
 
     asyncio.run(main())
 
