@@ -87,13 +87,6 @@ def test_where_a_schedule_begins_late_calls_begin_at_once(late):
     assert found < of_default
 
 
-def test_every_call_has_a_step_of_its_own():
-    log_snr = np.linspace(-5, 4, 250) ** 3
-    for calls, between in ((80, 1), (200, 1), (66, 2), (250, 1)):
-        fire = Times(1 + (between > 1), calls, between, 0.4).fire(log_snr)
-        assert [row.sum() for row in fire[1:]] == [calls * between, calls][-len(fire) + 1 :]
-
-
 def test_a_path_is_of_as_many_samples_as_there_is_memory_for():
     assert fitting_samples((1, 32, 32), 250, 256) == 256
     assert fitting_samples((3, 128, 128), 250, 256) == 64
