@@ -1,5 +1,6 @@
 """What every part of the program asks of the files that it reads and the folders that it writes."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -34,6 +35,12 @@ def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
     else:
         content(temporary)
     temporary.replace(path)
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

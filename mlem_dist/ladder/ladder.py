@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import read_object, replace_file
+from mlem_dist.files import file_digest, read_object, replace_file
 from mlem_dist.ladder.levels import PRECISIONS, PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import alpha_bar
 
@@ -324,7 +324,7 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
         patch=patch,
         prediction=prediction,
         parameters=sum(value.numel() for value in state.values()),
-        sha256={file.relative_to(folder).as_posix(): _sha256(file) for file in written},
+        sha256={file.relative_to(folder).as_posix(): file_digest(file) for file in written},
     )
 
 
@@ -347,7 +347,7 @@ def save_ladder(
         "value_range": [-1.0, 1.0],
         "labels": list(labels),
         "parametrisation": "epsilon",
-        "scheduler_sha256": _sha256(folder / SCHEDULER),
+        "scheduler_sha256": file_digest(folder / SCHEDULER),
         "levels": [level.__dict__ for level in levels],
     }
     replace_file(folder / LADDER, json.dumps(raw, indent=2) + "\n")
@@ -406,17 +406,9 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
     return {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check_digest(folder: Path, name: str, expected: str) -> None:
     path = folder / name
     if not path.is_file():
         raise UsageError(f"ladder file {path} is missing; restore it or train the ladder again")
-    if _sha256(path) != expected:
+    if file_digest(path) != expected:
         raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")

@@ -68,10 +68,10 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
     # With one pool for all levels there is nothing to weigh.
     if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
         pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
-        found = {}
+        counts, found = evaluations(job), {}
         for one in cost:
             on = [pool for pool, devices in zip(pools, there, strict=True) if devices == one]
-            numbers = sorted({k for pool in on for k in levels_of(evaluations(job), pool)})
+            numbers = sorted({k for pool in on for k in levels_of(counts, pool)})
             found[one] = measured_cost(job, ladder, one, numbers, remote)
         cost |= {one: measured for one, measured in found.items() if measured is not None}
         timed = any(measured is not None for measured in found.values())

@@ -95,10 +95,10 @@ def run_ray(
             if not todo and (len(cells) == 1 or all(cell.spent for cell in cells)):
                 for cell in cells:
                     cell.close()
+            # Those with nothing else to do make the shards of one that has lost the devices of a pool.
             if not todo and any(cell.spent and not cell.stuck for cell in cells):
-                for cell in cells:
-                    if cell.stuck:
-                        cell.give_up()
+                for cell in [cell for cell in cells if cell.stuck]:
+                    cell.give_up()
             if all(cell.progress for cell in cells):
                 yield replace(merged([cell.total() for cell in cells]), seconds=time.monotonic() - began)
             ray.wait([cell.run for cell in cells if not cell.finished] or [cells[0].run], timeout=POLL_SECONDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlem_dist.dataset.manifest import Manifest, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.job import Job, versions
+from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.progress import Progress
 
 Engine = Callable[[Sequence[int]], Iterator[Progress]]
@@ -33,7 +33,7 @@ def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
         UsageError: `out` cannot be used for this job; see `check_out`.
     """
     config = job.config
-    manifest = check_out(out, config) or Manifest(config, ladder.labels, versions(), {}, ())
+    manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
     done = finished_shards(out, manifest)
     missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
     return Dataset(out, job, manifest, missing)

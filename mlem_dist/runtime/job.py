@@ -30,6 +30,17 @@ class NonFiniteError(RuntimeError):
     """A block ended with NaN or infinite values."""
 
 
+def versions() -> dict[str, str]:
+    """The versions that decide bytes."""
+    return {
+        "mlem_dist": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
+
+
 @dataclass(frozen=True)
 class Job:
     """What to generate.
@@ -65,7 +76,7 @@ class Job:
     shard_size: int
     device: str
     precision: str = "float32"
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
         for name in ("num", "steps", "block_size", "shard_size"):
@@ -208,14 +219,3 @@ class Blocks:
         scaled = (x.clamp(low, high) - low) * (255 / (high - low))
         images: np.ndarray = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return images
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide bytes."""
-    return {
-        "mlem_dist": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pyarrow": pyarrow.__version__,
-    }

@@ -180,7 +180,7 @@ class Fitter:
         drift = base.affine(self.table.t)
         self.forms = [ClosedForm(drift, self.table, judge.label(block)) for block in self.blocks]
         self.pool = ThreadPoolExecutor(judge.threads)
-        self._tried: dict[float, Times] = {}
+        self._errors: dict[Times, float] = {}
 
     @cached_property
     def path(self) -> Tensor:
@@ -222,16 +222,13 @@ class Fitter:
         Raises:
             UsageError: the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
-        within = min(nfe, LARGEST)
-        starts = [] if within in self._tried else self.starts(within)
+        starts = self.starts(min(nfe, LARGEST))
         total, done = len(starts) + len(BEGINNINGS) + 1, count(1)
 
         def told() -> None:
             progress(next(done), total)
 
-        if starts:
-            self._tried[within] = self._best(starts, told)
-        best = self._tried[within]
+        best = self._best(starts, told)
         larger = replace(best, calls=self._calls(nfe, best.middle, best.between))
         fit = self._fit_times(self._best([replace(larger, begin=begin) for begin in BEGINNINGS], told), self.blocks)
         told()
@@ -243,10 +240,17 @@ class Fitter:
         """The times whose fit to half of the blocks has the least error."""
         # The path is made here, before the fits that run side by side would each make it.
         half = self.blocks[: -(-self.path.shape[1] // (2 * BLOCK))]
+
+        def error(times: Times) -> float:
+            # Larger budgets begin with the same times.
+            if times not in self._errors:
+                self._errors[times] = self._fit_times(times, half).error
+            return self._errors[times]
+
         errors = []
         with ThreadPoolExecutor(len(several)) as pool:
-            for fit in pool.map(lambda one: self._fit_times(one, half), several):
-                errors.append(fit.error)
+            for found in pool.map(error, several):
+                errors.append(found)
                 told()
         return several[int(np.argmin(errors))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
-from mlem_dist.files import replace_file
+from mlem_dist.files import file_digest, replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, read_plan, single_level
 from mlem_dist.tuning.calibrate import NAME
@@ -72,23 +71,20 @@ def tuned_budgets(folder: Path, solver: str) -> list[float]:
     return sorted(found)
 
 
-def _digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
-
-
 def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
     """The frontier in `out`, new or begun before.
 
     Raises:
         UsageError: as `Frontier`.
     """
+    calibration = ladder.folder / NAME
     about = {
         "ladder": ladder.digest,
         "solver": solver,
         "steps": steps,
         "machine": "one CPU thread" if device == "cpu" else device,
         "costs": [float(f"{seconds:.4g}") for seconds in ladder.cost(device)],
-        "calibration": _digest(ladder.folder / NAME),
+        "calibration": file_digest(calibration)[:16] if calibration.exists() else None,
         "samples": JUDGING_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
