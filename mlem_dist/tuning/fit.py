@@ -95,7 +95,7 @@ class Times:
         below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         quantiles = np.arange(self.calls * self.between) / (self.calls * self.between)
         at = np.searchsorted(passed, np.interp(quantiles, below / below[-1], path))
-        # Quantiles that fall on one step are one call: to move some was worse (docs/plans.md).
+        # Quantiles that fall on one step are one call: to move some was worse (docs/frontier.md).
         fire = np.zeros((2 if self.middle == 1 else 3, steps), dtype=bool)
         fire[0] = True
         fire[1, at] = True
