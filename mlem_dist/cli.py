@@ -152,6 +152,8 @@ def _plan_options(command: Any) -> Any:
 def generate(
     num: int,
     out: Path,
+    ladder_name: str,
+    seed: int,
     plan_file: Path | None,
     precision: str,
     labels: str,
@@ -164,7 +166,7 @@ def generate(
     engine: str,
     as_json: bool,
     device: str,
-    **plan_options: Any,
+    **choices: Any,
 ) -> None:
     """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
     started = time.monotonic()
@@ -175,7 +177,7 @@ def generate(
     from mlem_dist.runtime.job import Job
     from mlem_dist.runtime.placement import parse_placement
 
-    ladder = Ladder.load(plan_options["ladder_name"])
+    ladder = Ladder.load(ladder_name)
     chosen = _labels(labels, len(ladder.labels))
     parsed = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
     if parsed and any(parsed.kinds) and devices:
@@ -188,20 +190,21 @@ def generate(
 
         remote = cluster.is_remote(address)
     device = _local_device(device, remote)
-    plan, note = _plan(ladder, device, plan_file, **plan_options)
+    # Bad input is refused before there is a connection to wait for; the device's own costs are known after it.
+    plan, note = _plan(ladder, ladder.cost(device), plan_file, **choices)
     if remote:
         cluster.connect(address)
         device = cluster.device_type(device)
-        plan, note = _plan(ladder, device, plan_file, **plan_options)
+        plan, note = _plan(ladder, ladder.cost(device), plan_file, **choices)
     job = Job(
         ladder=ladder.source,
         digest=ladder.digest,
         num=num,
         labels=chosen,
-        solver=plan_options["solver"],
-        steps=plan_options["steps"],
+        solver=choices["solver"],
+        steps=choices["steps"],
         plan=plan,
-        seed=plan_options["seed"],
+        seed=seed,
         block_size=block_size,
         shard_size=shard_size,
         device=device,
@@ -291,25 +294,23 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
 @cli.command()
 @_plan_options
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
-def draw(out: Path, device: str, **plan_options: Any) -> None:
+def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) -> None:
     """Draw one plan and keep it, for `generate --plan`."""
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.solver.integrate import block_rng
-    from mlem_dist.solver.plan import plan_to_dict
+    from mlem_dist.solver.plan import write_plan
     from mlem_dist.tuning.recipe import make_recipe
 
-    ladder = Ladder.load(plan_options["ladder_name"])
+    ladder = Ladder.load(ladder_name)
     if out.exists():
         raise UsageError(f"--out {out} exists; choose another name")
     check_writable(out.parent)
-    device, seed = _local_device(device, False), plan_options.pop("seed")
-    choices = plan_options | {"nfe": DEFAULT_NFE if plan_options["nfe"] is None else plan_options["nfe"]}
-    del choices["ladder_name"]
-    plan = make_recipe(ladder, device, **choices).plan(block_rng(seed, 0))
+    cost = ladder.cost(_local_device(device, False))
+    plan = make_recipe(ladder, cost, **_with_budget(choices)).plan(block_rng(seed, 0))
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(plan_to_dict(plan, ladder.digest, plan_options["solver"])) + "\n")
+    write_plan(out, plan, ladder.digest, choices["solver"])
     calls = dict(zip((level.name for level in ladder.levels), plan.calls.sum(1).tolist(), strict=True))
-    click.echo(f"Wrote {out}: {plan.nfe(ladder.cost(device)):.2f} evaluations of the best level; calls {calls}")
+    click.echo(f"Wrote {out}: {plan.nfe(cost):.2f} evaluations of the best level; calls {calls}")
 
 
 @cli.command()
@@ -477,7 +478,8 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     from mlem_dist.report.figures import save_frontier
     from mlem_dist.report.progress import parts_bar
     from mlem_dist.report.tables import frontier_table
-    from mlem_dist.tuning.tune import open_frontier, plan_path
+    from mlem_dist.tuning.choose import plan_path
+    from mlem_dist.tuning.tune import open_frontier
     from mlem_dist.tuning.tune import tune as search
 
     require("matplotlib", "figures")
@@ -535,8 +537,6 @@ def plan(
         require("matplotlib", "figures")
         check_writable(out.parent)
     kinds = read_kinds(ladder, pool_devices, costs)
-    first = kinds[0]
-    there = ladder.with_cost(first.name, first.cost)
     job = Job(
         ladder=ladder.source,
         digest=ladder.digest,
@@ -544,11 +544,11 @@ def plan(
         labels=(0,),
         solver=choices["solver"],
         steps=choices["steps"],
-        plan=_plan(there, first.name, None, seed=0, ladder_name=ladder_name, **choices)[0],
+        plan=_plan(ladder, kinds[0].cost, None, **choices)[0],
         seed=0,
         block_size=block_size,
         shard_size=shard_size,
-        device=first.device,
+        device=kinds[0].devices.type,
     )
     found = plan_capacity(job, ladder.weights, kinds)
     gains = marginal(job, found[0])
@@ -587,45 +587,20 @@ def _local_device(device: str, remote: bool) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _plan(
-    ladder: Any,
-    device: str,
-    plan_file: Path | None,
-    *,
-    solver: str,
-    steps: int,
-    nfe: float | None,
-    probabilities: Any,
-    draw: Any,
-    increments: Any,
-    seed: int,
-    ladder_name: str,
-) -> tuple[Any, str]:
-    """The plan in a file, or the one that was tuned, or the recipe that the options give; and what to say about it."""
-    from mlem_dist.solver.plan import read_plan
-    from mlem_dist.tuning.recipe import make_recipe
-    from mlem_dist.tuning.tune import tuned_budgets, tuned_plan
+def _with_budget(choices: dict[str, Any]) -> dict[str, Any]:
+    return choices | {"nfe": DEFAULT_NFE if choices["nfe"] is None else choices["nfe"]}
 
-    if plan_file is not None:
-        given = {"--nfe": nfe, "--probabilities": probabilities, "--draw": draw, "--increments": increments}
-        if clash := [option for option, value in given.items() if value is not None]:
-            raise UsageError(f"{clash[0]} and --plan exclude each other: a plan has its own; leave one out")
-        return read_plan(plan_file, ladder.digest, [level.name for level in ladder.levels], solver, steps), ""
-    nfe = DEFAULT_NFE if nfe is None else nfe
-    note = ""
-    if (probabilities, draw, increments) == (None, None, None):
-        if tuned := tuned_plan(ladder, solver, steps, nfe):
-            note = f"Using the plan tuned for this budget, of {ladder.source}."
-            if (spent := tuned.nfe(ladder.cost(device))) > 1.1 * nfe:
-                note += f" By the costs on this device it takes {spent:.3g} evaluations: tune one here."
-            return tuned, note
-        if budgets := tuned_budgets(ladder.folder, solver):
-            note = (
-                f"No plan is tuned for --nfe {nfe:g} --steps {steps}. {ladder.source} has plans for --nfe "
-                f"{', '.join(f'{budget:g}' for budget in budgets)}, at the --steps they were tuned with; "
-                "`mlem-dist tune` finds more."
-            )
-    return make_recipe(ladder, device, solver, steps, nfe, probabilities, draw, increments), note
+
+def _plan(ladder: Any, cost: Any, plan_file: Path | None, **choices: Any) -> tuple[Any, str]:
+    """The plan in a file, or what the options of a budget ask for; and what to say about it."""
+    from mlem_dist.solver.plan import read_plan
+    from mlem_dist.tuning.choose import choose_plan
+
+    if plan_file is None:
+        return choose_plan(ladder, cost, **_with_budget(choices))
+    if given := [name for name in ("nfe", "probabilities", "draw", "increments") if choices[name] is not None]:
+        raise UsageError(f"--{given[0]} and --plan exclude each other: a plan has its own; leave one out")
+    return read_plan(plan_file, ladder.digest, len(ladder.levels), choices["solver"], choices["steps"]), ""
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:

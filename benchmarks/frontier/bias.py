@@ -22,9 +22,10 @@ from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, read_plan, single_level, switched
+from mlem_dist.tuning.choose import plan_path
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.tune import JUDGING_SEED, plan_path
+from mlem_dist.tuning.tune import JUDGING_SEED
 
 STEPS = 250
 DRAWN: dict[str, dict[str, Any]] = {
@@ -46,7 +47,7 @@ def fixed(ladder: Ladder, solver: str, nfe: int) -> Iterator[tuple[str, Plan]]:
     yield "T-Stitch", switched(SMALL, levels, levels, STITCH_STEPS, small)
     tuned = plan_path(ladder.folder, solver, nfe)
     if tuned.exists():
-        yield "tuned", read_plan(tuned, ladder.digest, [level.name for level in ladder.levels], solver, STEPS)
+        yield "tuned", read_plan(tuned, ladder.digest, len(ladder.levels), solver, STEPS)
 
 
 def bias(ends: Tensor, reference: Tensor) -> dict[str, float]:
@@ -76,7 +77,7 @@ def main(nfe: int, draws: int, out: Path) -> None:
         judge = Judge(ladder, solver, "cpu", STEPS, BLOCK, JUDGING_SEED)
         plans = {family: [plan] for family, plan in fixed(ladder, solver, nfe)}
         for family, choices in DRAWN.items():
-            recipe = make_recipe(ladder, "cpu", solver, STEPS, nfe, **choices)
+            recipe = make_recipe(ladder, ladder.cost("cpu"), solver, STEPS, nfe, **choices)
             plans[family] = [recipe.plan(np.random.default_rng(d)) for d in range(draws)]
         for family, drawn in plans.items():
             if any((row["solver"], row["family"]) == (solver, family) for row in rows):

@@ -82,7 +82,7 @@ def cases(judge: Judge, choosing: Judge) -> Iterator[Case]:
     levels, cost = len(ladder.levels), ladder.cost(judge.device)
 
     def recipe(nfe: float, choices: dict[str, Any]) -> Recipe:
-        return make_recipe(ladder, judge.device, solver, BASE_STEPS, nfe, **choices)
+        return make_recipe(ladder, cost, solver, BASE_STEPS, nfe, **choices)
 
     def memorised(nfe: float) -> Verdict:
         recipes = {name: recipe(nfe, choices) for name, choices in OURS.items()}
@@ -143,7 +143,7 @@ def learned(choosing: Judge, path: Path) -> tuple[Logistic, tuple[int, ...]]:
     (the Poisson limit), so one number is added to every beta, which brings the same budget to more steps.
     """
     ladder, solver = choosing.ladder, choosing.solver
-    recipe = make_recipe(ladder, choosing.device, solver, LEARN_STEPS, LEARN_NFE, draw="independent")
+    recipe = make_recipe(ladder, ladder.cost(choosing.device), solver, LEARN_STEPS, LEARN_NFE, draw="independent")
     rungs = recipe.rungs or tuple(range(1, len(ladder.levels) + 1))
     cost = ladder.cost(choosing.device)[np.array(rungs) - 1]
 

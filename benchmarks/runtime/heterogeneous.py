@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import parse_placement
+from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.tuning.recipe import make_recipe
 
@@ -44,7 +44,7 @@ def main(num: int, nfe: float, out: Path) -> None:
     ladder = Ladder.load("fashion")
     levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
     cost = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", BLOCK) for level in levels])
-    recipe = make_recipe(ladder, "cpu", "ddpm", STEPS, nfe, increments="held")
+    recipe = make_recipe(ladder, ladder.cost("cpu"), "ddpm", STEPS, nfe, increments="held")
     job = Job("fashion", ladder.digest, num, tuple(range(10)), "ddpm", STEPS, recipe, 0, BLOCK, SHARD, "cpu")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for size in ("small", "large"):
@@ -53,7 +53,7 @@ def main(num: int, nfe: float, out: Path) -> None:
     try:
         for placement in PLACEMENTS:
             parsed = parse_placement(placement, len(ladder.levels))
-            kinds = {name: Kind(name, 1, cost, np.inf, OVERHEADS["cpu"]) for name in parsed.kinds}
+            kinds = {name: Kind(name, Devices("cpu", 1), cost, OVERHEADS["cpu"]) for name in parsed.kinds}
             found = forecast(job, Layout(parsed.pools, tuple(kinds[name] for name in parsed.kinds)))
             rate = measured(cluster.address, placement, num, nfe)
             rows.append({"placement": placement, "measured": rate, "forecast": num / found.seconds})

@@ -28,12 +28,12 @@ from torch import Tensor
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.job import Blocks, Job
-from mlem_dist.runtime.placement import parse_placement
+from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.solver.integrate import Drift, integrate
 from mlem_dist.solver.plan import Plan, Recipe
+from mlem_dist.tuning.choose import tuned_plan
 from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.tune import tuned_plan
 
 STEPS, SHARD, CORES = 250, 600, 2
 SETTLED_SECONDS = 20
@@ -66,7 +66,7 @@ def make_job(
     """With held increments for the SDE, and for the ODE the plan that the ladder has for this budget."""
     plan: Plan | Recipe | None
     if solver == "ddpm":
-        plan = make_recipe(ladder.with_cost("here", cost), "here", solver, STEPS, nfe, increments="held")
+        plan = make_recipe(ladder, cost, solver, STEPS, nfe, increments="held")
     else:
         plan = tuned_plan(ladder, solver, STEPS, nfe)
         assert plan, f"no plan is tuned for {nfe} evaluations"
@@ -147,7 +147,7 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     job = make_job(ladder, ladder.cost("cpu"), row["solver"], nfe, block, num, SHARD, "cpu")
     pools = parse_placement(row["placement"], len(ladder.levels)).pools
     for name, share in (("forecast_of_free_cores", 0.0), ("forecast", taken / CORES if devices == CORES else 0.0)):
-        kind = Kind("cpu", devices, np.array(row["cost"]) / (1 - share), np.inf, OVERHEADS["cpu"])
+        kind = Kind("cpu", Devices("cpu", devices), np.array(row["cost"]) / (1 - share), OVERHEADS["cpu"])
         row[name] = num / forecast(job, Layout(pools, (kind,) * len(pools))).seconds
         row[f"ratio{name.removeprefix('forecast')}"] = row[name] / row["measured"]
     calls = np.array(list(row["calls_per_sample"].values()))
@@ -166,7 +166,7 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
             for cell in CELLS:
                 # One coordinator of more devices with a pool per level is saturated long before.
                 for devices in DEVICES if placement == "together" or cell <= 64 else DEVICES[:5]:
-                    kind = Kind(device, devices, cost / speed, np.inf, OVERHEADS[device])
+                    kind = Kind(device, Devices(device, devices), cost / speed, OVERHEADS[device])
                     job = make_job(ladder, cost, "ddpm", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
                     found = forecast(job, Layout(pools, (kind,) * len(pools)), cell)

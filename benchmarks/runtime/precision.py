@@ -17,8 +17,8 @@ from processes import generated
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.levels import PRECISIONS
+from mlem_dist.tuning.choose import tuned_budgets, tuned_plan
 from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.tune import tuned_budgets, tuned_plan
 
 LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -90,6 +90,20 @@ class Ladder:
             UsageError: nothing of that name, a missing or changed file, an unknown schema version, or entries that
                 contradict each other.
         """
+        ladder = cls.read(source)
+        for level in ladder.levels:
+            ladder._check_files(level)
+        return ladder
+
+    @classmethod
+    def read(cls, source: str | Path) -> Ladder:
+        """As `load`, but for the digests of levels: each is compared when the level is loaded.
+
+        For processes that use some of the levels, and would read the files of all.
+
+        Raises:
+            UsageError: as `load`.
+        """
         folder = _find(source)
         path = folder / LADDER
         raw = read_object(path, "ladder")
@@ -126,12 +140,16 @@ class Ladder:
         for level in self.levels:
             if not level.sha256:
                 raise UsageError(f"{self.folder}: level {level.name!r} lists no files")
-            for name, digest in level.sha256.items():
-                _check_digest(self.folder, name, digest)
+            for name in level.sha256:
+                _check_there(self.folder, name)
             self._check_shape(level)
         for device in {device for level in self.levels for device in level.seconds}:
             if any(level.seconds.get(device, 0) <= 0 for level in self.levels):
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
+
+    def _check_files(self, level: Level) -> None:
+        for name, digest in level.sha256.items():
+            _check_digest(self.folder, name, digest)
 
     def _check_shape(self, level: Level) -> None:
         """Refuse a level that is not made for this ladder's sample shape and labels."""
@@ -219,11 +237,6 @@ class Ladder:
         key = device if device in known else sorted(known)[0]
         return np.array([level.seconds[key] for level in self.levels])
 
-    def with_cost(self, device: str, cost: np.ndarray) -> Ladder:
-        """The ladder with the costs (K,) of another device, in seconds per sample."""
-        pairs = zip(self.levels, cost.tolist(), strict=True)
-        return replace(self, levels=tuple(replace(one, seconds=one.seconds | {device: value}) for one, value in pairs))
-
     @property
     def weights(self) -> np.ndarray:
         """Bytes of each level's weights in float32, float64 (K,)."""
@@ -232,19 +245,32 @@ class Ladder:
     def load_level(self, number: int, device: torch.device | str, precision: str = "float32") -> nn.Module:
         """Level `number` (from 1) as a module in evaluation mode on `device`, a UNet in one of `PRECISIONS`.
 
-        It takes and returns float32 in either; a Gaussian level is always float32.
+        It takes and returns float32 in either; a Gaussian level is always float32. The Gaussian that residual UNets
+        take is one for all on a device, and the first level there.
 
         Raises:
             UsageError: its weights are unreadable, or not those of its configuration.
         """
-        level = self.levels[number - 1]
-        for name, digest in level.sha256.items():
-            _check_digest(self.folder, name, digest)
+        level, key = self.levels[number - 1], str(device)
+        if number == 1 and key in self._gaussians:
+            return self._gaussians[key]
+        self._check_files(level)
         try:
-            module = self._load_gaussian(level) if level.kind == "gaussian" else self._load_unet(level, precision)
+            if level.kind == "gaussian":
+                module: nn.Module = self._load_gaussian(level)
+            else:
+                module = self._load_unet(level, device, precision)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
-        return module.eval().requires_grad_(False).to(device)
+        module = module.eval().requires_grad_(False).to(device)
+        if number == 1 and isinstance(module, GaussianLevel):
+            self._gaussians[key] = module
+        return module
+
+    @cached_property
+    def _gaussians(self) -> dict[str, GaussianLevel]:
+        """The first level by device, where it is a Gaussian and has been loaded."""
+        return {}
 
     def _load_gaussian(self, level: Level) -> GaussianLevel:
         state = {key: value.float() for key, value in load_file(self.folder / level.path).items()}
@@ -253,7 +279,7 @@ class Ladder:
         module.load_state_dict(state)
         return module
 
-    def _load_unet(self, level: Level, precision: str) -> nn.Module:
+    def _load_unet(self, level: Level, device: torch.device | str, precision: str) -> nn.Module:
         from diffusers import UNet2DModel
 
         model, info = UNet2DModel.from_pretrained(
@@ -268,7 +294,8 @@ class Ladder:
         for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
             if names:
                 raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
-        gaussian = self._load_gaussian(self.levels[0]) if level.prediction == "residual" else None
+        gaussian = self.load_level(1, device) if level.prediction == "residual" else None
+        assert gaussian is None or isinstance(gaussian, GaussianLevel)
         return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian, PRECISIONS[precision])
 
 
@@ -406,9 +433,13 @@ def _tensor_shapes(path: Path) -> dict[str, list[int]]:
     return {key: value["shape"] for key, value in header.items() if key != "__metadata__"}
 
 
+def _check_there(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise UsageError(f"ladder file {folder / name} is missing; restore it or train the ladder again")
+
+
 def _check_digest(folder: Path, name: str, expected: str) -> None:
+    _check_there(folder, name)
     path = folder / name
-    if not path.is_file():
-        raise UsageError(f"ladder file {path} is missing; restore it or train the ladder again")
     if file_digest(path) != expected:
         raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")

@@ -17,7 +17,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import CELL_DEVICES, Devices, Placement, evaluations, levels_of, pool_loads
-from mlem_dist.runtime.planner import OVERHEADS, Forecast, Kind, Layout, forecast, layouts
+from mlem_dist.runtime.planner import Forecast, Kind, Layout, forecast, layouts, overheads_of
 from mlem_dist.runtime.pool import cause
 from mlem_dist.runtime.worker import time_levels
 
@@ -33,17 +33,13 @@ class Arrangement:
     """What runs where.
 
     Attributes:
-        pools: the levels (from 1) of each pool.
-        devices: what each is on.
-        costs: float64 (K,) for each pool, seconds per sample of each level there.
+        layout: the pools and what they are on.
         cell_devices: at most so many devices in a cell.
         forecasts: of the placements that were weighed, the chosen one first; none where it was given.
         timed: whether the levels were, for that, or it goes by the ladder's costs.
     """
 
-    pools: Sequence[range]
-    devices: Sequence[Devices]
-    costs: Sequence[np.ndarray]
+    layout: Layout
     cell_devices: int = CELL_DEVICES
     forecasts: list[Forecast] = field(default_factory=list)
     timed: bool = False
@@ -76,14 +72,19 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         cost |= {one: measured for one, measured in found.items() if measured is not None}
         timed = any(measured is not None for measured in found.values())
     if placement:
-        kinds = {one: Kind(f"{i}", one.count, cost[one], np.inf, OVERHEADS[one.type]) for i, one in enumerate(cost)}
         # Of the memory nothing is known, and the user has chosen: only how many devices a coordinator can serve.
-        of_cell = forecast(job, Layout(placement.pools, tuple(kinds[one] for one in there))).cell_devices
-        return Arrangement(placement.pools, there, [cost[one] for one in there], of_cell, timed=timed)
-    forecasts = choose_placement(job, ladder, there[0].count, cost[there[0]])
-    best, count = forecasts[0], len(forecasts[0].layout.pools)
-    costs = [cost[there[0]]] * count
-    return Arrangement(best.layout.pools, there * count, costs, best.cell_devices, forecasts, timed)
+        kinds = {one: cluster_kind(one, ladder, cost[one]) for one in cost}
+        layout = Layout(placement.pools, tuple(kinds[one] for one in there))
+        return Arrangement(layout, forecast(job, layout).cell_devices, timed=timed)
+    kind = cluster_kind(there[0], ladder, cost[there[0]], _memory(job.device))
+    # The one that ends first before the others.
+    forecasts = sorted((forecast(job, one) for one in layouts(job, ladder.weights, kind)), key=lambda one: one.seconds)
+    return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed)
+
+
+def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
+    """Devices of the cluster as the planner knows them: `cost` (K,) is each level's seconds per sample."""
+    return Kind(devices.type, devices, cost, overheads_of(devices.type, ladder.sample_shape), memory)
 
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
@@ -130,19 +131,6 @@ def measured_cost(
 def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
     found = dict(zip(numbers, seconds, strict=True))
     return np.array([found[k] if np.isfinite(found.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
-
-
-def choose_placement(job: Job, ladder: Ladder, devices: int, cost: np.ndarray) -> list[Forecast]:
-    """Placements that the connected cluster has memory for, simulated, the one that ends first before the others.
-
-    `cost` (K,) is the seconds per sample of each level.
-
-    Raises:
-        UsageError: there is none.
-    """
-    kind = Kind(job.device, devices, cost, _memory(job.device), OVERHEADS[job.device])
-    found = [forecast(job, layout) for layout in layouts(job, ladder.weights, kind)]
-    return sorted(found, key=lambda one: one.seconds)
 
 
 def _memory(device: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,9 @@ from mlem_dist.runtime.cells import POLL_SECONDS, Cell, merged
 from mlem_dist.runtime.cluster import RESOURCES
 from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, allot_kinds, evaluations
-from mlem_dist.runtime.planner import OVERHEADS, seat_loads
+from mlem_dist.runtime.placement import Devices, allot_kinds
+from mlem_dist.runtime.planner import overheads_of, seat_loads
 from mlem_dist.runtime.progress import Progress
-
-WRITTEN_PIXELS = 32 * 32
-"""Of the images by which the writing time was measured (benchmarks/runtime/writer.py)."""
 
 
 def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
@@ -57,29 +53,27 @@ def run_ray(
         NonFiniteError: a block ended with NaN or infinite values.
     """
     began = time.monotonic()
-    pools, devices = where.pools, where.devices
-    counts = evaluations(job)
-    load = seat_loads(counts, pools, where.costs, [OVERHEADS[one.type] for one in devices], job.block_size)
-    names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in pools]
-    kinds = list(dict.fromkeys(devices))
-    count = min(-(-sum(kind.count for kind in kinds) // where.cell_devices), *(kind.count for kind in kinds))
-    sizes = [[kind.count // count + (index < kind.count % count) for kind in kinds] for index in range(count)]
+    layout, load = where.layout, seat_loads(job, where.layout)
+    names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in layout.pools]
+    devices = [kind.devices for kind in layout.kinds]
+    kinds, sizes = list(layout.groups), layout.cells(where.cell_devices)
     # This process owns the devices: they are free again when it ends, however it ends.
-    groups = [_reserve(kinds, size) for size in sizes]
+    groups = [_reserve([kind.devices for kind in kinds], size) for size in sizes]
     coordinator: Any = ray.remote(Coordinator)
-    of_pool = [kinds.index(one) for one in devices]
+    of_pool = [kinds.index(kind) for kind in layout.kinds]
     # A lone one beside the driver, where no lost node takes it: its successor would wait for all devices.
     strategy: Any = "DEFAULT"
-    if count == 1:
+    if len(sizes) == 1:
         strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
     def writers(size: Sequence[int]) -> int:
-        seconds = OVERHEADS["cpu"].write * math.prod(ladder.sample_shape[1:]) / WRITTEN_PIXELS
-        return writer_count(sum(size) / max(float(load.sum()), 1e-9), seconds)
+        written = overheads_of("cpu", ladder.sample_shape).write
+        return writer_count(sum(size) / max(float(load.sum()), 1e-9), written)
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
         seats = allot_kinds(load, of_pool, size)
-        arguments = (job, out.absolute(), pools, names, devices, seats, group, ladder.labels, coalesce, writers(size))
+        there = names, devices, seats, group
+        arguments = (job, out.absolute(), layout.pools, *there, ladder.labels, coalesce, writers(size))
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
     cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]

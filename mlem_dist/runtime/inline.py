@@ -35,18 +35,19 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
     blocks, levels = Blocks(job, ladder), Levels(ladder, job.device, job.precision)
     writer = Writer(out, job.shards, ladder.labels)
 
-    def make(block: int) -> np.ndarray:
+    def make(block: int) -> tuple[np.ndarray, np.ndarray]:
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)
         x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
-        return blocks.images(block, x)
+        return blocks.images(block, x), plan.calls.sum(1)
 
     for number in levels_of(evaluations(job), range(1, len(ladder.levels) + 1)):
         levels.load(number)
     ready = time.monotonic() - began
     first: float | None = None
     samples = done = 0
+    calls = np.zeros(len(ladder.levels), dtype=np.int64)
     todo = iter([(shard, block) for shard in shards for block in job.shard_blocks(shard)])
-    flying: deque[tuple[int, int, Future[np.ndarray]]] = deque()
+    flying: deque[tuple[int, int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
     images: list[np.ndarray] = []
     with ThreadPoolExecutor(devices) as pool:
         while True:
@@ -55,14 +56,17 @@ def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devic
             if not flying:
                 return
             shard, block, future = flying.popleft()
-            images.append(future.result())
+            of_block, called = future.result()
+            images.append(of_block)
+            calls += called
+            first = first or time.monotonic() - began
+            if block == job.shard_blocks(shard)[-1]:
+                writer.write(shard, *job.shard_samples(shard), *images)
+                images = []
             seconds = time.monotonic() - began
-            first = first or seconds
             samples += job.rows_of(shard, block)
             done += 1
             used = time.process_time() - busy if job.device == "cpu" else seconds
             progress = PoolProgress("in process", devices, used, 0)
-            yield Progress("sampling", seconds, ready, first, samples, done, dict(levels.calls), devices, (progress,))
-            if block == job.shard_blocks(shard)[-1]:
-                writer.write(shard, *job.shard_samples(shard), *images)
-                images = []
+            by_level = dict(enumerate(calls.tolist(), 1))
+            yield Progress("sampling", seconds, ready, first, samples, done, by_level, devices, (progress,))

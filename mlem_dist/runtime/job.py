@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,9 @@ from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
 from mlem_dist.solver.steps import SOLVERS, StepTable, solver_table
 
 MOST_SHARDS = 10**6
+
+SAMPLED_BLOCKS = 16
+"""Of a recipe, so many draws tell what all will take."""
 
 
 class NonFiniteError(RuntimeError):
@@ -148,9 +151,21 @@ class Job:
             return self.plan
         return self.plan.plan(block_rng(self.seed, block))
 
+    @property
+    def first_plans(self) -> tuple[Plan, ...]:
+        """Those of the first blocks, by which loads are reckoned; the one that all blocks have."""
+        return _first_plans(self.plan, self.seed)
+
     def expected_calls(self) -> np.ndarray:
-        """Evaluations of each level per sample, float64 (K,), averaged over the first 16 blocks."""
-        return np.mean([self.block_plan(block).calls.sum(1) for block in range(16)], axis=0)
+        """Evaluations of each level per sample, float64 (K,), averaged over the first plans."""
+        return np.mean([plan.calls.sum(1) for plan in self.first_plans], axis=0)
+
+
+@lru_cache(maxsize=4)
+def _first_plans(plan: Plan | Recipe, seed: int) -> tuple[Plan, ...]:
+    if isinstance(plan, Plan):
+        return (plan,)
+    return tuple(plan.plan(block_rng(seed, block)) for block in range(SAMPLED_BLOCKS))
 
 
 class Blocks:

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -17,10 +16,6 @@ from mlem_dist.solver.plan import Recipe
 # A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
 LEAST_SHARE = 0.05
 
-TRIP_SECONDS = {"cpu": 0.012, "cuda": 0.001}
-"""Device time lost by one trip of a block's state to another pool and back; benchmarks/runtime/engines.py measures it
-on CPU cores, which Ray's own work takes time from. On a GPU only the copies count, and their time is assumed."""
-
 CELL_DEVICES = 64
 """At most so many devices per coordinator; `forecast` takes fewer where it would be busy more than half of its time."""
 
@@ -30,8 +25,11 @@ WEIGHT_SHARE = 0.5
 RARE = 1e-6
 """Evaluations counted for an increment that may be drawn, beside those of the blocks that are looked at."""
 
-Evaluations = Mapping[tuple[tuple[int, int], ...], float]
-"""How often, per sample, terms are evaluated together at one step, by the (level, below) of each."""
+Together = tuple[tuple[int, int], ...]
+"""The (level, below) of terms that are evaluated at one step."""
+
+Evaluations = Mapping[Together, float]
+"""How often, per sample, terms are evaluated together."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,10 @@ def pools_text(pools: Sequence[range]) -> str:
 
 
 def evaluations(job: Job) -> Evaluations:
-    """What a job's plans evaluate per sample, averaged over 16 blocks; what these never do has a count near zero."""
-    counts: defaultdict[tuple[tuple[int, int], ...], float] = defaultdict(float)
-    for run in (run for block in range(16) for run in job.block_plan(block).runs):
+    """What a job's plans evaluate per sample, averaged over its first; what these never do has a count near zero."""
+    counts: defaultdict[Together, float] = defaultdict(float)
+    plans = job.first_plans
+    for run in (run for plan in plans for run in plan.runs):
         counts[tuple((term.level, term.below) for term in run.terms)] += 1
         # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
         counts[((1, 0),)] += bool(run.base)
@@ -115,7 +114,7 @@ def evaluations(job: Job) -> Evaluations:
         for below, level, p in zip((0, *rungs), rungs, job.plan.probabilities, strict=False):
             if p.any():
                 counts[((level, below),)] += RARE
-    return {together: count / 16 for together, count in counts.items()}
+    return {together: count / len(plans) for together, count in counts.items()}
 
 
 def pool_loads(counts: Evaluations, pools: Sequence[range], cost: np.ndarray) -> np.ndarray:
@@ -123,68 +122,18 @@ def pool_loads(counts: Evaluations, pools: Sequence[range], cost: np.ndarray) ->
     load = np.zeros(len(pools))
     for together, count in counts.items():
         for index, pool in enumerate(pools):
-            called = {k for term in together if term[0] in pool for k in term if k}
-            load[index] += count * sum(cost[k - 1] for k in called)
+            load[index] += count * sum(cost[k - 1] for k in called(together, pool))
     return load
 
 
+def called(together: Together, pool: range) -> set[int]:
+    """The levels that a pool evaluates for terms: those of its own and the ones that these are over."""
+    return {k for term in together if term[0] in pool for k in term if k}
+
+
 def levels_of(counts: Evaluations, pool: range) -> list[int]:
-    """The levels that a pool evaluates: those of its terms and the ones that these are over, by number."""
-    return sorted({k for together in counts for term in together if term[0] in pool for k in term if k})
-
-
-def trips(counts: Evaluations, pools: Sequence[range]) -> float:
-    """Expected trips of a block's state to other pools than the first."""
-    return sum(
-        count * sum(any(level in pool for level, _ in together) for pool in pools[1:])
-        for together, count in counts.items()
-    )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A placement with its predicted device seconds per sample, of which `lost` go into trips."""
-
-    pools: tuple[range, ...]
-    seconds: float
-    lost: float
-
-    def __str__(self) -> str:
-        return pools_text(self.pools)
-
-
-def candidates(job: Job, cost: np.ndarray, weights: np.ndarray, devices: int, memory: float) -> list[Candidate]:
-    """Every placement that fits on `devices` devices of `memory` bytes each, the fastest first.
-
-    An actor holds the weights of the levels that its pool evaluates; `weights` (K,) is the bytes of each in float32.
-    Predicted are the levels' own seconds, for `cost` (K,) seconds per sample, and those that trips take.
-
-    Raises:
-        UsageError: no placement fits.
-    """
-    levels = len(cost)
-    counts = evaluations(job)
-    held_bytes = weights / 2 if job.precision == "bfloat16" else weights
-    # A cell divides its own devices.
-    of_cell = -(-devices // -(-devices // CELL_DEVICES))
-    found = []
-    for cuts in product((False, True), repeat=levels - 1):
-        starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
-        pools = tuple(map(range, starts, starts[1:]))
-        load = pool_loads(counts, pools, cost)
-        held = np.zeros(of_cell)
-        for pool, seats in zip(pools, allot(load, of_cell), strict=True):
-            for seat in seats:
-                held[seat.device] += sum(held_bytes[k - 1] for k in levels_of(counts, pool))
-        if held.max() <= WEIGHT_SHARE * memory:
-            lost = trips(counts, pools) * TRIP_SECONDS[job.device] / job.block_size
-            found.append(Candidate(pools, float(load.sum()) + lost, lost))
-    if not found:
-        raise UsageError(
-            f"the ladder's weights take {weights.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
-            f"{devices} devices of {memory / 2**30:.3g} GiB; use more devices or larger ones"
-        )
-    return sorted(found, key=lambda candidate: (candidate.seconds, len(candidate.pools)))
+    """The levels that a pool evaluates, by number."""
+    return sorted({k for together in counts for k in called(together, pool)})
 
 
 def allot(load: np.ndarray, devices: int) -> list[list[Seat]]:

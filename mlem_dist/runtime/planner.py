@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import (
     CELL_DEVICES,
     WEIGHT_SHARE,
+    Devices,
     Evaluations,
     Seat,
+    allot,
     allot_kinds,
-    candidates,
+    called,
     evaluations,
     levels_of,
     pool_loads,
@@ -34,14 +37,24 @@ OVERHEADS = {
 """By device type. Those of CPU cores are measured, the coordinator's and the writers' too (coordinator.py and writer.py
 in benchmarks/runtime); a GPU's own are assumed."""
 
+WRITTEN_PIXELS = 32 * 32
+"""Of the images by which the writing time was measured."""
+
 BUSY_COORDINATOR = 0.5
 """Of its time; above that, cells are made smaller."""
 
 SIMULATED = 3
 """Of all placements, so many that promise most are simulated."""
 
-BLOCKS_PER_DEVICE, LEAST_BLOCKS = 20, 200
-"""A simulation is of so many blocks of a cell, if it has that many, and the rest is extrapolated."""
+SIMULATED_BLOCKS, LEAST_BLOCKS = 20, 200
+"""A simulation is of so many blocks of a cell, per device and at least, if it has that many; the rest is
+extrapolated."""
+
+
+def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
+    """What the runtime costs on "cpu" or "cuda" devices, for samples of shape (C, H, W)."""
+    known = OVERHEADS[device]
+    return replace(known, write=known.write * math.prod(sample_shape[1:]) / WRITTEN_PIXELS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,22 +63,22 @@ class Kind:
 
     Attributes:
         name: such as "h100".
-        count: how many.
+        devices: what and how many they are.
         cost: float64 (K,), each level's seconds per sample.
-        memory: bytes of each; infinite if not known.
         overheads: of the runtime there.
+        memory: bytes of each; infinite if not known.
     """
 
     name: str
-    count: int
+    devices: Devices
     cost: np.ndarray
-    memory: float
     overheads: Overheads
+    memory: float = np.inf
 
     @property
-    def device(self) -> str:
-        """ "cpu" or "cuda"."""
-        return next(device for device, overheads in OVERHEADS.items() if overheads == self.overheads)
+    def count(self) -> int:
+        """How many devices."""
+        return self.devices.count
 
 
 def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]:
@@ -108,7 +121,7 @@ def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]
                 f"no costs of {name!r} are known for ladder {ladder.name!r}; measure them there with `mlem-dist "
                 f"ladder measure` or `calibrate`, or give --cost {name}=MS,MS,... with ms per sample of each level"
             )
-        kinds[name] = Kind(name, count, cost, memory, OVERHEADS[device])
+        kinds[name] = Kind(name, Devices(device, count), cost, overheads_of(device, ladder.sample_shape), memory)
     if given:
         raise UsageError(f"--cost {next(iter(given))}=...: not one of the --pool-devices, {', '.join(kinds)}")
     return list(kinds.values())
@@ -130,6 +143,15 @@ class Layout:
     def devices(self) -> int:
         """How many, of all kinds."""
         return sum(kind.count for kind in self.groups)
+
+    def cells(self, most: int) -> list[list[int]]:
+        """How many devices of each kind, in the order of `groups`, each cell has; the first has the most.
+
+        At most `most` in all, if every kind has one for each cell.
+        """
+        counts = [kind.count for kind in self.groups]
+        cells = min(-(-self.devices // most), *counts)
+        return [[count // cells + (cell < count % cells) for count in counts] for cell in range(cells)]
 
     @property
     def names(self) -> list[str]:
@@ -214,21 +236,22 @@ def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forec
 def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     counts = evaluations(job)
     costs = [kind.cost for kind in layout.kinds]
-    cells = max(1, min(-(-layout.devices // cell_devices), *(kind.count for kind in layout.groups)))
     load = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(layout.pools, costs, strict=True)])
+    every_cell = layout.cells(cell_devices)
+    cells, here = len(every_cell), every_cell[0]
     kinds = list(layout.groups)
-    taken = seat_loads(counts, layout.pools, costs, [kind.overheads for kind in layout.kinds], job.block_size)
+    of_pool = [kinds.index(kind) for kind in layout.kinds]
+    seats = allot_kinds(seat_loads(job, layout), of_pool, here)
     # Cells differ by one device of each kind at most.
-    here = [-(-kind.count // cells) for kind in kinds]
-    seats = allot_kinds(taken, [kinds.index(kind) for kind in layout.kinds], here)
-    devices = [kind.overheads for kind, count in zip(kinds, here, strict=True) for _ in range(count)]
-    share = layout.devices / (cells * len(devices))
+    share = layout.devices / (cells * sum(here))
     blocks = -(-job.num // job.block_size)
     of_cell = max(1, round(blocks / cells / share))
-    simulated = min(of_cell, max(LEAST_BLOCKS, BLOCKS_PER_DEVICE * len(devices)))
-    programs = [stages(job.block_plan(block), layout.pools, costs) for block in range(16)]
-    cell = CellSimulation(programs, seats, devices, job.block_size, job.shard_size // job.block_size, cells)
-    trace = cell.run(simulated)
+    simulated = min(of_cell, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(here)))
+    programs = [stages(plan, layout.pools, costs) for plan in job.first_plans]
+    there = [(kind.overheads, count) for kind, count in zip(kinds, here, strict=True)]
+    trace = CellSimulation(programs, seats, there, job.block_size, job.shard_size // job.block_size, cells).run(
+        simulated
+    )
     whole = simulated == of_cell
     rate = simulated / trace.seconds if whole else trace.blocks_per_second
     # Seconds that the simulated blocks take when the cell is neither filling nor draining.
@@ -243,8 +266,8 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
         float(ideal),
         trace.seconds + (0 if whole else (of_cell - simulated) / rate),
         tuple(
-            PoolForecast(text, len(found) * cells, trace.busy[i] / per / _devices(kind, found, devices))
-            for i, (text, kind, found) in enumerate(zip(layout.names, layout.kinds, seats, strict=True))
+            PoolForecast(text, len(found) * cells, trace.busy[i] / per / _devices(layout.kinds[i], found, here[kind]))
+            for i, (text, kind, found) in enumerate(zip(layout.names, of_pool, seats, strict=True))
         ),
         trace.coordinator / per,
         level_seconds,
@@ -252,35 +275,25 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     )
 
 
-def seat_loads(
-    counts: Evaluations,
-    pools: Sequence[range],
-    costs: Sequence[np.ndarray],
-    overheads: Sequence[Overheads],
-    block_size: int,
-) -> np.ndarray:
-    """Expected device seconds per sample in each pool, float64, with what its calls and trips take.
-
-    `costs[pool]` (K,) are seconds per sample, and `overheads[pool]` those of its devices.
-    """
-    found = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(pools, costs, strict=True)])
-    found *= [one.slowdown for one in overheads]
-    asks = np.zeros(len(pools))
+def seat_loads(job: Job, layout: Layout) -> np.ndarray:
+    """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
+    counts, kinds = evaluations(job), layout.kinds
+    found = np.array([pool_loads(counts, [pool], kind.cost)[0] for pool, kind in zip(layout.pools, kinds, strict=True)])
+    found *= [kind.overheads.slowdown for kind in kinds]
+    asks = np.zeros(len(kinds))
     for together, count in counts.items():
-        away = np.array([any(level in pool for level, _ in together) for pool in pools])
+        away = np.array([any(level in pool for level, _ in together) for pool in layout.pools])
         away[0] = False
         # A step that asks others ends a segment on the first pool.
         away[0] = away.any()
         asks += count * away
-    found += asks * [one.call + one.trip for one in overheads] / block_size
+    found += asks * [kind.overheads.call + kind.overheads.trip for kind in kinds] / job.block_size
     return np.asarray(found)
 
 
-def _devices(kind: Kind, seats: Sequence[Seat], devices: Sequence[Overheads]) -> float:
-    """Over how many devices of a cell a pool's work is spread."""
-    if kind.overheads.shared:
-        return devices.count(kind.overheads)
-    return sum(seat.share for seat in seats) or 1.0
+def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
+    """Over how many devices of a cell, which has `of_cell` of the kind, a pool's work is spread."""
+    return of_cell if kind.overheads.shared else sum(seat.share for seat in seats) or 1.0
 
 
 def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[np.ndarray]) -> np.ndarray:
@@ -288,7 +301,7 @@ def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[
     found = np.zeros(len(costs[0]))
     for together, count in counts.items():
         for pool, cost in zip(pools, costs, strict=True):
-            for k in {k for term in together if term[0] in pool for k in term if k}:
+            for k in called(together, pool):
                 found[k - 1] += count * cost[k - 1]
     return found
 
@@ -326,7 +339,7 @@ def plan_capacity(job: Job, weights: np.ndarray, kinds: Sequence[Kind]) -> list[
 
     Args:
         job: what is to be made.
-        weights: float64 (K,), bytes of each level.
+        weights: float64 (K,), bytes of each level in float32.
         kinds: the devices, of names that differ.
 
     Raises:
@@ -379,10 +392,44 @@ def layouts(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
     Raises:
         UsageError: no placement fits.
     """
-    found = candidates(job, kind.cost, weights, kind.count, kind.memory)
-    divided = max(found, key=lambda candidate: len(candidate.pools))
-    chosen = dict.fromkeys(one.pools for one in (*found[:SIMULATED], divided))
-    return [Layout(pools, (kind,) * len(pools)) for pools in chosen]
+    found = candidates(job, weights, kind)
+    divided = max(found, key=lambda layout: len(layout.pools))
+    return list(dict.fromkeys([*found[:SIMULATED], divided]))
+
+
+def candidates(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
+    """Every placement that fits on the devices of a kind, the one that takes least of their time first.
+
+    Raises:
+        UsageError: no placement fits.
+    """
+    levels = len(weights)
+    # A cell divides its own devices.
+    of_cell = -(-kind.count // -(-kind.count // CELL_DEVICES))
+    found = []
+    for cuts in product((False, True), repeat=levels - 1):
+        starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
+        pools = tuple(map(range, starts, starts[1:]))
+        layout = Layout(pools, (kind,) * len(pools))
+        load = seat_loads(job, layout)
+        held = np.zeros(of_cell)
+        for seats, of_actor in zip(allot(load, of_cell), _held_bytes(job, weights, pools), strict=True):
+            for seat in seats:
+                held[seat.device] += of_actor
+        if held.max() <= WEIGHT_SHARE * kind.memory:
+            found.append((float(load.sum()), len(pools), layout))
+    if not found:
+        raise UsageError(
+            f"the ladder's weights take {weights.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
+            f"{kind.count} devices of {kind.memory / 2**30:.3g} GiB; use more devices or larger ones"
+        )
+    return [layout for *_, layout in sorted(found, key=lambda one: one[:2])]
+
+
+def _held_bytes(job: Job, weights: np.ndarray, pools: Sequence[range]) -> list[float]:
+    """The weights that an actor of each pool holds: those of the levels that it evaluates, in the job's precision."""
+    counts, share = evaluations(job), 0.5 if job.precision == "bfloat16" else 1.0
+    return [share * sum(weights[k - 1] for k in levels_of(counts, pool)) for pool in pools]
 
 
 def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
@@ -392,7 +439,7 @@ def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Lay
     for cut in range(2, len(weights) + 1):
         pools = (range(1, cut), range(cut, len(weights) + 1))
         load = [pool_loads(counts, pools, kind.cost)[i] for i, kind in enumerate((lower, upper))]
-        held = [sum(weights[k - 1] for k in levels_of(counts, pool)) for pool in pools]
+        held = _held_bytes(job, weights, pools)
         fits = all(held[i] <= WEIGHT_SHARE * kind.memory for i, kind in enumerate((lower, upper)))
         if fits and load[1] > 0:
             found.append((min(lower.count / load[0], upper.count / load[1]), cut, pools))
@@ -406,7 +453,7 @@ def marginal(job: Job, best: Capacity) -> dict[str, float]:
     for part in best.parts:
         for kind in part.layout.groups:
             more = max(1, kind.count // 16)
-            larger = replace(kind, count=kind.count + more)
+            larger = replace(kind, devices=replace(kind.devices, count=kind.count + more))
             layout = replace(part.layout, kinds=tuple(larger if one is kind else one for one in part.layout.kinds))
             images = round(job.num * part.images_per_second / best.images_per_second)
             rate = forecast(replace(job, num=max(1, images)), layout).images_per_second

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -30,7 +30,7 @@ class Overheads:
         trip: device time of a block's state going to another pool and back, by each of the two actors.
         latency: from a call to its begin, when the actor is free.
         event: the coordinator's own time per call.
-        write: a core's time to write one image into a shard.
+        write: a core's time to write one sample into a shard.
         poll: the driver's time per cell and round.
         slowdown: a level's time in an actor over its time alone: noise, closed forms, caches, Ray's own processes.
         shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores;
@@ -121,8 +121,8 @@ class Actor:
     pool: int
     number: int
     turn: simpy.Resource
-    device: simpy.Resource
     overheads: Overheads
+    device: simpy.Resource
 
 
 class CellSimulation:
@@ -131,7 +131,8 @@ class CellSimulation:
     Args:
         programs: the stages of one block after another, used in turn.
         seats: of each pool.
-        devices: the overheads of each device; those of the first are the coordinator's, the writers' and the driver's.
+        kinds: the overheads of each kind of devices, and how many it has, numbered kind by kind; those of the first are
+            the coordinator's, the writers' and the driver's.
         block_size: samples per block.
         shard_blocks: blocks per shard.
         cells: how many cells the driver serves.
@@ -141,24 +142,28 @@ class CellSimulation:
         self,
         programs: Sequence[tuple[Stage, ...]],
         seats: Sequence[Sequence[Seat]],
-        devices: Sequence[Overheads],
+        kinds: Sequence[tuple[Overheads, int]],
         block_size: int,
         shard_blocks: int,
         cells: int = 1,
     ) -> None:
         self.programs: Iterator[tuple[Stage, ...]] = cycle(programs)
-        self.devices, self.block_size, self.shard_blocks = devices, block_size, shard_blocks
-        self.overheads = devices[0]
+        self.block_size, self.shard_blocks = block_size, shard_blocks
+        self.overheads = kinds[0][0]
         self.round = self.overheads.poll * cells
         self.env = env = simpy.Environment()
-        shared = {kind: simpy.Resource(env, count) for kind, count in Counter(devices).items() if kind.shared}
-        self.queues = [shared.get(kind) or simpy.Resource(env) for kind in devices]
+        # Each device with what its actors wait for: it alone, or any of its kind.
+        self.devices: list[tuple[Overheads, simpy.Resource]] = []
+        for overheads, count in kinds:
+            shared = simpy.Resource(env, count)
+            self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(count)]
+        devices = len(self.devices)
         seconds = np.mean([sum(stage.local + sum(ask[1] for ask in stage.asks) for stage in one) for one in programs])
-        writers = writer_count(len(devices) / max(float(seconds), 1e-9), self.overheads.write)
-        self.cores = shared.get(self.overheads) or simpy.Resource(env, writers)
+        writers = writer_count(devices / max(float(seconds), 1e-9), self.overheads.write)
+        self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
         self.writing = simpy.Resource(env, writers)
-        depth = trajectory_depth(len(devices), len(seats[0]))
+        depth = trajectory_depth(devices, len(seats[0]))
         self.runners = depth * len(seats[0])
         self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]
         self.todo = simpy.Store(env)
@@ -169,7 +174,7 @@ class CellSimulation:
         """A pool's free slots: taken in turn, which is the least busy actor's but for ties."""
         store = simpy.Store(self.env)
         actors = [
-            Actor(index, number, simpy.Resource(self.env), self.queues[seat.device], self.devices[seat.device])
+            Actor(index, number, simpy.Resource(self.env), *self.devices[seat.device])
             for number, seat in enumerate(seats)
         ]
         store.items.extend(actors * slots)

@@ -85,7 +85,7 @@ def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
 
     One after the other: there may not be memory for all. NaN for a level that there is no memory for.
     """
-    ladder = Ladder.load(job.ladder)
+    ladder = Ladder.read(job.ladder)
     about = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
     found = []
     for k in numbers:
@@ -114,7 +114,7 @@ class LevelWorker:
             UsageError: the ladder is not here, or another one.
         """
         # Not in the constructor, an error of which Ray takes for the actor's death.
-        self.blocks = Blocks(self.job, Ladder.load(self.job.ladder))
+        self.blocks = Blocks(self.job, Ladder.read(self.job.ladder))
         self.levels = Levels(self.blocks.ladder, self.job.device, self.job.precision)
         # A GPU prepares itself for a batch's size. A CPU does not, and a whole block would take it a second.
         size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import read_object
+from mlem_dist.files import read_object, replace_file
 
 Draw = Literal["independent", "systematic", "quantiles"]
 Increments = Literal["impulse", "held", "extrapolated"]
@@ -288,8 +289,13 @@ def plan_from_dict(raw: Mapping[str, Any], levels: int, where: str = "plan") -> 
     return Plan(fire, weight, previous, collapse)
 
 
-def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str, steps: int | None) -> Plan:
-    """Read a plan's JSON file, for use with this ladder, solver and number of steps, any if that is None.
+def write_plan(path: Path, plan: Plan, ladder_digest: str, solver: str) -> None:
+    """Write a plan as the JSON file that `read_plan` reads, complete or not at all."""
+    replace_file(path, json.dumps(plan_to_dict(plan, ladder_digest, solver)) + "\n")
+
+
+def read_plan(path: Path, ladder_digest: str, levels: int, solver: str, steps: int | None) -> Plan:
+    """Read a plan's JSON file, for a ladder of so many levels, a solver and a number of steps, any if that is None.
 
     Raises:
         UsageError: the file is missing or no plan, or it was made for another ladder, solver or number of steps.
@@ -301,4 +307,4 @@ def read_plan(path: Path, ladder_digest: str, levels: Sequence[str], solver: str
                 f"plan {path} was made for another {key}: {str(raw.get(key))[:19]}, not {str(expected)[:19]}; "
                 "make one by `mlem-dist draw` or `tune`, or move the file away"
             )
-    return plan_from_dict(raw, len(levels), f"plan {path}")
+    return plan_from_dict(raw, levels, f"plan {path}")

@@ -89,7 +89,8 @@ class Judge:
     @cached_property
     def reference(self) -> Tensor:
         """float32 (samples, C, H, W): the best level at every step."""
-        name = f"{self.ladder.digest[:12]}-{self.solver}-{len(self.fine)}-{self.seed}-{self.samples}.safetensors"
+        about = self.ladder.digest[:12], self.solver, len(self.fine), self.seed, self.samples, self.device
+        name = f"{'-'.join(map(str, about))}.safetensors"
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]
         best = single_level(len(self.levels), len(self.levels), len(self.fine))

@@ -18,7 +18,7 @@ DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolat
 
 def make_recipe(
     ladder: Ladder,
-    device: str,
+    cost: np.ndarray,
     solver: str,
     steps: int,
     nfe: float,
@@ -26,22 +26,23 @@ def make_recipe(
     draw: Draw | None = None,
     increments: Increments | None = None,
 ) -> Recipe:
-    """The recipe of `steps` base steps and `nfe` evaluations of the best level per sample, by the costs on `device`.
+    """The recipe of `steps` base steps and `nfe` evaluations of the best level per sample.
+
+    `cost` (K,) is the seconds per sample of each level.
 
     What is None is chosen: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
     coins, held increments for DDPM and extrapolated ones for the ODE. Neyman's come with the rungs, of all choices of
     levels, whose coins add the least error at this budget; other probabilities take every level.
 
     Raises:
-        UsageError: `steps` or `nfe` is out of range, the ladder has no measured costs, or it is not calibrated and
-            Neyman's probabilities are asked for.
+        UsageError: `steps` or `nfe` is out of range, or the ladder is not calibrated and Neyman's probabilities are
+            asked for.
     """
     if not nfe > 0:
         raise UsageError(f"--nfe {nfe:g}: expected a positive number of evaluations of the best level")
-    cost = ladder.cost(device)
     log_snr = _log_snr(ladder, steps)
     if probabilities in (None, "neyman") and calibrated(ladder):
-        rule = NeymanRule(ladder, device, solver, steps)
+        rule = NeymanRule(ladder, cost, solver, steps)
         rungs = rule.choices(nfe)[0]
         p = rule.probabilities(nfe, rungs)
     elif probabilities == "neyman":
@@ -66,17 +67,19 @@ def calibrated(ladder: Ladder) -> bool:
 
 
 class NeymanRule:
-    """Neyman's probabilities for a calibrated ladder, on `steps` base steps of a solver and by the costs on `device`.
+    """Neyman's probabilities for a calibrated ladder, on `steps` base steps of a solver.
+
+    `cost` (K,) is the seconds per sample of each level.
 
     Raises:
         UsageError: the ladder is not calibrated.
     """
 
-    def __init__(self, ladder: Ladder, device: str, solver: str, steps: int) -> None:
+    def __init__(self, ladder: Ladder, cost: np.ndarray, solver: str, steps: int) -> None:
         measured = read_effect(ladder, _measured(solver))
         if measured is None:
             raise _uncalibrated(ladder)
-        self.cost = ladder.cost(device)
+        self.cost = cost
         self.collapse = _collapses(ladder, solver)
         self.log_snr = _log_snr(ladder, steps)
         self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps, "trailing"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
-from mlem_dist.files import file_digest, replace_file
+from mlem_dist.files import file_digest
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict, read_plan, single_level
+from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
 from mlem_dist.tuning.calibrate import NAME
+from mlem_dist.tuning.choose import plan_path
 from mlem_dist.tuning.fit import Fitter, fitting_samples
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.judge import Judge
@@ -41,34 +40,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being tried, how much of it is done, and how much there is."""
-
-
-def plan_path(folder: Path, solver: str, nfe: float) -> Path:
-    """Where the tuned plan of a solver and budget lies."""
-    return folder / f"plan-{solver}-{nfe:g}.json"
-
-
-def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | None:
-    """The plan that was tuned for a budget, if the ladder's folder has one of that many steps.
-
-    Raises:
-        UsageError: as `read_plan`.
-    """
-    path = plan_path(ladder.folder, solver, nfe)
-    if not path.exists():
-        return None
-    plan = read_plan(path, ladder.digest, [level.name for level in ladder.levels], solver, None)
-    return plan if plan.fire.shape[1] == steps else None
-
-
-def tuned_budgets(folder: Path, solver: str) -> list[float]:
-    """The budgets that a folder has tuned plans of a solver for, increasing."""
-    start, found = f"plan-{solver}-", []
-    for path in folder.glob(f"{start}*.json"):
-        # A user's own file may have another name.
-        with suppress(ValueError):
-            found.append(float(path.stem.removeprefix(start)))
-    return sorted(found)
 
 
 def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
@@ -117,9 +88,9 @@ def tune(
             fitted; cma is needed and not installed; no plan ends in finite numbers.
     """
     out, solver, steps = frontier.path.parent, frontier.about["solver"], frontier.about["steps"]
-    levels = len(ladder.levels)
+    levels, cost = len(ladder.levels), ladder.cost(device)
     recipes = {
-        nfe: {name: make_recipe(ladder, device, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
+        nfe: {name: make_recipe(ladder, cost, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
         for nfe in budgets
     }
     choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
@@ -138,13 +109,13 @@ def tune(
         path = plan_path(out, solver, nfe)
         if nfe >= steps:
             # The reference itself: no other plan could be better.
-            replace_file(path, json.dumps(plan_to_dict(euler, ladder.digest, solver)) + "\n")
+            write_plan(path, euler, ladder.digest, solver)
             continue
         rows = {family: frontier.find(family, label) for family in search}
         if not path.exists() or not all(rows.values()):
             plans = {family: find(nfe) for family, find in search.items()}
-            best = best_plan(choosing, list(plans.values()), ladder.cost(device))
-            replace_file(path, json.dumps(plan_to_dict(best, ladder.digest, solver)) + "\n")
+            best = best_plan(choosing, list(plans.values()), cost)
+            write_plan(path, best, ladder.digest, solver)
             rows = {name: rows[name] or frontier.add(name, label, judging.judge(plan)) for name, plan in plans.items()}
         yield from (row for row in rows.values() if row)
 
@@ -234,7 +205,7 @@ class Optimiser:
         self.choosing, self.threads, self.progress, self.samples = choosing, threads, progress, samples
         self.cost = choosing.ladder.cost(choosing.device)
         of_judge, of_model = (
-            NeymanRule(choosing.ladder, choosing.device, choosing.solver, steps)
+            NeymanRule(choosing.ladder, self.cost, choosing.solver, steps)
             for steps in (len(choosing.fine), model_steps(choosing.ladder))
         )
         self.rule, self.model_rule = of_judge, of_model

@@ -2,6 +2,7 @@ import io
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
 from mlem_dist.runtime.job import Blocks, NonFiniteError
 from mlem_dist.runtime.placement import Devices, parse_placement
+from mlem_dist.runtime.planner import Layout
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.plan import Recipe, held, on_levels, single_level
 
@@ -32,6 +34,12 @@ def make_inline(job, ladder, out, devices=1):
     return files(out)
 
 
+def arranged(ladder, pools, there, cost=None, **cells):
+    """By the ladder's costs, or others."""
+    kinds = {one: arrange.cluster_kind(one, ladder, ladder.cost(one.type) if cost is None else cost) for one in there}
+    return arrange.Arrangement(Layout(tuple(pools), tuple(kinds[one] for one in there)), **cells)
+
+
 def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None, coalesce=1, **cells):
     parsed = parse_placement(placement, len(ladder.levels))
     if any(parsed.kinds):
@@ -42,8 +50,7 @@ def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress
     dataset = open_dataset(job, ladder, out)
 
     def engine(shards):
-        where = arrange.Arrangement(parsed.pools, there, [ladder.cost(one.type) for one in there], **cells)
-        return run_ray(job, ladder, out, shards, where, coalesce)
+        return run_ray(job, ladder, out, shards, arranged(ladder, parsed.pools, there, **cells), coalesce)
 
     for last in complete(dataset, ladder, engine):
         watch(last)
@@ -109,7 +116,7 @@ def test_pools_on_named_devices_write_the_same_bytes(fashion, make_job, referenc
 @pytest.mark.parametrize("remote", [False, True])
 def test_the_levels_of_the_plan_are_timed_on_a_device(fashion, make_job, remote):
     """The ladder's own costs are said to be absurd: what is called is timed, and what is not keeps them."""
-    absurd = fashion.with_cost("cpu", np.full(len(fashion.levels), 1e6))
+    absurd = replace(fashion, levels=tuple(replace(level, seconds={"cpu": 1e6}) for level in fashion.levels))
     two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(fashion.levels)))
     job, devices = make_job(two), Devices("cpu", 3, (("site", "here"),))
     cost = arrange.measured_cost(job, absurd, devices, [1, len(fashion.levels)], remote)
@@ -270,7 +277,7 @@ def test_what_a_node_does_not_find_is_bad_input(fashion, make_job, tmp_path, lad
     if begun:
         open_dataset(job, fashion, out).manifest.write(out)
     pools = parse_placement("together", len(fashion.levels)).pools
-    where = arrange.Arrangement(pools, [Devices("cpu", 2)], [fashion.cost("cpu")])
+    where = arranged(fashion, pools, [Devices("cpu", 2)])
     with pytest.raises(UsageError, match=message):
         list(run_ray(job, fashion, out, range(job.shards), where))
 
@@ -313,7 +320,7 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_p
     actors = []
     enough = job.num
     dataset.manifest.write(out)
-    where = arrange.Arrangement(pools, [Devices("cpu", 3)] * 2, [wrong] * 2)
+    where = arranged(fashion, pools, [Devices("cpu", 3)] * 2, wrong)
     for progress in run_ray(job, fashion, out, dataset.missing, where):
         actors.append(tuple(pool.actors for pool in progress.pools))
         if actors[-1] in {(2, 2), (1, 3)}:

@@ -4,17 +4,14 @@ import pytest
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.placement import (
     LEAST_SHARE,
-    WEIGHT_SHARE,
     Placement,
     allot,
     allot_kinds,
-    candidates,
     evaluations,
-    levels_of,
     parse_placement,
     pool_loads,
 )
-from mlem_dist.solver.plan import Recipe, held, on_levels
+from mlem_dist.solver.plan import Recipe
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 64])
@@ -68,38 +65,3 @@ def test_pools_stay_on_their_kinds_of_devices():
     # A kind without work has no actors, but the first pool always has one.
     seats = allot_kinds(np.array([0.0, 3.0, 0.0]), [0, 1, 2], [1, 2, 2])
     assert [len(pool) for pool in seats] == [1, 2, 0]
-
-
-GIB = 2.0**30
-COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
-FOUR_LEVELS = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
-
-
-def test_auto_keeps_levels_together_where_they_fit(make_job):
-    found = candidates(make_job(FOUR_LEVELS), COST, np.full(4, GIB), 2, 100 * GIB)
-    assert len(found) == 8
-    assert found[0].pools == (range(1, 5),)
-    assert found[0].lost == 0
-    assert [str(candidate) for candidate in (found[0], found[-1])] == ["1-4", "1,2,3,4"]
-    seconds = [candidate.seconds for candidate in found]
-    assert seconds == sorted(seconds)
-
-
-def test_auto_divides_a_ladder_that_is_too_large_for_a_device(make_job):
-    weights = np.array([0.0, 1, 2, 30]) * GIB
-    # One increment at a time, each over the next lower level.
-    fire = np.array([np.ones(12)] + [np.arange(12) % 3 == k for k in range(3)], dtype=bool)
-    job = make_job(held(fire))
-    assert [levels_of(evaluations(job), range(k, k + 1)) for k in range(1, 5)] == [[1], [1, 2], [2, 3], [3, 4]]
-    # Five devices: the lower levels' share of the time is one of them.
-    found = candidates(job, COST, weights, 5, 34 * GIB / WEIGHT_SHARE)
-    assert (range(1, 5),) in [candidate.pools for candidate in found]
-    found = candidates(job, COST, weights, 5, 32.5 * GIB / WEIGHT_SHARE)
-    assert found
-    assert all(candidate.pools[-1] == range(4, 5) for candidate in found)
-    with pytest.raises(UsageError, match="33 GiB"):
-        candidates(job, COST, weights, 5, 32 * GIB)
-    # Where increments meet at a step, a term may be over a lower level than the next.
-    assert levels_of(evaluations(make_job(FOUR_LEVELS)), range(4, 5)) == [2, 3, 4]
-    two = on_levels(held(fire[:2]), (1, 4))
-    assert candidates(make_job(two), COST, weights, 5, 31 * GIB / WEIGHT_SHARE)

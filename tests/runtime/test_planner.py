@@ -8,15 +8,27 @@ from click.testing import CliRunner
 
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime.placement import WEIGHT_SHARE, evaluations, parse_placement, pool_loads
-from mlem_dist.runtime.planner import Kind, Layout, forecast, marginal, plan_capacity, read_kinds, seat_loads
+from mlem_dist.runtime.job import Job
+from mlem_dist.runtime.placement import WEIGHT_SHARE, Devices, evaluations, levels_of, parse_placement, pool_loads
+from mlem_dist.runtime.planner import (
+    Kind,
+    Layout,
+    candidates,
+    forecast,
+    marginal,
+    overheads_of,
+    plan_capacity,
+    read_kinds,
+    seat_loads,
+)
 from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, stages
-from mlem_dist.solver.plan import Recipe
+from mlem_dist.solver.plan import Recipe, held, on_levels
 
 NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, shared=False)
 COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
 FOUR = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
 POOLS = (range(1, 3), range(3, 5))
+GIB = 2.0**30
 
 
 @pytest.fixture
@@ -25,7 +37,7 @@ def job(make_job):
 
 
 def kind(count: int, name: str = "gpu", cost: np.ndarray = COST, memory: float = np.inf, **overheads) -> Kind:
-    return Kind(name, count, cost, memory, replace(NOTHING, **overheads))
+    return Kind(name, Devices("cuda", count), cost, replace(NOTHING, **overheads), memory)
 
 
 def layout(one: Kind, placement: str = "together") -> Layout:
@@ -55,11 +67,11 @@ def test_without_overheads_devices_that_hold_all_levels_are_always_busy(job, dev
 
 def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
     overheads = replace(NOTHING, call=2e-3, trip=5e-3, slowdown=1.1)
-    counts = evaluations(job)
-    loads = seat_loads(counts, POOLS, [COST, COST], [overheads] * 2, 8)
-    assert (loads > pool_loads(counts, POOLS, COST) * 1.1).all()
+    one = Kind("gpu", Devices("cuda", 2), COST, overheads)
+    loads = seat_loads(job, Layout(POOLS, (one, one)))
+    assert (loads > pool_loads(evaluations(job), POOLS, COST) * 1.1).all()
     programs = [stages(job.block_plan(block), POOLS, [COST, COST]) for block in range(16)]
-    trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [overheads] * 2, 8, 10).run(16)
+    trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(overheads, 2)], 8, 10).run(16)
     # The call that begins a block is not in the loads.
     begins = np.array([overheads.call * 16, 0])
     np.testing.assert_allclose([trace.busy[0], trace.busy[1]], loads * 8 * 16 + begins, rtol=1e-6)
@@ -67,7 +79,7 @@ def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
 
 def test_all_work_is_done_and_in_turn(job):
     programs = [stages(job.block_plan(block), POOLS, [COST, COST]) for block in range(4)]
-    cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [NOTHING] * 2, 8, 10)
+    cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(NOTHING, 2)], 8, 10)
     trace = cell.run(8)
     assert len(trace.blocks) == 8
     local = 2 * 8 * sum(stage.local for program in programs for stage in program)
@@ -116,6 +128,52 @@ def test_a_level_that_fits_on_one_kind_only_is_called_there(job):
     assert ways[0].images_per_second > 1.1 * alone.images_per_second
     with pytest.raises(UsageError, match="no placement of its levels fits"):
         plan_capacity(job, weights, [small])
+
+
+def test_kinds_with_the_same_overheads_are_still_two(job):
+    """The nine small devices have little to do, and the large one, on which the best level is, is the bottleneck."""
+    small, large = (
+        Kind(name, Devices("cpu", n), COST, replace(NOTHING, shared=True)) for name, n in (("a", 9), ("b", 1))
+    )
+    found = forecast(job, Layout((range(1, 4), range(4, 5)), (small, large)))
+    assert found.pools[1].busy > 0.9
+    assert found.pools[0].busy < 0.1
+    assert found.bottleneck == "b"
+
+
+def test_larger_images_take_longer_to_write(job):
+    small, large = (overheads_of("cpu", (3, side, side)) for side in (32, 256))
+    assert large.write == pytest.approx(64 * small.write)
+    assert replace(large, write=small.write) == small
+
+
+def test_levels_stay_together_where_they_fit(job):
+    found = candidates(job, np.full(4, GIB), kind(2, memory=100 * GIB, call=1e-3, trip=1e-3))
+    assert [str(found[i]) for i in (0, -1)] == ["1-4@gpu", "1@gpu,2@gpu,3@gpu,4@gpu"]
+    assert len(found) == 8
+
+
+def test_a_ladder_that_is_too_large_for_a_device_is_divided(make_job):
+    weights = np.array([0.0, 1, 2, 30]) * GIB
+    # One increment at a time, each over the next lower level.
+    fire = np.array([np.ones(12)] + [np.arange(12) % 3 == k for k in range(3)], dtype=bool)
+    job = make_job(held(fire))
+    assert [levels_of(evaluations(job), range(k, k + 1)) for k in range(1, 5)] == [[1], [1, 2], [2, 3], [3, 4]]
+
+    def of(gib: float, one: Job = job) -> list[tuple[range, ...]]:
+        return [found.pools for found in candidates(one, weights, kind(5, memory=gib * GIB / WEIGHT_SHARE))]
+
+    # Five devices: the lower levels' share of the time is one of them.
+    assert (range(1, 5),) in of(34)
+    assert of(32.5)
+    assert all(pools[-1] == range(4, 5) for pools in of(32.5))
+    with pytest.raises(UsageError, match="33 GiB"):
+        of(16)
+    # Where increments meet at a step, a term may be over a lower level than the next.
+    assert levels_of(evaluations(make_job(FOUR)), range(4, 5)) == [2, 3, 4]
+    assert of(31, make_job(on_levels(held(fire[:2]), (1, 4))))
+    # Half the bytes.
+    assert (range(1, 5),) in of(17, replace(job, precision="bfloat16"))
 
 
 def run(*arguments: str) -> str:

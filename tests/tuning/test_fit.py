@@ -56,8 +56,8 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
     fitter, judging = Fitter(judge(three, 0)), judge(three, 1)
     told = []
     plan = fitter.search(6, lambda done, total: told.append((done, total))).plan()
-    default = make_recipe(three, "cpu", "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
     cost = three.cost("cpu")
+    default = make_recipe(three, cost, "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
     assert 4 < plan.nfe(cost) <= 6
     found, of_default = judging.errors([plan, default]).mean(1)
     assert found < 0.7 * of_default
@@ -82,7 +82,8 @@ def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
 def test_where_a_schedule_begins_late_calls_begin_at_once(late):
     fitter = Fitter(judge(late, 0))
     plan = fitter.search(20).plan()
-    default = make_recipe(late, "cpu", "ddim", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
+    cost = late.cost("cpu")
+    default = make_recipe(late, cost, "ddim", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
     found, of_default = judge(late, 1).errors([plan, default]).mean(1)
     assert found < of_default
 

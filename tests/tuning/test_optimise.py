@@ -74,7 +74,7 @@ def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(calib
     ladder = Ladder.load(calibrated)
     choosing, judging = (Judge(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
     plan = Optimiser(choosing, 2, lambda stage, done, total: None, samples=64).plan(6)
-    default = make_recipe(ladder, "cpu", "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
+    default = make_recipe(ladder, ladder.cost("cpu"), "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
     cost = ladder.cost("cpu")
     assert plan.nfe(cost) == pytest.approx(6, rel=0.1)
     assert judging.judge(plan).errors.mean() < 0.8 * judging.judge(default).errors.mean()

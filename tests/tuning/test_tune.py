@@ -13,9 +13,10 @@ from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.tuning.choose import tuned_budgets, tuned_plan
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, open_frontier, tuned_budgets, tuned_plan
+from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, open_frontier
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
 
@@ -38,7 +39,7 @@ def test_a_ladder_is_tuned_judged_and_used(small):
 
     # The memorised plan's errors, from the plan's file and the judging noises, step by step.
     ladder = Ladder.load(small)
-    plan = read_plan(small / PLAN, ladder.digest, ["", ""], "ddpm", 50)
+    plan = read_plan(small / PLAN, ladder.digest, 2, "ddpm", 50)
     assert plan.collapse
     levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
     table = step_table(ladder.alpha_bar, 50, ETA["ddpm"])
@@ -87,7 +88,7 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
     assert all(family in printed for family in errors)
     assert solver == "ddpm" or np.mean(errors["fitted"]) < np.mean(errors["extrapolated"])
     ladder = Ladder.load(calibrated)
-    plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, ["", ""], solver, 40)
+    plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, 2, solver, 40)
     found = Judge(ladder, solver, "cpu", 40, JUDGING_SAMPLES, JUDGING_SEED).judge(plan).errors
     assert any(np.allclose(found, errors[family], rtol=1e-2) for family in searched)
 
@@ -148,7 +149,7 @@ def test_a_budget_for_every_step_is_spent_on_the_best_level(small, tmp_path, sol
     out = tmp_path / "out"
     run("tune", str(small), "--solver", solver, "--steps", "8", "--nfe", "8", "--device", "cpu", "--out", str(out))
     ladder = Ladder.load(small)
-    plan = read_plan(out / f"plan-{solver}-8.json", ladder.digest, ["", ""], solver, 8)
+    plan = read_plan(out / f"plan-{solver}-8.json", ladder.digest, 2, solver, 8)
     assert Judge(ladder, solver, "cpu", 8, BLOCK, JUDGING_SEED).errors([plan]).max() == 0
 
 

@@ -1,0 +1,54 @@
+"""What the best level alone must be called for: its increments held or extrapolated over a lower level that is free.
+
+python benchmarks/frontier/free_levels.py --out benchmarks/results/frontier/free_levels.json
+
+The lower level is called at every step and its time is not counted, so that the calls of the best level are all there
+is; each call is one evaluation, as the lower one's is there already. No plan of held or extrapolated increments on this
+ladder can need fewer calls of the best level.
+"""
+
+import json
+from pathlib import Path
+
+import click
+import numpy as np
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import draw_coins, extrapolated, held, on_levels
+from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.recipe import NeymanRule
+from mlem_dist.tuning.tune import JUDGING_SEED
+
+STEPS, CALLS = 250, (5, 10, 15, 20, 30, 40)
+
+
+@click.command()
+@click.option("--samples", default=128)
+@click.option("--threads", default=2)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(samples: int, threads: int, out: Path) -> None:
+    """Mean and median squared error to the best level at every step, by solver, lower level and number of calls."""
+    ladder = Ladder.load("fashion")
+    best, rows = len(ladder.levels), []
+    for solver in ("ddpm", "ddim"):
+        judge = Judge(ladder, solver, "cpu", STEPS, samples, JUDGING_SEED, out.parent / "cache", threads)
+        rule = NeymanRule(ladder, ladder.cost("cpu"), solver, STEPS)
+        for lower in range(1, best):
+            rungs = (1, best) if lower == 1 else (1, lower, best)
+            # A budget small enough that no probability is 1, so that it has the density's shape.
+            density = rule.probabilities(2.0, rungs)[-1]
+            for calls in CALLS:
+                p = np.ones((len(rungs), STEPS))
+                p[-1] = density / density.sum() * calls
+                fire = draw_coins(p, "quantiles", np.random.default_rng(0))
+                plan = held(fire) if solver == "ddpm" else extrapolated(fire, rule.log_snr)
+                errors = judge.errors([on_levels(plan, rungs)])[0]
+                row = {"solver": solver, "lower": ladder.levels[lower - 1].name, "calls": int(fire[-1].sum())}
+                rows.append(row | {"mean": float(errors.mean()), "median": float(np.median(errors))})
+                print(rows[-1], flush=True)
+                result = {"ladder": ladder.digest, "steps": STEPS, "samples": samples, "rows": rows}
+                out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
