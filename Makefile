@@ -29,4 +29,4 @@ test: lint
 	$(BIN)/pytest
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV)

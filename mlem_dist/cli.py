@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from mlem_dist.extras import require
 from mlem_dist.files import check_writable
 
 DEFAULT_NFE = 10.0
-_stop_code = 130
+_stop_code, _stop_note = 130, ""
 
 
 class Count(click.ParamType[int]):
@@ -35,7 +36,8 @@ class Count(click.ParamType[int]):
                 return int(number)
         except (ValueError, OverflowError):
             pass
-        self.fail(f"{value!r} is not a positive whole number such as 1000, 1e6 or 1_000_000", param, ctx)
+        expected = "a positive whole number such as 1000, 1e6 or 1_000_000, at most 1e15"
+        self.fail(f"{value!r}: expected {expected}", param, ctx)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -170,6 +172,7 @@ def generate(
 ) -> None:
     """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
     started = time.monotonic()
+    _on_stop("Finished shards are kept; the same command goes on from there.")
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.progress import Display
     from mlem_dist.report.tables import placement_reason
@@ -224,13 +227,14 @@ def generate(
         for name, was in dataset.manifest.versions.items():
             if (now := job.versions.get(name)) != was:
                 click.echo(f"It was begun with {name} {was}; with {now} the rest may be rounded otherwise.", err=True)
-    if engine == "ray":
+    todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
+    if engine == "ray" and todo:
         if not remote:
             cluster.connect(address)
         from mlem_dist.runtime.arrange import arrange
         from mlem_dist.runtime.driver import run_ray
 
-        arranged = arrange(job, ladder, parsed, devices, remote)
+        arranged = arrange(replace(job, num=todo), ladder, parsed, devices, remote)
         if arranged.forecasts:
             click.echo(placement_reason(arranged.forecasts, arranged.timed), err=True)
 
@@ -240,18 +244,20 @@ def generate(
         from mlem_dist.runtime.inline import run_inline
 
         # A GPU does one block after another.
-        threads = 1 if device == "cuda" else devices or _cores()
+        most = 1 if device == "cuda" else _cores()
+        threads = devices or most
+        if threads > most:
+            raise UsageError(f"--devices {threads}: --engine inline has {most} here; lower it or leave it out")
 
         def run(shards: Any) -> Any:
             return run_inline(job, ladder, out, shards, threads)
 
-    todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
     display = Display(todo, block_size, [level.name for level in ladder.levels])
     # Ray prints what its nodes say to standard output, also when it is left.
     with contextlib.redirect_stdout(sys.stderr), display:
         for progress in complete(dataset, ladder, run):
             display.show(progress)
-        if engine == "ray":
+        if engine == "ray" and todo:
             cluster.disconnect()
     _report(out, job, display, time.monotonic() - started, as_json)
 
@@ -287,8 +293,9 @@ def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) ->
         rate = f"{made / sampling:.1f} images/s on {last.devices} {devices}"
         click.echo(f"Sampling: {rate}, after {last.ready or 0:.1f} s of loading.")
         click.echo("Evaluations per image: " + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()))
-    click.echo(f"Open it:  python -c \"import pyarrow.parquet as pq; print(pq.read_table('{out}/data'))\"")
-    click.echo(f"See it:   mlem-dist show {out}")
+    look = f"import pyarrow.parquet as pq; print(pq.read_table({str(out / 'data')!r}))"
+    click.echo(f"Open it:  python -c {shlex.quote(look)}")
+    click.echo(f"See it:   mlem-dist show {shlex.quote(str(out))}")
 
 
 @cli.command()
@@ -302,9 +309,7 @@ def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) ->
     from mlem_dist.tuning.recipe import make_recipe
 
     ladder = Ladder.load(ladder_name)
-    if out.exists():
-        raise UsageError(f"--out {out} exists; choose another name")
-    check_writable(out.parent)
+    _check_new(out)
     cost = ladder.cost(_local_device(device, False))
     plan = make_recipe(ladder, cost, **_with_budget(choices)).plan(block_rng(seed, 0))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -327,19 +332,23 @@ def show(out: Path) -> None:
 def verify(out: Path) -> None:
     """Compare every file of a dataset with the digest recorded when it was written."""
     from mlem_dist.dataset.manifest import read_manifest
-    from mlem_dist.dataset.shards import damage
+    from mlem_dist.dataset.shards import damage, foreign, marked_shards
 
     manifest = read_manifest(out)
-    if not manifest.shards:
-        click.echo(f"{out} is not finished; run `mlem-dist generate` again to finish it.", err=True)
-        sys.exit(3)
-    problems = [problem for shard in manifest.shards if (problem := damage(out, shard))]
+    shards = manifest.shards or marked_shards(out)
+    problems = [problem for shard in shards if (problem := damage(out, shard))]
+    if manifest.shards:
+        problems += [f"{path} is no shard, and readers of {out}/data take it for rows" for path in foreign(out, shards)]
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
-        click.echo("Delete these files, and the command that made the dataset makes them again.", err=True)
+        click.echo("Remove these files; the command that made the dataset makes its shards again.", err=True)
         sys.exit(1)
-    click.echo(f"{out}: all {len(manifest.shards)} shards are as they were written.")
+    if not manifest.shards:
+        are = f"{len(shards)} shards are there and as they were written"
+        click.echo(f"{out} is not finished: {are}; run `mlem-dist generate` again to finish it.", err=True)
+        sys.exit(3)
+    click.echo(f"{out}: all {len(shards)} shards are as they were written.")
 
 
 @cli.group()
@@ -362,10 +371,10 @@ def ladder_show(name: str) -> None:
 def ladder_measure(folder: Path) -> None:
     """Measure the cost of each level on this machine and store it in FOLDER/ladder.json."""
     from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.ladder.measure import measure_costs
     from mlem_dist.report.tables import ladder_table
-    from mlem_dist.training.assemble import measure
 
-    click.echo(ladder_table(measure(Ladder.load(folder))))
+    click.echo(ladder_table(measure_costs(Ladder.load(folder))))
 
 
 DATA_HELP = "Folder of images: IDX files, Parquet or pictures; see the docs."
@@ -392,6 +401,7 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
     from mlem_dist.training.tasks import train_on_ray
 
     require("matplotlib", "figures")
+    _on_stop("What is trained is kept; the same command goes on from there.")
     config = read_config(config_file)
     remote = cluster.is_remote(address)
     device = _local_device(device, remote)
@@ -424,13 +434,14 @@ def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bo
 
     Writes calibration.json, beside other devices' entries, and two figures.
     """
+    from mlem_dist.ladder.calibration import device_key, stored
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.figures import save_figures
     from mlem_dist.report.progress import parts_bar
     from mlem_dist.report.tables import calibration_table
     from mlem_dist.training.data import load_images
     from mlem_dist.tuning.calibrate import calibrate as measure
-    from mlem_dist.tuning.calibrate import device_key, store, stored
+    from mlem_dist.tuning.calibrate import store
 
     require("matplotlib", "figures")
     ladder = Ladder.load(name)
@@ -483,6 +494,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     from mlem_dist.tuning.tune import tune as search
 
     require("matplotlib", "figures")
+    _on_stop("Plans that are found and judged are kept; the same command goes on from there.")
     ladder = Ladder.load(name)
     device = _local_device(device, False)
     frontier = open_frontier(ladder, solver, steps, device, out)
@@ -535,7 +547,7 @@ def plan(
     ladder = Ladder.load(ladder_name)
     if out is not None:
         require("matplotlib", "figures")
-        check_writable(out.parent)
+        _check_new(out)
     kinds = read_kinds(ladder, pool_devices, costs)
     job = Job(
         ladder=ladder.source,
@@ -603,6 +615,19 @@ def _plan(ladder: Any, cost: Any, plan_file: Path | None, **choices: Any) -> tup
     return read_plan(plan_file, ladder.digest, len(ladder.levels), choices["solver"], choices["steps"]), ""
 
 
+def _check_new(out: Path) -> None:
+    """Refuse a file to write that is there, or in a folder that cannot be written."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"--out {out} exists; choose another name")
+    check_writable(out.parent)
+
+
+def _on_stop(note: str) -> None:
+    """What to say where this command is stopped."""
+    global _stop_note
+    _stop_note = note
+
+
 def _terminated(number: int, frame: Any) -> NoReturn:
     # Ray's calls make exit code 1 of a SystemExit raised in them, and hand on a KeyboardInterrupt as a new one.
     global _stop_code
@@ -621,12 +646,15 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
     except (click.ClickException, UsageError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"Error: {message}", err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Stopped. Finished shards are kept; the same command goes on from there.", err=True)
+        click.echo(f"Stopped. {_stop_note}".strip(), err=True)
         sys.exit(_stop_code)
     except Exception as error:
         from ray.exceptions import RayError

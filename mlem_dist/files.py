@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from mlem_dist.errors import UsageError
 
@@ -17,8 +18,9 @@ def check_writable(out: Path) -> None:
         UsageError: it is a file, or it or the folder that would hold it is not writable.
     """
     try:
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file, expected a folder; choose another path")
+        if (out.exists() or out.is_symlink()) and not out.is_dir():
+            what = "a file" if out.exists() else "a link to nothing"
+            raise UsageError(f"--out {out} is {what}, expected a folder; choose another path")
         parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     except PermissionError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
@@ -26,15 +28,40 @@ def check_writable(out: Path) -> None:
         raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
 
 
-def replace_file(path: Path, content: str | Callable[[Path], Any]) -> None:
-    """Write text, or what a function writes to the path it is given, so that a file appears complete or not at all."""
-    # Ray's processes outlive a killed driver for a moment: two may write.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    else:
-        content(temporary)
-    temporary.replace(path)
+def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work: Path | None = None) -> None:
+    """Write a file that appears under its name complete or not at all, even after a power cut.
+
+    Args:
+        path: its name, in a folder that is there.
+        content: of the file, or what writes it to the path that it is given.
+        work: a folder on the same file system for the temporary file; the file's own by default.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    # Ray's processes outlive a killed driver for a moment: two may write, on different machines.
+    temporary = (work or path.parent) / f"{path.name}.{uuid4().hex[:12]}.tmp"
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        why = error.strerror or " ".join(str(error).split())
+        raise OSError(f"{path} cannot be written: {why}; mend that, and the same command goes on") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:

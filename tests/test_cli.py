@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -43,6 +44,29 @@ def refuses(monkeypatch, capfd) -> Callable[..., None]:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_command_is_told_which_there_are():
+    done = command()
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: mlem-dist")
+    assert "generate" in done.stderr
+
+
+def test_a_file_that_is_there_is_not_replaced(tmp_path, refuses):
+    file = tmp_path / "mine.png"
+    file.write_text("mine")
+    refuses("plan", "fashion", "--num", "8", "--pool-devices", "cpu:1", "--out", str(file), message="exists")
+    refuses("draw", "--out", str(file), message="exists")
+    assert file.read_text() == "mine"
+
+
+def test_the_option_that_differs_is_said(tmp_path, refuses):
+    out = tmp_path / "out"
+    arguments = ["--num", "16", *SMALL, "--engine", "inline", "--out", str(out)]
+    assert command("generate", *arguments).returncode == 0
+    refuses("generate", *arguments, "--nfe", "3", message="plan is another one: it follows from --nfe")
+    refuses("generate", *arguments, "--seed", "3", message="seed was 0, now 3")
 
 
 def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_path):
@@ -224,7 +248,14 @@ def test_an_out_path_that_cannot_be_used_is_refused(tmp_path, refuses):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    for path, message in ((file, "is a file"), (file / "below", "not a writable folder"), (folder, "something else")):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    for path, message in (
+        (file, "is a file"),
+        (file / "below", "not a writable folder"),
+        (folder, "something else"),
+        (link, "is a link to nothing"),
+    ):
         before = tree(tmp_path)
         refuses("generate", "--num", "8", "--out", str(path), message=message)
         assert tree(tmp_path) == before
@@ -302,22 +333,56 @@ def test_a_folder_named_like_a_bundled_ladder_is_that_folder(tmp_path, fashion):
     assert Ladder.load("fashion").source == "fashion"
 
 
-def test_the_report_the_sheet_and_verify(tmp_path):
-    out = tmp_path / "out"
-    done = command("generate", "--num", "3e1", *SMALL, "--labels", "2,7", "--engine", "inline", "--out", str(out))
+def test_the_report_the_sheet_and_verify(tmp_path, refuses):
+    out = tmp_path / "o u't"
+    arguments = ["--num", "3e1", *SMALL, "--labels", "2,7", "--engine", "inline", "--out", str(out)]
+    done = command("generate", *arguments)
     assert done.returncode == 0, done.stderr
     for word in ("30 images", "images/s", "unet-1", "pyarrow", "mlem-dist show"):
         assert word in done.stdout
+    look = shlex.split(done.stdout.partition("Open it:")[2].splitlines()[0])
+    printed = subprocess.run([sys.executable, *look[1:]], capture_output=True, text=True, check=True)
+    assert "sample_id" in printed.stdout
     assert command("show", str(out)).returncode == 0
     assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")
     assert command("verify", str(out)).returncode == 0
-    shard = next((out / "data").iterdir())
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    shard.write_bytes(data)
+    shard, extra = min((out / "data").iterdir()), out / "data/extra.parquet"
+    whole = shard.read_bytes()
+    extra.write_bytes(whole)
+    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
     damaged = command("verify", str(out))
     assert damaged.returncode == 1
     assert shard.name in damaged.stderr
+    assert "data/extra.parquet is no shard" in damaged.stderr
+    extra.unlink()
+    shard.write_bytes(whole[:-1] + b"?")
+    refuses("show", str(out), message="cannot be read")
+    # A repair leaves what has become the user's own.
+    shard.unlink()
+    (out / "README.md").write_text("mine")
+    assert command("generate", *arguments).returncode == 0
+    assert shard.read_bytes() == whole
+    assert (out / "README.md").read_text() == "mine"
+
+
+def test_a_dataset_that_lacks_its_end_alone_is_ended_without_ray(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--num", "32", *SMALL, "--out", str(out)]
+    assert command("generate", *arguments, "--engine", "inline").returncode == 0
+    made = tree(out)
+    raw = json.loads(made["mlem.json"])
+    (out / ".mlem").mkdir()
+    for shard in raw["shards"]:
+        (out / ".mlem" / f"{Path(shard['path']).stem}.json").write_text(json.dumps(shard))
+    (out / "mlem.json").write_text(json.dumps(raw | {"shards": [], "calls_per_sample": {}}))
+    (out / "README.md").unlink()
+    begun = command("verify", str(out))
+    assert begun.returncode == 3
+    assert "2 shards are there and as they were written" in begun.stderr
+    done = command("generate", *arguments, "--address", "local")
+    assert done.returncode == 0, done.stderr
+    assert "Placement" not in done.stderr
+    assert tree(out) == made
 
 
 def test_a_memorised_plan_is_used_for_every_block(tmp_path, other_plan):

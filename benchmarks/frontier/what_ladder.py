@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 import numpy as np
 
+from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.tuning.allocate import merged, neyman, rung_sets
-from mlem_dist.tuning.calibrate import read_effect
 
 SMALLER = (1, 1 / 2, 1 / 4, 1 / 8)
 CHEAPER = (1, 3, 10)

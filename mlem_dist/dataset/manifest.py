@@ -13,12 +13,12 @@ from typing import Any
 import yaml
 
 from mlem_dist.dataset.schema import features
-from mlem_dist.dataset.shards import WORK, Shard, commit, is_whole, marked_shards
+from mlem_dist.dataset.shards import WORK, Shard, is_whole, marked_shards
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable
+from mlem_dist.files import check_writable, replace_file
 
 SCHEMA_VERSION = 1
-NAME = "mlem.json"
+NAME, CARD = "mlem.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Manifest:
             "calls_per_sample": self.calls,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        commit(out / NAME, (json.dumps(raw, indent=1) + "\n").encode(), out / WORK)
+        (out / WORK).mkdir(parents=True, exist_ok=True)
+        replace_file(out / NAME, json.dumps(raw, indent=1) + "\n", out / WORK)
 
 
 def read_manifest(out: Path) -> Manifest:
@@ -99,9 +100,7 @@ def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:
     known = {*config, *manifest.config} - {"ladder"}
     keys = sorted(key for key in known if config.get(key) != manifest.config.get(key))
     if keys:
-        changes = "; ".join(
-            f"{key} was {_short(manifest.config.get(key))}, now {_short(config.get(key))}" for key in keys
-        )
+        changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)
         raise UsageError(f"--out {out} holds a run of another configuration ({changes}); choose another folder")
     return manifest
 
@@ -112,8 +111,11 @@ def finished_shards(out: Path, manifest: Manifest) -> dict[str, Shard]:
 
 
 def finish(out: Path, manifest: Manifest) -> None:
-    """Write the card and the complete manifest, then remove what an unfinished run needs."""
-    commit(out / "README.md", card(manifest).encode(), out / WORK)
+    """Write the card, unless there is one, and the complete manifest, then remove what an unfinished run needs."""
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    # After a repair it is there, and may have become the user's own.
+    if not (out / CARD).exists():
+        replace_file(out / CARD, card(manifest), out / WORK)
     manifest.write(out)
     shutil.rmtree(out / WORK, ignore_errors=True)
 
@@ -130,7 +132,8 @@ def card(manifest: Manifest) -> str:
         },
         "tags": ["synthetic", "mlem-dist"],
     }
-    classes = ", ".join(f"{i} {name}" for i, name in enumerate(manifest.labels))
+    names = (" ".join(name.replace("|", "\\|").split()) for name in manifest.labels)
+    classes = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     label = f"| label | int64 | {classes} |" if manifest.labels else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
@@ -164,6 +167,15 @@ def _card_features(labels: Sequence[str]) -> list[dict[str, Any]]:
         else:
             found.append({"name": name, "dtype": {"class_label": {"names": {str(i): n for i, n in enumerate(labels)}}}})
     return found
+
+
+def _change(key: str, was: Any, now: Any) -> str:
+    if key == "plan":
+        return (
+            "the plan is another one: it follows from --nfe, --probabilities, --draw, --increments or --plan, and from "
+            "what `ladder measure`, `calibrate` and `tune` have found"
+        )
+    return f"{key} was {_short(was)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:

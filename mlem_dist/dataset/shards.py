@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
+from mlem_dist.files import file_digest, replace_file
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"
@@ -88,36 +89,19 @@ def write_shard(
     data = encode_shard(encode_png(images), ids, label, labels)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
-    commit(out / path, data, out / WORK)
-    commit(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)).encode(), out / WORK)
+    for folder in (out / WORK, (out / path).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    replace_file(out / path, data, out / WORK)
+    replace_file(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)))
     return shard
 
 
-def commit(path: Path, data: bytes, work: Path) -> None:
-    """Write a file so that it appears under its name complete or not at all, even after a power cut.
-
-    `work` is a folder on the same file system for the temporary file.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = work / f"{path.name}.{os.getpid()}.tmp"
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def marked_shards(out: Path) -> list[Shard]:
-    """The shards that an unfinished run has committed."""
+    """The shards that an unfinished run has written; one whose marker cannot be read is made again."""
     found = []
     for marker in sorted((out / WORK).glob("train-*.json")):
-        found.append(Shard(**json.loads(marker.read_text())))
+        with suppress(OSError, ValueError, TypeError):
+            found.append(Shard(**json.loads(marker.read_text())))
     return found
 
 
@@ -132,9 +116,14 @@ def is_whole(out: Path, shard: Shard) -> bool:
 def damage(out: Path, shard: Shard) -> str | None:
     """What is wrong with a shard's file, compared by content; None if nothing is."""
     try:
-        data = (out / shard.path).read_bytes()
+        digest = file_digest(out / shard.path)
     except OSError as error:
         return f"{shard.path} cannot be read: {error.strerror}"
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        return f"{shard.path} is not what was written: its SHA-256 differs"
-    return None
+    return None if digest == shard.sha256 else f"{shard.path} is not what was written: its SHA-256 differs"
+
+
+def foreign(out: Path, shards: Sequence[Shard]) -> list[str]:
+    """What lies in `data/` beside the shards: readers would take it for rows."""
+    known = {shard.path for shard in shards}
+    there = (path.relative_to(out).as_posix() for path in (out / "data").glob("*"))
+    return sorted(path for path in there if path not in known)

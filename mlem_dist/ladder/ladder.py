@@ -106,6 +106,10 @@ class Ladder:
         """
         folder = _find(source)
         path = folder / LADDER
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{str(folder)!r}: expected a folder whose name is UTF-8; rename it") from None
         raw = read_object(path, "ladder")
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
@@ -260,7 +264,7 @@ class Ladder:
                 module: nn.Module = self._load_gaussian(level)
             else:
                 module = self._load_unet(level, device, precision)
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
         module = module.eval().requires_grad_(False).to(device)
         if number == 1 and isinstance(module, GaussianLevel):

@@ -1,5 +1,6 @@
-"""What is measured of one level: seconds per sample, and the error of the noise that it predicts."""
+"""What is measured of levels: seconds per sample, and the error of the noise that they predict."""
 
+import json
 import time
 from collections.abc import Callable
 from statistics import median
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlem_dist.files import read_object, replace_file
+from mlem_dist.ladder.ladder import LADDER, Ladder
 from mlem_dist.ladder.memory import keep_memory
 
 WARM, REPEATS = 2, 7
@@ -46,6 +49,22 @@ def seconds_per_sample(
     finally:
         torch.set_num_threads(threads)
     return median(times[warm:]) / batch
+
+
+def measure_costs(ladder: Ladder) -> Ladder:
+    """The ladder with its levels' costs on this machine's devices in `ladder.json`, whose other entries stay."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    raw = read_object(ladder.folder / LADDER, "ladder")
+    for number, entry in enumerate(raw["levels"], 1):
+        seconds = {
+            device: seconds_per_sample(
+                ladder.load_level(number, device), ladder.sample_shape, len(ladder.labels), device
+            )
+            for device in devices
+        }
+        entry["seconds"] = entry.get("seconds", {}) | seconds
+    replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
+    return Ladder.load(ladder.folder)
 
 
 def to_range(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:

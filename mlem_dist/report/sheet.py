@@ -1,40 +1,45 @@
 """Contact sheets."""
 
 import io
+from itertools import chain
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from mlem_dist.dataset.manifest import read_manifest
+from mlem_dist.dataset.manifest import finished_shards, read_manifest
 from mlem_dist.errors import UsageError
 
-COLUMNS = 12
+COLUMNS, SCALE = 12, 2
 MARGIN = 110
 
 
-def contact_sheet(out: Path, scale: int = 2) -> Image.Image:
+def contact_sheet(out: Path) -> Image.Image:
     """A picture of a dataset: twelve images of each class, a row each; in order of sample id where there are none.
 
     Raises:
-        UsageError: the folder is no dataset, or has no finished shard yet.
+        UsageError: the folder is no dataset, has no finished shard yet, or one that cannot be read.
     """
     manifest = read_manifest(out)
     classes: list[int] = manifest.config["labels"] if manifest.labels else list(range(10))
     rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
-    for path in sorted((out / "data").glob("*.parquet")):
-        file = pq.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            for i, record in enumerate(file.read_row_group(group).to_pylist()):
+    for path in sorted(finished_shards(out, manifest)):
+        try:
+            file = pq.ParquetFile(out / path)
+            groups = (file.read_row_group(group).to_pylist() for group in range(file.num_row_groups))
+            for i, record in chain.from_iterable(map(enumerate, groups)):
                 row = classes.index(record["label"]) if manifest.labels else i % len(classes)
                 if len(rows[row]) < COLUMNS:
                     rows[row].append(record["image"]["bytes"])
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"{out / path} cannot be read ({error}); `mlem-dist verify {out}` says more") from None
         if all(len(row) == COLUMNS for row in rows.values()):
             break
     if not any(rows.values()):
         raise UsageError(f"{out} has no finished shard yet; run `mlem-dist generate` again to finish it")
     first = Image.open(io.BytesIO(next(row[0] for row in rows.values() if row)))
-    width, height = first.width * scale, first.height * scale
+    width, height = first.width * SCALE, first.height * SCALE
     margin = MARGIN if manifest.labels else 0
     sheet = Image.new("RGB", (margin + COLUMNS * width, len(classes) * height), "white")
     draw = ImageDraw.Draw(sheet)

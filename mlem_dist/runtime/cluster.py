@@ -65,6 +65,7 @@ def _check_answer(address: str) -> None:
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
+    host = host.strip("[]")
     if "://" in address or not host or not port.isdigit():
         raise UsageError(
             f"--address or RAY_ADDRESS {address!r}: expected HOST:PORT of a Ray head, auto or local; from outside a "

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlem_dist.dataset.manifest import Manifest, check_out, finish, finished_shards, read_manifest
+from mlem_dist.dataset.manifest import NAME, Manifest, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
+from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.progress import Progress
+
+BLOCK_BYTES, SHARD_BYTES = 4_000_000_000, 2_000_000_000
+"""Of a block's state, and of a shard's images before they are encoded: a Parquet column chunk holds no more."""
 
 Engine = Callable[[Sequence[int]], Iterator[Progress]]
 """Makes the shards of the given indices, yielding its progress."""
@@ -30,8 +35,19 @@ def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
     """The dataset of `job` in `out`, fresh or begun by an earlier run. Touches nothing.
 
     Raises:
-        UsageError: `out` cannot be used for this job; see `check_out`.
+        UsageError: `out` cannot be used for this job, see `check_out`, or a block or shard of it is too large.
     """
+    values = math.prod(ladder.sample_shape)
+    for name, samples, bytes_each, most in (
+        ("block", job.block_size, 4 * values, BLOCK_BYTES),
+        ("shard", job.shard_size, values, SHARD_BYTES),
+    ):
+        if samples * bytes_each > most:
+            fits = most // bytes_each // job.block_size * job.block_size or most // bytes_each
+            raise UsageError(
+                f"--{name}-size {samples}: a {name} of samples of {'x'.join(map(str, ladder.sample_shape))} would take "
+                f"{samples * bytes_each / 1e9:.3g} GB; take {fits} or less"
+            )
     config = job.config
     manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
     done = finished_shards(out, manifest)
@@ -49,7 +65,9 @@ def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progr
     dataset = open_dataset(dataset.job, ladder, dataset.out)
     if dataset.manifest.shards and not dataset.missing:
         return
-    dataset.manifest.write(dataset.out)
+    # One that is there may just have become that of a finished dataset.
+    if not (dataset.out / NAME).exists():
+        dataset.manifest.write(dataset.out)
     if dataset.missing:
         yield from engine(dataset.missing)
     done = finished_shards(dataset.out, dataset.manifest)

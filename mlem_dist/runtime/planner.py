@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.calibration import measured_costs
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import (
@@ -27,8 +28,7 @@ from mlem_dist.runtime.placement import (
     pool_loads,
     pools_text,
 )
-from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, stages
-from mlem_dist.tuning.calibrate import measured_costs
+from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, pool_seconds, stages
 
 OVERHEADS = {
     "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
@@ -184,7 +184,7 @@ class Forecast:
         cells: how many coordinators.
         cell_devices: at most so many devices in a cell.
         images_per_second: of all cells, when they are neither filling nor draining.
-        ideal: images per second if devices did nothing but evaluate levels, always.
+        ideal: images per second if devices did nothing but evaluate the levels that the simulated blocks call, always.
         seconds: of all cells, from loaded levels to the last shard, for the images that it is asked for.
         pools: in the order of the levels.
         coordinator: the share of its time that a coordinator works.
@@ -236,7 +236,6 @@ def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forec
 def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     counts = evaluations(job)
     costs = [kind.cost for kind in layout.kinds]
-    load = np.array([pool_loads(counts, [pool], cost)[0] for pool, cost in zip(layout.pools, costs, strict=True)])
     every_cell = layout.cells(cell_devices)
     cells, here = len(every_cell), every_cell[0]
     kinds = list(layout.groups)
@@ -248,6 +247,9 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     of_cell = max(1, round(blocks / cells / share))
     simulated = min(of_cell, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(here)))
     programs = [stages(plan, layout.pools, costs) for plan in job.first_plans]
+    # Of the blocks that are simulated: of a few, none may call the costly levels.
+    times = np.bincount(np.arange(simulated) % len(programs), minlength=len(programs))
+    load = times @ [pool_seconds(program, len(layout.pools)) for program in programs] / simulated
     there = [(kind.overheads, count) for kind, count in zip(kinds, here, strict=True)]
     trace = CellSimulation(programs, seats, there, job.block_size, job.shard_size // job.block_size, cells).run(
         simulated
@@ -257,7 +259,7 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     # Seconds that the simulated blocks take when the cell is neither filling nor draining.
     per = simulated / rate
     level_seconds = _level_seconds(counts, layout.pools, costs)
-    ideal = min(kind.count / load[indices].sum() for kind, indices in layout.groups.items())
+    ideal = min(kind.count / max(load[indices].sum(), 1e-300) for kind, indices in layout.groups.items())
     return Forecast(
         layout,
         cells,

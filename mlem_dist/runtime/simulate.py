@@ -66,7 +66,7 @@ def stages(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tu
         called: dict[int, set[int]] = {}
         for term in run.terms:
             index = next(index for index, pool in enumerate(pools) if term.level in pool)
-            called.setdefault(index, set()).update(k for k in (term.level, term.below) if k)
+            called.setdefault(index, set()).update(term.calls)
         seconds = {index: float(sum(cost[index][k - 1] for k in levels)) for index, levels in called.items()}
         asks = tuple((index, value) for index, value in seconds.items() if index)
         if asks:
@@ -74,6 +74,16 @@ def stages(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tu
             local = 0.0
         local += seconds.get(0, 0.0) + (float(cost[0][0]) if run.base else 0.0)
     return (*found, Stage(local, ()))
+
+
+def pool_seconds(program: Sequence[Stage], pools: int) -> np.ndarray:
+    """Seconds per sample in each pool, float64 (pools,), of a block's segments."""
+    found = np.zeros(pools)
+    for stage in program:
+        found[0] += stage.local
+        for pool, seconds in stage.asks:
+            found[pool] += seconds
+    return found
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Ask:
     @property
     def calls(self) -> set[int]:
         """The levels that it takes."""
-        return {k for term in self.terms for k in (term.level, term.below) if k}
+        return {k for term in self.terms for k in term.calls}
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,7 @@ def evaluate(
     The time t is one for all samples, or int64 (B,).
     """
     times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-    called = {
-        k: levels[k](x, times, label) for k in sorted({k for term in terms for k in (term.level, term.below) if k})
-    }
+    called = {k: levels[k](x, times, label) for k in sorted({k for term in terms for k in term.calls})}
     return [called[term.level] - called[term.below] if term.below else called[term.level] for term in terms]
 
 

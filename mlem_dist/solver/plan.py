@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,11 @@ class Term:
     below: int
     start: int
     weights: tuple[float, ...]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """The levels whose values it takes."""
+        return (self.below, self.level) if self.below else (self.level,)
 
     @property
     def stop(self) -> int:
@@ -116,7 +121,7 @@ class Plan:
         """bool (K, N): which levels are called at each step; a run in closed form is no call."""
         called = np.zeros(self.fire.shape, dtype=bool)
         for run in self.runs:
-            for number in {k for term in run.terms for k in (term.level, term.below) if k}:
+            for number in {k for term in run.terms for k in term.calls}:
                 called[number - 1, run.start] = True
         return called
 
@@ -150,23 +155,21 @@ def systematic(p: np.ndarray, u: np.ndarray) -> np.ndarray:
     return np.diff(np.floor(sums), axis=1) > 0
 
 
-def impulse(fire: np.ndarray, p: np.ndarray, collapse: bool = False) -> Plan:
+def impulse(fire: np.ndarray, p: np.ndarray) -> Plan:
     """The estimator of ML-EM: each drawn increment enters its own step, divided by its probability. Unbiased."""
-    return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire), np.zeros(p.shape), collapse)
+    return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire), np.zeros(p.shape))
 
 
-def held(fire: np.ndarray, collapse: bool = False) -> Plan:
+def held(fire: np.ndarray) -> Plan:
     """Each increment enters with weight 1 from its evaluation until the next one.
 
     No variance, but biased: the error is of the order of what an increment changes between two evaluations.
     """
     weight = np.maximum.accumulate(fire, axis=1).astype(np.float64)
-    return Plan(fire, weight, np.zeros(fire.shape), collapse)
+    return Plan(fire, weight, np.zeros(fire.shape))
 
 
-def extrapolated(
-    fire: np.ndarray, log_snr: np.ndarray, collapse: bool = False, reach: Sequence[float] | None = None
-) -> Plan:
+def extrapolated(fire: np.ndarray, log_snr: np.ndarray, reach: Sequence[float] | None = None) -> Plan:
     """The line through the last two evaluations of each increment, in lambda, up to one gap beyond the last.
 
     With l the last evaluation before step i and p the one before that, the increment of level k enters as
@@ -182,14 +185,14 @@ def extrapolated(
         for before, last, stop in zip(fires, fires[1:], [*fires[2:], fire.shape[1]], strict=False):
             ahead = (log_snr[last:stop] - log_snr[last]) / (log_snr[last] - log_snr[before])
             previous[k, last:stop] = -np.minimum(1.0, ahead) * (1.0 if reach is None else reach[k])
-    return Plan(fire, weight - previous, previous, collapse)
+    return Plan(fire, weight - previous, previous)
 
 
-def single_level(level: int, levels: int, steps: int, collapse: bool = False) -> Plan:
+def single_level(level: int, levels: int, steps: int) -> Plan:
     """Euler-Maruyama with one level (from 1) of a ladder of `levels`."""
     fire = np.zeros((levels, steps), dtype=bool)
     fire[:level] = True
-    return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape), collapse)
+    return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape))
 
 
 def switched(small: int, large: int, levels: int, steps: int, at: int) -> Plan:
@@ -237,20 +240,16 @@ class Recipe:
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
-        return self.plan_of(draw_coins(self.probabilities, self.draw, rng))
-
-    def plan_of(self, fire: np.ndarray) -> Plan:
-        """The plan of these coins, bool (R, N)."""
-        plan = self._plan_of_rungs(fire)
-        return plan if self.rungs is None else on_levels(plan, self.rungs)
-
-    def _plan_of_rungs(self, fire: np.ndarray) -> Plan:
+        fire = draw_coins(self.probabilities, self.draw, rng)
         if self.increments == "impulse":
-            return impulse(fire, self.probabilities, self.collapse)
-        if self.increments == "held":
-            return held(fire, self.collapse)
-        assert self.log_snr is not None
-        return extrapolated(fire, self.log_snr, self.collapse, self.reach)
+            plan = impulse(fire, self.probabilities)
+        elif self.increments == "held":
+            plan = held(fire)
+        else:
+            assert self.log_snr is not None
+            plan = extrapolated(fire, self.log_snr, self.reach)
+        plan = replace(plan, collapse=self.collapse)
+        return plan if self.rungs is None else on_levels(plan, self.rungs)
 
 
 def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.ladder import LADDER, Ladder, Level, save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel, UNetLevel
-from mlem_dist.ladder.measure import seconds_per_sample
+from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -41,22 +41,6 @@ HALF_LOSS = 0.005
 
 MEASURED = ("calibration.json", "plan-*.json", "frontier-*.json")
 """Files in a ladder's folder that name the ladder they belong to, by its digest."""
-
-
-def measure(ladder: Ladder) -> Ladder:
-    """The ladder with its levels' costs on this machine's devices in `ladder.json`, whose other entries stay."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    raw = read_object(ladder.folder / LADDER, "ladder")
-    for number, entry in enumerate(raw["levels"], 1):
-        seconds = {
-            device: seconds_per_sample(
-                ladder.load_level(number, device), ladder.sample_shape, len(ladder.labels), device
-            )
-            for device in devices
-        }
-        entry["seconds"] = entry.get("seconds", {}) | seconds
-    replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
-    return Ladder.load(ladder.folder)
 
 
 def training_order(config: TrainConfig) -> list[LevelConfig]:
@@ -164,7 +148,7 @@ def finish_training(config: TrainConfig, images: Images, out: Path, entries: Map
             shutil.rmtree(out / path)
         (out / WORK / level.name / STORED / path).replace(out / path)
     levels = [entries[level.name] for level in config.levels]
-    ladder = measure(save_ladder(out, config.name, config.sample_shape, images.labels, config.scheduler, levels))
+    ladder = measure_costs(save_ladder(out, config.name, config.sample_shape, images.labels, config.scheduler, levels))
     set_stale_aside(ladder)
     replace_file(out / WORK / FINISHED, json.dumps(ladder_settings(config, images)))
     return ladder

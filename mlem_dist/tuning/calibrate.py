@@ -6,11 +6,7 @@ ladder's digest.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import replace_file
+from mlem_dist.ladder.calibration import device_key, store_entry
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
@@ -30,9 +26,6 @@ from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, StepTable, step_table
 from mlem_dist.tuning.allocate import merged, neyman, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
-
-SCHEMA_VERSION = 2
-NAME = "calibration.json"
 
 BATCHES = (1, 8, 64)
 BANDS = 10
@@ -344,109 +337,16 @@ def _speed_up(
     return SpeedUp(em_steps, float(em.mean()), found, rungs, em_steps / found, (float(low), float(high)))
 
 
-def device_key(device: str) -> str:
-    """What a device's entry is filed under: its type and name, such as "cuda/NVIDIA H200"."""
-    if device == "cuda":
-        return f"cuda/{torch.cuda.get_device_name()}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"cpu/{names[0] if names else platform.processor() or platform.machine()}"
-
-
-def stored(folder: Path, ladder: Ladder) -> dict[str, Any]:
-    """The entries of `folder`/calibration.json by device, as JSON; none if there is no such file. Touches nothing.
-
-    Raises:
-        UsageError: the folder cannot be written to, or the file is unreadable, of another schema version or of another
-            ladder.
-    """
-    path = folder / NAME
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
-        raise UsageError(f"{path} cannot be written: {place} is not a writable folder; choose another one with --out")
-    return _read(path, ladder)
-
-
-def _read(path: Path, ladder: Ladder) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        raw = json.loads(path.read_text())
-        version, digest, devices = raw["schema_version"], raw["ladder"], dict(raw["devices"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a calibration ({error}); move it away or choose another --out") from None
-    if version != SCHEMA_VERSION:
-        raise UsageError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; choose another --out")
-    if digest != ladder.digest:
-        raise UsageError(
-            f"{path} belongs to another ladder: its digest is {str(digest)[:12]}, that of {ladder.name!r} is "
-            f"{ladder.digest[:12]}; move the file away or choose another --out"
-        )
-    return devices
-
-
-def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Timesteps int64 (M,) and effects W_kl float64 (K, K, M) of a solver, from the ladder's own calibration, if any.
-
-    Effects are the same on all devices but for rounding; those of the first in the file are taken.
-
-    Raises:
-        UsageError: the ladder's calibration.json is unreadable, of another schema version or of another ladder.
-    """
-    devices = _read(ladder.folder / NAME, ladder)
-    if not devices:
-        return None
-    measured = next(iter(devices.values()))["solvers"][solver]
-    return np.array(measured["t"]), np.array(measured["products"], dtype=np.float64)
-
-
-def measured_costs(ladder: Ladder, name: str) -> tuple[str, np.ndarray | None]:
-    """The type of a device, "cpu" or "cuda", and its costs T_k, float64 (K,), seconds per sample, if they are known.
-
-    Known are those in the ladder, by device type, and those of the calibrated device in whose name `name` occurs.
-
-    Raises:
-        UsageError: as `read_effect`.
-    """
-    if name in ladder.levels[0].seconds:
-        return ("cpu" if name == "cpu" else "cuda"), ladder.cost(name)
-    for device, measured in _read(ladder.folder / NAME, ladder).items():
-        kind, _, model = device.partition("/")
-        if name.lower() in model.lower():
-            return kind, np.array([level["seconds"][str(BATCHES[-1])] for level in measured["levels"]])
-    return ("cpu" if name == "cpu" else "cuda"), None
-
-
 def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:
-    """Write the calibration into `folder`/calibration.json beside the entries of other devices, and return that path.
-
-    An earlier entry of the same device is replaced.
-
-    Raises:
-        UsageError: as `stored`.
-    """
-    devices = stored(folder, ladder)
-    devices[calibration.device] = _plain(asdict(calibration)) | {
+    """Write the calibration into `folder`/calibration.json, as `store_entry` does."""
+    entry = _plain(asdict(calibration)) | {
         "gamma": {
             quantity: _plain(asdict(reading))
             | {name: _plain(getattr(reading, name)) for name in ("gamma", "gamma_interval", "gamma_range", "htmc")}
             for quantity, reading in calibration.gamma.items()
         }
     }
-    raw = {"schema_version": SCHEMA_VERSION, "ladder": ladder.digest, "devices": devices}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    # Innermost lists on one line each.
-    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(raw, indent=1, allow_nan=False))
-    replace_file(path, text + "\n")
-    return path
-
-
-def _one_line(found: re.Match[str]) -> str:
-    return f"[{' '.join(found[1].split())}]"
+    return store_entry(folder, ladder, calibration.device, entry)
 
 
 def _plain(value: Any) -> Any:

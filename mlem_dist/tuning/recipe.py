@@ -5,12 +5,12 @@ from typing import Literal
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments, Recipe
 from mlem_dist.solver.probabilities import Rule, rule_weights, scale_to_budget
 from mlem_dist.solver.steps import half_log_snr, timesteps
 from mlem_dist.tuning.allocate import coin_error, merged, neyman_weights, on_grid, rung_sets
-from mlem_dist.tuning.calibrate import read_effect
 
 DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
 """By solver: along the noisy path of the SDE a line through two increments is hardly better than the last of them."""

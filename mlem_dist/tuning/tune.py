@@ -12,9 +12,9 @@ import numpy as np
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import file_digest
+from mlem_dist.ladder.calibration import NAME
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
-from mlem_dist.tuning.calibrate import NAME
 from mlem_dist.tuning.choose import plan_path
 from mlem_dist.tuning.fit import Fitter, fitting_samples
 from mlem_dist.tuning.frontier import Frontier, Row

@@ -1,10 +1,13 @@
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from mlem_dist.dataset.manifest import Manifest, check_out
+from mlem_dist.dataset.shards import marked_shards
 from mlem_dist.errors import UsageError
 
 NOBODY = 65534
@@ -28,6 +31,25 @@ def test_a_folder_without_write_permission_is_refused():
             if root:
                 os.seteuid(0)
             hidden.chmod(0o700)
+
+
+def test_an_unreadable_marker_is_that_of_a_shard_to_make_again(tmp_path):
+    (tmp_path / ".mlem").mkdir()
+    for name, text in (("a", ""), ("b", "[]"), ("c", '{"path": "data/x"}'), ("d", '"x"')):
+        (tmp_path / f".mlem/train-{name}.json").write_text(text)
+    assert marked_shards(tmp_path) == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    """A limit on the size of files, in a process of its own."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from mlem_dist.files import replace_file;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "replace_file(Path(sys.argv[1]), b'x' * 2000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True)
+    assert f"OSError: {tmp_path}/file cannot be written: File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_goes_on_where_its_ladder_has_moved(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime import arrange, cluster
+from mlem_dist.runtime import arrange, cluster, generate
 from mlem_dist.runtime.driver import run_ray
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
@@ -289,6 +289,34 @@ def test_two_runs_of_one_command_end_with_one_dataset(fashion, make_job, tmp_pat
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     list(complete(second, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
+
+
+def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(fashion, make_job, tmp_path, monkeypatch):
+    job, out = make_job(), tmp_path / "out"
+    real = generate.open_dataset
+    late = real(job, fashion, out)
+
+    def overtaken(*arguments):
+        """What the second run has seen is old when it goes on."""
+        found = real(*arguments)
+        if not finished:
+            finished.append(True)
+            make_inline(job, fashion, out)
+        return found
+
+    finished = []
+    monkeypatch.setattr(generate, "open_dataset", overtaken)
+    list(complete(late, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
+    assert real(job, fashion, out).missing == ()
+    assert len(real(job, fashion, out).manifest.shards) == job.shards
+
+
+def test_blocks_and_shards_fit_into_memory(fashion, make_job, tmp_path):
+    for size, message in ((10**7, "--block-size 10000000.* take 976562 or less"), (10**8, "--shard-size 100000000")):
+        blocks = {"block_size": size if "block" in message else 100}
+        with pytest.raises(UsageError, match=message):
+            open_dataset(make_job(num=10**9, shard_size=size, **blocks), fashion, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
     noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
     expected = integrate(levels, table, single_level(1, 3, 1000), noise, label)
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
-    plan = single_level(1, 3, 1000, collapse=True)
+    plan = replace(single_level(1, 3, 1000), collapse=True)
     assert len(plan.runs) == 1
     found = integrate({}, table, plan, noise, label, closed_form)
     assert (found - expected).abs().max() < 1e-3

@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_extrapolated_increments_follow_a_line_in_lambda_no_further_than_one_gap
 
 def test_a_plan_in_closed_form_calls_the_first_level_only_for_increments():
     fire = np.array([[1] * 6, [0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0]], dtype=bool)
-    plan = held(fire, collapse=True)
+    plan = replace(held(fire), collapse=True)
     assert [(run.start, run.stop, len(run.terms), len(run.base)) for run in plan.runs] == [
         (0, 2, 0, 2),
         (2, 4, 1, 2),
@@ -153,8 +154,8 @@ def test_a_plan_in_closed_form_calls_the_first_level_only_for_increments():
     assert plan.nfe(cost) == pytest.approx((2 + 10 + 100 + 3) / 100)
     assert held(fire).calls.sum(1).tolist() == [6, 1, 1]
     # With the best level at every step nothing is left of the first one.
-    assert all(not run.base for run in single_level(3, 3, 6, collapse=True).runs)
-    assert len(single_level(1, 3, 6, collapse=True).runs) == 1
+    assert all(not run.base for run in replace(single_level(3, 3, 6), collapse=True).runs)
+    assert len(replace(single_level(1, 3, 6), collapse=True).runs) == 1
 
 
 @pytest.mark.parametrize("draw", ["independent", "systematic"])

@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.calibration import stored
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.report.tables import calibration_table
@@ -18,7 +19,7 @@ from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import step_table
 from mlem_dist.tuning.allocate import coin_error, neyman
-from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store, stored
+from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store
 
 FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
 SCHEDULE = np.cumprod(1 - np.linspace(1e-3, 0.1, 100))
@@ -225,7 +226,7 @@ def test_other_devices_keep_their_entries(tmp_path, fashion, measured):
         (lambda raw: raw | {"ladder": "0" * 64}, "belongs to another ladder"),
         (lambda raw: raw | {"schema_version": 99}, "schema_version is 99"),
         (lambda raw: {}, "not a calibration"),
-        (lambda raw: [], "not a calibration"),
+        (lambda raw: [], "not a JSON object"),
     ],
 )
 def test_another_ladders_calibration_is_never_overwritten(tmp_path, fashion, measured, change, message):
@@ -305,7 +306,7 @@ def test_bad_input_is_refused_before_anything_is_measured(tmp_path, small, data,
         (["nonesuch", "--data", str(data)], "nonesuch"),
         (["fashion", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")], "no training data"),
         ([str(small), "--data", str(data)], "belongs to another ladder"),
-        (["fashion", "--data", str(data), "--out", str(data / "t10k-labels-idx1-ubyte.gz")], "choose another one"),
+        (["fashion", "--data", str(data), "--out", str(data / "t10k-labels-idx1-ubyte.gz")], "is a file"),
     ):
         with pytest.raises(UsageError, match=message):
             run(*arguments)
