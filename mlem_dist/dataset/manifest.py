@@ -15,7 +15,7 @@ import yaml
 from mlem_dist.dataset.schema import features
 from mlem_dist.dataset.shards import WORK, Shard, is_whole, marked_shards
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable, replace_file
+from mlem_dist.files import check_writable, read_object, replace_file
 
 SCHEMA_VERSION = 1
 NAME, CARD = "mlem.json", "README.md"
@@ -65,8 +65,10 @@ def read_manifest(out: Path) -> Manifest:
     Raises:
         UsageError: the folder holds no dataset of this program, or one of another schema version.
     """
+    if not (out / NAME).exists():
+        raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
+    raw = read_object(out / NAME, "manifest")
     try:
-        raw = json.loads((out / NAME).read_text())
         if raw["schema_version"] != SCHEMA_VERSION:
             raise UsageError(f"{out / NAME}: schema_version is {raw['schema_version']!r}, expected {SCHEMA_VERSION}")
         return Manifest(
@@ -76,12 +78,8 @@ def read_manifest(out: Path) -> Manifest:
             calls=raw["calls_per_sample"],
             shards=tuple(Shard(**shard) for shard in raw["shards"]),
         )
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{out / NAME} cannot be read: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"manifest {out / NAME} has a missing, unknown or malformed entry: {error}") from None
 
 
 def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:

@@ -7,8 +7,8 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 
-LEAST_TIMESTEPS = 10
-"""Errors are measured in ten bands of timesteps."""
+BANDS = 10
+"""Of timesteps, in which errors are measured."""
 
 
 def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
@@ -33,10 +33,8 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
             "noise says nothing of the image"
         )
     n = config.get("num_train_timesteps", 1000)
-    if not isinstance(n, int) or n < LEAST_TIMESTEPS:
-        raise UsageError(
-            f"noise schedule: num_train_timesteps is {n!r}, expected an integer of {LEAST_TIMESTEPS} or more"
-        )
+    if not isinstance(n, int) or n < BANDS:
+        raise UsageError(f"noise schedule: num_train_timesteps is {n!r}, expected an integer of {BANDS} or more")
     kind = config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if config.get("trained_betas") is not None:

@@ -22,7 +22,7 @@ from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
 from mlem_dist.runtime.progress import WAITS, Progress
-from mlem_dist.runtime.worker import Ask, LevelWorker, Segment, TrajectoryWorker
+from mlem_dist.runtime.worker import Ask, LevelWorker, SegmentEnd, TrajectoryWorker
 from mlem_dist.runtime.writer import Writer
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
@@ -219,7 +219,7 @@ class Coordinator:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.group, placement_group_bundle_index=seat.device
                 ),
-            ).remote(job, self.pools, index, 1)
+            ).remote(job, self.pools, index)
 
         return create
 
@@ -256,7 +256,7 @@ class Coordinator:
     async def _segments(self, block: int, member: Member) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         home, actor = self.running[0], member.actor
         calls: Counter[int] = Counter()
-        segment: Segment
+        segment: SegmentEnd
         segment, (payload,) = await home.call_member(member, "start", block)
         calls.update(segment.work.calls)
         while segment.asks:

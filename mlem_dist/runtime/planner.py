@@ -28,7 +28,7 @@ from mlem_dist.runtime.placement import (
     pool_loads,
     pools_text,
 )
-from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, pool_seconds, stages
+from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, pool_seconds, segments
 
 OVERHEADS = {
     "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
@@ -246,7 +246,7 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     blocks = -(-job.num // job.block_size)
     of_cell = max(1, round(blocks / cells / share))
     simulated = min(of_cell, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(here)))
-    programs = [stages(plan, layout.pools, costs) for plan in job.first_plans]
+    programs = [segments(plan, layout.pools, costs) for plan in job.first_plans]
     # Of the blocks that are simulated: of a few, none may call the costly levels.
     times = np.bincount(np.arange(simulated) % len(programs), minlength=len(programs))
     load = times @ [pool_seconds(program, len(layout.pools)) for program in programs] / simulated

@@ -48,14 +48,14 @@ class Overheads:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Segment:
     """A segment of a block: seconds per sample on its own actor, then on other pools, (pool, seconds) each."""
 
     local: float
     asks: tuple[tuple[int, float], ...]
 
 
-def stages(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tuple[Stage, ...]:
+def segments(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tuple[Segment, ...]:
     """A plan's segments, for the levels (from 1) of each pool, whose devices take `cost[pool]` (K,) seconds per sample.
 
     A run in closed form takes as long as a call of level 1.
@@ -70,18 +70,18 @@ def stages(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tu
         seconds = {index: float(sum(cost[index][k - 1] for k in levels)) for index, levels in called.items()}
         asks = tuple((index, value) for index, value in seconds.items() if index)
         if asks:
-            found.append(Stage(local, asks))
+            found.append(Segment(local, asks))
             local = 0.0
         local += seconds.get(0, 0.0) + (float(cost[0][0]) if run.base else 0.0)
-    return (*found, Stage(local, ()))
+    return (*found, Segment(local, ()))
 
 
-def pool_seconds(program: Sequence[Stage], pools: int) -> np.ndarray:
+def pool_seconds(program: Sequence[Segment], pools: int) -> np.ndarray:
     """Seconds per sample in each pool, float64 (pools,), of a block's segments."""
     found = np.zeros(pools)
-    for stage in program:
-        found[0] += stage.local
-        for pool, seconds in stage.asks:
+    for segment in program:
+        found[0] += segment.local
+        for pool, seconds in segment.asks:
             found[pool] += seconds
     return found
 
@@ -139,7 +139,7 @@ class CellSimulation:
     """One cell, as `Coordinator`, `Pool` and the workers run it.
 
     Args:
-        programs: the stages of one block after another, used in turn.
+        programs: the segments of one block after another, used in turn.
         seats: of each pool.
         kinds: the overheads of each kind of devices, and how many it has, numbered kind by kind; those of the first are
             the coordinator's, the writers' and the driver's.
@@ -150,14 +150,14 @@ class CellSimulation:
 
     def __init__(
         self,
-        programs: Sequence[tuple[Stage, ...]],
+        programs: Sequence[tuple[Segment, ...]],
         seats: Sequence[Sequence[Seat]],
         kinds: Sequence[tuple[Overheads, int]],
         block_size: int,
         shard_blocks: int,
         cells: int = 1,
     ) -> None:
-        self.programs: Iterator[tuple[Stage, ...]] = cycle(programs)
+        self.programs: Iterator[tuple[Segment, ...]] = cycle(programs)
         self.block_size, self.shard_blocks = block_size, shard_blocks
         self.overheads = kinds[0][0]
         self.round = self.overheads.poll * cells
@@ -168,7 +168,7 @@ class CellSimulation:
             shared = simpy.Resource(env, count)
             self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(count)]
         devices = len(self.devices)
-        seconds = np.mean([sum(stage.local + sum(ask[1] for ask in stage.asks) for stage in one) for one in programs])
+        seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
         writers = writer_count(devices / max(float(seconds), 1e-9), self.overheads.write)
         self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
@@ -220,14 +220,14 @@ class CellSimulation:
             if self.parts % self.shard_blocks == 0 or self.parts == self.blocks:
                 yield from self._write(self.parts % self.shard_blocks or self.shard_blocks)
 
-    def _block(self, program: tuple[Stage, ...]) -> Process:
+    def _block(self, program: tuple[Segment, ...]) -> Process:
         actor: Actor = yield self.pools[0].get()
         waited = False
-        for stage in program:
-            yield from self._call(actor, stage.local, (waited + bool(stage.asks)) / 2)
-            waited = bool(stage.asks)
-            if stage.asks:
-                yield simpy.AllOf(self.env, [self.env.process(self._ask(*ask)) for ask in stage.asks])
+        for segment in program:
+            yield from self._call(actor, segment.local, (waited + bool(segment.asks)) / 2)
+            waited = bool(segment.asks)
+            if segment.asks:
+                yield simpy.AllOf(self.env, [self.env.process(self._ask(*ask)) for ask in segment.asks])
         self.pools[0].put(actor)
 
     def _ask(self, pool: int, seconds: float) -> Process:

@@ -41,7 +41,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Segment:
+class SegmentEnd:
     """The end of a segment: what it needs from other pools, or nothing if the block is finished."""
 
     work: Work
@@ -100,9 +100,9 @@ def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
 class LevelWorker:
     """Evaluates the terms of one pool for any block: stateless, so that a call can be repeated anywhere."""
 
-    def __init__(self, job: Job, pools: Sequence[range], pool: int, threads: int) -> None:
+    def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
         keep_memory()
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         torch.backends.cudnn.deterministic = True
         self.job, self.pools, self.pool = job, pools, pool
 
@@ -165,18 +165,18 @@ class LevelWorker:
 class TrajectoryWorker(LevelWorker):
     """Holds the state of blocks and runs every segment that needs no other pool."""
 
-    def __init__(self, job: Job, pools: Sequence[range], pool: int, threads: int) -> None:
-        super().__init__(job, pools, pool, threads)
+    def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
+        super().__init__(job, pools, pool)
         self.running: dict[int, tuple[Generator[Request, list[Tensor], Tensor], Request]] = {}
 
     @torch.inference_mode()
-    def start(self, block: int) -> tuple[Segment, np.ndarray]:
+    def start(self, block: int) -> tuple[SegmentEnd, np.ndarray]:
         """Begin a block, afresh if it was begun before, and run its first segment; returns as `resume` does."""
         clock = self._clock()
         return self._run(block, self.blocks.trajectory(block), None, None, clock)
 
     @torch.inference_mode()
-    def resume(self, block: int, *answers: np.ndarray) -> tuple[Segment, np.ndarray]:
+    def resume(self, block: int, *answers: np.ndarray) -> tuple[SegmentEnd, np.ndarray]:
         """Go on with the answers to the last segment's asks, in their order.
 
         Returns:
@@ -198,7 +198,7 @@ class TrajectoryWorker(LevelWorker):
         request: Request | None,
         answers: Sequence[np.ndarray] | None,
         clock: Any,
-    ) -> tuple[Segment, np.ndarray]:
+    ) -> tuple[SegmentEnd, np.ndarray]:
         label = self.blocks.label(block)
         received = answers or ()
         try:
@@ -208,7 +208,7 @@ class TrajectoryWorker(LevelWorker):
                 if asks and answers is None:
                     self.running[block] = run, request
                     x = request.x.cpu().numpy()
-                    return Segment(clock(x, *received), asks), x
+                    return SegmentEnd(clock(x, *received), asks), x
                 local = [term for term in request.terms if term.level in self.pools[self.pool]]
                 found = dict(zip(local, evaluate(self.levels, local, request.x, request.t, label), strict=True))
                 for ask, answer in zip(asks, answers or (), strict=True):
@@ -217,7 +217,7 @@ class TrajectoryWorker(LevelWorker):
                 request = run.send([found[term] for term in request.terms])
         except StopIteration as end:
             images = self.blocks.images(block, end.value)
-            return Segment(clock(images, *received), ()), images
+            return SegmentEnd(clock(images, *received), ()), images
 
     def _asks(self, request: Request) -> tuple[Ask, ...]:
         asks = []

@@ -1,5 +1,6 @@
 """How likely each level's increment is drawn at each step: p, float64 (K, N) with p_1 = 1, scaled to a budget."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -76,13 +77,11 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
         )
     if len(cost) == 1:
         return probabilities(0)
-    low, high = 0.0, 1 / weights[1:][weights[1:] > 0].min()
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if spent(middle) < nfe:
-            low = middle
-        else:
-            high = middle
-    return probabilities(low)
+    return probabilities(last_below(lambda scale: spent(scale) < nfe, 0.0, 1 / weights[1:][weights[1:] > 0].min()))
+
+
+def last_below(below: Callable[[float], bool], low: float, high: float) -> float:
+    """The largest number at which `below` holds, from `low` on, where it does, to `high`, where it does not."""
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if below(middle) else (low, middle)
+    return low

@@ -8,8 +8,7 @@ import numpy as np
 from mlem_dist.errors import UsageError
 
 Spacing = Literal["leading", "linspace", "trailing"]
-Solver = Literal["ddpm", "ddim", "dpm++"]
-SOLVERS: tuple[Solver, ...] = ("ddpm", "ddim", "dpm++")
+SOLVERS = ("ddpm", "ddim", "dpm++")
 ETA = {"ddpm": 1.0, "ddim": 0.0}
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, replace_file
-from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.ladder import LADDER, Ladder
 from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
@@ -69,7 +69,7 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
     """
     check_writable(out)
     if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir():
-        what = "a finished ladder without its training state" if (out / "ladder.json").exists() else "something else"
+        what = "a finished ladder without its training state" if (out / LADDER).exists() else "something else"
         raise UsageError(f"--out {out} holds {what}; choose an empty or new folder")
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if min(count) < 2:
@@ -80,7 +80,7 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
         if level.kind == "unet":
             unet = _on_meta(config, level, len(images.labels))
             _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), unet)
-    if not (out / "ladder.json").exists() or not (out / WORK / FINISHED).exists():
+    if not (out / LADDER).exists() or not (out / WORK / FINISHED).exists():
         return False
     Ladder.load(out)
     finished: dict[str, Any] = json.loads((out / WORK / FINISHED).read_text())

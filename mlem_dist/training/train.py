@@ -18,7 +18,7 @@ from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import save_tensors
 from mlem_dist.ladder.levels import GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.measure import add_noise, denoising_errors, to_range
-from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.ladder.schedule import BANDS, alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 
@@ -220,11 +220,11 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
 
 
 def denoising_error(
-    model: nn.Module, images: Images, a: np.ndarray, device: str = "cpu", bands: int = 10, per_band: int = 1000
+    model: nn.Module, images: Images, a: np.ndarray, device: str = "cpu", per_band: int = 1000
 ) -> list[float]:
     """Mean squared error per value of the predicted noise on held-out images, in equal bands of timesteps.
 
     The images, timesteps and noises are the same for every level. `device` is the model's.
     """
     test, label = images.test.to(device), images.test_label.to(device)
-    return denoising_errors(model, test, label, a, bands, per_band).mean(1).tolist()
+    return denoising_errors(model, test, label, a, BANDS, per_band).mean(1).tolist()

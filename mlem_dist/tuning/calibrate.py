@@ -20,6 +20,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import device_key, store_entry
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
+from mlem_dist.ladder.schedule import BANDS
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.probabilities import expected_cost
@@ -28,7 +29,6 @@ from mlem_dist.tuning.allocate import merged, neyman, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 
 BATCHES = (1, 8, 64)
-BANDS = 10
 EM_STEPS = (5, 10, 20, 50)
 RESAMPLES = 200
 

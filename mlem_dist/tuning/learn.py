@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mlem_dist.solver.integrate import Drift, Noise
-from mlem_dist.solver.probabilities import expected_cost, increment_cost
+from mlem_dist.solver.probabilities import expected_cost, increment_cost, last_below
 from mlem_dist.solver.steps import StepTable
 
 CEILING = 1 - 1e-6
@@ -71,14 +71,11 @@ def fit_logistic(p: np.ndarray, tau: np.ndarray) -> Logistic:
 
 def with_budget(logistic: Logistic, cost: Callable[[np.ndarray], float], budget: float) -> Logistic:
     """The same with one number added to every beta, so that cost(p) is the budget."""
-    low, high = -40.0, 40.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        if cost(logistic.moved(np.array([[0.0], [middle]])).probabilities) < budget:
-            low = middle
-        else:
-            high = middle
-    return logistic.moved(np.array([[0.0], [low]]))
+
+    def moved(delta: float) -> Logistic:
+        return logistic.moved(np.array([[0.0], [delta]]))
+
+    return moved(last_below(lambda delta: cost(moved(delta).probabilities) < budget, -40.0, 40.0))
 
 
 @torch.no_grad()

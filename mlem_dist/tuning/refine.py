@@ -54,7 +54,7 @@ def refine(fitter: Fitter, fit: Fit, progress: Progress = lambda done, total: No
     Holds what derivatives need of one evaluation, and the states between, for as many blocks as the judge has threads.
     `progress` is told how many passes are done, of how many.
     """
-    metric = _block_diagonal([segment.squares for segment in fit.segments])
+    metric = torch.block_diag(*(torch.from_numpy(segment.squares) for segment in fit.segments)).numpy()
     metric += ridge(metric)
     best = moved = np.concatenate([segment.factors for segment in fit.segments])
     least, curvature, weight, step = np.inf, np.zeros_like(metric), 0.0, np.zeros_like(best)
@@ -90,15 +90,6 @@ def with_factors(fit: Fit, factors: np.ndarray, error: float) -> Fit:
 
 def _sizes(fit: Fit) -> list[int]:
     return [len(segment.choices) for segment in fit.segments]
-
-
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    found = np.zeros((sum(map(len, blocks)),) * 2)
-    at = 0
-    for block in blocks:
-        found[at : at + len(block), at : at + len(block)] = block
-        at += len(block)
-    return found
 
 
 def derivatives(

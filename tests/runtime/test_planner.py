@@ -21,7 +21,7 @@ from mlem_dist.runtime.planner import (
     read_kinds,
     seat_loads,
 )
-from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, pool_seconds, stages
+from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, pool_seconds, segments
 from mlem_dist.solver.plan import Recipe, held, on_levels
 
 NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, shared=False)
@@ -45,9 +45,9 @@ def layout(one: Kind, placement: str = "together") -> Layout:
     return Layout(pools, (one,) * len(pools))
 
 
-def test_the_stages_of_plans_hold_the_loads_of_the_pools(job):
+def test_the_segments_of_plans_hold_the_loads_of_the_pools(job):
     for pools in ((range(1, 5),), POOLS, tuple(range(k, k + 1) for k in range(1, 5))):
-        programs = [stages(job.block_plan(block), pools, [COST] * len(pools)) for block in range(16)]
+        programs = [segments(job.block_plan(block), pools, [COST] * len(pools)) for block in range(16)]
         seconds = np.mean([pool_seconds(program, len(pools)) for program in programs], axis=0)
         np.testing.assert_allclose(seconds, pool_loads(evaluations(job), pools, COST))
 
@@ -75,7 +75,7 @@ def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
     one = Kind("gpu", Devices("cuda", 2), COST, overheads)
     loads = seat_loads(job, Layout(POOLS, (one, one)))
     assert (loads > pool_loads(evaluations(job), POOLS, COST) * 1.1).all()
-    programs = [stages(job.block_plan(block), POOLS, [COST, COST]) for block in range(16)]
+    programs = [segments(job.block_plan(block), POOLS, [COST, COST]) for block in range(16)]
     trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(overheads, 2)], 8, 10).run(16)
     # The call that begins a block is not in the loads.
     begins = np.array([overheads.call * 16, 0])
@@ -83,12 +83,12 @@ def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
 
 
 def test_all_work_is_done_and_in_turn(job):
-    programs = [stages(job.block_plan(block), POOLS, [COST, COST]) for block in range(4)]
+    programs = [segments(job.block_plan(block), POOLS, [COST, COST]) for block in range(4)]
     cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(NOTHING, 2)], 8, 10)
     trace = cell.run(8)
     assert len(trace.blocks) == 8
-    local = 2 * 8 * sum(stage.local for program in programs for stage in program)
-    asked = 2 * 8 * sum(seconds for program in programs for stage in program for _, seconds in stage.asks)
+    local = 2 * 8 * sum(segment.local for program in programs for segment in program)
+    asked = 2 * 8 * sum(seconds for program in programs for segment in program for _, seconds in segment.asks)
     assert trace.busy == pytest.approx({0: local, 1: asked})
     assert max(local, asked) <= trace.seconds <= local + asked
     for pool in (0, 1):
