@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -164,21 +164,70 @@ class Cell:
         return merged([self.progress, self._past])
 
 
+class Cells:
+    """The cells of a run, and the shards that none of them has been given."""
+
+    def __init__(self, cells: Sequence[Cell], shards: Sequence[int]) -> None:
+        self.cells, self.todo = cells, deque(shards)
+
+    @property
+    def done(self) -> bool:
+        """Whether all shards are made; a cell whose devices others use, and that has been given nothing, may wait."""
+        return not self.todo and all(cell.finished or cell.idle for cell in self.cells)
+
+    def step(self) -> None:
+        """A round: ask each cell for its progress, and hand out what there is to do.
+
+        Raises:
+            PoolError, NonFiniteError: as `Cell.poll`.
+        """
+        for cell in self.cells:
+            self.todo.extendleft(reversed(cell.poll()))
+        self._hand_out()
+        if not self.todo:
+            self._close()
+            self._take_back()
+
+    def _hand_out(self) -> None:
+        alone = len(self.cells) == 1
+        while self.todo and (hungry := [cell for cell in self.cells if cell.wants and (cell.ready or alone)]):
+            min(hungry, key=lambda cell: cell.queued / cell.devices).give(self.todo.popleft())
+
+    def _close(self) -> None:
+        # As long as a cell may lose its devices, another must be there to take its shards.
+        if len(self.cells) == 1 or all(cell.spent for cell in self.cells):
+            for cell in self.cells:
+                cell.close()
+
+    def _take_back(self) -> None:
+        # Those with nothing else to do make the shards of one that has lost the devices of a pool.
+        if any(cell.spent and not cell.stuck for cell in self.cells):
+            for cell in [cell for cell in self.cells if cell.stuck]:
+                cell.give_up()
+
+    def progress(self) -> Progress | None:
+        """Of all cells; None before each has said something."""
+        return merged([cell.total() for cell in self.cells]) if all(cell.progress for cell in self.cells) else None
+
+    def wait(self, seconds: float) -> None:
+        """Until a coordinator ends, at most so long."""
+        ray.wait([cell.run for cell in self.cells if not cell.finished] or [self.cells[0].run], timeout=seconds)
+
+
 def merged(parts: Sequence[Progress]) -> Progress:
     """The progress of several coordinators, the first of which says what is going on."""
-    firsts = [part.first_block for part in parts if part.first_block is not None]
     return Progress(
-        next((part.state for part in parts if part.state != "sampling"), parts[0].state),
-        max(part.seconds for part in parts),
-        max((part.ready for part in parts if part.ready is not None), default=None),
-        min(firsts, default=None),
-        sum(part.samples for part in parts),
-        sum(part.blocks for part in parts),
-        sum((Counter(part.calls) for part in parts), Counter()),
-        sum(part.devices for part in parts),
-        _by_name([pool for part in parts for pool in part.pools]),
-        sum(part.queued for part in parts),
-        _by_name([pool for part in parts for pool in part.writers]),
+        state=next((part.state for part in parts if part.state != "sampling"), parts[0].state),
+        seconds=max(part.seconds for part in parts),
+        ready=max((part.ready for part in parts if part.ready is not None), default=None),
+        first_block=min((part.first_block for part in parts if part.first_block is not None), default=None),
+        samples=sum(part.samples for part in parts),
+        blocks=sum(part.blocks for part in parts),
+        calls=sum((Counter(part.calls) for part in parts), Counter()),
+        devices=sum(part.devices for part in parts),
+        pools=_by_name([pool for part in parts for pool in part.pools]),
+        queued=sum(part.queued for part in parts),
+        writers=_by_name([pool for part in parts for pool in part.writers]),
     )
 
 

@@ -180,17 +180,17 @@ class Coordinator:
         """What has been done so far."""
         empty = [pool.name for pool in self.running.values() if self.state == "sampling" and not pool.alive]
         return Progress(
-            f"{WAITS} of pool {empty[0]}" if empty else self.state,
-            time.monotonic() - self.began,
-            self.ready,
-            self.first_block,
-            self.samples,
-            self.blocks,
-            dict(self.calls),
-            self.devices,
-            tuple(pool.progress() for pool in self.running.values()),
-            self.todo.qsize(),
-            (self.writers.progress(),),
+            state=f"{WAITS} of pool {empty[0]}" if empty else self.state,
+            seconds=time.monotonic() - self.began,
+            ready=self.ready,
+            first_block=self.first_block,
+            samples=self.samples,
+            blocks=self.blocks,
+            calls=dict(self.calls),
+            devices=self.devices,
+            pools=tuple(pool.progress() for pool in self.running.values()),
+            queued=self.todo.qsize(),
+            writers=(self.writers.progress(),),
         )
 
     async def _start_pools(self) -> None:

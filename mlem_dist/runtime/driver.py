@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.arrange import Arrangement
-from mlem_dist.runtime.cells import POLL_SECONDS, Cell, merged
+from mlem_dist.runtime.cells import POLL_SECONDS, Cell, Cells
 from mlem_dist.runtime.cluster import RESOURCES
 from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
@@ -76,27 +75,15 @@ def run_ray(
         arguments = (job, out.absolute(), layout.pools, *there, ladder.labels, coalesce, writers(size))
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
-    cells = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]
-    todo = deque(shards)
+    made = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]
+    cells = Cells(made, shards)
     try:
-        # A cell whose devices others use does not hold up the end, if it has been given nothing.
-        while todo or not all(cell.finished or cell.idle for cell in cells):
-            for cell in cells:
-                todo.extendleft(reversed(cell.poll()))
-            while todo and (hungry := [cell for cell in cells if cell.wants and (cell.ready or len(cells) == 1)]):
-                min(hungry, key=lambda cell: cell.queued / cell.devices).give(todo.popleft())
-            # As long as a cell may lose its devices, another must be there to take its shards.
-            if not todo and (len(cells) == 1 or all(cell.spent for cell in cells)):
-                for cell in cells:
-                    cell.close()
-            # Those with nothing else to do make the shards of one that has lost the devices of a pool.
-            if not todo and any(cell.spent and not cell.stuck for cell in cells):
-                for cell in [cell for cell in cells if cell.stuck]:
-                    cell.give_up()
-            if all(cell.progress for cell in cells):
-                yield replace(merged([cell.total() for cell in cells]), seconds=time.monotonic() - began)
-            ray.wait([cell.run for cell in cells if not cell.finished] or [cells[0].run], timeout=POLL_SECONDS)
+        while not cells.done:
+            cells.step()
+            if progress := cells.progress():
+                yield replace(progress, seconds=time.monotonic() - began)
+            cells.wait(POLL_SECONDS)
     finally:
-        for cell, group in zip(cells, groups, strict=True):
+        for cell, group in zip(made, groups, strict=True):
             ray.kill(cell.coordinator)
             remove_placement_group(group)

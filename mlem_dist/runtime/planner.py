@@ -234,46 +234,44 @@ def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forec
 
 
 def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
-    counts = evaluations(job)
+    """By the cell that has most devices; they differ by one of each kind at most."""
     costs = [kind.cost for kind in layout.kinds]
-    every_cell = layout.cells(cell_devices)
-    cells, here = len(every_cell), every_cell[0]
-    kinds = list(layout.groups)
+    kinds, cells = list(layout.groups), layout.cells(cell_devices)
     of_pool = [kinds.index(kind) for kind in layout.kinds]
-    seats = allot_kinds(seat_loads(job, layout), of_pool, here)
-    # Cells differ by one device of each kind at most.
-    share = layout.devices / (cells * sum(here))
-    blocks = -(-job.num // job.block_size)
-    of_cell = max(1, round(blocks / cells / share))
-    simulated = min(of_cell, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(here)))
+    seats = allot_kinds(seat_loads(job, layout), of_pool, cells[0])
     programs = [segments(plan, layout.pools, costs) for plan in job.first_plans]
+    there = [(kind.overheads, count) for kind, count in zip(kinds, cells[0], strict=True)]
+    cell = CellSimulation(programs, seats, there, job.block_size, job.shard_size // job.block_size, len(cells))
+
+    part = sum(cells[0]) / layout.devices
+    blocks = max(1, round(-(-job.num // job.block_size) * part))
+    simulated = min(blocks, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(cells[0])))
+    trace = cell.run(simulated)
+    # Blocks per second, where the cell is neither filling nor draining, unless that is all it does.
+    rate = simulated / trace.seconds if simulated == blocks else trace.blocks_per_second
+    seconds = simulated / rate
+
     # Of the blocks that are simulated: of a few, none may call the costly levels.
     times = np.bincount(np.arange(simulated) % len(programs), minlength=len(programs))
     load = times @ [pool_seconds(program, len(layout.pools)) for program in programs] / simulated
-    there = [(kind.overheads, count) for kind, count in zip(kinds, here, strict=True)]
-    trace = CellSimulation(programs, seats, there, job.block_size, job.shard_size // job.block_size, cells).run(
-        simulated
-    )
-    whole = simulated == of_cell
-    rate = simulated / trace.seconds if whole else trace.blocks_per_second
-    # Seconds that the simulated blocks take when the cell is neither filling nor draining.
-    per = simulated / rate
-    level_seconds = _level_seconds(counts, layout.pools, costs)
     ideal = min(kind.count / max(load[indices].sum(), 1e-300) for kind, indices in layout.groups.items())
+    pools = [
+        PoolForecast(
+            name, len(seated) * len(cells), trace.busy[i] / seconds / _devices(kind, seated, cells[0][of_pool[i]])
+        )
+        for i, (name, kind, seated) in enumerate(zip(layout.names, layout.kinds, seats, strict=True))
+    ]
     return Forecast(
-        layout,
-        cells,
-        cell_devices,
-        rate * cells * share * job.block_size,
-        float(ideal),
-        trace.seconds + (0 if whole else (of_cell - simulated) / rate),
-        tuple(
-            PoolForecast(text, len(found) * cells, trace.busy[i] / per / _devices(layout.kinds[i], found, here[kind]))
-            for i, (text, kind, found) in enumerate(zip(layout.names, of_pool, seats, strict=True))
-        ),
-        trace.coordinator / per,
-        level_seconds,
-        tuple(trace.work),
+        layout=layout,
+        cells=len(cells),
+        cell_devices=cell_devices,
+        images_per_second=rate / part * job.block_size,
+        ideal=float(ideal),
+        seconds=trace.seconds + (blocks - simulated) / rate,
+        pools=tuple(pools),
+        coordinator=trace.coordinator / seconds,
+        level_seconds=_level_seconds(evaluations(job), layout.pools, costs),
+        timeline=tuple(trace.work),
     )
 
 

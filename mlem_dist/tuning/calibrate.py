@@ -7,7 +7,7 @@ ladder's digest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,11 @@ def _gamma(
 
 @torch.inference_mode()
 def best_trajectory(
-    levels: Mapping[int, Drift], table: StepTable, noise: Noise, label: Tensor, progress: Progress
+    levels: Mapping[int, Drift],
+    table: StepTable,
+    noise: Noise,
+    label: Tensor,
+    progress: Progress = lambda stage, done, total: None,
 ) -> list[Tensor]:
     """x_0 ... x_N, each float32 (B, C, H, W), of Euler-Maruyama with the best of the levels 1 ... K."""
     run = trajectory(table, single_level(len(levels), len(levels), len(table)), noise)
@@ -272,11 +276,7 @@ def propagate(
 
     With J_i the derivative of x_N by x_{i+1} along the trajectory, level k's increment D at step i moves the final
     sample by J_i b_i D to first order. For a probe v of independent random signs, |J_i b_i D|^2 = E<v, J_i b_i D>^2,
-    and g_i = J_i^T v obeys the adjoint recursion
-
-        g_{N-1} = v ,    g_{i-1} = a_i g_i + b_i (df^K/dx (x_i, t_i))^T g_i
-
-    so that one pass back over the trajectory serves every level and step.
+    so that one pass back over the trajectory, by `adjoint`, serves every level and step.
 
     Args:
         levels: by number, 1 ... K.
@@ -288,26 +288,35 @@ def propagate(
         float64 (K, N, B) each: mean square of the increments' values, and <v, J_i b_i D> over the root of the number of
         values.
     """
-    best = len(levels)
-    increments, change = np.empty((2, best, len(table), len(label)))
-    g = probe
-    for i in reversed(range(len(table))):
+    increments, change = np.empty((2, len(levels), len(table), len(label)))
+    for i, g, found in adjoint(levels, table, states, label, probe):
         progress("increments and their effect", len(table) - i, len(table))
+        increments[:, i] = [_per_sample(increment.square()) for increment in found]
+        moved = np.array([_per_sample(g * increment) for increment in found])
+        change[:, i] = float(table.b[i]) * moved * g[0].numel() ** 0.5
+    return increments, change
+
+
+def adjoint(
+    levels: Mapping[int, Drift], table: StepTable, states: Sequence[Tensor], label: Tensor, probe: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """From the last step to the first, i, g_i = J_i^T v, the shape of x, and the increments at x_i, (K, B, C, H, W).
+
+    With J_i the derivative of x_N by x_{i+1} along the trajectory x_0 ... x_N of the best level,
+
+        g_{N-1} = v ,    g_{i-1} = a_i g_i + b_i (df^K/dx (x_i, t_i))^T g_i
+    """
+    best, g = len(levels), probe
+    for i in reversed(range(len(table))):
         t = torch.full_like(label, int(table.t[i]))
         # The states may come out of inference mode.
         x = states[i].clone().requires_grad_()
         top = levels[best](x, t, label)
-        below = torch.zeros_like(x)
-        for k in range(1, best + 1):
-            with torch.no_grad():
-                value = levels[k](x, t, label) if k < best else top
-                increment = value - below
-            below = value
-            increments[k - 1, i] = _per_sample(increment.square())
-            change[k - 1, i] = float(table.b[i]) * _per_sample(g * increment) * x[0].numel() ** 0.5
+        with torch.no_grad():
+            drifts = torch.stack([*(levels[k](x, t, label) for k in range(1, best)), top])
+        yield i, g, torch.diff(drifts, dim=0, prepend=torch.zeros_like(drifts[:1]))
         (pull,) = torch.autograd.grad(top, x, g)
         g = float(table.a[i]) * g + float(table.b[i]) * pull
-    return increments, change
 
 
 def products_of(change: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import Drift, block_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
+from mlem_dist.tuning.calibrate import adjoint, best_trajectory
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import NeymanRule
 
@@ -52,7 +53,8 @@ class FirstOrder:
     """The error of plans to first order.
 
     Attributes:
-        effects: float32 (K, N, N, B): <v, J_j b_j D_k(i)> over the root of the number of values, at [k, i, j].
+        effects: float32 (K, N, N, B): <v, J_j b_j D_k(i)> over the root of the number of values, at [k, i, j]; 0 for
+            i > j, as no plan looks ahead.
     """
 
     effects: np.ndarray
@@ -127,28 +129,15 @@ def pair_effects(
         label: int64 (B,).
         probe: v, signs +-1 in the shape of x.
     """
-    best, steps = len(levels), len(table)
-    x = noise(-1)
-    states, values = [], []
-    for i in range(steps):
-        t = torch.full_like(label, int(table.t[i]))
-        with torch.no_grad():
-            drifts = torch.stack([levels[k](x, t, label) for k in range(1, best + 1)])
-        states.append(x)
-        values.append(torch.diff(drifts, dim=0, prepend=torch.zeros_like(drifts[:1])).flatten(2).cpu())
-        x = float(table.a[i]) * x + float(table.b[i]) * drifts[-1]
-        if table.c[i]:
-            x = x + float(table.c[i]) * noise(i)
-    increments = torch.stack(values)
-    found = np.empty((best, steps, steps, len(label)), dtype=np.float32)
-    g = probe
-    for j in reversed(range(steps)):
-        scaled = float(table.b[j]) * g.flatten(1).cpu() / probe[0].numel() ** 0.5
-        found[:, :, j] = torch.einsum("bd,ikbd->kib", scaled, increments).numpy()
-        state = states[j].clone().requires_grad_()
-        top = levels[best](state, torch.full_like(label, int(table.t[j])), label)
-        (pull,) = torch.autograd.grad(top, state, g)
-        g = float(table.a[j]) * g + float(table.b[j]) * pull
+    states = best_trajectory(levels, table, noise, label)
+    steps, scale = len(table), probe[0].numel() ** 0.5
+    pulls, values = torch.empty(steps, *probe.shape), torch.empty(steps, len(levels), *probe.shape)
+    for i, g, increments in adjoint(levels, table, states, label, probe):
+        pulls[i], values[i] = float(table.b[i]) * g / scale, increments
+    pulls, values = pulls.flatten(2), values.flatten(3)
+    found = np.zeros((len(levels), steps, steps, len(label)), dtype=np.float32)
+    for j in range(steps):
+        found[:, : j + 1, j] = torch.einsum("bd,ikbd->kib", pulls[j], values[: j + 1]).numpy()
     return found
 
 
