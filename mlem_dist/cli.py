@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -213,10 +213,15 @@ def generate(
         device=device,
         precision=precision,
     )
+
+    def reported(display: Display) -> dict[str, Any]:
+        about = {"out": str(out), "num": num, "shards": job.shards, "seconds": time.monotonic() - started}
+        return about | display.report()
+
     dataset = open_dataset(job, ladder, out)
     if not dataset.missing and dataset.manifest.shards:
         if as_json:
-            _report(out, job, Display(0, block_size, ()), time.monotonic() - started, as_json)
+            click.echo(json.dumps(reported(Display(0, block_size, ()))))
         else:
             click.echo(f"{out} is finished already: {num:,} images in {job.shards} shards.")
         return
@@ -259,43 +264,28 @@ def generate(
             display.show(progress)
         if engine == "ray" and todo:
             cluster.disconnect()
-    _report(out, job, display, time.monotonic() - started, as_json)
-
-
-def _report(out: Path, job: Any, display: Any, seconds: float, as_json: bool) -> None:
-    last = display.last
-    made = last.samples if last else 0
-    sampling = last.seconds - (last.ready or 0) if last else 0.0
-    calls = display.calls_per_sample()
     if as_json:
-        report = {
-            "out": str(out),
-            "num": job.num,
-            "made": made,
-            "shards": job.shards,
-            "seconds": seconds,
-            "sampling_seconds": sampling,
-            "ready_seconds": last.ready if last else None,
-            "first_block_seconds": last.first_block if last else None,
-            "images_per_second": made / sampling if sampling else None,
-            "calls_per_sample": calls,
-            "busy": last.busy if last else None,
-            "busy_seconds": {pool.name: pool.busy for pool in last.pools} if last else {},
-            "deaths": sum(pool.deaths for pool in last.pools) if last else 0,
-            "pools": [asdict(pool) for pool in last.pools] if last else [],
-            "writers": [asdict(pool) for pool in last.writers] if last else [],
-        }
-        click.echo(json.dumps(report))
-        return
-    click.echo(f"Wrote {made:,} images to {out} ({job.num:,} in {job.shards} shards) in {seconds:.1f} s.")
-    if last:
-        devices = "GPUs" if job.device == "cuda" else "CPU cores"
-        rate = f"{made / sampling:.1f} images/s on {last.devices} {devices}"
-        click.echo(f"Sampling: {rate}, after {last.ready or 0:.1f} s of loading.")
-        click.echo("Evaluations per image: " + ", ".join(f"{name} {count:.1f}" for name, count in calls.items()))
-    look = f"import pyarrow.parquet as pq; print(pq.read_table({str(out / 'data')!r}))"
-    click.echo(f"Open it:  python -c {shlex.quote(look)}")
-    click.echo(f"See it:   mlem-dist show {shlex.quote(str(out))}")
+        click.echo(json.dumps(reported(display)))
+    else:
+        _say(reported(display), device)
+
+
+def _say(report: dict[str, Any], device: str) -> None:
+    """The report for people."""
+    out, made = report["out"], report["made"]
+    whole = f"{report['num']:,} in {report['shards']} shards"
+    click.echo(f"Wrote {made:,} images to {out} ({whole}) in {report['seconds']:.1f} s.")
+    if made:
+        devices = f"{report['devices']} {'GPUs' if device == 'cuda' else 'CPU cores'}"
+        loading = f"{report['ready_seconds'] or 0:.1f} s of loading"
+        click.echo(f"Sampling: {report['images_per_second']:.1f} images/s on {devices}, after {loading}.")
+        calls = (f"{name} {count:.1f}" for name, count in report["calls_per_sample"].items())
+        click.echo(f"Evaluations per image: {', '.join(calls)}")
+    look = f"import pyarrow.parquet as pq; print(pq.read_table({f'{out}/data'!r}))"
+    # Nothing in the line but the path needs the other kind of quotes.
+    quoted = f'"{look}"' if shlex.quote(out) == out else shlex.quote(look)
+    click.echo(f"Open it:  python -c {quoted}")
+    click.echo(f"See it:   mlem-dist show {shlex.quote(out)}")
 
 
 @cli.command()

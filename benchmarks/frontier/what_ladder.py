@@ -14,8 +14,7 @@ import numpy as np
 
 from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.probabilities import expected_cost
-from mlem_dist.tuning.allocate import merged, neyman, rung_sets
+from mlem_dist.tuning.allocate import nfe_at_error, rung_sets
 
 SMALLER = (1, 1 / 2, 1 / 4, 1 / 8)
 CHEAPER = (1, 3, 10)
@@ -39,13 +38,10 @@ def main(out: Path) -> None:
                 scale = np.sqrt(np.array([1.0, 1.0] + [smaller] * (len(cost) - 2)))
                 products = effect[1] * (scale[:, None] * scale)[:, :, None]
                 for row in found["speed_up"]:
-                    nfe = []
-                    for rungs in rung_sets(len(cost)):
-                        costs = cost[np.array(rungs) - 1]
-                        p = neyman(merged(products, rungs), costs, row["error"])
-                        nfe.append(expected_cost(p, costs, True) / float(cost[-1]))
+                    sets = rung_sets(len(cost))
+                    nfe = min(nfe_at_error(products, rungs, cost, row["error"], True) for rungs in sets)
                     rows.append({"solver": solver, "cheaper": cheaper, "smaller": smaller})
-                    rows[-1] |= {"em_steps": row["em_steps"], "ratio": row["em_steps"] / min(nfe)}
+                    rows[-1] |= {"em_steps": row["em_steps"], "ratio": row["em_steps"] / nfe}
                 ratios = [f"{row['ratio']:.2f}" for row in rows[-len(found["speed_up"]) :]]
                 print(f"{solver}, costs / {cheaper}, effects x {smaller:g}: {', '.join(ratios)}")
     out.write_text(json.dumps({"ladder": ladder.digest, "rows": rows}, indent=1) + "\n")

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +54,25 @@ class Display:
         if not last or not last.blocks:
             return {}
         return {name: last.calls.get(number, 0) / last.blocks for number, name in enumerate(self.names, 1)}
+
+    def report(self) -> dict[str, Any]:
+        """What the run has made and taken, JSON-ready; None for what it has not come to."""
+        last = self.last or Progress("", 0.0, None, None, 0, 0, {}, 0, ())
+        sampling = last.seconds - (last.ready or 0)
+        return {
+            "made": last.samples,
+            "devices": last.devices,
+            "sampling_seconds": sampling,
+            "ready_seconds": last.ready,
+            "first_block_seconds": last.first_block,
+            "images_per_second": last.samples / sampling if sampling else None,
+            "calls_per_sample": self.calls_per_sample(),
+            "busy": last.busy,
+            "busy_seconds": {pool.name: pool.busy for pool in last.pools},
+            "deaths": sum(pool.deaths for pool in last.pools),
+            "pools": [asdict(pool) for pool in last.pools],
+            "writers": [asdict(pool) for pool in last.writers],
+        }
 
     def _line(self, progress: Progress) -> str:
         rate = progress.samples / progress.seconds

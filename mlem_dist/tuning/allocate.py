@@ -14,7 +14,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from mlem_dist.solver.probabilities import increment_cost
+from mlem_dist.solver.probabilities import expected_cost, increment_cost
 
 SMOOTHING = 6
 """Percent of the trajectory that a measured effect is averaged over."""
@@ -44,6 +44,21 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
         else:
             high = middle
     return np.minimum(1, high * weights)
+
+
+def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, error: float, collapse: bool) -> float:
+    """What ML-EM on these rungs costs at an error, in evaluations of the best level: the least expected cost of coins.
+
+    Args:
+        products: W_kl(i), float64 (K, K, N).
+        rungs: levels by number, from 1.
+        cost: T, float64 (K,), seconds per sample.
+        error: as in `neyman`.
+        collapse: as in `expected_cost`.
+    """
+    costs = cost[np.array(rungs) - 1]
+    p = neyman(merged(products, rungs), costs, error)
+    return expected_cost(p, costs, collapse) / float(cost[-1])
 
 
 def rung_sets(levels: int) -> Iterator[tuple[int, ...]]:

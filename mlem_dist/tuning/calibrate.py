@@ -23,9 +23,8 @@ from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schedule import BANDS
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level
-from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, StepTable, step_table
-from mlem_dist.tuning.allocate import merged, neyman, rung_sets
+from mlem_dist.tuning.allocate import nfe_at_error, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 
 BATCHES = (1, 8, 64)
@@ -335,9 +334,7 @@ def _speed_up(
     """The comparison at `em_steps` steps, from errors em (B,) and changes (K, N, B) of the same samples."""
 
     def nfe(rungs: tuple[int, ...], index: np.ndarray) -> float:
-        costs = cost[np.array(rungs) - 1]
-        p = neyman(merged(products_of(change[:, :, index]), rungs), costs, float(em[index].mean()))
-        return expected_cost(p, costs, collapse) / float(cost[-1])
+        return nfe_at_error(products_of(change[:, :, index]), rungs, cost, float(em[index].mean()), collapse)
 
     everyone = np.arange(len(em))
     found, rungs = min((nfe(rungs, everyone), rungs) for rungs in rung_sets(len(cost)))
