@@ -17,6 +17,7 @@ from PIL import Image
 
 from mlem_dist.cli import main
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import plan_from_dict
 from mlem_dist.training.data import load_images
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
@@ -388,9 +389,11 @@ def test_a_dataset_that_lacks_its_end_alone_is_ended_without_ray(tmp_path):
 def test_a_memorised_plan_is_used_for_every_block(tmp_path, other_plan):
     out = tmp_path / "out"
     arguments = ["--num", "16", "--steps", "30", "--block-size", "8", "--shard-size", "8", "--engine", "inline"]
-    done = command("generate", *arguments, "--plan", str(other_plan), "--out", str(out))
+    done = command("generate", *arguments, "--plan", str(other_plan), "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "mlem.json").read_text())["config"]["plan"] == json.loads(other_plan.read_text())
+    plan = plan_from_dict(json.loads(other_plan.read_text()), 6)
+    assert [*json.loads(done.stdout)["calls_per_sample"].values()] == plan.calls.sum(1).tolist()
 
 
 def test_ladder_show_prints_every_level(fashion):

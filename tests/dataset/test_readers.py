@@ -10,17 +10,20 @@ from PIL import Image
 from mlem_dist.dataset.shards import encode_png
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
+from mlem_dist.runtime.job import Job
+from mlem_dist.solver.plan import Recipe
+
+
+def make(fashion) -> Job:
+    p = np.repeat(0.4 ** np.arange(len(fashion.levels))[:, None], 10, axis=1)
+    plan = Recipe(p, "systematic", "held", collapse=True)
+    return Job("fashion", fashion.digest, 44, tuple(range(10)), "ddpm", 10, plan, 0, 8, 16, "cpu")
 
 
 @pytest.fixture(scope="module")
 def dataset(fashion, tmp_path_factory):
-    from mlem_dist.runtime.job import Job
-    from mlem_dist.solver.plan import Recipe
-
     out = tmp_path_factory.mktemp("dataset")
-    p = np.repeat(0.4 ** np.arange(len(fashion.levels))[:, None], 10, axis=1)
-    plan = Recipe(p, "systematic", "held", collapse=True)
-    job = Job("fashion", fashion.digest, 44, tuple(range(10)), "ddpm", 10, plan, 0, 8, 16, "cpu")
+    job = make(fashion)
     list(complete(open_dataset(job, fashion, out), fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
     return out
 
@@ -81,10 +84,32 @@ def test_duckdb(dataset):
     check(found[0][2])
 
 
-def test_png_keeps_every_value():
-    images = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 1), dtype=np.uint8)
-    decoded = [np.asarray(Image.open(io.BytesIO(png))) for png in encode_png(images)]
-    assert (np.stack(decoded) == images[..., 0]).all()
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_keeps_every_value(channels):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 6, channels), dtype=np.uint8)
+    decoded = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in encode_png(images)])
+    assert np.array_equal(decoded.reshape(images.shape), images)
+
+
+def test_pages_have_an_index_and_checksums_that_readers_find(dataset):
+    import pyarrow.parquet as pq
+
+    path = min((dataset / "data").iterdir())
+    columns = pq.read_metadata(path).row_group(0)
+    assert all(columns.column(i).has_offset_index for i in range(columns.num_columns))
+    assert pq.read_table(path, page_checksum_verification=True).num_rows == 16
+
+
+def test_a_shard_that_has_lost_its_end_is_made_again(dataset, fashion):
+    job = make(fashion)
+    assert open_dataset(job, fashion, dataset).missing == ()
+    path = min((dataset / "data").iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    try:
+        assert open_dataset(job, fashion, dataset).missing == (0,)
+    finally:
+        path.write_bytes(whole)
 
 
 def test_the_manifest_holds_the_recipe_and_the_files(dataset, fashion):

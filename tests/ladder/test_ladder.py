@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,67 @@ def test_a_malformed_level_is_refused(copy, entries, message):
 def test_a_noise_schedule_that_cannot_be_used_is_refused(tmp_path, fashion, changes):
     with pytest.raises(UsageError, match=r"scheduler_config\.json: "):
         tiny(tmp_path, fashion.scheduler | changes)
+
+
+def test_all_that_decides_the_samples_is_in_the_digest(fashion):
+    first = fashion.levels[0]
+    changes = [{"sample_shape": (3, 32, 32)}, {"labels": fashion.labels[:-1]}, {"value_range": (0.0, 1.0)}]
+    changes += [{"scheduler_sha256": "0" * 64}, {"levels": fashion.levels[:-1]}]
+    for entry in (
+        {"prediction": "v_prediction"},
+        {"patch": 2},
+        {"path": "x"},
+        {"kind": "unet"},
+        {"sha256": {"x": "0"}},
+    ):
+        changes.append({"levels": (replace(first, **entry), *fashion.levels[1:])})
+    found = [replace(fashion, **change).digest for change in changes]
+    assert len({fashion.digest, *found}) == 1 + len(changes)
+    measured = replace(first, seconds={"cpu": 1.0}, denoising_error=[1.0], name="other")
+    assert replace(fashion, name="other", levels=(measured, *fashion.levels[1:])).digest == fashion.digest
+
+
+def test_a_level_is_compared_with_its_digest_when_it_is_loaded(copy):
+    (path,) = (copy / "unet-1").glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    ladder = Ladder.read(copy)
+    ladder.load_level(1, "cpu")
+    with pytest.raises(UsageError, match="is corrupted"):
+        ladder.load_level(2, "cpu")
+    with pytest.raises(UsageError, match="is corrupted"):
+        Ladder.load(copy)
+
+
+def test_levels_on_a_device_share_one_gaussian(copy):
+    ladder = Ladder.load(copy)
+    unet, gaussian = (ladder.load_level(k, "cpu") for k in (2, 1))
+    assert unet.gaussian is gaussian
+    assert np.array_equal(ladder.weights, [4 * level.parameters for level in ladder.levels])
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"parametrisation": "v"}, "parametrisation is 'v'"),
+        ({"value_range": [0, 1]}, "residual needs a Gaussian as first level and the value range"),
+        ({"schema_version": 2}, "schema_version is 2"),
+    ],
+)
+def test_a_ladder_that_this_program_cannot_use_is_refused(copy, entries, message):
+    edit(copy, **entries)
+    with pytest.raises(UsageError, match=message):
+        Ladder.load(copy)
+
+
+def test_levels_that_do_not_fit_are_refused(copy):
+    for entries, message in (({"seconds": {"cpu": 0}}, "positive cost"), ({"patch": 3}, "not divisible by patch 3")):
+        before = (copy / "ladder.json").read_text()
+        edit_level(copy, **entries)
+        with pytest.raises(UsageError, match=message):
+            Ladder.load(copy)
+        (copy / "ladder.json").write_text(before)
 
 
 def tiny(folder, scheduler):

@@ -1,10 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from torch import nn
 
-from mlem_dist.errors import UsageError
-from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
+from mlem_dist.ladder.levels import FIT_ROWS, GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.measure import add_noise
 
 
@@ -29,6 +31,76 @@ def test_the_gaussian_level_is_the_exact_posterior_mean():
         centred = x[i].flatten().double() - a**0.5 * level.mean[c].double()
         exact = (1 - a) ** 0.5 * torch.linalg.solve(a * cov + (1 - a) * torch.eye(d), centred)
         assert (found[i].flatten() - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("n", [6, 40, FIT_ROWS + 500])
+@pytest.mark.parametrize("rank", [4, 11])
+def test_a_fit_has_the_mean_and_covariance_of_its_class(n, rank):
+    """Fewer samples than values, more, and more than are summed up at a time; dropped directions have their mean."""
+    rng = torch.Generator().manual_seed(n)
+    d = 12
+    mix = torch.randn(2, d, d, generator=rng, dtype=torch.float64) / 3
+    label = torch.arange(2 * n) % 2
+    x0 = (
+        torch.einsum("nd,ndk->nk", torch.randn(2 * n, d, generator=rng, dtype=torch.float64), mix[label])
+        + label[:, None]
+    )
+    level = GaussianLevel(2, d, rank, np.linspace(0.999, 0.01, 20))
+    level.fit(x0.reshape(-1, 1, 3, 4), label)
+    for c in (0, 1):
+        members = x0[label == c]
+        covariance = members.T.cov()
+        values = torch.linalg.eigvalsh(covariance)
+        q, v, r = level.basis[c].double(), level.variance[c].double(), float(level.residual[c])
+        torch.testing.assert_close(level.mean[c].double(), members.mean(0), atol=1e-5, rtol=1e-5)
+        assert r == pytest.approx(float(values[: d - rank].mean().clamp(min=0)), rel=1e-4, abs=1e-6)
+        kept = q @ torch.diag(v) @ q.T
+        projection = q @ q.T
+        torch.testing.assert_close(kept, projection @ covariance @ projection, atol=1e-4, rtol=1e-4)
+        assert float(kept.trace()) == pytest.approx(float(values[d - rank :].clamp(min=0).sum()), rel=1e-4)
+
+
+class Velocity(nn.Module):
+    """What a diffusers checkpoint of prediction type v_prediction returns, for a known image and noise."""
+
+    config = SimpleNamespace(num_class_embeds=None)
+
+    def __init__(self, scheduler: DDPMScheduler, x0: torch.Tensor, noise: torch.Tensor) -> None:
+        super().__init__()
+        self.scheduler, self.x0, self.noise = scheduler, x0, noise
+
+    def forward(self, x, t, class_labels=None, return_dict=False):
+        return (self.scheduler.get_velocity(self.x0, self.noise, t),)
+
+
+def test_a_v_prediction_is_that_of_diffusers():
+    scheduler = DDPMScheduler(beta_schedule="linear")
+    rng = torch.Generator().manual_seed(0)
+    x0, noise, t = (
+        torch.randn(3, 1, 4, 4, generator=rng),
+        torch.randn(3, 1, 4, 4, generator=rng),
+        torch.tensor([5, 400, 990]),
+    )
+    level = UNetLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", scheduler.alphas_cumprod.numpy(), None)
+    x = scheduler.add_noise(x0, noise, t)
+    found = level(x, t, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(found, noise, atol=1e-5, rtol=1e-5)
+    # An error e of v is an error of the noise, whose weighed square is that of v.
+    level.model.noise = noise + 0.1
+    off = level(x, t, torch.zeros(3, dtype=torch.int64)) - noise
+    of_v = scheduler.get_velocity(x0, noise + 0.1, t) - scheduler.get_velocity(x0, noise, t)
+    torch.testing.assert_close(level.loss_weight(t) * off.square(), of_v.square(), atol=1e-5, rtol=1e-3)
+
+
+def test_a_conditional_unet_is_told_the_class():
+    blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    torch.manual_seed(0)
+    level = new_unet_level(
+        (1, 8, 8), 2, 1, "epsilon", np.linspace(0.999, 0.01, 20), blocks | {"norm_num_groups": 4}, None
+    )
+    x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
+    zero, one = level(x, torch.tensor([3, 3]), torch.tensor([0, 1]))
+    assert (zero - one).abs().max() > 1e-3
 
 
 def test_a_residual_of_zero_is_the_clamped_gaussian_level():
@@ -60,15 +132,20 @@ def test_levels_cost_more_and_err_less_from_one_to_the_next(fashion):
 
 
 def test_every_level_predicts_the_noise(fashion):
-    """At the noisiest time a sample is nearly all noise; a level that returned v or x0 would be far off."""
+    """Of a class's mean image, better where that class is asked for; a level that returned v or x0 would be far off."""
     rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, *fashion.sample_shape, generator=rng)
-    t = torch.full((4,), 990)
+    label = torch.tensor([0, 1, 5, 8])
+    images = fashion.load_level(1, "cpu").mean[label].view(4, *fashion.sample_shape)
+    noise = torch.randn(images.shape, generator=rng)
     a = torch.tensor(fashion.alpha_bar, dtype=torch.float32)
-    x = add_noise(torch.zeros_like(noise), noise, t, a)
     for number in range(1, len(fashion.levels) + 1):
-        predicted = fashion.load_level(number, "cpu")(x, t, torch.tensor([0, 1, 5, 9]))
-        assert (predicted - noise).square().mean() < 1e-2
+        level = fashion.load_level(number, "cpu")
+        for step, most in ((990, 1e-3), (400, 0.02)):
+            t = torch.full((4,), step)
+            x = add_noise(images, noise, t, a)
+            right, wrong = ((level(x, t, label.roll(by)) - noise).square().mean() for by in (0, 1))
+            assert right < most
+            assert right < wrong
 
 
 def test_in_bfloat16_only_unets_lose_digits(fashion):
@@ -88,8 +165,3 @@ def test_in_bfloat16_only_unets_lose_digits(fashion):
 def test_the_bundled_ladder_is_small(fashion):
     size = sum(path.stat().st_size for path in fashion.folder.rglob("*") if path.is_file())
     assert size < 25 * 2**20
-
-
-def test_loading_names_what_it_knows():
-    with pytest.raises(UsageError, match="fashion"):
-        Ladder.load("nonesuch")

@@ -15,6 +15,12 @@ def test_a_full_pool_takes_the_seat_that_is_missed_least():
     assert choose_move([load(1.0, C), load(0.2, A, B), load(0.1, A, D)]) == Move(2, 0, A)
 
 
+def test_the_fuller_one_of_two_full_pools_comes_first():
+    loads = [load(0.1, A, B), load(0.85, C), load(1.0, D)]
+    assert choose_move(loads) == Move(0, 2, A)
+    assert choose_move([loads[0], loads[2], loads[1]]) == Move(0, 1, A)
+
+
 def test_what_has_failed_is_not_tried_again():
     loads = [load(0.1, A, Seat(1, 0.5)), load(1.0, C)]
     assert choose_move(loads, {(1, 1)}) == Move(0, 1, A)

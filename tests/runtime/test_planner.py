@@ -45,11 +45,16 @@ def layout(one: Kind, placement: str = "together") -> Layout:
     return Layout(pools, (one,) * len(pools))
 
 
-def test_the_segments_of_plans_hold_the_loads_of_the_pools(job):
+@pytest.mark.parametrize("collapse", [False, True])
+def test_the_segments_of_plans_hold_the_loads_of_the_pools(make_job, collapse):
+    job = make_job(replace(FOUR, collapse=collapse), block_size=8, shard_size=80)
     for pools in ((range(1, 5),), POOLS, tuple(range(k, k + 1) for k in range(1, 5))):
         programs = [segments(job.block_plan(block), pools, [COST] * len(pools)) for block in range(16)]
         seconds = np.mean([pool_seconds(program, len(pools)) for program in programs], axis=0)
         np.testing.assert_allclose(seconds, pool_loads(evaluations(job), pools, COST))
+        # A run in closed form takes the time of a call of level 1, which is at every step otherwise.
+        runs = np.mean([[len(plan.runs), sum(bool(run.base) for run in plan.runs)] for plan in job.first_plans], axis=0)
+        assert seconds.sum() >= COST[0] * (runs[1] if collapse else 12)
 
 
 def test_no_forecast_is_better_than_the_levels_own_time(make_job):
@@ -68,6 +73,50 @@ def test_without_overheads_devices_that_hold_all_levels_are_always_busy(job, dev
     assert found.pools[0].busy == pytest.approx(1, abs=0.02)
     assert found.seconds == pytest.approx(job.num / found.ideal, rel=0.02)
     assert found.level_seconds.sum() == pytest.approx(devices / found.ideal, rel=0.01)
+
+
+def rate(job, one: Kind, placement: str = "together", cell_devices: int | None = None) -> float:
+    return forecast(job, layout(one, placement), cell_devices).images_per_second
+
+
+def test_every_overhead_slows_a_cell_down_by_its_size(job):
+    """One of them at a time, by hand."""
+    load = pool_loads(evaluations(job), [range(1, 5)], COST)[0]
+    # Two cores that also write.
+    assert rate(job, kind(2, write=load, shared=True)) == pytest.approx(2 / (2 * load), rel=0.03)
+    assert rate(job, kind(1, slowdown=1.5)) == pytest.approx(1 / load / 1.5, rel=0.02)
+    # One call per block of eight, and the device idle only while all three blocks in flight are on their way.
+    assert rate(job, kind(1, call=8 * load)) == pytest.approx(1 / load / 2, rel=0.02)
+    assert rate(job, kind(1, latency=1.0)) == pytest.approx(3 * 8 / (1 + 8 * load), rel=0.1)
+    # Four cells of one device, each of which is given a shard of ten blocks a round.
+    assert rate(job, kind(4, poll=1.0), "together", 1) == pytest.approx(4 * 80 / (0.5 + 4), rel=0.05)
+
+
+def test_cells_divide_the_devices_as_evenly_as_they_can():
+    assert layout(kind(65)).cells(64) == [[33], [32]]
+    assert layout(kind(3)).cells(2) == [[2], [1]]
+    small, large = kind(9, "small"), kind(2, "large")
+    pair = Layout((range(1, 4), range(4, 5)), (small, large))
+    assert pair.cells(64) == [[9, 2]]
+    # Each needs one of either kind.
+    assert pair.cells(2) == [[5, 1], [4, 1]]
+
+
+def test_an_uneven_cell_stands_for_its_part(job):
+    for devices, cell in ((3, 2), (5, 2), (7, 4)):
+        assert forecast(job, layout(kind(devices)), cell).efficiency == pytest.approx(1, abs=0.03)
+
+
+def test_one_more_of_many_brings_its_share(job):
+    best = plan_capacity(job, np.full(4, 1.0), [kind(64)])[0]
+    assert marginal(job, best)["gpu"] == pytest.approx(best.images_per_second / 64, rel=0.2)
+
+
+def test_memory_is_given_in_gib(fashion):
+    (one,) = read_kinds(fashion, "cpu:2:80", [])
+    assert (one.count, one.memory) == (2, 80 * GIB)
+    assert one.devices == Devices("cpu", 2)
+    np.testing.assert_array_equal(one.cost, fashion.cost("cpu"))
 
 
 def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
@@ -144,6 +193,7 @@ def test_kinds_with_the_same_overheads_are_still_two(job):
     assert found.pools[1].busy > 0.9
     assert found.pools[0].busy < 0.1
     assert found.bottleneck == "b"
+    assert found.efficiency == pytest.approx(1, abs=0.1)
 
 
 def test_larger_images_take_longer_to_write(job):

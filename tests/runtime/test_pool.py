@@ -1,14 +1,18 @@
 import asyncio
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import ray
 
 from mlem_dist.errors import UsageError
+from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import Pool, PoolError
 from mlem_dist.runtime.progress import Work
+from mlem_dist.runtime.worker import Ask
+from mlem_dist.solver.plan import Term
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -34,6 +38,30 @@ class Actor:
         if not self.left:
             os._exit(1)
         return Work(0.5, {1: 1}), 2 * x
+
+
+@ray.remote(num_cpus=0)
+class Faulty:
+    """Fails at every evaluation, as where a state is not what the levels expect."""
+
+    def prepare(self) -> None: ...
+
+    def evaluate(self, asks: object, *states: np.ndarray) -> None:
+        raise ValueError("a state of another shape")
+
+
+def test_what_goes_wrong_in_a_call_is_told_to_each_block_that_waits_for_it():
+    async def main():
+        pool = Pool("p", [Seat(0, 1.0)], 2, lambda seat: Faulty.remote())
+        await pool.start()
+        batcher = Batcher(pool, 2)
+        ask = Ask(1, 0, (Term(2, 1, 0, (1.0,)),))
+        found = await asyncio.gather(
+            *(batcher.add(i, ask, ray.put(np.ones(3))) for i in (0, 1)), return_exceptions=True
+        )
+        assert ["a state of another shape" in str(error) for error in found] == [True, True]
+
+    asyncio.run(main())
 
 
 def make_pool(seats: int, *lives: int) -> Pool:
@@ -92,11 +120,13 @@ def test_a_call_that_kills_every_actor_is_given_up():
         pool = make_pool(2)
         await pool.start()
         deadly = asyncio.create_task(pool.call("die"))
-        while not deadly.done():
-            await pool.call("double", np.ones(3))
-        with pytest.raises(PoolError, match="6 actors in turn died at the same call"):
+        # On a busy machine no call may come between two deaths, and then the pool as a whole is given up.
+        with suppress(PoolError):
+            while not deadly.done():
+                await pool.call("double", np.ones(3))
+        with pytest.raises(PoolError, match=r"6 actors in turn died at the same call|4 actors in a row died"):
             await deadly
-        assert pool.progress().deaths == 6
+        assert 4 <= pool.progress().deaths <= 6
 
     asyncio.run(main())
 

@@ -6,7 +6,7 @@ import torch
 
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm, Held
 from mlem_dist.solver.integrate import block_noise, integrate
-from mlem_dist.solver.plan import Recipe, single_level
+from mlem_dist.solver.plan import Recipe, held, single_level
 from mlem_dist.solver.steps import ETA, StepTable, half_log_snr, step_table
 
 STEPS = 60
@@ -38,6 +38,21 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
     found = integrate(levels, table, runs, noise, label, closed_form)
     assert (found - expected).abs().max() < 1e-3
     assert expected.std() > 0.3
+
+
+def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
+    """Where a level is called at steps in turn, its values are differences that level 1 has no part in."""
+    table = step_table(fashion.alpha_bar, STEPS, 0.0)
+    label = torch.tensor([0, 7])
+    noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
+    fire = np.zeros((2, STEPS), dtype=bool)
+    fire[0] = True
+    fire[1, [20, 21, 22, 40]] = True
+    single, runs = held(fire), replace(held(fire), collapse=True)
+    assert {bool(run.base) for run in runs.runs[1:4]} == {True, False}
+    closed_form = ClosedForm(levels[1].affine(table.t), table, label)
+    found = integrate(levels, table, runs, noise, label, closed_form)
+    assert (found - integrate(levels, table, single, noise, label)).abs().max() < 1e-3
 
 
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):

@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.integrate import block_noise, block_rng, coarse_noise, integrate
 from mlem_dist.solver.plan import Recipe, single_level
 from mlem_dist.solver.steps import StepTable, step_table
 
@@ -51,8 +53,24 @@ def test_the_best_level_alone_is_the_diffusers_loop(fashion):
     assert x.abs().max() > 0.5
 
 
-def test_noise_depends_on_seed_block_and_step_alone():
-    noise = block_noise(0, 0, (2, 3), "cpu")
-    assert torch.equal(noise(5), block_noise(0, 0, (2, 3), "cpu")(5))
-    others = [noise(4), block_noise(0, 1, (2, 3), "cpu")(5), block_noise(1, 0, (2, 3), "cpu")(5)]
-    assert all(not torch.equal(noise(5), other) for other in others)
+def test_noise_and_coins_depend_on_seed_block_and_step_alone():
+    three = range(3)
+    drawn = {
+        (seed, block, step): block_noise(seed, block, (2, 3), "cpu")(step)
+        for seed, block, step in itertools.product(three, three, (-1, 0, 1))
+    }
+    assert torch.equal(drawn[1, 2, 0], block_noise(1, 2, (2, 3), "cpu")(0))
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn.values(), 2))
+    coins = {key: block_rng(*key).random(4).tolist() for key in itertools.product(three, three)}
+    assert coins[1, 2] == block_rng(1, 2).random(4).tolist()
+    assert all(a != b for a, b in itertools.combinations(coins.values(), 2))
+
+
+def test_the_noise_of_a_coarse_step_is_what_its_fine_steps_carry_to_its_end():
+    fine = step_table(np.cumprod(1 - np.linspace(1e-4, 0.2, 40)), 12, 1.0)
+    x, steps = torch.zeros(12, 1), range(4, 8)
+    # The end of the fine steps 4 to 7 from 0, without a drift, by the noise of each; a row for each.
+    for i in steps:
+        x = float(fine.a[i]) * x + float(fine.c[i]) * torch.eye(12)[:, i : i + 1]
+    found = coarse_noise(lambda i: torch.eye(12)[:, i : i + 1], fine, 4)(1)
+    torch.testing.assert_close(found, x / x.norm())

@@ -17,11 +17,13 @@ from mlem_dist.solver.plan import (
     plan_to_dict,
     read_plan,
     single_level,
+    switched,
     systematic,
 )
 from mlem_dist.solver.probabilities import expected_cost, increment_cost, rule_weights, scale_to_budget
 
 COST = np.array([0.02, 0.3, 1.2, 5.0])
+RULES = ("theory", "inverse-cost", "log-snr", "constant")
 STEPS = 6
 
 
@@ -138,6 +140,35 @@ def test_extrapolated_increments_follow_a_line_in_lambda_no_further_than_one_gap
     for k in range(8):
         steps = plan.weight[:, k] + plan.previous[:, k]
         assert steps == pytest.approx(1), "a constant increment stays what it is"
+
+
+def test_increments_are_extrapolated_as_far_as_they_reach():
+    log_snr = np.array([0.0, 1, 3, 4, 6, 7, 9, 20])
+    fire = np.array([[1] * 8, [0, 1, 0, 1, 0, 1, 0, 0]], dtype=bool)
+    line, none = extrapolated(fire, log_snr), held(fire)
+    for reach in (0.0, 0.5, 1.5):
+        found = extrapolated(fire, log_snr, [1.0, reach])
+        for name in ("weight", "previous"):
+            of_line, of_none = getattr(line, name)[1], getattr(none, name)[1]
+            np.testing.assert_allclose(getattr(found, name)[1], of_none + reach * (of_line - of_none))
+        assert np.array_equal(found.weight[0], line.weight[0])
+
+
+def test_a_switched_plan_is_the_small_level_and_then_the_large_one():
+    plan = switched(2, 4, 4, STEPS, 2)
+    assert plan.calls.sum(1).tolist() == [0, 2, 0, STEPS - 2]
+    small = LEVELS[2](X, torch.full((len(X),), 7), None)
+    for step in range(STEPS):
+        assert torch.equal(drift(plan, step), small if step < 2 else BEST)
+
+
+def test_rules_are_in_the_proportions_that_they_say():
+    log_snr = np.linspace(0, 2, 30) ** 2
+    theory, inverse, snr, constant = (rule_weights(rule, COST, log_snr) for rule in RULES)
+    np.testing.assert_allclose(inverse * COST[:, None], np.ones((4, 30)))
+    np.testing.assert_allclose(theory, np.repeat(COST[:, None] ** -0.9, 30, axis=1))
+    np.testing.assert_allclose(snr, theory * np.gradient(log_snr))
+    np.testing.assert_allclose(constant, np.ones((4, 30)))
 
 
 def test_a_plan_in_closed_form_calls_the_first_level_only_for_increments():

@@ -91,14 +91,6 @@ def test_the_two_step_table_is_dpm_solver(config, steps):
     assert (ours - x).abs().max() < 1e-4 * x.abs().max()
 
 
-def test_last_step_returns_the_predicted_image():
-    table = step_table(alpha_bar(SCHEDULES[0]), 20, 1.0)
-    ab = alpha_bar(SCHEDULES[0])[table.t[-1]]
-    assert table.c[-1] == 0
-    assert table.a[-1] == pytest.approx(ab**-0.5)
-    assert table.b[-1] == pytest.approx(-(((1 - ab) / ab) ** 0.5))
-
-
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range_are_refused(steps):
     with pytest.raises(UsageError, match=str(steps)):

@@ -2,6 +2,7 @@ import gzip
 import io
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from mlem_dist.errors import UsageError
 from mlem_dist.training.data import load_images
 
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 NAMES = ["left", "right"]
 
 
@@ -96,6 +98,53 @@ def test_colours_and_sizes_fit_the_samples(tmp_path):
     assert sorted((image[0] == 200).sum().item() for image in everything) == [24, 64, 64, 64]
     grey = load_images(folder, (1, 8, 8), None)
     assert torch.cat([grey.train, grey.test]).shape == (4, 1, 8, 8)
+
+
+def quarters(width, height):
+    """Four colours: red, green above blue, white."""
+    image = Image.new("RGB", (width, height), (255, 0, 0))
+    image.paste((0, 255, 0), (width // 2, 0, width, height // 2))
+    image.paste((0, 0, 255), (0, height // 2, width // 2, height))
+    image.paste((255, 255, 255), (width // 2, height // 2, width, height))
+    return image
+
+
+def corners(folder, image, **options):
+    """A picture as it is read for 8x8 in colour: the whole, and its corners from the upper left, row by row."""
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+        image.save(folder / part / "x.png", **options)
+    found = load_images(folder, (3, 8, 8), None).train[0]
+    return found, [tuple(found[:, y, x].tolist()) for y in (0, 7) for x in (0, 7)]
+
+
+def test_pictures_are_upright_whole_and_in_the_middle(tmp_path):
+    exif = Image.Exif()
+    # The camera was held on its side: a quarter turn to the right.
+    exif[0x0112] = 6
+    assert corners(tmp_path / "turned", quarters(8, 8), exif=exif)[1] == [BLUE, RED, WHITE, GREEN]
+    # Four wide and six high: a border of two on each side, and of one above and below.
+    found, black = corners(tmp_path / "small", quarters(4, 6))
+    assert black == [BLACK] * 4
+    assert torch.equal(found[:, 1:7, 2:6], torch.tensor(np.asarray(quarters(4, 6))).permute(2, 0, 1))
+    # Twice as wide as it should be: the middle half.
+    wide = Image.new("RGB", (16, 8))
+    wide.paste(quarters(8, 8), (4, 0))
+    assert corners(tmp_path / "wide", wide)[1] == [RED, GREEN, BLUE, WHITE]
+    deep = Image.fromarray(np.zeros((8, 8), dtype=np.uint16))
+    with pytest.raises(UsageError, match="more than 8 bits"):
+        corners(tmp_path / "deep", deep)
+
+
+def test_validation_is_held_out_and_stray_pictures_are_refused(tmp_path, data):
+    idx = load_images(data, (1, 8, 8), NAMES)
+    write_pictures(tmp_path / "pictures/train", idx.train, idx.train_label)
+    write_pictures(tmp_path / "pictures/validation", idx.test, idx.test_label)
+    found = load_images(tmp_path / "pictures", (1, 8, 8), None)
+    assert (len(found.train), len(found.test)) == (len(idx.train), len(idx.test))
+    (tmp_path / "pictures/train/stray.png").write_bytes(png(idx.train[0, 0]))
+    with pytest.raises(UsageError, match=r"stray\.png lies beside the class folders"):
+        load_images(tmp_path / "pictures", (1, 8, 8), None)
 
 
 def test_bad_data_is_refused_with_its_name(tmp_path, data):

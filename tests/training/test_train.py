@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.data import load_images
 from mlem_dist.training.train import DivergedError, denoising_error
@@ -30,9 +29,8 @@ def test_training_resumes_to_the_same_ladder(tmp_path, data, configure, monkeypa
     killed = train_ladder(config, images, tmp_path / "killed", lambda name, done, loss: resumed.append(done))
     assert resumed[0] in (50, 51)
     assert killed.digest == whole.digest
-    errors = [sum(level.denoising_error) for level in whole.levels]
-    assert errors[0] < 10 * 0.9
-    assert Ladder.load(tmp_path / "whole").cost("cpu").min() > 0
+    # Untrained it has 2.9 to 3.0.
+    assert sum(whole.levels[1].denoising_error) < 2
 
 
 def test_a_level_that_is_finished_is_not_stored_again(tmp_path, data, configure):

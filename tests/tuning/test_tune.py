@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,6 +164,15 @@ def test_a_plan_that_does_not_stay_finite_never_wins(small):
         assert best_plan(choosing, plans, ladder.cost("cpu")) is good
     with pytest.raises(UsageError, match="no plan that was tried ends in finite numbers"):
         best_plan(choosing, [bad, bad], ladder.cost("cpu"))
+
+
+def test_the_plan_of_least_error_wins(small):
+    ladder = Ladder.load(small)
+    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK, 0)
+    # Of equal cost, as both call level 2 at every step.
+    best, worse = single_level(2, 2, 8), replace(single_level(2, 2, 8), weight=1.1 * single_level(2, 2, 8).weight)
+    for plans in ([best, worse], [worse, best]):
+        assert best_plan(choosing, plans, ladder.cost("cpu")) is best
 
 
 def test_every_class_has_its_turn(many, fashion):

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+
+from mlem_dist.ladder.calibration import store_entry
+from mlem_dist.solver.probabilities import expected_cost
+from mlem_dist.tuning.recipe import NeymanRule, make_recipe
+
+
+@pytest.mark.parametrize(
+    ("solver", "increments", "collapse"),
+    [("ddpm", "held", True), ("ddim", "extrapolated", True), ("dpm++", "extrapolated", False)],
+)
+@pytest.mark.parametrize("probabilities", ["neyman", "theory"])
+def test_what_is_not_chosen_is_the_default_of_the_solver(fashion, solver, increments, collapse, probabilities):
+    cost = fashion.cost("cpu")
+    recipe = make_recipe(fashion, cost, solver, 50, 5, probabilities)
+    assert (recipe.draw, recipe.increments, recipe.collapse) == ("systematic", increments, collapse)
+    rungs = np.array(recipe.rungs or range(1, len(cost) + 1))
+    assert expected_cost(recipe.probabilities, cost[rungs - 1], collapse) / cost[-1] == pytest.approx(5)
+
+
+def store(ladder, **effects):
+    """Products of increments that are independent of each other, from the effects (K, N) of each solver."""
+    t = np.linspace(999, 9, 20).astype(int).tolist()
+    solvers = {
+        solver: {"t": t, "products": (np.eye(3)[:, :, None] * np.array(effect)).tolist()}
+        for solver, effect in effects.items()
+    }
+    store_entry(ladder.folder, ladder, "cpu/any", {"solvers": solvers})
+
+
+def test_the_rungs_are_those_that_are_worth_their_cost(three):
+    flat = np.ones(20)
+    # What the second level adds over the first is nothing, and the third's increment over it everything; or the other
+    # way round.
+    for effects, rungs in (((1.0, 1e-6, 1.0), (1, 3)), ((1.0, 1.0, 1e-3), (1, 2, 3))):
+        store(three, ddpm=[e * flat for e in effects], ddim=[e * flat for e in effects])
+        assert make_recipe(three, three.cost("cpu"), "ddpm", 50, 5).rungs == rungs
+
+
+def test_each_solver_goes_by_its_own_effects(three):
+    """Along the SDE increments matter at the end, along the ODE at the beginning."""
+    rise = np.linspace(0.01, 1, 20)
+    store(three, ddpm=[rise] * 3, ddim=[rise[::-1]] * 3)
+    for solver, late in (("ddpm", True), ("ddim", False), ("dpm++", False)):
+        p = make_recipe(three, three.cost("cpu"), solver, 50, 5).probabilities[-1]
+        assert (p[25:].sum() > p[:25].sum()) == late
+
+
+def test_probabilities_are_the_rules_times_a_density(three):
+    store(three, ddpm=[np.ones(20)] * 3, ddim=[np.ones(20)] * 3)
+    rule = NeymanRule(three, three.cost("cpu"), "ddim", 50)
+    density = np.stack([np.ones(50), np.linspace(1, 3, 50)])
+    p = rule.probabilities(2, (1, 3), density)[1]
+    assert p.max() < 1
+    np.testing.assert_allclose(p / p[0], density[1], rtol=1e-6)
