@@ -32,11 +32,12 @@ class AffineDrift:
     centre: np.ndarray
 
 
-class Held:
-    """A value v (B, d) that runs of steps combine, and once it has been, Q^T v (B, r).
+class Projected:
+    """A value v (B, d) that runs of steps combine, with its projection once it has been taken.
 
     Args:
-        value: (B, ...).
+        value: v, (B, ...).
+        thin: Q^T v, (B, r), in the basis of each sample's class; None where it is not known yet.
     """
 
     def __init__(self, value: Tensor, thin: Tensor | None = None) -> None:
@@ -62,17 +63,17 @@ class ClosedForm:
         present, self.label = label.unique(return_inverse=True)
         self.gain = drift.gain[present.tolist()]
         self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in present.tolist()]
-        self.mean = Held(drift.mean[label])
+        self.mean = Projected(drift.mean[label])
         self._project([self.mean])
 
     def advance(
         self,
         start: int,
-        x: Held,
+        x: Projected,
         base: Sequence[float],
-        held: Sequence[tuple[Held, Sequence[float]]],
+        held: Sequence[tuple[Projected, Sequence[float]]],
         noise: Callable[[int], Tensor],
-    ) -> Held:
+    ) -> Projected:
         """x after the steps start, start + 1, ..., as many as `base` has weights.
 
         Args:
@@ -92,9 +93,9 @@ class ClosedForm:
         parts.append((self.mean, -carried((b * self.drift.centre[steps])[:, None] * gain)))
         parts += [(value, carried((b * np.array(weights))[:, None])) for value, weights in held]
         if self.path:
-            parts += [(Held(noise(start + i)), after[:, i] * c[i]) for i in np.flatnonzero(c).tolist()]
+            parts += [(Projected(noise(start + i)), after[:, i] * c[i]) for i in np.flatnonzero(c).tolist()]
         elif c.any():
-            parts.append((Held(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
+            parts.append((Projected(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
         return self._sum(parts)
 
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
@@ -113,7 +114,7 @@ class ClosedForm:
         _, factor, after = self._factors(start, np.ones(len(self.table) - start))
         return after[:, 0] * factor[:, 0]
 
-    def scaled(self, value: Held, coefficients: np.ndarray) -> Tensor:
+    def scaled(self, value: Projected, coefficients: np.ndarray) -> Tensor:
         """(B, d): a value multiplied by float64 (classes, r + 1) in every mode."""
         return self._sum([(value, coefficients)]).value
 
@@ -124,24 +125,26 @@ class ClosedForm:
         factor = self.table.a[steps, None] + self.table.b[steps, None] * gain
         return gain, factor, np.cumprod(np.pad(factor[:, :0:-1], _ONE, constant_values=1.0), axis=1)[:, ::-1]
 
-    def _sum(self, parts: Sequence[tuple[Held, np.ndarray]]) -> Held:
-        """The sum of values, each multiplied by its coefficient (classes, r + 1) in every mode."""
+    def _sum(self, parts: Sequence[tuple[Projected, np.ndarray]]) -> Projected:
+        """sum_q (o_q I + Q diag(i_q - o_q) Q^T) v_q: each v_q times its coefficients (classes, r + 1), i_q and o_q.
+
+        i_q (r) are those in the columns of Q and o_q (1) is the one outside them.
+        """
         self._project([part for part, _ in parts if part.thin is None])
         first = parts[0][0].value
         coefficients = torch.tensor(np.stack([c for _, c in parts]), dtype=first.dtype).to(first.device)[:, self.label]
-        outside = coefficients[:, :, -1:]
-        inside = coefficients[:, :, :-1]
-        out, thin, moved = outside[0] * first, inside[0] * _thin(parts[0][0]), outside[0] * _thin(parts[0][0])
-        for q, (part, _) in enumerate(parts[1:], 1):
+        inside, outside = coefficients[:, :, :-1], coefficients[:, :, -1:]
+        out, thin, moved = torch.zeros_like(first), torch.zeros_like(inside[0]), torch.zeros_like(inside[0])
+        for q, (part, _) in enumerate(parts):
             out.addcmul_(outside[q], part.value)
             thin.addcmul_(inside[q], _thin(part))
             moved.addcmul_(outside[q], _thin(part))
         change = thin - moved
         for c, rows in self.rows:
             out[rows] += change[rows] @ self.drift.basis[c].T.to(out.dtype)
-        return Held(out, thin)
+        return Projected(out, thin)
 
-    def _project(self, values: Sequence[Held]) -> None:
+    def _project(self, values: Sequence[Projected]) -> None:
         """Q^T v of several values at once: what takes time is to read Q."""
         if not values:
             return
@@ -153,6 +156,6 @@ class ClosedForm:
             one.thin = of_it
 
 
-def _thin(value: Held) -> Tensor:
+def _thin(value: Projected) -> Tensor:
     assert value.thin is not None
     return value.thin

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem_dist.solver.closed_form import ClosedForm, Held
+from mlem_dist.solver.closed_form import ClosedForm, Projected
 from mlem_dist.solver.plan import Plan, Term
 from mlem_dist.solver.steps import StepTable
 
@@ -75,9 +75,9 @@ def trajectory(
     x = noise(-1)
     memory = torch.zeros_like(x)
     live: list[tuple[Term, Tensor]] = []
-    held: dict[Term, Held] = {}
+    held: dict[Term, Projected] = {}
     # x between two runs in closed form.
-    carried: Held | None = None
+    carried: Projected | None = None
     for run in plan.runs:
         i = run.start
         if run.terms:
@@ -86,9 +86,9 @@ def trajectory(
         if run.base:
             assert closed_form is not None
             assert table.memory is None
-            held = {term: held.get(term) or Held(value) for term, value in live}
+            held = {term: held.get(term) or Projected(value) for term, value in live}
             weights = [(held[term], term.weights_at(i, run.stop)) for term, _ in live]
-            carried = closed_form.advance(i, carried or Held(x), run.base, weights, noise)
+            carried = closed_form.advance(i, carried or Projected(x), run.base, weights, noise)
             x = carried.value.view_as(x)
             continue
         carried = None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.levels import GaussianLevel
-from mlem_dist.solver.closed_form import ClosedForm, Held
+from mlem_dist.solver.closed_form import ClosedForm, Projected
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
 from mlem_dist.solver.plan import Plan, Term, extrapolated, on_levels, single_level
 from mlem_dist.solver.steps import half_log_snr
@@ -351,7 +351,7 @@ class Block:
         self.path = fitter.path[:, block * BLOCK : (block + 1) * BLOCK]
         self.x: Tensor = self.path[0]
         self.at = 0
-        self.values: dict[int, list[Held]] = {r: [] for r in range(1, len(rungs))}
+        self.values: dict[int, list[Projected]] = {r: [] for r in range(1, len(rungs))}
 
     def begin(self, at: int) -> None:
         """Go to the first evaluation, at step `at`, by the Gaussian level alone."""
@@ -363,13 +363,13 @@ class Block:
         terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in fresh]
         found = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
         for r, value in zip(fresh, found, strict=True):
-            self.values[r] = [Held(value), *self.values[r][:1]]
+            self.values[r] = [Projected(value), *self.values[r][:1]]
 
     def normal(self, stop: int, choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:
         """The normal equations of the choices' factors: what they add up to step `stop`, carried on to the end."""
         flow = self.form.flow(stop)
         design = torch.stack([self.column(choice, flow).flatten() for choice in choices]).double()
-        missing = self.form.scaled(Held(self.path[stop] - self.run(stop, [])), flow)
+        missing = self.form.scaled(Projected(self.path[stop] - self.run(stop, [])), flow)
         return (design @ design.T).cpu().numpy(), (design @ missing.flatten().double()).cpu().numpy()
 
     def column(self, choice: Choice, flow: np.ndarray | float = 1.0) -> Tensor:
@@ -384,7 +384,7 @@ class Block:
             weights[value] = weights.get(value, 0.0) + factor * choice.shape
         self.x = self.run(segment.stop, [(self.values[r][age], of_it.tolist()) for (r, age), of_it in weights.items()])
 
-    def run(self, stop: int, held: Sequence[tuple[Held, Sequence[float]]]) -> Tensor:
+    def run(self, stop: int, held: Sequence[tuple[Projected, Sequence[float]]]) -> Tensor:
         """x at step `stop` by the Gaussian level and `held`, each value with its weight in each step."""
-        end = self.form.advance(self.at, Held(self.x), [1.0] * (stop - self.at), held, lambda _: self.x)
+        end = self.form.advance(self.at, Projected(self.x), [1.0] * (stop - self.at), held, lambda _: self.x)
         return end.value.view_as(self.x)

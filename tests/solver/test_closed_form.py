@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlem_dist.solver.closed_form import AffineDrift, ClosedForm, Held
+from mlem_dist.solver.closed_form import AffineDrift, ClosedForm, Projected
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Recipe, held, single_level
 from mlem_dist.solver.steps import ETA, StepTable, half_log_snr, step_table
@@ -93,7 +93,7 @@ def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
         closed_form = ClosedForm(drift, table, label, path)
 
         def end(noise: torch.Tensor) -> torch.Tensor:
-            return closed_form.advance(start, Held(zero), run, [], lambda i: noise if i == step else zero).value
+            return closed_form.advance(start, Projected(zero), run, [], lambda i: noise if i == step else zero).value
 
         return torch.stack([end(u.expand(2, 4)) - end(zero) for u in unit], -1)
 
@@ -103,7 +103,7 @@ def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
     assert single.diagonal(dim1=1, dim2=2).min() > 0.01
     # Means: both forms without noise, against the steps written out.
     forms = [ClosedForm(drift, table, label, path) for path in (False, True)]
-    ends = [form.advance(start, Held(zero), run, [], lambda i: zero).value for form in forms]
+    ends = [form.advance(start, Projected(zero), run, [], lambda i: zero).value for form in forms]
     assert torch.equal(*ends)
     for sample, c in enumerate(label.tolist()):
         q, mu, x = drift.basis[c].numpy(), drift.mean[c].numpy(), np.zeros(4)
@@ -138,13 +138,13 @@ def test_response_and_flow_are_what_a_run_does():
     weights = rng.standard_normal(5)
 
     def run(x: torch.Tensor, start: int, stop: int, held: list) -> torch.Tensor:
-        return form.advance(start, Held(x), [1.0] * (stop - start), held, lambda _: torch.zeros_like(x)).value
+        return form.advance(start, Projected(x), [1.0] * (stop - start), held, lambda _: torch.zeros_like(x)).value
 
-    added = run(x, 2, 7, [(Held(value), weights.tolist())]) - run(x, 2, 7, [])
-    torch.testing.assert_close(form.scaled(Held(value), form.response(2, weights)), added)
+    added = run(x, 2, 7, [(Projected(value), weights.tolist())]) - run(x, 2, 7, [])
+    torch.testing.assert_close(form.scaled(Projected(value), form.response(2, weights)), added)
     carried = run(x + change, 4, len(table), []) - run(x, 4, len(table), [])
-    torch.testing.assert_close(form.scaled(Held(change), form.flow(4)), carried)
-    torch.testing.assert_close(form.scaled(Held(change), form.flow(len(table))), change)
+    torch.testing.assert_close(form.scaled(Projected(change), form.flow(4)), carried)
+    torch.testing.assert_close(form.scaled(Projected(change), form.flow(len(table))), change)
 
 
 def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection():
@@ -154,7 +154,7 @@ def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection():
     form = ClosedForm(drift, table, label)
     rng = np.random.default_rng(5)
     x, value, noise = (torch.tensor(rng.standard_normal((3, 4))) for _ in range(3))
-    end = form.advance(1, Held(x), [1.0, 0.7, 1.3], [(Held(value), [0.5, 1.0, -1.0])], lambda _: noise)
+    end = form.advance(1, Projected(x), [1.0, 0.7, 1.3], [(Projected(value), [0.5, 1.0, -1.0])], lambda _: noise)
     assert end.thin is not None
     for sample, c in enumerate(label.tolist()):
         torch.testing.assert_close(end.thin[sample], drift.basis[c].T @ end.value[sample])
