@@ -552,7 +552,7 @@ def plan(
         shard_size=shard_size,
         device=kinds[0].devices.type,
     )
-    found = plan_capacity(job, ladder.weights, kinds)
+    found = plan_capacity(job, ladder.weight_bytes, kinds)
     gains = marginal(job, found[0])
     if as_json:
         click.echo(json.dumps(capacity_report(ladder, job, found, gains)))

@@ -242,7 +242,7 @@ class Ladder:
         return np.array([level.seconds[key] for level in self.levels])
 
     @property
-    def weights(self) -> np.ndarray:
+    def weight_bytes(self) -> np.ndarray:
         """Bytes of each level's weights in float32, float64 (K,)."""
         return np.array([4.0 * level.parameters for level in self.levels])
 

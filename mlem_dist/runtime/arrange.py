@@ -78,7 +78,9 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         return Arrangement(layout, forecast(job, layout).cell_devices, timed=timed)
     kind = cluster_kind(there[0], ladder, cost[there[0]], _memory(job.device))
     # The one that ends first before the others.
-    forecasts = sorted((forecast(job, one) for one in layouts(job, ladder.weights, kind)), key=lambda one: one.seconds)
+    forecasts = sorted(
+        (forecast(job, one) for one in layouts(job, ladder.weight_bytes, kind)), key=lambda one: one.seconds
+    )
     return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed)
 
 

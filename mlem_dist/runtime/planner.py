@@ -331,7 +331,7 @@ class Capacity:
         return " + ".join(str(part.layout) for part in self.parts)
 
 
-def plan_capacity(job: Job, weights: np.ndarray, kinds: Sequence[Kind]) -> list[Capacity]:
+def plan_capacity(job: Job, weight_bytes: np.ndarray, kinds: Sequence[Kind]) -> list[Capacity]:
     """Ways to use the devices, the fastest first.
 
     Every kind works on its own, on the placement of its levels that is fastest there; and each pair of kinds works
@@ -339,7 +339,7 @@ def plan_capacity(job: Job, weights: np.ndarray, kinds: Sequence[Kind]) -> list[
 
     Args:
         job: what is to be made.
-        weights: float64 (K,), bytes of each level in float32.
+        weight_bytes: float64 (K,), bytes of each level in float32.
         kinds: the devices, of names that differ.
 
     Raises:
@@ -349,14 +349,14 @@ def plan_capacity(job: Job, weights: np.ndarray, kinds: Sequence[Kind]) -> list[
     unfit: list[UsageError] = []
     for kind in kinds:
         try:
-            found = layouts(job, weights, kind)
+            found = layouts(job, weight_bytes, kind)
         except UsageError as error:
             unfit.append(error)
         else:
             alone[kind] = _fastest(_part(job, kind.count, kinds), found)
     ways = [tuple(alone.values())] if alone else []
     for lower, upper in permutations(kinds, 2):
-        if pairs := _paired(job, weights, lower, upper):
+        if pairs := _paired(job, weight_bytes, lower, upper):
             pair = _fastest(job, pairs)
             ways.append((pair, *(one for kind, one in alone.items() if kind not in (lower, upper))))
     if not ways:
@@ -386,24 +386,24 @@ def _fastest(job: Job, choices: Sequence[Layout]) -> Forecast:
     return max(found, key=lambda one: one.images_per_second)
 
 
-def layouts(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
+def layouts(job: Job, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
     """The placements on one kind that promise most, and the most divided one.
 
     Raises:
         UsageError: no placement fits.
     """
-    found = candidates(job, weights, kind)
+    found = candidates(job, weight_bytes, kind)
     divided = max(found, key=lambda layout: len(layout.pools))
     return list(dict.fromkeys([*found[:SIMULATED], divided]))
 
 
-def candidates(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
+def candidates(job: Job, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
     """Every placement that fits on the devices of a kind, the one that takes least of their time first.
 
     Raises:
         UsageError: no placement fits.
     """
-    levels = len(weights)
+    levels = len(weight_bytes)
     # A cell divides its own devices.
     of_cell = -(-kind.count // -(-kind.count // CELL_DEVICES))
     found = []
@@ -413,33 +413,33 @@ def candidates(job: Job, weights: np.ndarray, kind: Kind) -> list[Layout]:
         layout = Layout(pools, (kind,) * len(pools))
         load = seat_loads(job, layout)
         held = np.zeros(of_cell)
-        for seats, of_actor in zip(allot(load, of_cell), _held_bytes(job, weights, pools), strict=True):
+        for seats, of_actor in zip(allot(load, of_cell), _held_bytes(job, weight_bytes, pools), strict=True):
             for seat in seats:
                 held[seat.device] += of_actor
         if held.max() <= WEIGHT_SHARE * kind.memory:
             found.append((float(load.sum()), len(pools), layout))
     if not found:
         raise UsageError(
-            f"the ladder's weights take {weights.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
+            f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
             f"{kind.count} devices of {kind.memory / 2**30:.3g} GiB; use more devices or larger ones"
         )
     return [layout for *_, layout in sorted(found, key=lambda one: one[:2])]
 
 
-def _held_bytes(job: Job, weights: np.ndarray, pools: Sequence[range]) -> list[float]:
-    """The weights that an actor of each pool holds: those of the levels that it evaluates, in the job's precision."""
+def _held_bytes(job: Job, weight_bytes: np.ndarray, pools: Sequence[range]) -> list[float]:
+    """Bytes of what an actor of each pool holds: weights of the levels that it evaluates, in the job's precision."""
     counts, share = evaluations(job), 0.5 if job.precision == "bfloat16" else 1.0
-    return [share * sum(weights[k - 1] for k in levels_of(counts, pool)) for pool in pools]
+    return [share * sum(weight_bytes[k - 1] for k in levels_of(counts, pool)) for pool in pools]
 
 
-def _paired(job: Job, weights: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
+def _paired(job: Job, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
     """Two pools, one on each kind, at the cuts between levels that promise most."""
     counts = evaluations(job)
     found = []
-    for cut in range(2, len(weights) + 1):
-        pools = (range(1, cut), range(cut, len(weights) + 1))
+    for cut in range(2, len(weight_bytes) + 1):
+        pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
         load = [pool_loads(counts, pools, kind.cost)[i] for i, kind in enumerate((lower, upper))]
-        held = _held_bytes(job, weights, pools)
+        held = _held_bytes(job, weight_bytes, pools)
         fits = all(held[i] <= WEIGHT_SHARE * kind.memory for i, kind in enumerate((lower, upper)))
         if fits and load[1] > 0:
             found.append((min(lower.count / load[0], upper.count / load[1]), cut, pools))
