@@ -25,15 +25,10 @@ from mlem_dist.solver.plan import Plan, read_plan, single_level, switched
 from mlem_dist.tuning.choose import plan_path
 from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.tune import JUDGING_SEED
+from mlem_dist.tuning.tune import FAMILIES, JUDGING_SEED
 
 STEPS = 250
-DRAWN: dict[str, dict[str, Any]] = {
-    "ML-EM": {"increments": "impulse", "draw": "independent"},
-    "ML-EM, systematic": {"increments": "impulse", "draw": "systematic"},
-    "held": {"increments": "held"},
-    "extrapolated": {"increments": "extrapolated"},
-}
+DRAWN = FAMILIES | {"ML-EM, systematic": {"increments": "impulse"}}
 
 SMALL, STITCH_STEPS = 3, 25
 """T-Stitch: the level that it begins with, and the steps, of which so many are the best level's as the budget pays."""

@@ -16,7 +16,7 @@ import click
 from classifier import frechet, generate, seen, train
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.plan import Plan, plan_to_dict, single_level, switched
+from mlem_dist.solver.plan import Plan, single_level, switched, write_plan
 from mlem_dist.training.data import load_images
 
 SMALL = 3
@@ -62,11 +62,11 @@ def main(data: Path, name: str, num: int, nfe: str, classifier_steps: int, out: 
             if any((row["way"], row["nfe"]) == (way, budget) for row in rows):
                 continue
             options = ["--ladder", name, "--solver", solver, "--steps", str(steps)]
-            with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "plan.json"
                 if plan:
-                    json.dump(plan_to_dict(plan, ladder.digest, solver), file)
-                    file.flush()
-                    options += ["--plan", file.name]
+                    write_plan(file, plan, ladder.digest, solver)
+                    options += ["--plan", str(file)]
                 else:
                     options += ["--nfe", str(budget)]
                 images, label, rate = generate(num, options)

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -19,12 +18,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from processes import cpu_seconds
+from processes import SCRIPT, cpu_seconds
 
 from mlem_dist.ladder.ladder import save_ladder, save_level
 from mlem_dist.ladder.levels import GaussianLevel
 
-SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 SIDE, CLASSES, LEVELS = 4, 10, 3
 
 

@@ -6,16 +6,14 @@ python benchmarks/runtime/ray_share.py --out benchmarks/results/ray_share.json
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import click
-from processes import cpu_seconds
+from processes import SCRIPT, cpu_seconds
 
-SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 CORES, NUM = 2, 3000
 BEFORE_SECONDS, SECONDS = 25, 40
 """From the start of the command, and of the look: a part of its run in which nothing begins or ends."""
