@@ -103,7 +103,10 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
                 color=f"C{index % 10}",
                 marker="os^vD"[index // 10 % 5],
             )
-    axes.set(xscale="log", yscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {about['reference']}")
+    axes.set(xscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {about['reference']}")
+    # Where the best level is called at every step there may be no error at all.
+    if any(row.error > 0 for row in frontier.rows):
+        axes.set_yscale("log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
