@@ -23,27 +23,29 @@ DEFAULT_NFE = 10.0
 _stop_code, _stop_note = 130, ""
 
 
-class Count(click.ParamType[int]):
+def number(value: Any) -> int:
     """A positive whole number: 1000, 1e6 or 1_000_000."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number, or a usage error that names the value."""
-        try:
-            number = float(value) if not isinstance(value, str) or "e" in value.lower() else int(value)
-            if number == int(number) and 1 <= number <= 10**15:
-                return int(number)
-        except (ValueError, OverflowError):
-            pass
-        expected = "a positive whole number such as 1000, 1e6 or 1_000_000, at most 1e15"
-        self.fail(f"{value!r}: expected {expected}", param, ctx)
+    try:
+        found = float(value) if not isinstance(value, str) or "e" in value.lower() else int(value)
+        if found == int(found) and 1 <= found <= 10**15:
+            return int(found)
+    except (ValueError, OverflowError):
+        pass
+    raise click.BadParameter(
+        f"{value!r}: expected a positive whole number such as 1000, 1e6 or 1_000_000, at most 1e15"
+    )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="mlem-dist")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Synthesise large image datasets from a ladder of diffusion models on Ray."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 def _budget_options(command: Any) -> Any:
@@ -57,7 +59,7 @@ def _budget_options(command: Any) -> Any:
                 show_default=True,
                 help="The ODE by DDIM or DPM-Solver++(2M), or the SDE by DDPM.",
             ),
-            click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps."),
+            click.option("--steps", type=number, default=250, show_default=True, help="Base steps."),
             click.option(
                 "--nfe",
                 type=float,
@@ -107,7 +109,7 @@ def _plan_options(command: Any) -> Any:
 
 
 @cli.command()
-@click.option("--num", type=Count(), required=True, help="Images: 1000, 1e6, 1_000_000.")
+@click.option("--num", type=number, required=True, help="Images: 1000, 1e6, 1_000_000.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Dataset folder; a rerun finishes it.")
 @_plan_options
 @click.option(
@@ -121,8 +123,8 @@ def _plan_options(command: Any) -> Any:
     help="What UNets compute in. bfloat16 is faster on GPUs, and on CPUs that have instructions for it.",
 )
 @click.option("--labels", default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
-@click.option("--block-size", type=Count(), default=100, show_default=True, help="Samples that advance together.")
-@click.option("--shard-size", type=Count(), default=2000, show_default=True, help="Samples per Parquet file.")
+@click.option("--block-size", type=number, default=100, show_default=True, help="Samples that advance together.")
+@click.option("--shard-size", type=number, default=2000, show_default=True, help="Samples per Parquet file.")
 @click.option(
     "--placement",
     default="auto",
@@ -133,13 +135,13 @@ def _plan_options(command: Any) -> Any:
 )
 @click.option(
     "--coalesce",
-    type=Count(),
+    type=number,
     default=1,
     show_default=True,
     help="Blocks that another pool than the first evaluates together, at most. More than one is for blocks too small "
     "for a device; results are then equal to rounding only.",
 )
-@click.option("--devices", type=Count(), help="CPU cores or GPUs to use.  [default: all that Ray has]")
+@click.option("--devices", type=number, help="CPU cores or GPUs to use.  [default: all that Ray has]")
 @click.option(
     "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
 )
@@ -446,27 +448,22 @@ def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bo
     click.echo(f"Wrote {', '.join(map(str, written))}" + (f"; replaced {calibration.device}" if replaced else ""))
 
 
-class Budgets(click.ParamType[tuple[float, ...]]):
+def numbers(value: str) -> tuple[float, ...]:
     """Positive numbers such as 5,10,20."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """The numbers, or a usage error that names the value."""
-        try:
-            budgets = tuple(dict.fromkeys(float(part) for part in value.split(",")))
-        except ValueError:
-            budgets = ()
-        if not budgets or not all(0 < nfe < 1e6 for nfe in budgets):
-            self.fail(f"{value!r}: expected positive numbers such as 5,10,20", param, ctx)
-        return budgets
+    try:
+        budgets = tuple(dict.fromkeys(float(part) for part in value.split(",")))
+    except ValueError:
+        budgets = ()
+    if not budgets or not all(0 < nfe < 1e6 for nfe in budgets):
+        raise click.BadParameter(f"{value!r}: expected positive numbers such as 5,10,20")
+    return budgets
 
 
 @cli.command()
 @click.argument("name", metavar="LADDER")
-@click.option("--nfe", type=Budgets(), default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
+@click.option("--nfe", type=numbers, default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
 @click.option("--solver", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
-@click.option("--steps", type=Count(), default=250, show_default=True, help="Base steps, as for generate.")
+@click.option("--steps", type=number, default=250, show_default=True, help="Base steps, as for generate.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; a rerun goes on.")
 def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str, out: Path) -> None:
@@ -498,7 +495,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
 
 @cli.command()
 @click.argument("ladder_name", metavar="LADDER")
-@click.option("--num", type=Count(), required=True, help="Images: 1e6, 1e9.")
+@click.option("--num", type=number, required=True, help="Images: 1e6, 1e9.")
 @click.option(
     "--pool-devices",
     required=True,
@@ -512,8 +509,8 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     "name by `ladder measure` or `calibrate`]",
 )
 @_budget_options
-@click.option("--block-size", type=Count(), default=100, show_default=True, help="As for generate.")
-@click.option("--shard-size", type=Count(), default=2000, show_default=True, help="As for generate.")
+@click.option("--block-size", type=number, default=100, show_default=True, help="As for generate.")
+@click.option("--shard-size", type=number, default=2000, show_default=True, help="As for generate.")
 @click.option("--out", type=click.Path(path_type=Path), help="A PNG: when each actor of a cell is at work.")
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
 def plan(
@@ -636,9 +633,6 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        sys.exit(2)
     except (click.ClickException, UsageError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"Error: {message}", err=True)
