@@ -43,6 +43,10 @@ def number(value: Any) -> int:
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Synthesise large image datasets from a ladder of diffusion models on Ray."""
+    _expect_command(context)
+
+
+def _expect_command(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)
@@ -343,9 +347,11 @@ def verify(out: Path) -> None:
     click.echo(f"{out}: all {len(shards)} shards are as they were written.")
 
 
-@cli.group()
-def ladder() -> None:
+@cli.group(invoke_without_command=True)
+@click.pass_context
+def ladder(context: click.Context) -> None:
     """Look at ladders."""
+    _expect_command(context)
 
 
 @ladder.command("show")
