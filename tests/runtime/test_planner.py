@@ -237,7 +237,7 @@ def run(*arguments: str) -> str:
 
 def test_plan_prints_a_forecast_and_draws_it(tmp_path):
     cost = "h100=0.001,0.01,0.02,0.04,0.08,0.16"
-    arguments = ["fashion", "--num", "1e7", "--pool-devices", "cpu:64,h100:2:80", "--cost", cost]
+    arguments = ["fashion", "--num", "1e7", "--pool-devices", "cpu:8,h100:2:80", "--cost", cost]
     text = run(*arguments, "--out", str(tmp_path / "timeline.png"))
     assert "1-6@h100" in text
     assert "One more device of" in text
