@@ -1,4 +1,4 @@
-"""What the best level alone must be called for: its increments held or extrapolated over a lower level that is free.
+"""How often DDPM must call the best level where its increments are held over a lower level that is free.
 
 python benchmarks/frontier/free_levels.py --out benchmarks/results/frontier/free_levels.json
 
@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.plan import extrapolated, held, on_levels, systematic
+from mlem_dist.solver.plan import held, on_levels, systematic
 from mlem_dist.tuning.fit import Times
 from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.recipe import NeymanRule
@@ -28,29 +28,26 @@ STEPS, CALLS, BEGIN = 250, (10, 15, 20, 30, 40), 0.3
 @click.option("--threads", default=2)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(samples: int, threads: int, out: Path) -> None:
-    """Mean and median squared error to the best level at every step, by solver, lower level and number of calls."""
+    """Mean and median squared error to the best level at every step, by lower level and number of calls."""
     ladder = Ladder.load("fashion")
     best, rows = len(ladder.levels), []
-    for solver in ("ddpm", "ddim"):
-        judge = Judge(ladder, solver, "cpu", STEPS, samples, JUDGING_SEED, out.parent / "cache", threads)
-        rule = NeymanRule(ladder, ladder.cost("cpu"), solver, STEPS)
-        for lower in range(1, best):
-            rungs = (1, best) if lower == 1 else (1, lower, best)
-            # A budget small enough that no probability is 1, so that it has the density's shape.
-            density = rule.probabilities(2.0, rungs)[-1]
-            for calls in CALLS:
-                neyman = systematic(density[None] / density.sum() * calls, np.array([0.5]))[0]
-                for name, called in (("neyman", neyman), ("fitted", Times(1, calls, 1, BEGIN).fire(rule.log_snr)[-1])):
-                    fire = np.ones((len(rungs), STEPS), dtype=bool)
-                    fire[-1] = called
-                    plan = held(fire) if solver == "ddpm" else extrapolated(fire, rule.log_snr)
-                    errors = judge.errors([on_levels(plan, rungs)])[0]
-                    row = {"solver": solver, "lower": ladder.levels[lower - 1].name, "calls": int(called.sum())}
-                    row |= {"density": name, "mean": float(errors.mean()), "median": float(np.median(errors))}
-                    rows.append(row)
-                    print(row, flush=True)
-                result = {"ladder": ladder.digest, "steps": STEPS, "samples": samples, "rows": rows}
-                out.write_text(json.dumps(result, indent=1) + "\n")
+    judge = Judge(ladder, "ddpm", "cpu", STEPS, samples, JUDGING_SEED, out.parent / "cache", threads)
+    rule = NeymanRule(ladder, ladder.cost("cpu"), "ddpm", STEPS)
+    for lower in range(1, best):
+        rungs = (1, best) if lower == 1 else (1, lower, best)
+        # A budget small enough that no probability is 1, so that it has the density's shape.
+        density = rule.probabilities(2.0, rungs)[-1]
+        for calls in CALLS:
+            neyman = systematic(density[None] / density.sum() * calls, np.array([0.5]))[0]
+            for name, called in (("neyman", neyman), ("fitted", Times(1, calls, 1, BEGIN).fire(rule.log_snr)[-1])):
+                fire = np.ones((len(rungs), STEPS), dtype=bool)
+                fire[-1] = called
+                errors = judge.errors([on_levels(held(fire), rungs)])[0]
+                row = {"lower": ladder.levels[lower - 1].name, "calls": int(called.sum()), "density": name}
+                rows.append(row | {"mean": float(errors.mean()), "median": float(np.median(errors))})
+                print(rows[-1], flush=True)
+            result = {"ladder": ladder.digest, "steps": STEPS, "samples": samples, "rows": rows}
+            out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
