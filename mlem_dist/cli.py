@@ -256,9 +256,10 @@ def generate(
 
         # A GPU does one block after another.
         most = 1 if device == "cuda" else _cores()
-        threads = devices or most
-        if threads > most:
-            raise UsageError(f"--devices {threads}: --engine inline has {most} here; lower it or leave it out")
+        # Those of a cluster are no matter where nothing is to be made.
+        if engine == "inline" and devices and devices > most:
+            raise UsageError(f"--devices {devices}: --engine inline has {most} here; lower it or leave it out")
+        threads = min(devices or most, most)
 
         def run(shards: Any) -> Any:
             return run_inline(job, ladder, out, shards, threads)
@@ -308,7 +309,6 @@ def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) ->
     _check_new(out)
     cost = ladder.cost(_local_device(device, False))
     plan = make_recipe(ladder, cost, **_with_budget(choices)).plan(block_rng(seed, 0))
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_plan(out, plan, ladder.digest, choices["solver"])
     calls = dict(zip((level.name for level in ladder.levels), plan.calls.sum(1).tolist(), strict=True))
     click.echo(f"Wrote {out}: {plan.nfe(cost):.2f} evaluations of the best level; calls {calls}")

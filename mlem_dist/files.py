@@ -32,7 +32,7 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
     """Write a file that appears under its name complete or not at all, even after a power cut.
 
     Args:
-        path: its name, in a folder that is there.
+        path: its name; folders that are not there are made.
         content: of the file, or what writes it to the path that it is given.
         work: a folder on the same file system for the temporary file; the file's own by default.
 
@@ -42,6 +42,8 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
     # Ray's processes outlive a killed driver for a moment: two may write, on different machines.
     temporary = (work or path.parent) / f"{path.name}.{uuid4().hex[:12]}.tmp"
     try:
+        for folder in (temporary.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         if callable(content):
             content(temporary)
         else:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,6 @@ class Manifest:
             "calls_per_sample": self.calls,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        (out / WORK).mkdir(parents=True, exist_ok=True)
         replace_file(out / NAME, json.dumps(raw, indent=1) + "\n", out / WORK)
 
 
@@ -65,8 +65,10 @@ def read_manifest(out: Path) -> Manifest:
     Raises:
         UsageError: the folder holds no dataset of this program, or one of another schema version.
     """
-    if not (out / NAME).exists():
-        raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
+    # Where it may not be looked for, reading it says so.
+    with suppress(PermissionError):
+        if not (out / NAME).exists():
+            raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
     raw = read_object(out / NAME, "manifest")
     try:
         if raw["schema_version"] != SCHEMA_VERSION:
@@ -110,7 +112,6 @@ def finished_shards(out: Path, manifest: Manifest) -> dict[str, Shard]:
 
 def finish(out: Path, manifest: Manifest) -> None:
     """Write the card, unless there is one, and the complete manifest, then remove what an unfinished run needs."""
-    (out / WORK).mkdir(parents=True, exist_ok=True)
     # After a repair it is there, and may have become the user's own.
     if not (out / CARD).exists():
         replace_file(out / CARD, card(manifest), out / WORK)

@@ -89,8 +89,6 @@ def write_shard(
     data = encode_shard(encode_png(images), ids, label, labels)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
-    for folder in (out / WORK, (out / path).parent):
-        folder.mkdir(parents=True, exist_ok=True)
     replace_file(out / path, data, out / WORK)
     replace_file(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)))
     return shard

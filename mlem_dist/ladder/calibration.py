@@ -104,7 +104,6 @@ def store_entry(folder: Path, ladder: Ladder, device: str, entry: Mapping[str, A
     """
     devices = stored(folder, ladder) | {device: entry}
     raw = {"schema_version": SCHEMA_VERSION, "ladder": ladder.digest, "devices": devices}
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     # Innermost lists on one line each.
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(raw, indent=1, allow_nan=False))

@@ -324,7 +324,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
+            raise OSError(str(error)) from None
         temporary.chmod(mode)
 
     replace_file(path, write)
@@ -340,7 +340,6 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
         written = [folder / path]
     elif isinstance(module, UNetLevel):
         kind, path, patch, prediction = "unet", name, module.patch, module.prediction
-        (folder / path).mkdir(parents=True, exist_ok=True)
         model: Any = module.model
         model.save_config(folder / path)
         weights = folder / path / "diffusion_pytorch_model.safetensors"
@@ -368,7 +367,6 @@ def save_ladder(
     levels: Sequence[Level],
 ) -> Ladder:
     """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
-    (folder / SCHEDULER).parent.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
     replace_file(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
     raw = {
@@ -431,7 +429,7 @@ def _shape(path: Path, name: str) -> list[int] | None:
     """The shape of a tensor in a safetensors file, if it is there, from the file's header."""
     try:
         with safe_open(path, "pt") as file:
-            return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # no mapping
+            return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
 

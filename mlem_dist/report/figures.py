@@ -152,7 +152,6 @@ def save_loss_curves(folder: Path, levels: Mapping[str, Path]) -> Path:
 
 def _save(figure: Figure, path: Path) -> Path:
     """Write a PNG that appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     return path
 

@@ -75,8 +75,8 @@ def run_ray(
         arguments = (job, out.absolute(), layout.pools, *there, ladder.labels, coalesce, writers(size))
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
-    made = [Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True)]
-    cells = Cells(made, shards)
+    made = (Cell(creator(size, group), sum(size), job, out) for size, group in zip(sizes, groups, strict=True))
+    cells = Cells(list(made), shards)
     try:
         while not cells.done:
             cells.step()
@@ -84,6 +84,6 @@ def run_ray(
                 yield replace(progress, seconds=time.monotonic() - began)
             cells.wait(POLL_SECONDS)
     finally:
-        for cell, group in zip(made, groups, strict=True):
+        for cell, group in zip(cells.cells, groups, strict=True):
             ray.kill(cell.coordinator)
             remove_placement_group(group)

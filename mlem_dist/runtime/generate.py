@@ -37,7 +37,17 @@ def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
     Raises:
         UsageError: `out` cannot be used for this job, see `check_out`, or a block or shard of it is too large.
     """
-    values = math.prod(ladder.sample_shape)
+    _check_sizes(job, ladder.sample_shape)
+    config = job.config
+    manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
+    done = finished_shards(out, manifest)
+    missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
+    return Dataset(out, job, manifest, missing)
+
+
+def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
+    """Refuse blocks and shards that are too large to be held."""
+    values = math.prod(sample_shape)
     for name, samples, bytes_each, most in (
         ("block", job.block_size, 4 * values, BLOCK_BYTES),
         ("shard", job.shard_size, values, SHARD_BYTES),
@@ -45,14 +55,9 @@ def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
         if samples * bytes_each > most:
             fits = most // bytes_each // job.block_size * job.block_size or most // bytes_each
             raise UsageError(
-                f"--{name}-size {samples}: a {name} of samples of {'x'.join(map(str, ladder.sample_shape))} would take "
+                f"--{name}-size {samples}: a {name} of samples of {'x'.join(map(str, sample_shape))} would take "
                 f"{samples * bytes_each / 1e9:.3g} GB; take {fits} or less"
             )
-    config = job.config
-    manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
-    done = finished_shards(out, manifest)
-    missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
-    return Dataset(out, job, manifest, missing)
 
 
 def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:

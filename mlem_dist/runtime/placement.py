@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.job import Job
-from mlem_dist.solver.plan import Recipe
+from mlem_dist.solver.plan import Plan, Recipe
 
 # A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
 LEAST_SHARE = 0.05
@@ -101,17 +102,21 @@ def pools_text(pools: Sequence[range]) -> str:
 
 def evaluations(job: Job) -> Evaluations:
     """What a job's plans evaluate per sample, averaged over its first; what these never do has a count near zero."""
+    return _evaluations(job.plan, job.first_plans)
+
+
+@lru_cache(maxsize=4)
+def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
     counts: defaultdict[Together, float] = defaultdict(float)
-    plans = job.first_plans
     for run in (run for plan in plans for run in plan.runs):
         counts[tuple((term.level, term.below) for term in run.terms)] += 1
         # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
         counts[((1, 0),)] += bool(run.base)
     counts.pop((), None)
-    if isinstance(job.plan, Recipe):
+    if isinstance(plan, Recipe):
         # A later block may draw what these do not, and must find a pool for it.
-        rungs = job.plan.rungs or range(1, len(job.plan.probabilities) + 1)
-        for below, level, p in zip((0, *rungs), rungs, job.plan.probabilities, strict=False):
+        rungs = plan.rungs or range(1, len(plan.probabilities) + 1)
+        for below, level, p in zip((0, *rungs), rungs, plan.probabilities, strict=False):
             if p.any():
                 counts[((level, below),)] += RARE
     return {together: count / len(plans) for together, count in counts.items()}

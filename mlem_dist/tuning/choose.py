@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.plan import Draw, Increments, Plan, Recipe, read_plan
-from mlem_dist.solver.probabilities import Rule
+from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.tuning.recipe import make_recipe
 
 
@@ -48,17 +47,17 @@ def choose_plan(
     solver: str,
     steps: int,
     nfe: float,
-    probabilities: Rule | Literal["neyman"] | None = None,
-    draw: Draw | None = None,
-    increments: Increments | None = None,
+    **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
     """As `make_recipe`, but the tuned plan where nothing but the budget is given; and what to tell the user of it.
+
+    `choices` are the rest of what `make_recipe` takes.
 
     Raises:
         UsageError: as `read_plan` and `make_recipe`.
     """
     note = ""
-    if (probabilities, draw, increments) == (None, None, None):
+    if all(choice is None for choice in choices.values()):
         if tuned := tuned_plan(ladder, solver, steps, nfe):
             note = f"Using the plan tuned for this budget, of {ladder.source}."
             if (spent := tuned.nfe(cost)) > 1.1 * nfe:
@@ -70,4 +69,4 @@ def choose_plan(
                 f"{', '.join(f'{budget:g}' for budget in budgets)}, at the --steps they were tuned with; "
                 "`mlem-dist tune` finds more."
             )
-    return make_recipe(ladder, cost, solver, steps, nfe, probabilities, draw, increments), note
+    return make_recipe(ladder, cost, solver, steps, nfe, **choices), note

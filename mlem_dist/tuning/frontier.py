@@ -71,7 +71,6 @@ class Frontier:
         """Append a row and write the file."""
         row = Row(family, label, verdict.seconds, verdict.errors)
         self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(_plain(row)) for row in self.rows]
         text = json.dumps(self.about, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
         replace_file(self.path, text)

@@ -96,7 +96,6 @@ class Judge:
         best = single_level(len(self.levels), len(self.levels), len(self.fine))
         found = self._ends(lambda block: self.end(best, block))
         if self.cache:
-            self.cache.mkdir(parents=True, exist_ok=True)
             save_tensors(self.cache / name, {"reference": found.cpu()})
         return found
 
