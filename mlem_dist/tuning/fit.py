@@ -43,13 +43,13 @@ KNOTS = (0.0, 0.3, 0.2, 0.5)
 """Logarithms of the factor, at equally spaced points from the first call to the end, linear between. The mean of what
 was found for `fashion` in twelve searches of 1.6 to 10 evaluations."""
 
-BEGINNINGS = (0.4, 0.5, 0.33, 0.25, 0.15, 0.0)
-"""From where on levels are called, as a share of the path, of which the best is taken. What comes before has hardly any
-signal where a schedule begins at pure noise, and the Gaussian level is right there; the less error later calls leave,
-the more what it misses counts."""
+BEGINNINGS = (0.0, 0.15, 0.25, 0.33, 0.4, 0.5)
+"""From where on levels are called, as a share of the path. What comes before has hardly any signal where a schedule
+begins at pure noise, and the Gaussian level is right there; the less error later calls leave, the more what it misses
+counts."""
 
-BETWEEN = (1, 2, 3, 5)
-"""Calls of the middle rung per call of the best level."""
+BETWEEN = (3, 2, 5)
+"""Calls of the middle rung per call of the best level, in the order in which they are tried."""
 
 LARGEST = 10.0
 """Evaluations of the best level; a larger budget has the middle rung of this one."""
@@ -79,7 +79,7 @@ class Times:
     middle: int
     calls: int
     between: int
-    begin: float = BEGINNINGS[0]
+    begin: float = 0.4
 
     def rungs(self, best: int) -> tuple[int, ...]:
         """The levels in use, by number."""
@@ -216,25 +216,33 @@ class Fitter:
     def search(self, nfe: float, progress: Progress = lambda done, total: None) -> Fit:
         """The fit of at most `nfe` evaluations of the best level whose error on the noises is least, of those tried.
 
-        First the middle rung and how often it is called are chosen, then where calls begin. `progress` is told how many
-        plans have been fitted, of how many.
+        First the middle rung is chosen, then how often it is called, then where calls begin. `progress` is told how
+        many plans have been fitted, of how many at most.
 
         Raises:
             UsageError: the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
         starts = self.starts(min(nfe, LARGEST))
-        total, done = len(starts) + len(BEGINNINGS) + 1, count(1)
+        total, done = len(starts) + len(BETWEEN) + (1 + (nfe > LARGEST)) * len(BEGINNINGS), count(1)
 
         def told() -> None:
             progress(next(done), total)
 
-        best = self._best(starts, told)
-        larger = replace(best, calls=self._calls(nfe, best.middle, best.between))
-        fit = self._fit_times(self._best([replace(larger, begin=begin) for begin in BEGINNINGS], told), self.blocks)
-        told()
+        best = self._best([several[0] for several in starts.values()], told)
+        best = self._beginning(self._best(starts[best.middle], told), told)
+        if nfe > LARGEST:
+            best = self._beginning(replace(best, calls=self._calls(nfe, best.middle, best.between)), told)
+        fit = self._fit_times(best, self.blocks)
+        progress(total, total)
         if fit.error == math.inf:
             raise UsageError(f"--nfe {nfe:g}: no fitted plan ends in finite numbers on this ladder; raise --nfe")
         return fit
+
+    def _beginning(self, times: Times, told: Callable[[], None]) -> Times:
+        """The times with a beginning that is better than the one before it and the one after it."""
+        at = BEGINNINGS.index(times.begin)
+        best = self._best([replace(times, begin=begin) for begin in BEGINNINGS[max(0, at - 1) : at + 2]], told)
+        return best if best == times else self._beginning(best, told)
 
     def _best(self, several: Sequence[Times], told: Callable[[], None]) -> Times:
         """The times whose fit to half of the blocks has the least error."""
@@ -242,33 +250,30 @@ class Fitter:
         half = self.blocks[: -(-self.path.shape[1] // (2 * BLOCK))]
 
         def error(times: Times) -> float:
-            # Larger budgets begin with the same times.
-            if times not in self._errors:
-                self._errors[times] = self._fit_times(times, half).error
-            return self._errors[times]
+            return self._fit_times(times, half).error
 
-        errors = []
-        with ThreadPoolExecutor(len(several)) as pool:
-            for found in pool.map(error, several):
-                errors.append(found)
+        # Larger budgets begin with the same times.
+        new = [times for times in several if times not in self._errors]
+        with ThreadPoolExecutor(max(1, len(new))) as pool:
+            for times, found in zip(new, pool.map(error, new), strict=True):
+                self._errors[times] = found
                 told()
-        return several[int(np.argmin(errors))]
+        return min(several, key=self._errors.__getitem__)
 
     def _fit_times(self, times: Times, blocks: range) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
-    def starts(self, nfe: float) -> list[Times]:
-        """The middle rungs, and how often each is called, that a budget pays for.
+    def starts(self, nfe: float) -> dict[int, list[Times]]:
+        """The middle rungs that a budget pays for, by level, each with how often it may be called.
 
         Raises:
             UsageError: the budget is below the cost of one call of the best level.
         """
-        found = [
-            Times(middle, calls, between)
-            for middle in range(1, len(self.cost))
-            for between in (BETWEEN[:1] if middle == 1 else BETWEEN[1:])
-            if (calls := self._calls(nfe, middle, between))
-        ]
+        found: dict[int, list[Times]] = {}
+        for middle in range(1, len(self.cost)):
+            for between in BETWEEN if middle > 1 else (1,):
+                if calls := self._calls(nfe, middle, between):
+                    found.setdefault(middle, []).append(Times(middle, calls, between))
         if not found:
             raise UsageError(f"--nfe {nfe:g} is below the cost of one call of the best level; raise --nfe")
         return found

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -63,12 +65,38 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
     assert found < 0.7 * of_default
     # On the noises that it was fitted to it is no better than chance allows.
     assert found < 1.7 * fitter.judge.errors([plan]).mean()
-    assert told[-1][0] == told[-1][1] == len(told)
+    assert [done for done, _ in told[:-1]] == list(range(1, len(told)))
+    assert told[-1][0] == told[-1][1] >= len(told)
+
+
+def test_no_neighbour_of_what_the_search_finds_is_better(three):
+    """On the half of the blocks that it goes by: neither another beginning, nor another number of calls between."""
+    fitter = Fitter(judge(three, 0))
+    found = fitter.search(6)
+    starts = fitter.starts(6)
+
+    def error(times: Times) -> float:
+        return fitter.fit(times.rungs(3), times.fire(fitter.log_snr), fitter.blocks[:2]).error
+
+    tried = [replace(times, begin=begin) for several in starts.values() for times in several for begin in BEGINNINGS]
+    (chosen,) = (
+        times
+        for times in tried
+        if times.rungs(3) == found.rungs and np.array_equal(times.fire(fitter.log_snr), found.fire)
+    )
+    at = BEGINNINGS.index(chosen.begin)
+    for begin in {*BEGINNINGS[max(0, at - 1) : at + 2]} - {chosen.begin}:
+        assert error(chosen) < error(replace(chosen, begin=begin))
+    of_starts = {
+        times: error(times) for times in (*(several[0] for several in starts.values()), *starts[chosen.middle])
+    }
+    first = next(times for times in starts[chosen.middle] if times.between == chosen.between)
+    assert of_starts[first] == min(of_starts.values())
 
 
 def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
     log_snr = np.sort(np.linspace(-5, 4, 200) + np.sin(np.arange(200) / 8))
-    for between in BETWEEN:
+    for between in (1, *BETWEEN):
         for begin in BEGINNINGS:
             fire = Times(1 + (between > 1), 5, between, begin).fire(log_snr)
             assert fire[0].all()
