@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -18,6 +18,9 @@ from mlem_dist import __version__
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import check_writable
+
+if TYPE_CHECKING:
+    from mlem_dist.dataset.store import Location
 
 DEFAULT_NFE = 10.0
 _stop_code, _stop_note = 130, ""
@@ -34,6 +37,13 @@ def number(value: Any) -> int:
     raise click.BadParameter(
         f"{value!r}: expected a positive whole number such as 1000, 1e6 or 1_000_000, at most 1e15"
     )
+
+
+def location(value: str) -> Location:
+    """A path, or the URL of a folder in an object store."""
+    from mlem_dist.dataset.store import parse_location
+
+    return parse_location(value)
 
 
 @click.group(
@@ -114,7 +124,13 @@ def _plan_options(command: Any) -> Any:
 
 @cli.command()
 @click.option("--num", type=number, required=True, help="Images: 1000, 1e6, 1_000_000.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Dataset folder; a rerun finishes it.")
+@click.option(
+    "--out",
+    type=location,
+    metavar="FOLDER",
+    required=True,
+    help="Dataset folder, or its URL, such as s3://BUCKET/NAME; a rerun finishes it.",
+)
 @_plan_options
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of `mlem-dist draw` or `tune`, for all blocks."
@@ -159,7 +175,7 @@ def _plan_options(command: Any) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print the final report as JSON.")
 def generate(
     num: int,
-    out: Path,
+    out: Location,
     ladder_name: str,
     seed: int,
     plan_file: Path | None,
@@ -315,8 +331,8 @@ def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) ->
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
-def show(out: Path) -> None:
+@click.argument("out", type=location)
+def show(out: Location) -> None:
     """Make the contact sheet OUT/preview.png of a dataset."""
     from mlem_dist.report.sheet import save_contact_sheet
 
@@ -324,8 +340,8 @@ def show(out: Path) -> None:
 
 
 @cli.command()
-@click.argument("out", type=click.Path(path_type=Path))
-def verify(out: Path) -> None:
+@click.argument("out", type=location)
+def verify(out: Location) -> None:
     """Compare every file of a dataset with the digest recorded when it was written."""
     from mlem_dist.dataset.manifest import read_manifest
     from mlem_dist.dataset.shards import damage, foreign, marked_shards

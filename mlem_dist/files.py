@@ -1,14 +1,19 @@
 """What every part of the program asks of the files that it reads and the folders that it writes."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from mlem_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 
 def check_writable(out: Path) -> None:
@@ -66,13 +71,16 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path | UPath) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def read_object(path: Path, what: str) -> dict[str, Any]:
+def read_object(path: Path | UPath, what: str) -> dict[str, Any]:
     """The object in a JSON file; `what` it is, for the errors.
 
     Raises:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 import yaml
 
 from mlem_dist.dataset.schema import features
-from mlem_dist.dataset.shards import WORK, Shard, is_whole, marked_shards
+from mlem_dist.dataset.shards import WORK, Shard, marked_shards, whole_shards
+from mlem_dist.dataset.store import Location, check_location, publish, reached, remove_folder
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable, read_object, replace_file
+from mlem_dist.files import read_object
 
 SCHEMA_VERSION = 1
 NAME, CARD = "mlem.json", "README.md"
@@ -45,8 +44,8 @@ class Manifest:
         """SHA-256 of the configuration."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
-    def write(self, out: Path) -> None:
-        """Write `mlem.json` by temporary name and rename."""
+    def write(self, out: Location) -> None:
+        """Write `mlem.json`, complete or not at all."""
         raw = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
@@ -56,19 +55,22 @@ class Manifest:
             "calls_per_sample": self.calls,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        replace_file(out / NAME, json.dumps(raw, indent=1) + "\n", out / WORK)
+        publish(out / NAME, json.dumps(raw, indent=1) + "\n", out / WORK)
 
 
-def read_manifest(out: Path) -> Manifest:
+def read_manifest(out: Location) -> Manifest:
     """Read a dataset folder's manifest.
 
     Raises:
-        UsageError: the folder holds no dataset of this program, or one of another schema version.
+        UsageError: the folder holds no dataset of this program, or one of another schema version, or cannot be read.
     """
-    # Where it may not be looked for, reading it says so.
-    with suppress(PermissionError):
-        if not (out / NAME).exists():
-            raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
+    try:
+        with reached(out):
+            there = (out / NAME).exists()
+    except OSError as error:
+        raise UsageError(f"manifest {out / NAME} cannot be read: {error}") from None
+    if not there:
+        raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
     raw = read_object(out / NAME, "manifest")
     try:
         if raw["schema_version"] != SCHEMA_VERSION:
@@ -84,13 +86,13 @@ def read_manifest(out: Path) -> Manifest:
         raise UsageError(f"manifest {out / NAME} has a missing, unknown or malformed entry: {error}") from None
 
 
-def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:
+def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
     """The manifest of an earlier run of the same configuration in `out`, or None for a fresh folder. Touches nothing.
 
     Raises:
-        UsageError: `out` is a file, is not writable, holds something else or a run of another configuration.
+        UsageError: as `check_location`, or `out` holds something else or a run of another configuration.
     """
-    check_writable(out)
+    check_location(out)
     if not out.is_dir() or not any(path.name != WORK for path in out.iterdir()):
         return None
     if not (out / NAME).exists():
@@ -105,18 +107,18 @@ def check_out(out: Path, config: Mapping[str, Any]) -> Manifest | None:
     return manifest
 
 
-def finished_shards(out: Path, manifest: Manifest) -> dict[str, Shard]:
+def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
     """The shards of a run that need not be made again, by path."""
-    return {shard.path: shard for shard in (*manifest.shards, *marked_shards(out)) if is_whole(out, shard)}
+    return whole_shards(out, (*manifest.shards, *marked_shards(out)))
 
 
-def finish(out: Path, manifest: Manifest) -> None:
+def finish(out: Location, manifest: Manifest) -> None:
     """Write the card, unless there is one, and the complete manifest, then remove what an unfinished run needs."""
     # After a repair it is there, and may have become the user's own.
     if not (out / CARD).exists():
-        replace_file(out / CARD, card(manifest), out / WORK)
+        publish(out / CARD, card(manifest), out / WORK)
     manifest.write(out)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    remove_folder(out / WORK)
 
 
 def card(manifest: Manifest) -> str:

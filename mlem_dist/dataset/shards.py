@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,10 +16,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
-from mlem_dist.files import file_digest, replace_file
+from mlem_dist.dataset.store import Location, publish, reached
+from mlem_dist.files import file_digest
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"
+
+REQUESTS = 32
+"""At a time, to a file system or object store that may be far away."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,13 @@ def encode_shard(pngs: Sequence[bytes], ids: Sequence[int], label: Sequence[int]
 
 
 def write_shard(
-    out: Path, index: int, shards: int, first_id: int, images: np.ndarray, label: Sequence[int], labels: Sequence[str]
+    out: Location,
+    index: int,
+    shards: int,
+    first_id: int,
+    images: np.ndarray,
+    label: Sequence[int],
+    labels: Sequence[str],
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), ids first_id, first_id + 1, ...
 
@@ -81,7 +91,7 @@ def write_shard(
 
     Raises:
         ValueError: images and labels differ in number.
-        OSError: the disk is full or not writable.
+        OSError: as `publish`.
     """
     if len(images) != len(label) or not len(images):
         raise ValueError(f"shard {index}: {len(images)} images and {len(label)} labels")
@@ -89,29 +99,40 @@ def write_shard(
     data = encode_shard(encode_png(images), ids, label, labels)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
-    replace_file(out / path, data, out / WORK)
-    replace_file(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)))
+    publish(out / path, data, out / WORK)
+    publish(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)), out / WORK)
     return shard
 
 
-def marked_shards(out: Path) -> list[Shard]:
+def marked_shards(out: Location) -> list[Shard]:
     """The shards that an unfinished run has written; one whose marker cannot be read is made again."""
-    found = []
-    for marker in sorted((out / WORK).glob("train-*.json")):
-        with suppress(OSError, ValueError, TypeError):
-            found.append(Shard(**json.loads(marker.read_text())))
-    return found
+
+    def read(marker: Location) -> Shard | None:
+        try:
+            return Shard(**json.loads(marker.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    with ThreadPoolExecutor(REQUESTS) as pool, reached(out):
+        markers = sorted((out / WORK).glob("train-*.json"), key=lambda marker: marker.name)
+        return [shard for shard in pool.map(read, markers) if shard]
 
 
-def is_whole(out: Path, shard: Shard) -> bool:
-    """Whether the shard's file is there with its size."""
-    try:
-        return (out / shard.path).stat().st_size == shard.bytes
-    except OSError:
-        return False
+def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
+    """Those of the shards whose files are there with their sizes, by path."""
+
+    def is_whole(shard: Shard) -> bool:
+        try:
+            return (out / shard.path).stat().st_size == shard.bytes
+        except OSError:
+            return False
+
+    shards = list(shards)
+    with ThreadPoolExecutor(REQUESTS) as pool, reached(out):
+        return {shard.path: shard for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True) if whole}
 
 
-def damage(out: Path, shard: Shard) -> str | None:
+def damage(out: Location, shard: Shard) -> str | None:
     """What is wrong with a shard's file, compared by content; None if nothing is."""
     try:
         digest = file_digest(out / shard.path)
@@ -120,8 +141,8 @@ def damage(out: Path, shard: Shard) -> str | None:
     return None if digest == shard.sha256 else f"{shard.path} is not what was written: its SHA-256 differs"
 
 
-def foreign(out: Path, shards: Sequence[Shard]) -> list[str]:
+def foreign(out: Location, shards: Sequence[Shard]) -> list[str]:
     """What lies in `data/` beside the shards: readers would take it for rows."""
     known = {shard.path for shard in shards}
-    there = (path.relative_to(out).as_posix() for path in (out / "data").glob("*"))
+    there = (f"data/{path.name}" for path in (out / "data").glob("*"))
     return sorted(path for path in there if path not in known)

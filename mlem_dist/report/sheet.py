@@ -2,20 +2,20 @@
 
 import io
 from itertools import chain
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from mlem_dist.dataset.manifest import finished_shards, read_manifest
+from mlem_dist.dataset.store import Location, publish
 from mlem_dist.errors import UsageError
 
 COLUMNS, SCALE = 12, 2
 MARGIN = 110
 
 
-def contact_sheet(out: Path) -> Image.Image:
+def contact_sheet(out: Location) -> Image.Image:
     """A picture of a dataset: twelve images of each class, a row each; in order of sample id where there are none.
 
     Raises:
@@ -26,12 +26,13 @@ def contact_sheet(out: Path) -> Image.Image:
     rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
     for path in sorted(finished_shards(out, manifest)):
         try:
-            file = pq.ParquetFile(out / path)
-            groups = (file.read_row_group(group).to_pylist() for group in range(file.num_row_groups))
-            for i, record in chain.from_iterable(map(enumerate, groups)):
-                row = classes.index(record["label"]) if manifest.labels else i % len(classes)
-                if len(rows[row]) < COLUMNS:
-                    rows[row].append(record["image"]["bytes"])
+            with (out / path).open("rb") as opened:
+                file = pq.ParquetFile(opened)
+                groups = (file.read_row_group(group).to_pylist() for group in range(file.num_row_groups))
+                for i, record in chain.from_iterable(map(enumerate, groups)):
+                    row = classes.index(record["label"]) if manifest.labels else i % len(classes)
+                    if len(rows[row]) < COLUMNS:
+                        rows[row].append(record["image"]["bytes"])
         except (OSError, pa.ArrowException) as error:
             raise UsageError(f"{out / path} cannot be read ({error}); `mlem-dist verify {out}` says more") from None
         if all(len(row) == COLUMNS for row in rows.values()):
@@ -52,8 +53,9 @@ def contact_sheet(out: Path) -> Image.Image:
     return sheet
 
 
-def save_contact_sheet(out: Path) -> Path:
+def save_contact_sheet(out: Location) -> Location:
     """Write the contact sheet of a dataset to `preview.png` in its folder, and return that path."""
-    path = out / "preview.png"
-    contact_sheet(out).save(path)
+    path, buffer = out / "preview.png", io.BytesIO()
+    contact_sheet(out).save(buffer, "PNG")
+    publish(path, buffer.getvalue(), out)
     return path

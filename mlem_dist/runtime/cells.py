@@ -7,13 +7,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-from mlem_dist.dataset.shards import is_whole, marked_shards, shard_path
+from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
+from mlem_dist.dataset.store import Location
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.pool import DEATHS, PoolError, cause
 from mlem_dist.runtime.progress import WAITS, PoolProgress, Progress
@@ -38,7 +38,7 @@ class Cell:
         job, out: the dataset.
     """
 
-    def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Path) -> None:
+    def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Location) -> None:
         self.devices, self.job, self.out = devices, job, out
         self._in_a_row = 0
         self.finished = False
@@ -133,7 +133,7 @@ class Cell:
         if self._in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker is there, which follows the file.
-        marked = {shard.path for shard in marked_shards(self.out) if is_whole(self.out, shard)}
+        marked = whole_shards(self.out, marked_shards(self.out))
         made: list[int] = []
         lost: list[int] = []
         for shard in self._given:

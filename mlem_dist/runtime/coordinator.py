@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from mlem_dist.dataset.store import Location
 from mlem_dist.runtime.balance import Load, Move, choose_move
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.job import Job
@@ -66,7 +66,7 @@ class Coordinator:
     def __init__(
         self,
         job: Job,
-        out: Path,
+        out: Location,
         pools: Sequence[range],
         names: Sequence[str],
         devices: Sequence[Devices],

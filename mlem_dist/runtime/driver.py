@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mlem_dist.dataset.store import Location
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.arrange import Arrangement
 from mlem_dist.runtime.cells import POLL_SECONDS, Cell, Cells
@@ -36,7 +36,7 @@ def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
 def run_ray(
     job: Job,
     ladder: Ladder,
-    out: Path,
+    out: Location,
     shards: Sequence[int],
     where: Arrangement,
     coalesce: int = 1,

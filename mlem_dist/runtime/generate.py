@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlem_dist.dataset.manifest import NAME, Manifest, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
+from mlem_dist.dataset.store import Location
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job
@@ -25,13 +25,13 @@ Engine = Callable[[Sequence[int]], Iterator[Progress]]
 class Dataset:
     """A dataset folder and how much of it is there: the manifest, and the indices of the missing shards."""
 
-    out: Path
+    out: Location
     job: Job
     manifest: Manifest
     missing: tuple[int, ...]
 
 
-def open_dataset(job: Job, ladder: Ladder, out: Path) -> Dataset:
+def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     """The dataset of `job` in `out`, fresh or begun by an earlier run. Touches nothing.
 
     Raises:

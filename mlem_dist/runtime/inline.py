@@ -6,11 +6,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from mlem_dist.dataset.store import Location
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.job import Blocks, Job
@@ -21,7 +21,7 @@ from mlem_dist.runtime.writer import Writer
 from mlem_dist.solver.integrate import integrate
 
 
-def run_inline(job: Job, ladder: Ladder, out: Path, shards: Sequence[int], devices: int) -> Iterator[Progress]:
+def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], devices: int) -> Iterator[Progress]:
     """Make the given shards on `devices` CPU cores, a block on each, or on one GPU, with a snapshot after every block.
 
     Raises:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 import numpy as np
 
 from mlem_dist.dataset.manifest import NAME
 from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.dataset.store import Location
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.progress import Work
 
@@ -18,7 +19,7 @@ from mlem_dist.runtime.progress import Work
 class Writer:
     """Writes shards of one dataset, of `shards` shards with class names `labels`, to `out`."""
 
-    def __init__(self, out: Path, shards: int, labels: Sequence[str]) -> None:
+    def __init__(self, out: Location, shards: int, labels: Sequence[str]) -> None:
         self.out, self.shards, self.labels = out, shards, labels
 
     def prepare(self) -> None:
@@ -27,10 +28,14 @@ class Writer:
         Raises:
             UsageError: the dataset that the driver has begun is not seen from here.
         """
-        if not (self.out / NAME).exists():
+        seen = False
+        # An object store that this node has no credentials for has errors of its own.
+        with suppress(Exception):
+            seen = (self.out / NAME).exists()
+        if not seen:
             raise UsageError(
                 f"--out {self.out} is not seen on node {platform.node()}; choose a folder on a file system that all "
-                "nodes share"
+                "nodes share, or give every node the credentials of the object store"
             )
 
     def write(self, shard: int, first_id: int, label: Sequence[int], *blocks: np.ndarray) -> tuple[Work, Shard]:

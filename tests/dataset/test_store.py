@@ -1,0 +1,156 @@
+"""Datasets in an object store: S3's protocol, by a server in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow.fs
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+
+from mlem_dist.dataset.manifest import check_out, read_manifest
+from mlem_dist.dataset.shards import damage, foreign, marked_shards
+from mlem_dist.dataset.store import Location, parse_location
+from mlem_dist.errors import UsageError
+from mlem_dist.report.sheet import save_contact_sheet
+from mlem_dist.runtime.generate import complete, open_dataset
+from mlem_dist.runtime.inline import run_inline
+
+SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
+BUCKET = "images"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Where the server is, with a bucket; the environment is as one has it for a store of one's own."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield f"{host}:{port}"
+    server.stop()
+
+
+def objects(folder: Location) -> dict[str, bytes]:
+    """What is in a folder of the bucket, by a client of the store's own."""
+    client, prefix = boto3.client("s3"), f"{str(folder).removeprefix(f's3://{BUCKET}/')}/"
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    return {
+        one["Key"].removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=one["Key"])["Body"].read()
+        for one in found
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def make(job, fashion, out: Location) -> None:
+    list(complete(open_dataset(job, fashion, out), fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
+
+
+def test_a_dataset_in_a_store_is_that_in_a_folder_also_after_a_stop(server, fashion, make_job, tmp_path):
+    job = make_job()
+    local, out = tmp_path / "local", parse_location(f"s3://{BUCKET}/a/whole")
+    make(job, fashion, local)
+    dataset = open_dataset(job, fashion, out)
+    dataset.manifest.write(out)
+    list(run_inline(job, fashion, out, [1], 1))
+    assert set(objects(out)) == {"mlem.json", "data/train-00001-of-00003.parquet", ".mlem/train-00001-of-00003.json"}
+    # Another process would not see what this one has listed before.
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="a/whole/data/train-00002-of-00003.parquet", Body=b"cut short")
+    assert open_dataset(job, fashion, out).missing == (0, 2)
+    assert [shard.path for shard in marked_shards(out)] == ["data/train-00001-of-00003.parquet"]
+    make(job, fashion, out)
+    assert objects(out) == files(local)
+    assert open_dataset(job, fashion, out).missing == ()
+    read = pq.read_table(
+        f"{BUCKET}/a/whole/data", filesystem=pyarrow.fs.S3FileSystem(endpoint_override=f"http://{server}")
+    )
+    assert read["sample_id"].to_pylist() == list(range(44))
+
+
+def test_damage_and_foreign_files_in_a_store_are_found(server, fashion, make_job):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/damaged")
+    make(job, fashion, out)
+    shards = read_manifest(out).shards
+    assert [damage(out, shard) for shard in shards] == [None] * 3
+    assert foreign(out, shards) == []
+    client = boto3.client("s3")
+    client.put_object(Bucket=BUCKET, Key=f"damaged/{shards[0].path}", Body=b"x" * shards[0].bytes)
+    client.put_object(Bucket=BUCKET, Key="damaged/data/more.parquet", Body=b"x")
+    client.delete_object(Bucket=BUCKET, Key=f"damaged/{shards[1].path}")
+    said = [damage(out, shard) for shard in shards]
+    assert "SHA-256 differs" in said[0]
+    assert "cannot be read" in said[1]
+    assert said[2] is None
+    assert foreign(out, shards) == ["data/more.parquet"]
+    assert open_dataset(job, fashion, out).missing == (1,)
+
+
+def test_the_contact_sheet_lies_with_the_dataset(server, fashion, make_job):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/sheet")
+    make(job, fashion, out)
+    assert str(save_contact_sheet(out)) == f"s3://{BUCKET}/sheet/preview.png"
+    assert objects(out)["preview.png"].startswith(b"\x89PNG")
+
+
+def test_another_configuration_and_something_else_are_refused(server, fashion, make_job):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/begun")
+    open_dataset(job, fashion, out).manifest.write(out)
+    with pytest.raises(UsageError, match="seed was 3, now 4"):
+        open_dataset(make_job(seed=4), fashion, out)
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="else/file", Body=b"x")
+    with pytest.raises(UsageError, match="holds something else"):
+        open_dataset(job, fashion, parse_location(f"s3://{BUCKET}/else"))
+
+
+def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
+    for text, message in (
+        ("s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
+        ("s3:///x", "bucket"),
+        ("s3://", "names no place"),
+        ("nothing://x", "cannot be opened: .*nothing"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_out(parse_location(text), {})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    out = parse_location(f"s3://{BUCKET}/x")
+    out.fs.clear_instance_cache()
+    for refused in (lambda out: check_out(out, {}), read_manifest):
+        with pytest.raises(UsageError, match="cannot be reached: Could not connect"):
+            refused(parse_location(f"s3://{BUCKET}/x"))
+    out.fs.clear_instance_cache()
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    assert parse_location(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert parse_location("a/b") == Path("a/b")
+    assert str(parse_location("s3://a/b/") / "data") == "s3://a/b/data"
+
+
+def test_ray_writes_to_a_store(server, tmp_path):
+    """The command whole, its actors other processes; the second one finds nothing to do."""
+    made = {}
+    for out in (f"s3://{BUCKET}/by-ray", str(tmp_path / "out")):
+        command = [SCRIPT, "generate", "--num", "40", "--out", out, "--steps", "20", "--nfe", "4", "--block-size", "8"]
+        command += ["--shard-size", "16", "--device", "cpu", "--devices", "1", "--json"]
+        command += ["--engine", "inline"] if out.startswith(str(tmp_path)) else ["--address", "local"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+        made[out] = json.loads(done.stdout)["made"]
+    assert set(made.values()) == {40}
+    out = parse_location(f"s3://{BUCKET}/by-ray")
+    assert objects(out) == files(tmp_path / "out")
+    again = subprocess.run([SCRIPT, "verify", str(out)], capture_output=True, text=True, check=True)
+    assert again.stdout == f"{out}: all 3 shards are as they were written.\n"
