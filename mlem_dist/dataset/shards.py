@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
-from mlem_dist.dataset.store import Location, publish, reached
+from mlem_dist.dataset.store import Location, listed, publish, reached
 from mlem_dist.files import file_digest
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"
 
-REQUESTS = 32
+DATA = "data"
+
+REQUESTS, BATCH = 32, 1000
 """At a time, to a file system or object store that may be far away."""
 
 
@@ -38,7 +40,7 @@ class Shard:
 
 def shard_path(index: int, shards: int) -> str:
     """Where shard `index` of `shards` lies, relative to the dataset folder."""
-    return f"data/train-{index:05d}-of-{shards:05d}.parquet"
+    return f"{DATA}/train-{index:05d}-of-{shards:05d}.parquet"
 
 
 def encode_png(images: np.ndarray) -> list[bytes]:
@@ -113,23 +115,19 @@ def marked_shards(out: Location) -> list[Shard]:
         except (OSError, ValueError, TypeError):
             return None
 
+    found: list[Shard | None] = []
     with ThreadPoolExecutor(REQUESTS) as pool, reached(out):
         markers = sorted((out / WORK).glob("train-*.json"), key=lambda marker: marker.name)
-        return [shard for shard in pool.map(read, markers) if shard]
+        # A pool holds something for each that it has not begun.
+        for start in range(0, len(markers), BATCH):
+            found += pool.map(read, markers[start : start + BATCH])
+    return [shard for shard in found if shard]
 
 
 def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
     """Those of the shards whose files are there with their sizes, by path."""
-
-    def is_whole(shard: Shard) -> bool:
-        try:
-            return (out / shard.path).stat().st_size == shard.bytes
-        except OSError:
-            return False
-
-    shards = list(shards)
-    with ThreadPoolExecutor(REQUESTS) as pool, reached(out):
-        return {shard.path: shard for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True) if whole}
+    sizes = listed(out / DATA)
+    return {shard.path: shard for shard in shards if sizes.get(Path(shard.path).name) == shard.bytes}
 
 
 def damage(out: Location, shard: Shard) -> str | None:
@@ -144,5 +142,5 @@ def damage(out: Location, shard: Shard) -> str | None:
 def foreign(out: Location, shards: Sequence[Shard]) -> list[str]:
     """What lies in `data/` beside the shards: readers would take it for rows."""
     known = {shard.path for shard in shards}
-    there = (f"data/{path.name}" for path in (out / "data").glob("*"))
+    there = (f"{DATA}/{name}" for name in listed(out / DATA))
     return sorted(path for path in there if path not in known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,7 +66,7 @@ def reached(out: Location) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(out, Path):
+        if isinstance(out, Path) or isinstance(error, FileNotFoundError):
             raise
         raise OSError(f"{out} cannot be reached: {_said(error)}; check the name and the credentials") from None
 
@@ -89,6 +90,26 @@ def publish(path: Location, content: str | bytes, work: Location) -> None:
         path.fs.pipe_file(path.path, content if isinstance(content, bytes) else content.encode())
     except Exception as error:
         raise OSError(f"{path} cannot be written: {_said(error)}; mend that, and the same command goes on") from None
+
+
+def listed(folder: Location) -> dict[str, int]:
+    """What is in a folder, by name, with its bytes; nothing where there is no folder.
+
+    By one listing and not by a look at each: there may be very many.
+    """
+    found = {}
+    if isinstance(folder, Path):
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                found[entry.name] = 0
+                # A link to nothing has no size.
+                with suppress(OSError):
+                    found[entry.name] = entry.stat().st_size
+        return found
+    with suppress(FileNotFoundError), reached(folder):
+        for one in folder.fs.ls(folder.path, detail=True):
+            found[one["name"].rstrip("/").rpartition("/")[2]] = one["size"]
+    return found
 
 
 def remove_folder(folder: Location) -> None:

@@ -1,13 +1,15 @@
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mlem_dist.dataset.manifest import Manifest, check_out
-from mlem_dist.dataset.shards import marked_shards
+from mlem_dist.dataset.shards import Shard, foreign, marked_shards, whole_shards
 from mlem_dist.errors import UsageError
 
 NOBODY = 65534
@@ -38,6 +40,30 @@ def test_an_unreadable_marker_is_that_of_a_shard_to_make_again(tmp_path):
     for name, text in (("a", ""), ("b", "[]"), ("c", '{"path": "data/x"}'), ("d", '"x"')):
         (tmp_path / f".mlem/train-{name}.json").write_text(text)
     assert marked_shards(tmp_path) == []
+
+
+def test_shards_are_whole_by_their_size_and_all_else_is_foreign(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a").write_bytes(b"123")
+    (data / "b").write_bytes(b"12")
+    (data / "folder").mkdir()
+    (data / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "elsewhere").write_bytes(b"1234")
+    (data / "c").symlink_to(tmp_path / "elsewhere")
+    shards = [Shard(f"data/{name}", 1, size, "") for name, size in (("a", 3), ("b", 3), ("c", 4), ("d", 0))]
+    assert list(whole_shards(tmp_path, shards)) == ["data/a", "data/c"]
+    assert foreign(tmp_path, shards) == ["data/folder", "data/link"]
+    assert whole_shards(tmp_path / "nothing", shards) == {}
+
+
+def test_any_number_of_markers_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlem_dist.dataset.shards.BATCH", 3)
+    (tmp_path / ".mlem").mkdir()
+    shards = [Shard(f"data/train-{i}", 1, i, "") for i in range(8)]
+    for i, shard in enumerate(shards):
+        (tmp_path / f".mlem/train-{i}.json").write_text(json.dumps(asdict(shard)))
+    assert marked_shards(tmp_path) == shards
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
