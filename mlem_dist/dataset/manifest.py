@@ -13,7 +13,7 @@ import yaml
 
 from mlem_dist.dataset.schema import features
 from mlem_dist.dataset.shards import WORK, Shard, marked_shards, whole_shards
-from mlem_dist.dataset.store import Location, check_location, publish, reached, remove_folder
+from mlem_dist.dataset.store import Location, check_location, listed, publish, reached, remove_folder
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
 
@@ -66,12 +66,11 @@ def read_manifest(out: Location) -> Manifest:
     """
     try:
         with reached(out):
-            there = (out / NAME).exists()
+            if not (out / NAME).exists():
+                raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
+            raw = read_object(out / NAME, "manifest")
     except OSError as error:
         raise UsageError(f"manifest {out / NAME} cannot be read: {error}") from None
-    if not there:
-        raise UsageError(f"{out} is not a dataset of mlem-dist: it has no {NAME}")
-    raw = read_object(out / NAME, "manifest")
     try:
         if raw["schema_version"] != SCHEMA_VERSION:
             raise UsageError(f"{out / NAME}: schema_version is {raw['schema_version']!r}, expected {SCHEMA_VERSION}")
@@ -91,11 +90,13 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
 
     Raises:
         UsageError: as `check_location`, or `out` holds something else or a run of another configuration.
+        OSError: as `listed`.
     """
     check_location(out)
-    if not out.is_dir() or not any(path.name != WORK for path in out.iterdir()):
+    there = listed(out).keys() - {WORK}
+    if not there:
         return None
-    if not (out / NAME).exists():
+    if NAME not in there:
         raise UsageError(f"--out {out} holds something else (no {NAME}); choose an empty or new folder")
     manifest = read_manifest(out)
     # The same ladder may lie elsewhere now: its digest is another key.
@@ -115,7 +116,7 @@ def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
 def finish(out: Location, manifest: Manifest) -> None:
     """Write the card, unless there is one, and the complete manifest, then remove what an unfinished run needs."""
     # After a repair it is there, and may have become the user's own.
-    if not (out / CARD).exists():
+    if CARD not in listed(out):
         publish(out / CARD, card(manifest), out / WORK)
     manifest.write(out)
     remove_folder(out / WORK)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
-from mlem_dist.dataset.store import Location, listed, publish, reached
+from mlem_dist.dataset.store import Location, StoreError, listed, publish, reached, read_whole
 from mlem_dist.files import file_digest
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
@@ -102,26 +102,39 @@ def write_shard(
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)
-    publish(out / WORK / f"{Path(path).stem}.json", json.dumps(asdict(shard)), out / WORK)
+    publish(out / WORK / _marker(path), json.dumps(asdict(shard)), out / WORK)
     return shard
 
 
-def marked_shards(out: Location) -> list[Shard]:
-    """The shards that an unfinished run has written; one whose marker cannot be read is made again."""
+def marked_shards(out: Location, of: Iterable[str] | None = None) -> list[Shard]:
+    """The shards that an unfinished run has written, all or those with the paths `of`.
 
-    def read(marker: Location) -> Shard | None:
+    One whose marker cannot be read is made again, but for a marker in an object store that does not answer.
+
+    Raises:
+        StoreError: it does not answer, or refuses.
+    """
+
+    def read(name: str) -> Shard | None:
         try:
-            return Shard(**json.loads(marker.read_text()))
+            return Shard(**json.loads(read_whole(out / WORK / name)))
+        except StoreError:
+            raise
         except (OSError, ValueError, TypeError):
             return None
 
+    names = listed(out / WORK) if of is None else map(_marker, of)
+    markers = sorted(name for name in names if name.startswith("train-") and name.endswith(".json"))
     found: list[Shard | None] = []
-    with ThreadPoolExecutor(REQUESTS) as pool, reached(out):
-        markers = sorted((out / WORK).glob("train-*.json"), key=lambda marker: marker.name)
+    with ThreadPoolExecutor(REQUESTS) as pool:
         # A pool holds something for each that it has not begun.
         for start in range(0, len(markers), BATCH):
             found += pool.map(read, markers[start : start + BATCH])
     return [shard for shard in found if shard]
+
+
+def _marker(path: str) -> str:
+    return f"{Path(path).stem}.json"
 
 
 def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
@@ -131,9 +144,18 @@ def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
 
 
 def damage(out: Location, shard: Shard) -> str | None:
-    """What is wrong with a shard's file, compared by content; None if nothing is."""
+    """What is wrong with a shard's file, compared by content; None if nothing is.
+
+    Raises:
+        StoreError: an object store does not answer, or refuses.
+    """
     try:
-        digest = file_digest(out / shard.path)
+        with reached(out):
+            digest = file_digest(out / shard.path)
+    except FileNotFoundError:
+        return f"{shard.path} is missing"
+    except StoreError:
+        raise
     except OSError as error:
         return f"{shard.path} cannot be read: {error.strerror}"
     return None if digest == shard.sha256 else f"{shard.path} is not what was written: its SHA-256 differs"

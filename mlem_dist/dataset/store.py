@@ -7,37 +7,57 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from upath import UPath
+from typing import TYPE_CHECKING, TypeAlias
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, replace_file
 
-Location = Path | UPath
+if TYPE_CHECKING:
+    from upath import UPath
+
+Location: TypeAlias = "Path | UPath"
 """A path, or what fsspec finds under a URL such as s3://BUCKET/NAME."""
+
+S3, GOOGLE, AZURE = "s3fs", "gcsfs", "adlfs"
+PACKAGES = {"s3": S3, "s3a": S3, "gs": GOOGLE, "gcs": GOOGLE, "az": AZURE, "abfs": AZURE, "abfss": AZURE}
+"""By kind of URL: stores in which an object is there whole or not at all, and the package that each needs."""
+
+
+class StoreError(OSError):
+    """An object store does not answer, or refuses."""
 
 
 def parse_location(text: str) -> Location:
     """The folder of a path or URL.
 
     Raises:
-        UsageError: no such kind of URL is known, or its package is not installed.
+        UsageError: the URL is of another kind than those of `PACKAGES` and file, names no bucket or has a part that a
+            folder cannot have; or its package is not installed.
     """
     kind, is_url, place = text.partition("://")
+    kind, parts = kind.lower(), place.rstrip("/").split("/")
     if not is_url:
         return Path(text)
+    if kind in ("file", "local"):
+        return Path(place)
+    if kind not in PACKAGES:
+        raise UsageError(f"{text}: expected a path or a URL of the kinds {', '.join(PACKAGES)}, as s3://BUCKET/NAME")
+    if {"", ".", ".."} & {*parts}:
+        raise UsageError(f"{text}: expected a bucket and names of folders without . and .., as {kind}://BUCKET/NAME")
+    if kind in ("s3", "s3a", "gs", "gcs") and "@" in parts[0]:
+        raise UsageError(f"{kind}://...@...: expected {kind}://BUCKET/NAME; credentials belong in the environment")
+    from upath import UPath
+
     try:
-        if not place.strip("/"):
-            raise ValueError("it names no place")
         # Of what other processes write, a listing from before says nothing.
-        found = UPath(f"{kind}://{place.rstrip('/')}", use_listings_cache=False)
-        # Refused where there is no bucket.
-        found / "data"
-        return Path(found.path) if "file" in found.fs.protocol else found
-    except (ImportError, ValueError) as error:
-        raise UsageError(
-            f"{text} cannot be opened: {error}; expected a path or a URL such as s3://BUCKET/NAME"
-        ) from None
+        found = UPath(f"{kind}://{'/'.join(parts)}", use_listings_cache=False)
+        assert found.fs
+    except ImportError:
+        package = PACKAGES[kind]
+        raise UsageError(f"{text} needs the package {package}, which is not installed: pip install {package}") from None
+    except Exception as error:
+        raise UsageError(f"{text} cannot be opened: {_said(error)}; expected {kind}://BUCKET/NAME") from None
+    return found
 
 
 def check_location(out: Location) -> None:
@@ -50,25 +70,32 @@ def check_location(out: Location) -> None:
         return check_writable(out)
     try:
         with reached(out):
-            found = out.exists()
-            # Some may list their own folder only.
-            with suppress(PermissionError):
-                found = found or out.fs.exists(out.drive)
-    except OSError as error:
+            # Some may see their own folder only.
+            if not out.exists():
+                with suppress(PermissionError):
+                    out.fs.info(out.drive)
+    except FileNotFoundError:
+        raise UsageError(f"--out {out}: there is no bucket {out.drive}; make it, or choose another place") from None
+    except StoreError as error:
         raise UsageError(f"--out {error}") from None
-    if not found:
-        raise UsageError(f"--out {out}: there is no bucket {out.drive}; make it, or choose another place")
 
 
 @contextmanager
 def reached(out: Location) -> Iterator[None]:
-    """What an object store raises, each errors of its own, as OSError that names the place."""
+    """What an object store raises, each errors of its own, as one that names the place.
+
+    Raises:
+        StoreError: it does not answer, or refuses.
+        FileNotFoundError: something is not there.
+    """
     try:
         yield
+    except (FileNotFoundError, StoreError, UsageError):
+        raise
     except Exception as error:
-        if isinstance(out, Path) or isinstance(error, FileNotFoundError):
+        if isinstance(out, Path):
             raise
-        raise OSError(f"{out} cannot be reached: {_said(error)}; check the name and the credentials") from None
+        raise StoreError(f"{out} cannot be reached: {_said(error)}; check the name and the credentials") from None
 
 
 def publish(path: Location, content: str | bytes, work: Location) -> None:
@@ -89,26 +116,43 @@ def publish(path: Location, content: str | bytes, work: Location) -> None:
         # The object is there when its upload is complete.
         path.fs.pipe_file(path.path, content if isinstance(content, bytes) else content.encode())
     except Exception as error:
-        raise OSError(f"{path} cannot be written: {_said(error)}; mend that, and the same command goes on") from None
+        raise StoreError(f"{path} cannot be written: {_said(error)}; mend that, and the same command goes on") from None
+
+
+def read_whole(path: Location) -> bytes:
+    """A small file's content.
+
+    Raises:
+        OSError: as `reached`, or the file cannot be read.
+    """
+    if isinstance(path, Path):
+        return path.read_bytes()
+    with reached(path):
+        return bytes(path.fs.cat_file(path.path))
 
 
 def listed(folder: Location) -> dict[str, int]:
     """What is in a folder, by name, with its bytes; nothing where there is no folder.
 
     By one listing and not by a look at each: there may be very many.
+
+    Raises:
+        OSError: as `reached`, or the folder may not be read.
     """
     found = {}
-    if isinstance(folder, Path):
-        with suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                found[entry.name] = 0
-                # A link to nothing has no size.
-                with suppress(OSError):
-                    found[entry.name] = entry.stat().st_size
-        return found
     with suppress(FileNotFoundError), reached(folder):
+        if isinstance(folder, Path):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    found[entry.name] = 0
+                    # A link to nothing has no size.
+                    with suppress(OSError):
+                        found[entry.name] = entry.stat().st_size
+            return found
         for one in folder.fs.ls(folder.path, detail=True):
-            found[one["name"].rstrip("/").rpartition("/")[2]] = one["size"]
+            # Some tools mark a folder by an empty object of its name.
+            if (name := one["name"].rstrip("/")) != folder.path.rstrip("/"):
+                found[name.rpartition("/")[2]] = one["size"]
     return found
 
 
@@ -122,4 +166,4 @@ def remove_folder(folder: Location) -> None:
 
 
 def _said(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__

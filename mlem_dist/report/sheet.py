@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from mlem_dist.dataset.manifest import finished_shards, read_manifest
-from mlem_dist.dataset.store import Location, publish
+from mlem_dist.dataset.store import Location, publish, reached
 from mlem_dist.errors import UsageError
 
 COLUMNS, SCALE = 12, 2
@@ -26,7 +26,7 @@ def contact_sheet(out: Location) -> Image.Image:
     rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
     for path in sorted(finished_shards(out, manifest)):
         try:
-            with (out / path).open("rb") as opened:
+            with reached(out), (out / path).open("rb") as opened:
                 file = pq.ParquetFile(opened)
                 groups = (file.read_row_group(group).to_pylist() for group in range(file.num_row_groups))
                 for i, record in chain.from_iterable(map(enumerate, groups)):

@@ -133,7 +133,8 @@ class Cell:
         if self._in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker is there, which follows the file.
-        marked = whole_shards(self.out, marked_shards(self.out))
+        given = [shard_path(shard, self.job.shards) for shard in self._given]
+        marked = whole_shards(self.out, marked_shards(self.out, given))
         made: list[int] = []
         lost: list[int] = []
         for shard in self._given:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlem_dist.dataset.manifest import NAME, Manifest, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
-from mlem_dist.dataset.store import Location
+from mlem_dist.dataset.store import Location, listed
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job
@@ -60,21 +60,32 @@ def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
             )
 
 
+def _check_alone(dataset: Dataset) -> None:
+    """Refuse to go on where another run has begun at the same moment, and has its manifest there."""
+    if read_manifest(dataset.out).fingerprint != dataset.manifest.fingerprint:
+        raise RuntimeError(
+            f"a run of another configuration has begun in {dataset.out} at the same time, and the shards are of both; "
+            "choose another folder for one of them, and let `mlem-dist verify` check the other"
+        )
+
+
 def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:
     """Make the missing shards and finish the dataset, with the engine's progress.
 
     Raises:
-        RuntimeError: shards that were written are not there.
+        RuntimeError: shards that were written are not there, or another run has begun in the same place.
     """
     # Another run of the same command may have begun or finished it meanwhile.
     dataset = open_dataset(dataset.job, ladder, dataset.out)
     if dataset.manifest.shards and not dataset.missing:
         return
     # One that is there may just have become that of a finished dataset.
-    if not (dataset.out / NAME).exists():
+    if NAME not in listed(dataset.out):
         dataset.manifest.write(dataset.out)
+    _check_alone(dataset)
     if dataset.missing:
         yield from engine(dataset.missing)
+    _check_alone(dataset)
     done = finished_shards(dataset.out, dataset.manifest)
     if len(done) < dataset.job.shards:
         if read_manifest(dataset.out).shards:

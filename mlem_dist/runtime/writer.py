@@ -5,13 +5,12 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 
 from mlem_dist.dataset.manifest import NAME
 from mlem_dist.dataset.shards import Shard, write_shard
-from mlem_dist.dataset.store import Location
+from mlem_dist.dataset.store import Location, listed
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.progress import Work
 
@@ -28,14 +27,14 @@ class Writer:
         Raises:
             UsageError: the dataset that the driver has begun is not seen from here.
         """
-        seen = False
-        # An object store that this node has no credentials for has errors of its own.
-        with suppress(Exception):
-            seen = (self.out / NAME).exists()
+        try:
+            seen, why = NAME in listed(self.out), ""
+        except OSError as error:
+            seen, why = False, f" ({error})"
         if not seen:
             raise UsageError(
-                f"--out {self.out} is not seen on node {platform.node()}; choose a folder on a file system that all "
-                "nodes share, or give every node the credentials of the object store"
+                f"--out {self.out} is not seen on node {platform.node()}{why}; choose a folder on a file system that "
+                "all nodes share, or give every node the credentials of the object store"
             )
 
     def write(self, shard: int, first_id: int, label: Sequence[int], *blocks: np.ndarray) -> tuple[Work, Shard]:

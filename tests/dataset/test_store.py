@@ -11,16 +11,19 @@ import boto3
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
-from mlem_dist.dataset.manifest import check_out, read_manifest
+from mlem_dist.dataset.manifest import Manifest, check_out, read_manifest
 from mlem_dist.dataset.shards import damage, foreign, marked_shards
-from mlem_dist.dataset.store import Location, parse_location
+from mlem_dist.dataset.store import Location, StoreError, check_location, parse_location
 from mlem_dist.errors import UsageError
 from mlem_dist.report.sheet import save_contact_sheet
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
 
+LOST = EndpointConnectionError(endpoint_url="http://nowhere")
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 BUCKET = "images"
 
@@ -92,7 +95,7 @@ def test_damage_and_foreign_files_in_a_store_are_found(server, fashion, make_job
     client.delete_object(Bucket=BUCKET, Key=f"damaged/{shards[1].path}")
     said = [damage(out, shard) for shard in shards]
     assert "SHA-256 differs" in said[0]
-    assert "cannot be read" in said[1]
+    assert "is missing" in said[1]
     assert said[2] is None
     assert foreign(out, shards) == ["data/more.parquet"]
     assert open_dataset(job, fashion, out).missing == (1,)
@@ -115,12 +118,111 @@ def test_another_configuration_and_something_else_are_refused(server, fashion, m
         open_dataset(job, fashion, parse_location(f"s3://{BUCKET}/else"))
 
 
+def test_any_name_will_do(server, fashion, make_job):
+    """Some mean something in patterns, and some tools mark a folder by an empty object."""
+    job = make_job()
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="run[1]/a b*/", Body=b"")
+    out = parse_location(f"S3://{BUCKET}/run[1]/a b*/")
+    make(job, fashion, out)
+    shards = read_manifest(out).shards
+    assert len(shards) == 3
+    assert foreign(out, shards) == []
+    assert open_dataset(job, fashion, out).missing == ()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A function by which requests of a kind, for keys that hold a text, fail with an error."""
+
+    def fail(operation: str, part: str, error: Exception) -> None:
+        whole = S3FileSystem._call_s3
+
+        async def call(self, method, *arguments, **options):
+            if method == operation and part in options.get("Key", options.get("Prefix", "")):
+                raise error
+            return await whole(self, method, *arguments, **options)
+
+        monkeypatch.setattr(S3FileSystem, "_call_s3", call)
+
+    return fail
+
+
+@pytest.mark.parametrize(("part", "marked"), [("data/", 0), (".mlem/", 0), ("nothing", 3)])
+def test_a_marker_follows_its_shard(server, fashion, make_job, failing, part, marked):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/cut/{part}{marked}")
+    open_dataset(job, fashion, out).manifest.write(out)
+    failing("put_object", f"{part}train-", LOST)
+    if not marked:
+        with pytest.raises(OSError, match=r"train-00000-of-00003.* cannot be written: Could not connect"):
+            list(run_inline(job, fashion, out, range(3), 1))
+    else:
+        list(run_inline(job, fashion, out, range(3), 1))
+    assert len(marked_shards(out)) == marked
+    assert len(open_dataset(job, fashion, out).missing) == 3 - marked
+
+
+@pytest.mark.parametrize("error", [LOST, PermissionError("Forbidden"), OSError(121, "InternalError")])
+@pytest.mark.parametrize(("operation", "part"), [("list_objects_v2", "told"), ("get_object", ".mlem/")])
+def test_what_is_out_of_reach_is_not_missing(server, fashion, make_job, failing, operation, part, error):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/told")
+    open_dataset(job, fashion, out).manifest.write(out)
+    list(run_inline(job, fashion, out, range(3), 1))
+    failing(operation, part, error)
+    with pytest.raises((StoreError, UsageError), match=f"s3://{BUCKET}/told.* cannot be reached: ") as raised:
+        open_dataset(job, fashion, out)
+    assert str(error).split("] ")[-1].partition(":")[0] in str(raised.value)
+
+
+def test_a_shard_out_of_reach_is_not_damaged(server, fashion, make_job, failing):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/far")
+    make(job, fashion, out)
+    shards = read_manifest(out).shards
+    failing("get_object", "data/train-00001", LOST)
+    assert damage(out, shards[0]) is None
+    with pytest.raises(StoreError, match="cannot be reached: Could not connect"):
+        damage(out, shards[1])
+
+
+def test_a_marked_shard_of_another_size_is_made_again(server, fashion, make_job):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/size")
+    open_dataset(job, fashion, out).manifest.write(out)
+    list(run_inline(job, fashion, out, range(3), 1))
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="size/data/train-00002-of-00003.parquet", Body=b"cut short")
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="size/.mlem/train-00000-of-00003.json", Body=b"{")
+    assert open_dataset(job, fashion, out).missing == (0, 2)
+
+
+def test_who_may_see_no_more_of_a_bucket_than_the_folder_may_write_there(server, failing):
+    out = parse_location(f"s3://{BUCKET}/mine")
+    failing("head_bucket", "", PermissionError("Forbidden"))
+    check_location(out)
+    failing("list_objects_v2", "mine", PermissionError("Forbidden"))
+    with pytest.raises(UsageError, match=f"--out {out} cannot be reached: Forbidden"):
+        check_location(out)
+
+
+def test_two_configurations_begun_at_once_do_not_both_end_well(server, fashion, make_job):
+    job, out = make_job(), parse_location(f"s3://{BUCKET}/both")
+
+    def meanwhile(shards):
+        open_dataset(job, fashion, out)
+        Manifest(make_job(seed=4).config, fashion.labels, {}, {}, ()).write(out)
+        yield from run_inline(job, fashion, out, shards, 1)
+
+    with pytest.raises(RuntimeError, match="another configuration has begun"):
+        list(complete(open_dataset(job, fashion, out), fashion, meanwhile))
+
+
 def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
     for text, message in (
         ("s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
-        ("s3:///x", "bucket"),
-        ("s3://", "names no place"),
-        ("nothing://x", "cannot be opened: .*nothing"),
+        ("s3:///x", "expected a bucket"),
+        ("s3://", "expected a bucket"),
+        ("s3://a//b", "expected a bucket"),
+        ("s3://a/../b", "expected a bucket"),
+        ("s3://key:secret@a/b", "s3://...@...: .*credentials belong in the environment"),
+        ("gs://a/b", "needs the package gcsfs"),
+        ("memory://x", "memory://x: expected a path or a URL of the kinds s3"),
     ):
         with pytest.raises(UsageError, match=message):
             check_out(parse_location(text), {})
