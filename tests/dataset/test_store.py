@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import boto3
@@ -22,6 +23,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.report.sheet import save_contact_sheet
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
+from mlem_dist.solver.plan import single_level
 
 LOST = EndpointConnectionError(endpoint_url="http://nowhere")
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
@@ -42,6 +44,12 @@ def server() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield f"{host}:{port}"
     server.stop()
+
+
+@pytest.fixture
+def cheap(make_job, fashion):
+    """A job that calls the Gaussian level only, but for its seed."""
+    return partial(make_job, single_level(1, len(fashion.levels), 12))
 
 
 def objects(folder: Location) -> dict[str, bytes]:
@@ -83,8 +91,8 @@ def test_a_dataset_in_a_store_is_that_in_a_folder_also_after_a_stop(server, fash
     assert read["sample_id"].to_pylist() == list(range(44))
 
 
-def test_damage_and_foreign_files_in_a_store_are_found(server, fashion, make_job):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/damaged")
+def test_damage_and_foreign_files_in_a_store_are_found(server, fashion, cheap):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/damaged")
     make(job, fashion, out)
     shards = read_manifest(out).shards
     assert [damage(out, shard) for shard in shards] == [None] * 3
@@ -101,26 +109,26 @@ def test_damage_and_foreign_files_in_a_store_are_found(server, fashion, make_job
     assert open_dataset(job, fashion, out).missing == (1,)
 
 
-def test_the_contact_sheet_lies_with_the_dataset(server, fashion, make_job):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/sheet")
+def test_the_contact_sheet_lies_with_the_dataset(server, fashion, cheap):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/sheet")
     make(job, fashion, out)
     assert str(save_contact_sheet(out)) == f"s3://{BUCKET}/sheet/preview.png"
     assert objects(out)["preview.png"].startswith(b"\x89PNG")
 
 
-def test_another_configuration_and_something_else_are_refused(server, fashion, make_job):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/begun")
+def test_another_configuration_and_something_else_are_refused(server, fashion, cheap):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/begun")
     open_dataset(job, fashion, out).manifest.write(out)
     with pytest.raises(UsageError, match="seed was 3, now 4"):
-        open_dataset(make_job(seed=4), fashion, out)
+        open_dataset(cheap(seed=4), fashion, out)
     boto3.client("s3").put_object(Bucket=BUCKET, Key="else/file", Body=b"x")
     with pytest.raises(UsageError, match="holds something else"):
         open_dataset(job, fashion, parse_location(f"s3://{BUCKET}/else"))
 
 
-def test_any_name_will_do(server, fashion, make_job):
+def test_any_name_will_do(server, fashion, cheap):
     """Some mean something in patterns, and some tools mark a folder by an empty object."""
-    job = make_job()
+    job = cheap()
     boto3.client("s3").put_object(Bucket=BUCKET, Key="run[1]/a b*/", Body=b"")
     out = parse_location(f"S3://{BUCKET}/run[1]/a b*/")
     make(job, fashion, out)
@@ -148,8 +156,8 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize(("part", "marked"), [("data/", 0), (".mlem/", 0), ("nothing", 3)])
-def test_a_marker_follows_its_shard(server, fashion, make_job, failing, part, marked):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/cut/{part}{marked}")
+def test_a_marker_follows_its_shard(server, fashion, cheap, failing, part, marked):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/cut/{part}{marked}")
     open_dataset(job, fashion, out).manifest.write(out)
     failing("put_object", f"{part}train-", LOST)
     if not marked:
@@ -163,8 +171,8 @@ def test_a_marker_follows_its_shard(server, fashion, make_job, failing, part, ma
 
 @pytest.mark.parametrize("error", [LOST, PermissionError("Forbidden"), OSError(121, "InternalError")])
 @pytest.mark.parametrize(("operation", "part"), [("list_objects_v2", "told"), ("get_object", ".mlem/")])
-def test_what_is_out_of_reach_is_not_missing(server, fashion, make_job, failing, operation, part, error):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/told")
+def test_what_is_out_of_reach_is_not_missing(server, fashion, cheap, failing, operation, part, error):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/told")
     open_dataset(job, fashion, out).manifest.write(out)
     list(run_inline(job, fashion, out, range(3), 1))
     failing(operation, part, error)
@@ -173,8 +181,8 @@ def test_what_is_out_of_reach_is_not_missing(server, fashion, make_job, failing,
     assert str(error).split("] ")[-1].partition(":")[0] in str(raised.value)
 
 
-def test_a_shard_out_of_reach_is_not_damaged(server, fashion, make_job, failing):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/far")
+def test_a_shard_out_of_reach_is_not_damaged(server, fashion, cheap, failing):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/far")
     make(job, fashion, out)
     shards = read_manifest(out).shards
     failing("get_object", "data/train-00001", LOST)
@@ -183,8 +191,8 @@ def test_a_shard_out_of_reach_is_not_damaged(server, fashion, make_job, failing)
         damage(out, shards[1])
 
 
-def test_a_marked_shard_of_another_size_is_made_again(server, fashion, make_job):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/size")
+def test_a_marked_shard_of_another_size_is_made_again(server, fashion, cheap):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/size")
     open_dataset(job, fashion, out).manifest.write(out)
     list(run_inline(job, fashion, out, range(3), 1))
     boto3.client("s3").put_object(Bucket=BUCKET, Key="size/data/train-00002-of-00003.parquet", Body=b"cut short")
@@ -201,12 +209,12 @@ def test_who_may_see_no_more_of_a_bucket_than_the_folder_may_write_there(server,
         check_location(out)
 
 
-def test_two_configurations_begun_at_once_do_not_both_end_well(server, fashion, make_job):
-    job, out = make_job(), parse_location(f"s3://{BUCKET}/both")
+def test_two_configurations_begun_at_once_do_not_both_end_well(server, fashion, cheap):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/both")
 
     def meanwhile(shards):
         open_dataset(job, fashion, out)
-        Manifest(make_job(seed=4).config, fashion.labels, {}, {}, ()).write(out)
+        Manifest(cheap(seed=4).config, fashion.labels, {}, {}, ()).write(out)
         yield from run_inline(job, fashion, out, shards, 1)
 
     with pytest.raises(RuntimeError, match="another configuration has begun"):
@@ -242,17 +250,17 @@ def test_a_file_url_is_a_path(tmp_path):
     assert str(parse_location("s3://a/b/") / "data") == "s3://a/b/data"
 
 
-def test_ray_writes_to_a_store(server, tmp_path):
-    """The command whole, its actors other processes; the second one finds nothing to do."""
-    made = {}
-    for out in (f"s3://{BUCKET}/by-ray", str(tmp_path / "out")):
-        command = [SCRIPT, "generate", "--num", "40", "--out", out, "--steps", "20", "--nfe", "4", "--block-size", "8"]
-        command += ["--shard-size", "16", "--device", "cpu", "--devices", "1", "--json"]
-        command += ["--engine", "inline"] if out.startswith(str(tmp_path)) else ["--address", "local"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-        made[out] = json.loads(done.stdout)["made"]
-    assert set(made.values()) == {40}
-    out = parse_location(f"s3://{BUCKET}/by-ray")
-    assert objects(out) == files(tmp_path / "out")
-    again = subprocess.run([SCRIPT, "verify", str(out)], capture_output=True, text=True, check=True)
+def test_ray_writes_to_a_store(server):
+    """The command whole, its actors other processes."""
+    out = f"s3://{BUCKET}/by-ray"
+    command = [SCRIPT, "generate", "--num", "40", "--out", out, "--steps", "20", "--nfe", "4", "--block-size", "8"]
+    command += ["--shard-size", "16", "--device", "cpu", "--devices", "1", "--address", "local", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert json.loads(done.stdout)["made"] == 40
+    assert set(objects(parse_location(out))) == {
+        "README.md",
+        "mlem.json",
+        *(f"data/train-{i:05d}-of-00003.parquet" for i in range(3)),
+    }
+    again = subprocess.run([SCRIPT, "verify", out], capture_output=True, text=True, check=True)
     assert again.stdout == f"{out}: all 3 shards are as they were written.\n"
