@@ -73,11 +73,10 @@ def _sync(path: Path) -> None:
 
 def file_digest(path: Path | UPath) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    # fsspec's files can be read into, though their type does not say so.
+    opened: Any = path.open("rb")
+    with opened as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_object(path: Path | UPath, what: str) -> dict[str, Any]:

@@ -85,6 +85,13 @@ def read_manifest(out: Location) -> Manifest:
         raise UsageError(f"manifest {out / NAME} has a missing, unknown or malformed entry: {error}") from None
 
 
+def changed(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
+    """The keys by which a configuration is another than that of a manifest."""
+    # The same ladder may lie elsewhere now: its digest is another key.
+    known = {*config, *manifest.config} - {"ladder"}
+    return sorted(key for key in known if config.get(key) != manifest.config.get(key))
+
+
 def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
     """The manifest of an earlier run of the same configuration in `out`, or None for a fresh folder. Touches nothing.
 
@@ -99,10 +106,7 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
     if NAME not in there:
         raise UsageError(f"--out {out} holds something else (no {NAME}); choose an empty or new folder")
     manifest = read_manifest(out)
-    # The same ladder may lie elsewhere now: its digest is another key.
-    known = {*config, *manifest.config} - {"ladder"}
-    keys = sorted(key for key in known if config.get(key) != manifest.config.get(key))
-    if keys:
+    if keys := changed(manifest, config):
         changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)
         raise UsageError(f"--out {out} holds a run of another configuration ({changes}); choose another folder")
     return manifest

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mlem_dist.dataset.manifest import NAME, Manifest, check_out, finish, finished_shards, read_manifest
+from mlem_dist.dataset.manifest import NAME, Manifest, changed, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
 from mlem_dist.dataset.store import Location, listed
 from mlem_dist.errors import UsageError
@@ -62,7 +62,7 @@ def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
 
 def _check_alone(dataset: Dataset) -> None:
     """Refuse to go on where another run has begun at the same moment, and has its manifest there."""
-    if read_manifest(dataset.out).fingerprint != dataset.manifest.fingerprint:
+    if changed(read_manifest(dataset.out), dataset.job.config):
         raise RuntimeError(
             f"a run of another configuration has begun in {dataset.out} at the same time, and the shards are of both; "
             "choose another folder for one of them, and let `mlem-dist verify` check the other"
