@@ -63,13 +63,13 @@ def main(nfe: int, draws: int, out: Path) -> None:
     """One block of 32 samples per solver."""
     ladder = Ladder.load("fashion")
     about: dict[str, Any] = {"machine": platform.machine(), "ladder": ladder.digest}
-    about |= {"nfe": nfe, "steps": STEPS, "draws": draws, "samples": BLOCK}
+    about |= {"nfe": nfe, "steps": STEPS, "draws": draws, "samples": BLOCK["cpu"]}
     kept = json.loads(out.read_text()) if out.exists() else about | {"rows": []}
     rows = kept.pop("rows")
     if kept != about:
         raise click.UsageError(f"{out} is of other options than these; choose another --out")
     for solver in ("ddpm", "ddim"):
-        judge = Judge(ladder, solver, "cpu", STEPS, BLOCK, JUDGING_SEED)
+        judge = Judge(ladder, solver, "cpu", STEPS, BLOCK["cpu"], JUDGING_SEED)
         plans = {family: [plan] for family, plan in fixed(ladder, solver, nfe)}
         for family, choices in DRAWN.items():
             recipe = make_recipe(ladder, ladder.cost("cpu"), solver, STEPS, nfe, **choices)

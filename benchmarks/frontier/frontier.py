@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
@@ -27,7 +28,7 @@ from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
 from mlem_dist.tuning.fit import Fitter
 from mlem_dist.tuning.frontier import Frontier
-from mlem_dist.tuning.judge import BLOCK, Judge, Verdict
+from mlem_dist.tuning.judge import Judge, Verdict
 from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
 from mlem_dist.tuning.recipe import make_recipe
 from mlem_dist.tuning.refine import fitted_plan
@@ -151,7 +152,7 @@ def learned(choosing: Judge, path: Path) -> tuple[Logistic, tuple[int, ...]]:
         return scaled(half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps, "trailing")))
 
     if not path.exists():
-        blocks = choosing.samples // BLOCK
+        blocks = choosing.samples // choosing.block
         noises = [choosing.noise(block, LEARN_STEPS) for block in range(blocks)]
         path_of_all = torch.stack([torch.cat([z(i) for z in noises]) for i in range(-1, LEARN_STEPS)])
         steps = learn(
@@ -191,7 +192,7 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
     import diffusers
 
     kind, options = FAST[name]
-    best = judge.levels[len(judge.levels)]
+    best = as_run(judge.levels[len(judge.levels)], judge.device)
 
     @torch.inference_mode()
     def end(block: int) -> Tensor:
@@ -199,7 +200,7 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
         scheduler.set_timesteps(steps)
         x = judge.noise(block, steps=len(judge.fine))(-1)
         for t in scheduler.timesteps:
-            times = torch.full((BLOCK,), int(t), dtype=torch.int64, device=x.device)
+            times = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
             x = scheduler.step(best(x, times, judge.label(block)), t, x).prev_sample
         return x
 
@@ -223,7 +224,7 @@ def main(name: str, solver: str, samples: int, device: str, families: tuple[str,
         "solver": solver,
         "machine": f"{platform.machine()}, one thread" if device == "cpu" else torch.cuda.get_device_name(),
         "samples": samples,
-        "block_size": BLOCK,
+        "block_size": judge.block,
         "reference": f"{ladder.levels[-1].name}, {BASE_STEPS} steps",
         "best_level_seconds": float(ladder.cost(device)[-1]),
     }

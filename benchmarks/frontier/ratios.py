@@ -15,7 +15,6 @@ import click
 import numpy as np
 
 from mlem_dist.tuning.frontier import Frontier, Row, lower_envelope
-from mlem_dist.tuning.judge import BLOCK
 
 ERRORS = (1e-2, 3e-3, 1e-3, 3e-4)
 BASELINES = {"EM": ("EM",), "fast solvers": ("DPM-Solver++", "UniPC")}
@@ -49,10 +48,10 @@ def ratios(family: Curve, baseline: Curve) -> np.ndarray:
     return np.exp(found)
 
 
-def resampled(samples: int, rng: np.random.Generator) -> np.ndarray:
+def resampled(samples: int, block: int, rng: np.random.Generator) -> np.ndarray:
     """Sample numbers: blocks drawn with replacement, as the samples of one share a plan, and samples within them."""
-    blocks = rng.integers(samples // BLOCK, size=samples // BLOCK)
-    return (blocks[:, None] * BLOCK + rng.integers(BLOCK, size=(len(blocks), BLOCK))).ravel()
+    blocks = rng.integers(samples // block, size=samples // block)
+    return (blocks[:, None] * block + rng.integers(block, size=(len(blocks), block))).ravel()
 
 
 @click.command()
@@ -67,7 +66,10 @@ def main(path: Path) -> None:
     }
     rng = np.random.default_rng(0)
     # The first one is the result, the others make its interval.
-    indices = [np.arange(about["samples"]), *(resampled(about["samples"], rng) for _ in range(RESAMPLES))]
+    indices = [
+        np.arange(about["samples"]),
+        *(resampled(about["samples"], about["block_size"], rng) for _ in range(RESAMPLES)),
+    ]
     curves = {family: [curve(chosen, index) for index in indices] for family, chosen in families.items()}
     found = []
     for name, starts in BASELINES.items():

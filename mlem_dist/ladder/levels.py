@@ -84,8 +84,10 @@ class GaussianLevel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
         flat = x.flatten(1)
-        out = torch.empty_like(flat)
         a = self.alpha_bar[t][:, None]
+        if x.is_cuda:
+            return self._gathered(flat, a, label).view_as(x)
+        out = torch.empty_like(flat)
         # A loop over the classes present: gathering one basis per sample would move far more memory than it computes.
         for c in label.unique().tolist():
             rows = (label == c).nonzero(as_tuple=True)[0]
@@ -96,6 +98,15 @@ class GaussianLevel(nn.Module):
             thin = ((inside - outside) * (centred @ self.basis[c])) @ self.basis[c].T
             out[rows] = (1 - ac).sqrt() * (outside * centred + thin)
         return out.view_as(x)
+
+    def _gathered(self, x: Tensor, a: Tensor, label: Tensor) -> Tensor:
+        """The same for x (B, d) and a (B, 1) by kernels that do not depend on values, as a CUDA graph needs them."""
+        basis, residual = self.basis[label], self.residual[label][:, None]
+        centred = x - a.sqrt() * self.mean[label]
+        outside = 1 / (a * residual + 1 - a)
+        inside = 1 / (a * self.variance[label] + 1 - a)
+        thin = (inside - outside) * torch.bmm(centred[:, None], basis)[:, 0]
+        return (1 - a).sqrt() * (outside * centred + torch.bmm(basis, thin[:, :, None])[:, :, 0])
 
     def affine(self, t: np.ndarray) -> AffineDrift:
         """The same drift at timesteps t (N,), as numbers by eigenmode."""

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.files import read_object, replace_file
+from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import LADDER, Ladder
 from mlem_dist.ladder.memory import keep_memory
 
 WARM, REPEATS = 2, 7
 """Evaluations before those that are timed, and those."""
+
+BATCH = {"cpu": 64, "cuda": 512}
+"""Samples by which a level's cost is measured, by device type: about a block."""
 
 
 @torch.inference_mode()
@@ -23,7 +27,7 @@ def seconds_per_sample(
     shape: tuple[int, int, int],
     classes: int,
     device: str,
-    batch: int = 64,
+    batch: int,
     warm: int = WARM,
     repeats: int = REPEATS,
 ) -> float:
@@ -58,7 +62,11 @@ def measure_costs(ladder: Ladder) -> Ladder:
     for number, entry in enumerate(raw["levels"], 1):
         seconds = {
             device: seconds_per_sample(
-                ladder.load_level(number, device), ladder.sample_shape, len(ladder.labels), device
+                as_run(ladder.load_level(number, device), device),
+                ladder.sample_shape,
+                len(ladder.labels),
+                device,
+                BATCH[device],
             )
             for device in devices
         }

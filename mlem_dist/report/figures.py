@@ -12,7 +12,7 @@ from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.planner import Capacity
 from mlem_dist.training.train import LOG, read_log
-from mlem_dist.tuning.calibrate import BATCHES, Calibration
+from mlem_dist.tuning.calibrate import Calibration
 from mlem_dist.tuning.frontier import Frontier, lower_envelope
 from mlem_dist.tuning.gamma import Reading
 
@@ -37,7 +37,8 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
     """Both readings of gamma as lines in logarithmic axes; on the left Figure 2 of Jacot, arXiv:2603.24594."""
     figure = _figure(f"{ladder.name} on {calibration.device}", 1, 2, 4.4, sharex=True)
     left, right = figure.axes
-    ms = [level.seconds[BATCHES[-1]] * 1e3 for level in calibration.levels]
+    batch = max(calibration.levels[0].seconds)
+    ms = [level.seconds[batch] * 1e3 for level in calibration.levels]
     names = [level.name for level in calibration.levels]
     rms = np.array([level.rms_error for level in calibration.levels])
     error, increments = calibration.gamma.get("error"), calibration.gamma.get("increments")
@@ -53,9 +54,7 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
     if increments:
         _line(right, increments)
     for axes, title in ((left, "RMS denoising error"), (right, "RMS increment over the next lower level")):
-        axes.set(
-            xscale="log", yscale="log", xlabel=f"ms per sample, batch {BATCHES[-1]}", ylabel="per value", title=title
-        )
+        axes.set(xscale="log", yscale="log", xlabel=f"ms per sample, batch {batch}", ylabel="per value", title=title)
         axes.margins(x=0.15, y=0.12)
         axes.legend()
     return figure

@@ -7,7 +7,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schedule import BANDS
 from mlem_dist.runtime.placement import pools_text
 from mlem_dist.runtime.planner import Capacity, Forecast
-from mlem_dist.tuning.calibrate import BATCHES, Calibration
+from mlem_dist.tuning.calibrate import Calibration
 from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
 
@@ -30,27 +30,27 @@ def ladder_table(ladder: Ladder) -> str:
 
 def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
     """What was measured: a table of the levels, one of the noise bands, gamma, and the predicted speed-up."""
-    solvers = calibration.solvers.items()
+    solvers, batches = calibration.solvers.items(), list(calibration.levels[0].seconds)
     head = f"{ladder.name} on {calibration.device}, torch {calibration.torch}, digest {ladder.digest[:12]}"
     levels = [
         [
-            *("", "level", *(f"ms, batch {batch}" for batch in BATCHES), "RMS error"),
+            *("", "level", *(f"ms, batch {batch}" for batch in batches), "RMS error"),
             *(f"{quantity} {name}" for quantity in ("increment", "effect") for name, _ in solvers),
         ]
     ]
     for k, level in enumerate(calibration.levels):
         levels.append(
             [
-                *(str(k + 1), level.name, *(f"{level.seconds[batch] * 1e3:.3f}" for batch in BATCHES)),
+                *(str(k + 1), level.name, *(f"{level.seconds[batch] * 1e3:.3f}" for batch in batches)),
                 f"{level.rms_error:.4f}",
                 *(f"{solver.increments[k].mean() ** 0.5:.4f}" for _, solver in solvers),
                 *(f"{solver.effect[k].sum() ** 0.5:.4f}" for _, solver in solvers),
             ]
         )
-    fast = [["level", *(f"batch {batch}" for batch in BATCHES)]]
+    fast = [["level", *(f"batch {batch}" for batch in batches)]]
     for level in calibration.levels:
         if level.compiled:
-            pairs = [(level.compiled[batch], level.seconds[batch]) for batch in BATCHES]
+            pairs = [(level.compiled[batch], level.seconds[batch]) for batch in batches]
             fast.append([level.name, *(f"{new * 1e3:.3f} ({old / new:.2f})" for new, old in pairs)])
     compiled = ["ms by torch.compile (times as fast):", _aligned(fast), ""] if len(fast) > 1 else []
     train_steps = len(ladder.alpha_bar)

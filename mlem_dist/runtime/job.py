@@ -186,6 +186,7 @@ class Blocks:
                 )
         self.job = job
         self.ladder = ladder
+        self._latest: tuple[int, Tensor, ClosedForm | None] | None = None
 
     @cached_property
     def table(self) -> StepTable:
@@ -194,8 +195,7 @@ class Blocks:
 
     def label(self, block: int) -> Tensor:
         """int64 (B,): the classes of a block's samples, on the job's device."""
-        first = block * self.job.block_size
-        return torch.tensor([self.job.label(first + i) for i in range(self.job.block_size)], device=self.job.device)
+        return self._labelled(block)[1]
 
     def noise(self, block: int) -> Noise:
         """The block's noise; of whole blocks always, so that a sample does not depend on `num`."""
@@ -210,7 +210,17 @@ class Blocks:
 
     def closed_form(self, block: int) -> ClosedForm | None:
         """How a block takes runs of steps with level 1, if its plan collapses them."""
-        return ClosedForm(self._affine, self.table, self.label(block)) if self.job.plan.collapse else None
+        return self._labelled(block)[2]
+
+    def _labelled(self, block: int) -> tuple[int, Tensor, ClosedForm | None]:
+        """What depends on a block's classes alone, after its first one's place; the last block had mostly the same."""
+        place, size = block * self.job.block_size % len(self.job.labels), self.job.block_size
+        latest = self._latest
+        if latest is None or latest[0] != place:
+            label = torch.tensor([self.job.label(place + i) for i in range(size)], device=self.job.device)
+            form = ClosedForm(self._affine, self.table, label) if self.job.plan.collapse else None
+            latest = self._latest = place, label, form
+        return latest
 
     def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
         """The block's trajectory, to be driven by who evaluates the levels."""

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import UNetLevel
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.memory import keep_memory
-from mlem_dist.runtime.graphs import Graphed
 from mlem_dist.runtime.job import Blocks, Job
 from mlem_dist.runtime.placement import evaluations, levels_of
 from mlem_dist.runtime.progress import Work
@@ -66,9 +65,7 @@ class Levels(dict[int, Drift]):
         with self._lock:
             if number not in self:
                 level = self._ladder.load_level(number, self._device, self._precision)
-                if self._device == "cuda" and isinstance(level, UNetLevel):
-                    level.model = Graphed(level.model)
-                self[number] = self._counted(number, level)
+                self[number] = self._counted(number, as_run(level, self._device))
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
         def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from mlem_dist.solver.steps import StepTable
 
 _ONE = ((0, 0), (1, 0), (0, 0))
 """Padding: one before the steps."""
+
+KNOWN_RUNS = 1000
+"""So many runs' coefficients are kept: blocks that share a plan have the same."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,13 @@ class ClosedForm:
 
     def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, path: bool = False) -> None:
         self.drift, self.table, self.path = drift, table, path
+        self._known: dict[Any, Tensor] = {}
         # Of many classes only those of the block's samples.
         present, self.label = label.unique(return_inverse=True)
         self.gain = drift.gain[present.tolist()]
         self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in present.tolist()]
+        # A GPU has the memory and its bandwidth, and would wait for the many small calls of a loop over classes.
+        self.basis = drift.basis[label] if label.is_cuda else None
         self.mean = Projected(drift.mean[label])
         self._project([self.mean])
 
@@ -82,21 +89,32 @@ class ClosedForm:
             held: the values of h, each with its weight in each step.
             noise: z_i by step.
         """
+        noisy = np.flatnonzero(self.table.c[start : start + len(base)]).tolist()
+        if not self.path:
+            noisy = noisy and [0]
+        values = [x, self.mean, *(value for value, _ in held), *(Projected(noise(start + i)) for i in noisy)]
+        key = start, tuple(base), tuple(tuple(weights) for _, weights in held), x.value.dtype
+        if key not in self._known:
+            if len(self._known) >= KNOWN_RUNS:
+                self._known.clear()
+            coefficients = self._coefficients(start, np.array(base), [np.array(weights) for _, weights in held])
+            self._known[key] = torch.tensor(np.stack(coefficients), dtype=x.value.dtype).to(x.value.device)
+        return self._sum(values, self._known[key])
+
+    def _coefficients(self, start: int, base: np.ndarray, held: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Those of `advance`, (classes, r + 1): of x, the mean, the held values and the noises."""
         steps = slice(start, start + len(base))
         b, c = self.table.b[steps], self.table.c[steps]
-        gain, factor, after = self._factors(start, np.array(base))
+        gain, factor, after = self._factors(start, base)
 
         def carried(what: np.ndarray) -> np.ndarray:
             return np.asarray((after * what).sum(1))
 
-        parts = [(x, after[:, 0] * factor[:, 0])]
-        parts.append((self.mean, -carried((b * self.drift.centre[steps])[:, None] * gain)))
-        parts += [(value, carried((b * np.array(weights))[:, None])) for value, weights in held]
+        found = [after[:, 0] * factor[:, 0], -carried((b * self.drift.centre[steps])[:, None] * gain)]
+        found += [carried((b * weights)[:, None]) for weights in held]
         if self.path:
-            parts += [(Projected(noise(start + i)), after[:, i] * c[i]) for i in np.flatnonzero(c).tolist()]
-        elif c.any():
-            parts.append((Projected(noise(start)), np.sqrt(((after * c[:, None]) ** 2).sum(1))))
-        return self._sum(parts)
+            return found + [after[:, i] * c[i] for i in np.flatnonzero(c).tolist()]
+        return found + ([np.sqrt(((after * c[:, None]) ** 2).sum(1))] if c.any() else [])
 
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
         """What a value with `weights` in the drift of the steps start, start + 1, ... has added to x after them.
@@ -116,7 +134,8 @@ class ClosedForm:
 
     def scaled(self, value: Projected, coefficients: np.ndarray) -> Tensor:
         """(B, d): a value multiplied by float64 (classes, r + 1) in every mode."""
-        return self._sum([(value, coefficients)]).value
+        only = torch.tensor(coefficients[None], dtype=value.value.dtype, device=value.value.device)
+        return self._sum([value], only).value
 
     def _factors(self, start: int, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """By class, step from `start` and mode: gain of w f^1, factor of the step, product of those after it."""
@@ -125,23 +144,26 @@ class ClosedForm:
         factor = self.table.a[steps, None] + self.table.b[steps, None] * gain
         return gain, factor, np.cumprod(np.pad(factor[:, :0:-1], _ONE, constant_values=1.0), axis=1)[:, ::-1]
 
-    def _sum(self, parts: Sequence[tuple[Projected, np.ndarray]]) -> Projected:
-        """sum_q (o_q I + Q diag(i_q - o_q) Q^T) v_q: each v_q times its coefficients (classes, r + 1), i_q and o_q.
+    def _sum(self, values: Sequence[Projected], coefficients: Tensor) -> Projected:
+        """sum_q (o_q I + Q diag(i_q - o_q) Q^T) v_q: each v_q times its coefficients, i_q and o_q.
 
-        i_q (r) are those in the columns of Q and o_q (1) is the one outside them.
+        Of the coefficients (values, classes, r + 1) i_q are those in the columns of Q, o_q the last, outside them.
         """
-        self._project([part for part, _ in parts if part.thin is None])
-        first = parts[0][0].value
-        coefficients = torch.tensor(np.stack([c for _, c in parts]), dtype=first.dtype).to(first.device)[:, self.label]
+        self._project([value for value in values if value.thin is None])
+        coefficients = coefficients[:, self.label]
         inside, outside = coefficients[:, :, :-1], coefficients[:, :, -1:]
-        out, thin, moved = torch.zeros_like(first), torch.zeros_like(inside[0]), torch.zeros_like(inside[0])
-        for q, (part, _) in enumerate(parts):
-            out.addcmul_(outside[q], part.value)
-            thin.addcmul_(inside[q], _thin(part))
-            moved.addcmul_(outside[q], _thin(part))
+        out = torch.zeros_like(values[0].value)
+        thin, moved = torch.zeros_like(inside[0]), torch.zeros_like(inside[0])
+        for q, value in enumerate(values):
+            out.addcmul_(outside[q], value.value)
+            thin.addcmul_(inside[q], _thin(value))
+            moved.addcmul_(outside[q], _thin(value))
         change = thin - moved
-        for c, rows in self.rows:
-            out[rows] += change[rows] @ self.drift.basis[c].T.to(out.dtype)
+        if self.basis is not None:
+            out += torch.bmm(self.basis.to(out.dtype), change[:, :, None])[:, :, 0]
+        else:
+            for c, rows in self.rows:
+                out[rows] += change[rows] @ self.drift.basis[c].T.to(out.dtype)
         return Projected(out, thin)
 
     def _project(self, values: Sequence[Projected]) -> None:
@@ -149,9 +171,12 @@ class ClosedForm:
         if not values:
             return
         stacked = torch.stack([one.value for one in values])
-        thin = stacked.new_empty(*stacked.shape[:2], self.drift.basis.shape[2])
-        for c, rows in self.rows:
-            thin[:, rows] = stacked[:, rows] @ self.drift.basis[c].to(stacked.dtype)
+        if self.basis is not None:
+            thin = torch.bmm(stacked.transpose(0, 1), self.basis.to(stacked.dtype)).transpose(0, 1)
+        else:
+            thin = stacked.new_empty(*stacked.shape[:2], self.drift.basis.shape[2])
+            for c, rows in self.rows:
+                thin[:, rows] = stacked[:, rows] @ self.drift.basis[c].to(stacked.dtype)
         for one, of_it in zip(values, thin, strict=True):
             one.thin = of_it
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import device_key, store_entry
+from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.measure import denoising_errors, seconds_per_sample
+from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schedule import BANDS
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level
@@ -27,7 +28,8 @@ from mlem_dist.solver.steps import ETA, StepTable, step_table
 from mlem_dist.tuning.allocate import nfe_at_error, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 
-BATCHES = (1, 8, 64)
+BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}
+"""Of the times, by device type; by the last one levels are compared."""
 EM_STEPS = (5, 10, 20, 50)
 RESAMPLES = 200
 
@@ -169,7 +171,7 @@ def calibrate(
             denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band, ladder.value_range)
         )
         levels.append(LevelCalibration(level.name, level.kind, seconds, fast, errors[-1].mean(1)))
-    cost = np.array([level.seconds[BATCHES[-1]] for level in levels])
+    cost = np.array([level.seconds[BATCH[device]] for level in levels])
 
     steps = min(steps, len(ladder.alpha_bar))
     number, classes = torch.arange(samples, device=device), max(1, len(ladder.labels))
@@ -191,7 +193,8 @@ def calibrate(
 def _seconds(ladder: Ladder, module: nn.Module, device: str) -> dict[int, float]:
     """Seconds per sample by batch size."""
     return {
-        batch: seconds_per_sample(module, ladder.sample_shape, len(ladder.labels), device, batch) for batch in BATCHES
+        batch: seconds_per_sample(as_run(module, device), ladder.sample_shape, len(ladder.labels), device, batch)
+        for batch in BATCHES[device]
     }
 
 

@@ -31,7 +31,7 @@ from mlem_dist.solver.closed_form import ClosedForm, Projected
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
 from mlem_dist.solver.plan import Plan, Term, extrapolated, on_levels, single_level
 from mlem_dist.solver.steps import half_log_snr
-from mlem_dist.tuning.judge import BLOCK, Judge
+from mlem_dist.tuning.judge import Judge
 
 RIDGE = 1e-3
 """On the factors' distance from those of extrapolated increments, relative to the squares of what they weigh."""
@@ -156,10 +156,10 @@ class Fit:
         return on_levels(Plan(self.fire, weight, previous, collapse=True), self.rungs)
 
 
-def fitting_samples(shape: Sequence[int], steps: int, most: int) -> int:
-    """How many samples of a shape to fit to, a multiple of 32: `most`, or those whose path fits into `PATH_BYTES`."""
+def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> int:
+    """How many samples of a shape to fit to, in whole blocks: `most`, or those whose path fits into `PATH_BYTES`."""
     states = int(PATH_BYTES / (4 * math.prod(shape) * (steps + 1)))
-    return max(BLOCK, min(most, states // BLOCK * BLOCK))
+    return max(block, min(most, states // block * block))
 
 
 class Fitter:
@@ -176,7 +176,7 @@ class Fitter:
         self.table = judge.fine
         self.log_snr = half_log_snr(judge.ladder.alpha_bar, self.table.t)
         self.cost = judge.ladder.cost(judge.device)
-        self.blocks = range(judge.samples // BLOCK)
+        self.blocks = range(judge.samples // judge.block)
         drift = base.affine(self.table.t)
         self.forms = [ClosedForm(drift, self.table, judge.label(block)) for block in self.blocks]
         self.pool = ThreadPoolExecutor(judge.threads)
@@ -208,10 +208,14 @@ class Fitter:
             levels = {k: partial(seen, level) for k, level in self.judge.levels.items()}
             noise = self.judge.noise(block, steps)
             end = integrate(levels, self.table, plan, noise, self.judge.label(block))
-            found[:, block * BLOCK : (block + 1) * BLOCK] = torch.stack([*states, end])
+            found[:, self.rows(block)] = torch.stack([*states, end])
 
         list(self.pool.map(follow, self.blocks))
         return found
+
+    def rows(self, block: int) -> slice:
+        """The samples of a block."""
+        return slice(block * self.judge.block, (block + 1) * self.judge.block)
 
     def search(self, nfe: float, progress: Progress = lambda done, total: None) -> Fit:
         """The fit of at most `nfe` evaluations of the best level whose error on the noises is least, of those tried.
@@ -247,7 +251,7 @@ class Fitter:
     def _best(self, several: Sequence[Times], told: Callable[[], None]) -> Times:
         """The times whose fit to half of the blocks has the least error."""
         # The path is made here, before the fits that run side by side would each make it.
-        half = self.blocks[: -(-self.path.shape[1] // (2 * BLOCK))]
+        half = self.blocks[: -(-len(self.blocks) // 2)]
 
         def error(times: Times) -> float:
             return self._fit_times(times, half).error
@@ -353,7 +357,7 @@ class Block:
         judge = fitter.judge
         self.levels: Mapping[int, Drift] = judge.levels
         self.table, self.label, self.form, self.rungs = judge.fine, judge.label(block), fitter.forms[block], rungs
-        self.path = fitter.path[:, block * BLOCK : (block + 1) * BLOCK]
+        self.path = fitter.path[:, fitter.rows(block)]
         self.x: Tensor = self.path[0]
         self.at = 0
         self.values: dict[int, list[Projected]] = {r: [] for r in range(1, len(rungs))}

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder, save_tensors
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.memory import keep_memory
@@ -22,8 +23,8 @@ from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coa
 from mlem_dist.solver.plan import Plan, Recipe, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
 
-BLOCK = 32
-"""Samples that advance together; those of a block share a drawn plan."""
+BLOCK = {"cpu": 32, "cuda": 128}
+"""Samples that advance together, by device type, if there are so many; those of a block share a drawn plan."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,21 @@ class Verdict:
 
 
 class Judge:
-    """`samples` trajectories of a ladder with one solver, in blocks of 32, with classes in turn.
+    """`samples` trajectories of a ladder with one solver, in blocks of 32 or on a GPU 128, with classes in turn.
 
     Args:
         ladder: the ladder.
         solver: "ddpm" or "ddim".
         device: "cpu" or "cuda".
         steps: of the reference; for the SDE, those of a plan are a divisor of it.
-        samples: how many, a multiple of 32.
+        samples: how many, a multiple of the block unless they are fewer.
         seed: of the noises and coins; plans are chosen with one seed and judged with another.
         cache: where the reference is kept, or None to compute it each time.
-        threads: blocks that advance at a time, each on one thread.
+        threads: blocks that advance at a time, each on one thread; on a GPU one.
+
+    Attributes:
+        block: samples of a block.
+        levels: every level by number, as a module that has derivatives.
     """
 
     def __init__(
@@ -64,26 +69,28 @@ class Judge:
         cache: Path | None = None,
         threads: int = 1,
     ) -> None:
-        assert samples % BLOCK == 0
+        self.block = min(samples, BLOCK[device])
+        assert samples % self.block == 0
         keep_memory()
         # Within a block one thread: it is timed so, and sums over several would be rounded in another order.
         torch.set_num_threads(1)
-        self.threads = threads
+        self.threads = threads if device == "cpu" else 1
         self.ladder, self.solver, self.device = ladder, solver, device
         self.samples, self.seed, self.cache = samples, seed, cache
         self._warm = False
-        self.levels: dict[int, Drift] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
+        self.levels: dict[int, nn.Module] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
+        self._run: dict[int, Drift] = {k: as_run(level, device) for k, level in self.levels.items()}
         self.fine = solver_table(ladder.alpha_bar, steps, solver)
 
     def label(self, block: int) -> Tensor:
-        """int64 (32,): the classes of a block, the same ones in all blocks if there are at most 32 of them."""
+        """int64 (B,): the classes of a block, the same ones in all blocks if there are at most B of them."""
         classes = max(1, len(self.ladder.labels))
-        first = block * BLOCK if classes > BLOCK else 0
-        return torch.arange(first, first + BLOCK, device=self.device) % classes
+        first = block * self.block if classes > self.block else 0
+        return torch.arange(first, first + self.block, device=self.device) % classes
 
     def noise(self, block: int, steps: int) -> Noise:
         """The noise of a block for `steps` steps, one Brownian path for all; for the SDE a divisor of `self.fine`."""
-        fine = block_noise(self.seed, block, (BLOCK, *self.ladder.sample_shape), self.device)
+        fine = block_noise(self.seed, block, (self.block, *self.ladder.sample_shape), self.device)
         return coarse_noise(fine, self.fine, len(self.fine) // steps)
 
     @cached_property
@@ -102,10 +109,10 @@ class Judge:
     def judge(self, plan: Plan | Recipe) -> Verdict:
         """The verdict on a memorised plan, or on a recipe by which each block draws its own."""
         plans = self._plans(plan)
-        plain = block_noise(self.seed, 0, (BLOCK, *self.ladder.sample_shape), self.device)
+        plain = block_noise(self.seed, 0, (self.block, *self.ladder.sample_shape), self.device)
         label = self.label(0)
         table, closed_form = self._grid(plans[0], label, path=False)
-        seconds = self.timed(lambda: integrate(self.levels, table, plans[0], plain, label, closed_form))
+        seconds = self.timed(lambda: integrate(self._run, table, plans[0], plain, label, closed_form))
         # Draws differ in cost, those of independent coins by a third and more: the time is of the mean of them.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
@@ -118,10 +125,10 @@ class Judge:
 
         `progress` is told how many ways are done, of how many.
         """
-        blocks = self.samples // BLOCK
+        blocks = self.samples // self.block
         jobs = [(plan, block) for way in ways for block, plan in enumerate(self._plans(way))]
         errors = []
-        references = self.reference.split(BLOCK)
+        references = self.reference.split(self.block)
         with ThreadPoolExecutor(self.threads) as pool:
             for done, end in enumerate(pool.map(lambda job: self.end(*job), jobs), 1):
                 errors.append(_errors(end, references[(done - 1) % blocks]))
@@ -129,11 +136,11 @@ class Judge:
         return np.concatenate(errors).reshape(len(ways), -1)
 
     def _plans(self, plan: Plan | Recipe) -> list[Plan]:
-        blocks = range(self.samples // BLOCK)
+        blocks = range(self.samples // self.block)
         return [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
-        """The verdict on any way to come from the noise of a block to its end (32, C, H, W)."""
+        """The verdict on any way to come from the noise of a block to its end (B, C, H, W)."""
         return Verdict(seconds, _errors(self._ends(end), self.reference))
 
     def timed(self, run: Callable[[], Tensor]) -> float:
@@ -149,17 +156,17 @@ class Judge:
         run()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return (clock() - start) / BLOCK
+        return (clock() - start) / self.block
 
     def _ends(self, end: Callable[[int], Tensor]) -> Tensor:
         with ThreadPoolExecutor(self.threads) as pool:
-            return torch.cat(list(pool.map(end, range(self.samples // BLOCK))))
+            return torch.cat(list(pool.map(end, range(self.samples // self.block))))
 
     def end(self, plan: Plan, block: int) -> Tensor:
-        """Where a plan brings a block, float32 (32, C, H, W), on the Brownian path of all plans."""
+        """Where a plan brings a block, float32 (B, C, H, W), on the Brownian path of all plans."""
         label = self.label(block)
         table, closed_form = self._grid(plan, label, path=True)
-        return integrate(self.levels, table, plan, self.noise(block, len(table)), label, closed_form)
+        return integrate(self._run, table, plan, self.noise(block, len(table)), label, closed_form)
 
     def _grid(self, plan: Plan, label: Tensor, path: bool) -> tuple[StepTable, ClosedForm | None]:
         """A plan's step table and, if it collapses, a block's closed form, for single steps' noises with `path`."""

@@ -26,7 +26,7 @@ from mlem_dist.solver.integrate import Drift, block_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.calibrate import adjoint, best_trajectory
-from mlem_dist.tuning.judge import BLOCK, Judge
+from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.recipe import NeymanRule
 
 KNOTS = 6
@@ -93,14 +93,14 @@ def first_order(
     increments of `threads` blocks, and 4 K N^2 bytes per sample.
 
     Args:
-        samples: a multiple of 32.
+        samples: a multiple of the judge's block.
         threads: blocks at a time.
         progress: told how many blocks are done, of how many.
     """
     generator = torch.Generator().manual_seed(MODEL_SEED)
     table = solver_table(judge.ladder.alpha_bar, model_steps(judge.ladder), judge.solver)
-    blocks = range(samples // BLOCK)
-    shape = (BLOCK, *judge.ladder.sample_shape)
+    blocks = range(samples // judge.block)
+    shape = (judge.block, *judge.ladder.sample_shape)
     probes = [torch.randint(2, shape, generator=generator).to(judge.device) * 2.0 - 1 for _ in blocks]
     done = 0
 

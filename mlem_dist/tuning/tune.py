@@ -18,7 +18,7 @@ from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
 from mlem_dist.tuning.choose import plan_path
 from mlem_dist.tuning.fit import Fitter, fitting_samples
 from mlem_dist.tuning.frontier import Frontier, Row
-from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.optimise import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
 from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 from mlem_dist.tuning.refine import fitted_plan
@@ -135,7 +135,7 @@ def searched(
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
-        samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES)
+        samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])
         fitter = Fitter(Judge(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)

@@ -14,7 +14,7 @@ STEPS = 40
 
 
 def judge(ladder: Ladder, seed: int) -> Judge:
-    return Judge(ladder, "ddim", "cpu", STEPS, 3 * BLOCK, seed, threads=2)
+    return Judge(ladder, "ddim", "cpu", STEPS, 3 * BLOCK["cpu"], seed, threads=2)
 
 
 @pytest.mark.parametrize("times", [Times(1, 4, 1), Times(2, 3, 2, 0.5)])
@@ -38,11 +38,11 @@ def test_a_fit_is_to_the_classes_of_each_block(many):
 @pytest.mark.parametrize(("steps", "apart"), [(40, 0.0), (150, 2e-6)])
 def test_what_is_fitted_to_is_the_path_of_the_best_level(small, steps, apart):
     """Of many steps it is extrapolated between calls."""
-    one = Judge(Ladder.load(small), "ddim", "cpu", steps, BLOCK, 0)
+    one = Judge(Ladder.load(small), "ddim", "cpu", steps, BLOCK["cpu"], 0)
     states, table, label = [one.noise(0, steps)(-1)], one.fine, one.label(0)
     for t, a, b in zip(table.t, table.a, table.b, strict=True):
         with torch.inference_mode():
-            drift = one.levels[2](states[-1], torch.full((BLOCK,), int(t)), label)
+            drift = one.levels[2](states[-1], torch.full((BLOCK["cpu"],), int(t)), label)
         states.append(float(a) * states[-1] + float(b) * drift)
     off = (Fitter(one).path - torch.stack(states)).square().mean((1, 2, 3, 4))
     assert off.max() <= apart + 1e-12
@@ -117,9 +117,9 @@ def test_where_a_schedule_begins_late_calls_begin_at_once(late):
 
 
 def test_a_path_is_of_as_many_samples_as_there_is_memory_for():
-    assert fitting_samples((1, 32, 32), 250, 256) == 256
-    assert fitting_samples((3, 128, 128), 250, 256) == 64
-    assert fitting_samples((3, 512, 512), 1000, 256) == BLOCK
+    assert fitting_samples((1, 32, 32), 250, 256, 32) == 256
+    assert fitting_samples((3, 128, 128), 250, 256, 32) == 64
+    assert fitting_samples((3, 512, 512), 1000, 256, 32) == 32
 
 
 def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three):

@@ -11,7 +11,7 @@ STEPS = 40
 
 
 def fitter_of(ladder: Ladder, seed: int, blocks: int) -> Fitter:
-    return Fitter(Judge(ladder, "ddim", "cpu", STEPS, blocks * BLOCK, seed, threads=2))
+    return Fitter(Judge(ladder, "ddim", "cpu", STEPS, blocks * BLOCK["cpu"], seed, threads=2))
 
 
 def factors_of(fit: Fit) -> np.ndarray:
@@ -45,7 +45,7 @@ def test_derivatives_are_those_of_the_plans_end(three):
 
 
 def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(three):
-    fitter, judging = fitter_of(three, 0, 6), Judge(three, "ddim", "cpu", STEPS, 6 * BLOCK, 1, threads=2)
+    fitter, judging = fitter_of(three, 0, 6), Judge(three, "ddim", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2)
     fit = fitter.fit((1, 2, 3), Times(2, 4, 2).fire(fitter.log_snr))
     told = []
     refined = refine(fitter, fit, lambda done, total: told.append((done, total)))

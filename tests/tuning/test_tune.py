@@ -44,10 +44,10 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     assert plan.collapse
     levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
     table = step_table(ladder.alpha_bar, 50, ETA["ddpm"])
-    label = torch.arange(BLOCK) % 10
+    label = torch.arange(BLOCK["cpu"]) % 10
     errors = []
-    for block in range(JUDGING_SAMPLES // BLOCK):
-        noise = block_noise(JUDGING_SEED, block, (BLOCK, *ladder.sample_shape), "cpu")
+    for block in range(JUDGING_SAMPLES // BLOCK["cpu"]):
+        noise = block_noise(JUDGING_SEED, block, (BLOCK["cpu"], *ladder.sample_shape), "cpu")
         best = integrate(levels, table, single_level(2, 2, 50), noise, label)
         single_steps = Plan(plan.fire, plan.weight, plan.previous)
         end = integrate(levels, table, single_steps, noise, label)
@@ -113,13 +113,13 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
 
 def test_the_reference_is_its_own_judge(small, tmp_path):
     ladder = Ladder.load(small)
-    judge = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3, tmp_path / "cache", threads=2)
+    judge = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
     verdict = judge.judge(single_level(2, 2, 40))
     assert verdict.errors.max() == 0
     assert verdict.seconds > 0
-    kept = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3, tmp_path / "cache")
+    kept = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert torch.equal(kept.reference, judge.reference)
-    assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK, 3).reference, judge.reference)
+    assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ def test_a_budget_for_every_step_is_spent_on_the_best_level(small, tmp_path, sol
     run("tune", str(small), "--solver", solver, "--steps", "8", "--nfe", "8", "--device", "cpu", "--out", str(out))
     ladder = Ladder.load(small)
     plan = read_plan(out / f"plan-{solver}-8.json", ladder.digest, 2, solver, 8)
-    assert Judge(ladder, solver, "cpu", 8, BLOCK, JUDGING_SEED).errors([plan]).max() == 0
+    assert Judge(ladder, solver, "cpu", 8, BLOCK["cpu"], JUDGING_SEED).errors([plan]).max() == 0
 
 
 def test_a_plan_that_does_not_stay_finite_never_wins(small):
     ladder = Ladder.load(small)
-    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK, 0)
+    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
     good = single_level(2, 2, 8)
     bad = Plan(good.fire, 1e38 * good.weight, good.previous)
     assert not np.isfinite(choosing.errors([bad])).all()
@@ -168,7 +168,7 @@ def test_a_plan_that_does_not_stay_finite_never_wins(small):
 
 def test_the_plan_of_least_error_wins(small):
     ladder = Ladder.load(small)
-    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK, 0)
+    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
     # Of equal cost, as both call level 2 at every step.
     best, worse = single_level(2, 2, 8), replace(single_level(2, 2, 8), weight=1.1 * single_level(2, 2, 8).weight)
     for plans in ([best, worse], [worse, best]):
@@ -177,12 +177,12 @@ def test_the_plan_of_least_error_wins(small):
 
 def test_every_class_has_its_turn(many, fashion):
     for ladder, blocks in ((many, 5), (fashion, 2)):
-        judge = Judge(ladder, "ddim", "cpu", 10, blocks * BLOCK, 0)
+        judge = Judge(ladder, "ddim", "cpu", 10, blocks * BLOCK["cpu"], 0)
         label = torch.cat([judge.label(block) for block in range(blocks)])
         assert {*label.tolist()} == {*range(len(ladder.labels))}
         assert label.bincount().min() > 0.6 * label.bincount().max()
         # What is judged is what each block's own classes end in.
-        best, end = single_level(2, 2, 10), judge.reference.split(BLOCK)[1]
+        best, end = single_level(2, 2, 10), judge.reference.split(BLOCK["cpu"])[1]
         levels = judge.levels if ladder is many else {2: judge.levels[len(ladder.levels)]}
         own = integrate(levels, judge.fine, best, judge.noise(1, 10), judge.label(1))
         assert torch.equal(own, end)
