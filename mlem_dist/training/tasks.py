@@ -45,8 +45,8 @@ class Board:
 def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) -> Iterator[Progress]:
     """Train what is not yet trained, on the connected Ray, and write the ladder to `out`; progress twice a second.
 
-    A level takes one GPU, or on CPUs its share of the cores, and begins when the levels that it needs are there. The
-    result is that of `train_ladder` with as many threads. `check_training` has been called before.
+    A level takes its share of the cores, and of the GPUs if it is trained there, and begins when the levels that it
+    needs are there. The result is that of `train_ladder` with as many threads. `check_training` has been called before.
 
     Raises:
         DivergedError: a loss became NaN or infinite.
@@ -55,7 +55,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
     # The first error is raised; Ray would print those of results that nobody asks for afterwards.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     begin_training(config, images, out)
-    threads = threads_per_level(config, device)
+    threads, gpus = level_share(config)
     kind: Any = ray.remote(Board)
     board = kind.options(num_cpus=0).remote()
     task: Any = ray.remote(_train)
@@ -69,7 +69,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
             name=f"train {level.name}",
             num_returns=2,
             num_cpus=threads,
-            num_gpus=1 if device == "cuda" else 0,
+            num_gpus=gpus if device == "cuda" else 0,
             # Ray would begin a level again and again that is too large for the memory.
             max_retries=0,
         ).remote(board, config, level, images.labels, out.absolute(), gaussian, teacher, device, threads, *arrays)
@@ -90,16 +90,18 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
     finish_training(config, images, out, stored)
 
 
-def threads_per_level(config: TrainConfig, device: str) -> int:
-    """The threads of a level: its share of the connected Ray's cores when as many train side by side as can."""
+def level_share(config: TrainConfig) -> tuple[int, float]:
+    """The threads of a level and its part of a GPU: of the connected Ray's, when as many train side by side as can.
+
+    Small UNets leave most of a GPU idle, so that several share one where there are fewer GPUs than levels.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # A head may have none, and takes no part.
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     pupils = sum(bool(level.teacher) for level in config.levels)
     beside = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
-    if device == "cuda":
-        beside = min(beside, max(1, sum(int(node.get("GPU", 0)) for node in nodes)))
-    return max(1, min([sum(cores) // beside, *cores]))
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    return max(1, min([sum(cores) // beside, *cores])), 1 / max(1, -(-beside // max(1, gpus)))
 
 
 def _result(ref: Any, name: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -172,9 +173,16 @@ def train_unet(
     model.train()
     began = saved_at = time.monotonic()
     losses: list[float] = []
-    with log_file.open("a") as log:
+
+    def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _batch(images, config.seed, level, len(a), step)
+
+    # The next batch is made while this one is learnt from.
+    with log_file.open("a") as log, ThreadPoolExecutor(1) as maker:
+        coming = maker.submit(batch, start)
         for step in range(start, level.steps):
-            x0, label, noise, t = (value.to(device) for value in _batch(images, config.seed, level, len(a), step))
+            x0, label, noise, t = (value.to(device) for value in coming.result())
+            coming = maker.submit(batch, step + 1)
             x = add_noise(x0, noise, t, a)
             with torch.no_grad():
                 target = noise if teacher is None else teacher(x, t, label)

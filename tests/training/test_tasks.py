@@ -8,7 +8,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.data import load_images
 from mlem_dist.training.resume import check_training
-from mlem_dist.training.tasks import threads_per_level, train_on_ray
+from mlem_dist.training.tasks import level_share, train_on_ray
 
 LEVELS = ({"prediction": "residual", "teacher": "large"}, {"name": "large", "steps": 160})
 
@@ -28,9 +28,9 @@ def images(data):
 
 def test_side_by_side_on_ray_and_interrupted_it_is_the_same_ladder(tmp_path, images, configure, local_ray, one_thread):
     config = configure(*LEVELS)
-    assert threads_per_level(config, "cpu") == 3  # The pupil waits for its teacher.
+    assert level_share(config)[0] == 3  # The pupil waits for its teacher.
     config = configure(*LEVELS, {"name": "third", "steps": 20})
-    assert threads_per_level(config, "cpu") == 1
+    assert level_share(config)[0] == 1
     whole = train_ladder(config, images, tmp_path / "whole", lambda *progress: None)
     for progress in train_on_ray(config, images, tmp_path / "ray", "cpu"):
         if progress.get("large", (0, 0.0))[0]:
@@ -47,19 +47,19 @@ def test_side_by_side_on_ray_and_interrupted_it_is_the_same_ladder(tmp_path, ima
     assert [line["step"] for line in log] == [100, 160]
 
 
-def test_machines_without_cores_do_not_count(configure, monkeypatch):
+def test_levels_share_cores_and_gpus_where_there_are_any(configure, monkeypatch):
     def node(**resources):
         return {"Alive": True, "Resources": resources}
 
     config = configure({}, {"name": "second"})
-    for nodes, threads in (
-        ([node(CPU=8.0)], 4),
-        ([node(), node(CPU=8.0), node(CPU=8.0)], 8),
-        ([node(CPU=0.0), node(CPU=3.0), node(CPU=8.0)], 3),
-        ([node()], 1),
+    for nodes, threads, gpu in (
+        ([node(CPU=8.0)], 4, 0.5),
+        ([node(), node(CPU=8.0, GPU=1.0), node(CPU=8.0)], 8, 0.5),
+        ([node(CPU=0.0), node(CPU=3.0, GPU=2.0), node(CPU=8.0, GPU=2.0)], 3, 1),
+        ([node()], 1, 0.5),
     ):
         monkeypatch.setattr("ray.nodes", lambda nodes=nodes: nodes)
-        assert threads_per_level(config, "cpu") == threads
+        assert level_share(config) == (threads, gpu)
 
 
 def test_what_does_not_fit_together_is_refused_and_nothing_is_touched(tmp_path, images, configure):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.measure import add_noise
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.data import load_images
 from mlem_dist.training.train import DivergedError, denoising_error
@@ -82,18 +83,16 @@ def test_a_diverging_loss_stops_at_once_and_keeps_the_checkpoint(tmp_path, data,
     config = configure({})
     images = load_images(data, config.sample_shape, config.labels)
     monkeypatch.setattr("mlem_dist.training.train.CHECKPOINT_SECONDS", 0.0)
-    real = torch.randn
 
-    def poisoned(*shape, **options):
-        out = real(*shape, **options)
-        return out * float("nan") if poisoned.on else out
+    def poisoned(*given):
+        return add_noise(*given) * (float("nan") if poisoned.on else 1)
 
     poisoned.on = False
 
     def watch(name: str, done: int, loss: float) -> None:
         poisoned.on = done >= 20
 
-    monkeypatch.setattr(torch, "randn", poisoned)
+    monkeypatch.setattr("mlem_dist.training.train.add_noise", poisoned)
     with pytest.raises(DivergedError, match="the loss is nan at step 20; the last good checkpoint is kept in"):
         train_ladder(config, images, tmp_path / "out", watch)
     assert (tmp_path / "out" / "training" / "unet" / "checkpoint.safetensors").exists()

@@ -1,0 +1,171 @@
+"""One GPU: levels with and without CUDA graphs, what it takes to move states, and runs against the levels' own time.
+
+python benchmarks/runtime/gpu.py --out benchmarks/results/gpu.json
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from processes import generated
+
+from mlem_dist.ladder.graphs import as_run
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.levels import PRECISIONS
+from mlem_dist.ladder.measure import seconds_per_sample
+from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.worker import Levels
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.tuning.choose import tuned_plan
+
+STEPS, REPEATS = 250, 20
+RUNS = {
+    "in process": ["--engine", "inline"],
+    "ray, together": ["--placement", "together"],
+    "ray, 1-3,4-6": ["--placement", "1-3,4-6"],
+    "ray, pools": ["--placement", "pools"],
+    "ray, auto": ["--placement", "auto"],
+}
+
+
+def typical(run: Callable[[], Any]) -> float:
+    """Median seconds of a call that has been made before, the GPU's work included."""
+    times = []
+    for _ in range(3 + REPEATS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[3:])
+
+
+def level_rows(ladder: Ladder, batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a call of each level, its kernels launched one by one or as a graph."""
+    for precision in PRECISIONS:
+        for k, level in enumerate(ladder.levels, 1):
+            module = ladder.load_level(k, "cuda", precision)
+            for batch in batches:
+                about = ladder.sample_shape, len(ladder.labels), "cuda", batch
+                kernels = seconds_per_sample(module, *about) * batch
+                graph = seconds_per_sample(as_run(module, "cuda"), *about) * batch
+                row = {"level": level.name, "precision": precision, "batch": batch}
+                yield row | {"kernels_ms": kernels * 1e3, "graph_ms": graph * 1e3}
+
+
+@torch.inference_mode()
+def transfer_rows(ladder: Ladder, batches: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Milliseconds that a state takes from the GPU to an array of the process and back, by either kind of memory."""
+    for batch in batches:
+        x = torch.randn(batch, *ladder.sample_shape, device="cuda")
+        array, pinned = x.cpu().numpy(), torch.empty(x.shape, pin_memory=True)
+
+        def staged_out(x: torch.Tensor = x, pinned: torch.Tensor = pinned) -> np.ndarray:
+            pinned.copy_(x, non_blocking=True)
+            torch.cuda.synchronize()
+            return pinned.numpy().copy()
+
+        def staged_in(array: np.ndarray = array, pinned: torch.Tensor = pinned) -> torch.Tensor:
+            pinned.numpy()[...] = array
+            return pinned.to("cuda", non_blocking=True)
+
+        yield {
+            "batch": batch,
+            "bytes": x.nbytes,
+            "out_ms": typical(lambda x=x: x.cpu().numpy()) * 1e3,
+            "out_pinned_ms": typical(staged_out) * 1e3,
+            "in_ms": typical(lambda array=array: torch.tensor(array, device="cuda")) * 1e3,
+            "in_pinned_ms": typical(staged_in) * 1e3,
+        }
+
+
+def job_of(ladder: Ladder, nfe: float, block_size: int, precision: str) -> Job:
+    """DDIM by the plan that is tuned for a budget."""
+    plan = tuned_plan(ladder, "ddim", STEPS, nfe)
+    assert plan
+    about = ladder.source, ladder.digest, 10**6, tuple(range(10)), "ddim", STEPS, plan, 0, block_size, block_size
+    return Job(*about, "cuda", precision)
+
+
+def own_seconds(ladder: Ladder, job: Job) -> float:
+    """Of a block: what its calls of levels take by themselves, as graphs."""
+    seconds = [
+        seconds_per_sample(
+            as_run(ladder.load_level(k, "cuda", job.precision), "cuda"), ladder.sample_shape, 10, "cuda", job.block_size
+        )
+        for k in range(1, len(ladder.levels) + 1)
+    ]
+    return float(job.expected_calls() @ np.array(seconds)) * job.block_size
+
+
+@torch.inference_mode()
+def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a block in one process, from noise to images in memory, and of its levels alone."""
+    for precision in PRECISIONS:
+        levels = Levels(ladder, "cuda", precision)
+        for batch in batches:
+            for nfe in budgets:
+                job = job_of(ladder, nfe, batch, precision)
+                blocks = Blocks(job, ladder)
+
+                def make(job: Job = job, blocks: Blocks = blocks, levels: Levels = levels) -> None:
+                    form = blocks.closed_form(0)
+                    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.label(0), form)
+                    blocks.images(0, x)
+
+                row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
+                yield row | {"levels_ms": own_seconds(ladder, job) * 1e3}
+
+
+def run_row(ladder: Ladder, name: str, nfe: int, block_size: int, precision: str, num: int) -> dict[str, Any]:
+    """`mlem-dist generate` as a command."""
+    options = ["--device", "cuda", "--solver", "ddim", "--nfe", str(nfe), "--block-size", str(block_size)]
+    options += ["--ladder", ladder.source, "--precision", precision, "--shard-size", str(10 * block_size)]
+    report, _ = generated(num, *options, *RUNS[name])
+    job = job_of(ladder, nfe, block_size, precision)
+    kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds", "busy_seconds")
+    row = {"run": name, "nfe": nfe, "batch": block_size, "precision": precision, "num": num}
+    row |= {key: report[key] for key in kept}
+    return row | {"of_ideal": report["images_per_second"] * own_seconds(ladder, job) / block_size}
+
+
+@click.command()
+@click.option("--ladder", "name", default="fashion")
+@click.option("--num", default=500_000, help="Images of a run.")
+@click.option("--batches", default="100,500,1000")
+@click.option("--nfe", default="5,10,20")
+@click.option("--run", "names", type=click.Choice(list(RUNS)), multiple=True, default=list(RUNS))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(name: str, num: int, batches: str, nfe: str, names: tuple[str, ...], out: Path) -> None:
+    """Everything, written as it comes."""
+    ladder = Ladder.load(name)
+    sizes, budgets = tuple(map(int, batches.split(","))), tuple(map(int, nfe.split(",")))
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result["ladder"] = ladder.digest
+    parts = {
+        "levels": level_rows(ladder, sizes),
+        "transfers": transfer_rows(ladder, sizes),
+        "blocks": block_rows(ladder, sizes, budgets),
+        "runs": (
+            run_row(ladder, name, budgets[-1], size, precision, num)
+            for precision in PRECISIONS
+            for size in sizes[1:]
+            for name in names
+        ),
+    }
+    for part, rows in parts.items():
+        result[part] = []
+        for row in rows:
+            result[part].append(row)
+            print(json.dumps(row, default=float), flush=True)
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
