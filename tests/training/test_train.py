@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.measure import add_noise
