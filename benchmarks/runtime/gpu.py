@@ -6,6 +6,7 @@ python benchmarks/runtime/gpu.py --out benchmarks/results/gpu.json
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +27,11 @@ from mlem_dist.tuning.choose import tuned_plan
 
 STEPS, REPEATS = 250, 20
 RUNS = {
-    "in process": ["--engine", "inline"],
-    "ray, together": ["--placement", "together"],
-    "ray, 1-3,4-6": ["--placement", "1-3,4-6"],
-    "ray, pools": ["--placement", "pools"],
-    "ray, auto": ["--placement", "auto"],
+    "ray, together": ("float32", ["--placement", "together"]),
+    "ray, pools": ("float32", ["--placement", "pools"]),
+    "in process": ("float32", ["--engine", "inline"]),
+    "ray, together, bfloat16": ("bfloat16", ["--placement", "together"]),
+    "ray, 1-3,4-6": ("float32", ["--placement", "1-3,4-6"]),
 }
 
 
@@ -52,11 +53,18 @@ def level_rows(ladder: Ladder, batches: tuple[int, ...]) -> Iterator[dict[str, A
         for k, level in enumerate(ladder.levels, 1):
             module = ladder.load_level(k, "cuda", precision)
             for batch in batches:
-                about = ladder.sample_shape, len(ladder.labels), "cuda", batch
-                kernels = seconds_per_sample(module, *about) * batch
-                graph = seconds_per_sample(as_run(module, "cuda"), *about) * batch
+                kernels = seconds_per_sample(module, ladder.sample_shape, len(ladder.labels), "cuda", batch) * batch
+                graph = graph_seconds(ladder.source, k, precision, batch) * batch
                 row = {"level": level.name, "precision": precision, "batch": batch}
                 yield row | {"kernels_ms": kernels * 1e3, "graph_ms": graph * 1e3}
+
+
+@lru_cache
+def graph_seconds(source: str, k: int, precision: str, batch: int) -> float:
+    """Per sample, of a ladder's level as a graph."""
+    ladder = Ladder.load(source)
+    level = as_run(ladder.load_level(k, "cuda", precision), "cuda")
+    return seconds_per_sample(level, ladder.sample_shape, len(ladder.labels), "cuda", batch)
 
 
 @torch.inference_mode()
@@ -95,12 +103,8 @@ def job_of(ladder: Ladder, nfe: float, block_size: int, precision: str) -> Job:
 
 def own_seconds(ladder: Ladder, job: Job) -> float:
     """Of a block: what its calls of levels take by themselves, as graphs."""
-    seconds = [
-        seconds_per_sample(
-            as_run(ladder.load_level(k, "cuda", job.precision), "cuda"), ladder.sample_shape, 10, "cuda", job.block_size
-        )
-        for k in range(1, len(ladder.levels) + 1)
-    ]
+    numbers = range(1, len(ladder.levels) + 1)
+    seconds = [graph_seconds(ladder.source, k, job.precision, job.block_size) for k in numbers]
     return float(job.expected_calls() @ np.array(seconds)) * job.block_size
 
 
@@ -123,11 +127,12 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
                 yield row | {"levels_ms": own_seconds(ladder, job) * 1e3}
 
 
-def run_row(ladder: Ladder, name: str, nfe: int, block_size: int, precision: str, num: int) -> dict[str, Any]:
+def run_row(ladder: Ladder, name: str, nfe: int, block_size: int, num: int) -> dict[str, Any]:
     """`mlem-dist generate` as a command."""
+    precision, engine = RUNS[name]
     options = ["--device", "cuda", "--solver", "ddim", "--nfe", str(nfe), "--block-size", str(block_size)]
     options += ["--ladder", ladder.source, "--precision", precision, "--shard-size", str(10 * block_size)]
-    report, _ = generated(num, *options, *RUNS[name])
+    report, _ = generated(num, *options, *engine)
     job = job_of(ladder, nfe, block_size, precision)
     kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds", "busy_seconds")
     row = {"run": name, "nfe": nfe, "batch": block_size, "precision": precision, "num": num}
@@ -139,10 +144,11 @@ def run_row(ladder: Ladder, name: str, nfe: int, block_size: int, precision: str
 @click.option("--ladder", "name", default="fashion")
 @click.option("--num", default=500_000, help="Images of a run.")
 @click.option("--batches", default="100,500,1000")
+@click.option("--block-size", default=500, help="Of a run.")
 @click.option("--nfe", default="5,10,20")
 @click.option("--run", "names", type=click.Choice(list(RUNS)), multiple=True, default=list(RUNS))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(name: str, num: int, batches: str, nfe: str, names: tuple[str, ...], out: Path) -> None:
+def main(name: str, num: int, batches: str, block_size: int, nfe: str, names: tuple[str, ...], out: Path) -> None:
     """Everything, written as it comes."""
     ladder = Ladder.load(name)
     sizes, budgets = tuple(map(int, batches.split(","))), tuple(map(int, nfe.split(",")))
@@ -152,12 +158,7 @@ def main(name: str, num: int, batches: str, nfe: str, names: tuple[str, ...], ou
         "levels": level_rows(ladder, sizes),
         "transfers": transfer_rows(ladder, sizes),
         "blocks": block_rows(ladder, sizes, budgets),
-        "runs": (
-            run_row(ladder, name, budgets[-1], size, precision, num)
-            for precision in PRECISIONS
-            for size in sizes[1:]
-            for name in names
-        ),
+        "runs": (run_row(ladder, name, budgets[-1], block_size, num) for name in names),
     }
     for part, rows in parts.items():
         result[part] = []

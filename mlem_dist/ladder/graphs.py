@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +47,15 @@ class Graphed(nn.Module):
                 self.level(x, t, label)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_memory(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_first().pool(), capture_error_mode="thread_local"):
             output: Tensor = self.level(x, t, label)
         return graph, (x, t, label), output
 
 
 @lru_cache(maxsize=1)
-def _memory() -> Any:
-    """The memory that all graphs of a process compute in, one after the other."""
-    return torch.cuda.graph_pool_handle()
+def _first() -> torch.cuda.CUDAGraph:
+    """A graph in whose memory all graphs of a process compute in turn; kept, as the memory would go with it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
+    return graph
