@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -45,12 +46,14 @@ class Cell:
         self._create = create
         self._given: list[int] = []
         self._past: Progress | None = None
+        self._began = time.monotonic()
         self._begin()
 
     def _begin(self) -> None:
         self.coordinator = self._create()
         self.run = self.coordinator.run.remote()
         self.progress: Progress | None = None
+        self._late = math.inf
         self._waits_since: float | None = None
         self._closed = False
         self._count = self._blocks = self.queued = 0
@@ -111,7 +114,10 @@ class Cell:
             ended = bool(ray.wait([self.run], timeout=0)[0])
             if ended:
                 ray.get(self.run)
-            self.progress = ray.get(self.coordinator.progress.remote())
+            told: Progress = ray.get(self.coordinator.progress.remote())
+            # Its own clock began with it, after its imports. The least delay is that of the quickest answer.
+            self._late = min(self._late, time.monotonic() - self._began - told.seconds)
+            self.progress = told.later(self._late)
             self.queued = self.progress.queued
             if not self.progress.state.startswith(WAITS):
                 self._waits_since = None
@@ -162,7 +168,8 @@ class Cell:
         assert self.progress is not None
         if self._past is None:
             return self.progress
-        return merged([self.progress, self._past])
+        both = merged([self.progress, self._past])
+        return both if self._past.ready is None else replace(both, ready=self._past.ready)
 
 
 class Cells:

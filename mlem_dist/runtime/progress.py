@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class Progress:
     pools: Sequence[PoolProgress]
     queued: int = 0
     writers: Sequence[PoolProgress] = ()
+
+    def later(self, seconds: float) -> Progress:
+        """The same with times that count from so many seconds earlier."""
+        ready, first = (None if at is None else at + seconds for at in (self.ready, self.first_block))
+        return replace(self, seconds=self.seconds + seconds, ready=ready, first_block=first)
 
     @property
     def busy(self) -> float:

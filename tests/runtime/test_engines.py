@@ -323,14 +323,18 @@ def test_blocks_and_shards_fit_into_memory(fashion, make_job, tmp_path):
 def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
     """Two cells of one device each; one of them loses its coordinator, and its actors with it."""
     job = make_job(num=160, steps=40, shard_size=32)
-    killed = []
+    killed, waiting, sampling = [], [], []
 
     def kill(progress):
+        (sampling if progress.blocks else waiting).append(progress.seconds)
         if progress.blocks > 8 and not killed:
             killed.extend(processes("Coordinator"))
             os.kill(killed[0], signal.SIGKILL)
 
     found, last = make_ray(job, fashion, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
+    # What is told of the time is by the driver's clock, and of the first coordinators.
+    assert waiting[-1] - 0.1 < last.first_block < sampling[0] + 0.1
+    assert 0 < last.ready < last.first_block
     assert len(killed) == 2
     assert last.devices == 2
     assert last.samples == 160
