@@ -143,7 +143,7 @@ def _plan_options(command: Any) -> Any:
     help="What UNets compute in. bfloat16 is faster on GPUs, and on CPUs that have instructions for it.",
 )
 @click.option("--labels", default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
-@click.option("--block-size", type=number, default=100, show_default=True, help="Samples that advance together.")
+@click.option("--block-size", type=number, help="Samples that advance together.  [default: 100; on a GPU 500]")
 @click.option("--shard-size", type=number, default=2000, show_default=True, help="Samples per Parquet file.")
 @click.option(
     "--placement",
@@ -181,7 +181,7 @@ def generate(
     plan_file: Path | None,
     precision: str,
     labels: str,
-    block_size: int,
+    block_size: int | None,
     shard_size: int,
     placement: str,
     coalesce: int,
@@ -199,7 +199,7 @@ def generate(
     from mlem_dist.report.progress import Display
     from mlem_dist.report.tables import placement_reason
     from mlem_dist.runtime.generate import complete, open_dataset
-    from mlem_dist.runtime.job import Job
+    from mlem_dist.runtime.job import BLOCK_SIZE, Job
     from mlem_dist.runtime.placement import parse_placement
 
     ladder = Ladder.load(ladder_name)
@@ -221,6 +221,8 @@ def generate(
         cluster.connect(address)
         device = cluster.device_type(device)
         plan, note = _plan(ladder, ladder.cost(device), plan_file, **choices)
+    if block_size is None:
+        block_size = BLOCK_SIZE[device]
     job = Job(
         ladder=ladder.source,
         digest=ladder.digest,
@@ -531,7 +533,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     "name by `ladder measure` or `calibrate`]",
 )
 @_budget_options
-@click.option("--block-size", type=number, default=100, show_default=True, help="As for generate.")
+@click.option("--block-size", type=number, help="As for generate.  [default: 100; on GPUs 500]")
 @click.option("--shard-size", type=number, default=2000, show_default=True, help="As for generate.")
 @click.option("--out", type=click.Path(path_type=Path), help="A PNG: when each actor of a cell is at work.")
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
@@ -540,7 +542,7 @@ def plan(
     num: int,
     pool_devices: str,
     costs: tuple[str, ...],
-    block_size: int,
+    block_size: int | None,
     shard_size: int,
     out: Path | None,
     as_json: bool,
@@ -550,7 +552,7 @@ def plan(
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.figures import save_timeline
     from mlem_dist.report.tables import capacity_table
-    from mlem_dist.runtime.job import Job
+    from mlem_dist.runtime.job import BLOCK_SIZE, Job
     from mlem_dist.runtime.planner import capacity_report, marginal, plan_capacity, read_kinds
 
     ladder = Ladder.load(ladder_name)
@@ -558,6 +560,7 @@ def plan(
         require("matplotlib", "figures")
         _check_new(out)
     kinds = read_kinds(ladder, pool_devices, costs)
+    device = kinds[0].devices.type
     job = Job(
         ladder=ladder.source,
         digest=ladder.digest,
@@ -567,9 +570,9 @@ def plan(
         steps=choices["steps"],
         plan=_plan(ladder, kinds[0].cost, None, **choices)[0],
         seed=0,
-        block_size=block_size,
+        block_size=BLOCK_SIZE[device] if block_size is None else block_size,
         shard_size=shard_size,
-        device=kinds[0].devices.type,
+        device=device,
     )
     found = plan_capacity(job, ladder.weight_bytes, kinds)
     gains = marginal(job, found[0])

@@ -17,6 +17,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What a UNet's weights and activations can be, by name."""
 
 
+GATHERED_BYTES = 2**28
+"""Of the bases of several samples, each with that of its class, on a GPU."""
+
 FIT_ROWS = 4096
 """Samples that a covariance is summed up from at a time."""
 
@@ -86,7 +89,9 @@ class GaussianLevel(nn.Module):
         flat = x.flatten(1)
         a = self.alpha_bar[t][:, None]
         if x.is_cuda:
-            return self._gathered(flat, a, label).view_as(x)
+            size = max(1, GATHERED_BYTES // self.basis[0].nbytes)
+            parts = zip(flat.split(size), a.split(size), label.split(size), strict=True)
+            return torch.cat([self._gathered(*part) for part in parts]).view_as(x)
         out = torch.empty_like(flat)
         # A loop over the classes present: gathering one basis per sample would move far more memory than it computes.
         for c in label.unique().tolist():

@@ -25,6 +25,10 @@ from mlem_dist.solver.steps import SOLVERS, StepTable, solver_table
 
 MOST_SHARDS = 10**6
 
+BLOCK_SIZE = {"cpu": 100, "cuda": 500}
+"""By default, by device type: on a large GPU blocks of 100 take more than twice as long per sample (gpu.py in
+benchmarks/runtime)."""
+
 SAMPLED_BLOCKS = 16
 """Of a recipe, so many draws tell what all will take."""
 

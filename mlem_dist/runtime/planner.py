@@ -32,10 +32,10 @@ from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, pool_sec
 
 OVERHEADS = {
     "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
-    "cuda": Overheads(0.0005, 0.0005, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.0, shared=False),
+    "cuda": Overheads(0.0005, 0.0005, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.05, shared=False),
 }
 """By device type. Those of CPU cores are measured, the coordinator's and the writers' too (coordinator.py and writer.py
-in benchmarks/runtime); a GPU's own are assumed."""
+in benchmarks/runtime), and a GPU's slowdown (gpu.py); its calls and trips are assumed."""
 
 WRITTEN_PIXELS = 32 * 32
 """Of the images by which the writing time was measured."""

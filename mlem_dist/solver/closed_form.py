@@ -15,6 +15,9 @@ from mlem_dist.solver.steps import StepTable
 _ONE = ((0, 0), (1, 0), (0, 0))
 """Padding: one before the steps."""
 
+GATHERED_BYTES = 2**30
+"""Of the bases of a block's samples on a GPU, each with that of its class; a loop over the classes needs none."""
+
 KNOWN_RUNS = 1000
 """So many runs' coefficients are kept: blocks that share a plan have the same."""
 
@@ -68,8 +71,9 @@ class ClosedForm:
         present, self.label = label.unique(return_inverse=True)
         self.gain = drift.gain[present.tolist()]
         self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in present.tolist()]
-        # A GPU has the memory and its bandwidth, and would wait for the many small calls of a loop over classes.
-        self.basis = drift.basis[label] if label.is_cuda else None
+        # A GPU has the bandwidth, and would wait for the many small calls of a loop over classes.
+        gathered = label.is_cuda and drift.basis[0].nbytes * len(label) <= GATHERED_BYTES
+        self.basis = drift.basis[label] if gathered else None
         self.mean = Projected(drift.mean[label])
         self._project([self.mean])
 

@@ -131,6 +131,14 @@ def test_levels_cost_more_and_err_less_from_one_to_the_next(fashion):
     assert [level.kind for level in fashion.levels[1:]] == ["unet"] * (len(errors) - 1)
 
 
+def test_the_gaussian_level_by_the_kernels_of_a_gpu_is_the_same(fashion):
+    level = fashion.load_level(1, "cpu")
+    x, t = torch.randn(20, *fashion.sample_shape), torch.randint(1000, (20,))
+    label = torch.arange(20) % 10
+    found = level._gathered(x.flatten(1), level.alpha_bar[t][:, None], label).view_as(x)
+    torch.testing.assert_close(found, level(x, t, label), rtol=1e-4, atol=1e-4)
+
+
 def test_every_level_predicts_the_noise(fashion):
     """Of a class's mean image, better where that class is asked for; a level that returned v or x0 would be far off."""
     rng = torch.Generator().manual_seed(0)

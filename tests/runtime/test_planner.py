@@ -249,6 +249,14 @@ def test_plan_prints_a_forecast_and_draws_it(tmp_path):
     assert {pool["pool"] for part in best["parts"] for pool in part["pools"]} == {"1-6@cpu", "1-6@h100"}
 
 
+@pytest.mark.parametrize(("kind", "size"), [("cpu", "100"), ("h200", "500")])
+def test_blocks_are_larger_on_gpus_by_default(kind, size):
+    """Both kinds are known: a CPU core to the ladder, an H200 to its calibration."""
+    arguments = ["fashion", "--num", "1e5", "--pool-devices", f"{kind}:2", "--json"]
+    other = {"100": "500", "500": "100"}[size]
+    assert run(*arguments) == run(*arguments, "--block-size", size) != run(*arguments, "--block-size", other)
+
+
 @pytest.mark.parametrize(
     ("devices", "costs", "message"),
     [
