@@ -18,8 +18,8 @@ _ONE = ((0, 0), (1, 0), (0, 0))
 GATHERED_BYTES = 2**30
 """Of the bases of a block's samples on a GPU, each with that of its class; a loop over the classes needs none."""
 
-KNOWN_RUNS = 1000
-"""So many runs' coefficients are kept: blocks that share a plan have the same."""
+KNOWN_BYTES = 2**26
+"""Of the coefficients of runs that are kept: blocks that share a plan have the same."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,15 @@ class ClosedForm:
             noisy = noisy and [0]
         values = [x, self.mean, *(value for value, _ in held), *(Projected(noise(start + i)) for i in noisy)]
         key = start, tuple(base), tuple(tuple(weights) for _, weights in held), x.value.dtype
-        if key not in self._known:
-            if len(self._known) >= KNOWN_RUNS:
+        # Several threads may take their blocks through the same runs.
+        coefficients = self._known.get(key)
+        if coefficients is None:
+            found = self._coefficients(start, np.array(base), [np.array(weights) for _, weights in held])
+            coefficients = torch.tensor(np.stack(found), dtype=x.value.dtype).to(x.value.device)
+            if (1 + len(self._known)) * coefficients.nbytes > KNOWN_BYTES:
                 self._known.clear()
-            coefficients = self._coefficients(start, np.array(base), [np.array(weights) for _, weights in held])
-            self._known[key] = torch.tensor(np.stack(coefficients), dtype=x.value.dtype).to(x.value.device)
-        return self._sum(values, self._known[key])
+            self._known[key] = coefficients
+        return self._sum(values, coefficients)
 
     def _coefficients(self, start: int, base: np.ndarray, held: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Those of `advance`, (classes, r + 1): of x, the mean, the held values and the noises."""
