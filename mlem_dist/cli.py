@@ -319,8 +319,7 @@ def _say(report: dict[str, Any], device: str) -> None:
 def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) -> None:
     """Draw one plan and keep it, for `generate --plan`."""
     from mlem_dist.ladder.ladder import Ladder
-    from mlem_dist.solver.integrate import block_rng
-    from mlem_dist.solver.plan import write_plan
+    from mlem_dist.solver.plan import block_rng, write_plan
     from mlem_dist.tuning.recipe import make_recipe
 
     ladder = Ladder.load(ladder_name)

@@ -18,9 +18,9 @@ from processes import generated
 
 from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import PRECISIONS
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.blocks import Blocks
+from mlem_dist.runtime.job import PRECISIONS, Job
 from mlem_dist.runtime.worker import Levels
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.tuning.choose import tuned_plan

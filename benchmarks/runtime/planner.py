@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.blocks import Blocks
+from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
 from mlem_dist.solver.integrate import Drift, integrate

@@ -16,7 +16,7 @@ import click
 from processes import generated
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import PRECISIONS
+from mlem_dist.runtime.job import PRECISIONS
 from mlem_dist.tuning.choose import tuned_budgets, tuned_plan
 from mlem_dist.tuning.judge import Judge
 

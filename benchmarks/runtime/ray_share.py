@@ -18,7 +18,7 @@ CORES, NUM = 2, 3000
 BEFORE_SECONDS, SECONDS = 25, 40
 """From the start of the command, and of the look: a part of its run in which nothing begins or ends."""
 
-SAMPLING = "ray::TrajectoryWorker"
+SAMPLING = "ray::TrajectoryActor"
 
 
 def name(pid: int) -> str:

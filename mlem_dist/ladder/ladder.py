@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest, read_object, replace_file
-from mlem_dist.ladder.levels import PRECISIONS, PREDICTIONS, GaussianLevel, UNetLevel
+from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import alpha_bar
 
 SCHEMA_VERSION = 1
@@ -247,10 +247,10 @@ class Ladder:
         return np.array([4.0 * level.parameters for level in self.levels])
 
     def load_level(self, number: int, device: torch.device | str, precision: str = "float32") -> nn.Module:
-        """Level `number` (from 1) as a module in evaluation mode on `device`, a UNet in one of `PRECISIONS`.
+        """Level `number` (from 1) as a module in evaluation mode on `device`.
 
-        It takes and returns float32 in either; a Gaussian level is always float32. The Gaussian that residual UNets
-        take is one for all on a device, and the first level there.
+        A UNet computes in the torch type named `precision`, and takes and returns float32 in any; a Gaussian level is
+        always float32. The Gaussian that residual UNets take is one for all on a device, and the first level there.
 
         Raises:
             UsageError: its weights are unreadable, or not those of its configuration.
@@ -288,7 +288,7 @@ class Ladder:
 
         model, info = UNet2DModel.from_pretrained(
             self.folder / level.path,
-            torch_dtype=PRECISIONS[precision],
+            torch_dtype=getattr(torch, precision),
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -300,7 +300,7 @@ class Ladder:
                 raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
         gaussian = self.load_level(1, device) if level.prediction == "residual" else None
         assert gaussian is None or isinstance(gaussian, GaussianLevel)
-        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian, PRECISIONS[precision])
+        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian, getattr(torch, precision))
 
 
 def bundled() -> Iterator[str]:

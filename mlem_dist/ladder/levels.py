@@ -13,10 +13,6 @@ from mlem_dist.solver.closed_form import AffineDrift
 
 PREDICTIONS = ("epsilon", "v_prediction", "residual")
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What a UNet's weights and activations can be, by name."""
-
-
 GATHERED_BYTES = 2**28
 """Of the bases of several samples, each with that of its class, on a GPU."""
 

@@ -1,4 +1,4 @@
-"""The coordinator: decides what runs where. It sees references, never tensors."""
+"""The coordinator: decides what runs where. It sees references, never tensors, and does without importing torch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mlem_dist.dataset.store import Location
+from mlem_dist.runtime.actors import LevelActor, TrajectoryActor
 from mlem_dist.runtime.balance import Load, Move, choose_move
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
 from mlem_dist.runtime.progress import WAITS, Progress
-from mlem_dist.runtime.worker import Ask, LevelWorker, SegmentEnd, TrajectoryWorker
+from mlem_dist.runtime.segments import Ask, SegmentEnd
 from mlem_dist.runtime.writer import Writer
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
@@ -207,7 +208,7 @@ class Coordinator:
         self.ready = time.monotonic() - self.began
 
     def _creator(self, index: int) -> Any:
-        kind = ray.remote(LevelWorker if index else TrajectoryWorker)
+        kind = ray.remote(LevelActor if index else TrajectoryActor)
 
         job = replace(self.job, device=self.kinds[index].type)
         cuda = job.device == "cuda"

@@ -13,7 +13,8 @@ import torch
 from mlem_dist.dataset.store import Location
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.memory import keep_memory
-from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.blocks import Blocks
+from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import evaluations, levels_of
 from mlem_dist.runtime.progress import PoolProgress, Progress
 from mlem_dist.runtime.worker import Levels

@@ -1,29 +1,25 @@
-"""A job: everything that decides the samples of a dataset, and the block computation that every engine shares."""
+"""A job: everything that decides the samples of a dataset. It is known where torch is not imported."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import pyarrow
-import torch
-from torch import Tensor
 
 from mlem_dist import __version__
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import PRECISIONS, GaussianLevel
-from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
-from mlem_dist.solver.integrate import Noise, Request, block_noise, block_rng, trajectory
-from mlem_dist.solver.plan import Plan, Recipe, plan_to_dict
-from mlem_dist.solver.steps import SOLVERS, StepTable, solver_table
+from mlem_dist.solver.plan import Plan, Recipe, block_rng, plan_to_dict
+from mlem_dist.solver.steps import SOLVERS
 
 MOST_SHARDS = 10**6
+
+PRECISIONS = ("float32", "bfloat16")
+"""Of the UNets' weights and activations, by torch's names."""
 
 BLOCK_SIZE = {"cpu": 100, "cuda": 500}
 """By default, by device type: on a large GPU blocks of 100 take more than twice as long per sample (gpu.py in
@@ -33,19 +29,10 @@ SAMPLED_BLOCKS = 16
 """Of a recipe, so many draws tell what all will take."""
 
 
-class NonFiniteError(RuntimeError):
-    """A block ended with NaN or infinite values."""
-
-
 def versions() -> dict[str, str]:
     """The versions that decide bytes."""
-    return {
-        "mlem_dist": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pyarrow": pyarrow.__version__,
-    }
+    libraries = {name: version(name) for name in ("torch", "numpy", "pyarrow")}
+    return {"mlem_dist": __version__, "python": platform.python_version()} | libraries
 
 
 @dataclass(frozen=True)
@@ -170,81 +157,3 @@ def _first_plans(plan: Plan | Recipe, seed: int) -> tuple[Plan, ...]:
     if isinstance(plan, Plan):
         return (plan,)
     return tuple(plan.plan(block_rng(seed, block)) for block in range(SAMPLED_BLOCKS))
-
-
-class Blocks:
-    """The computation of a job's blocks, apart from who evaluates the levels."""
-
-    def __init__(self, job: Job, ladder: Ladder) -> None:
-        if ladder.digest != job.digest:
-            raise UsageError(
-                f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for; every node "
-                "must find the same one there"
-            )
-        for name, version in versions().items():
-            # What follows a plus says for which devices it was built.
-            if version.partition("+")[0] != job.versions[name].partition("+")[0]:
-                raise UsageError(
-                    f"{name} on {platform.node()} is {version}, and {job.versions[name]} where the run was started; "
-                    "install the same versions on every node"
-                )
-        self.job = job
-        self.ladder = ladder
-        self._latest: tuple[int, Tensor, ClosedForm | None] | None = None
-
-    @cached_property
-    def table(self) -> StepTable:
-        """The solver's steps."""
-        return solver_table(self.ladder.alpha_bar, self.job.steps, self.job.solver)
-
-    def label(self, block: int) -> Tensor:
-        """int64 (B,): the classes of a block's samples, on the job's device."""
-        return self._labelled(block)[1]
-
-    def noise(self, block: int) -> Noise:
-        """The block's noise; of whole blocks always, so that a sample does not depend on `num`."""
-        shape = (self.job.block_size, *self.ladder.sample_shape)
-        return block_noise(self.job.seed, block, shape, self.job.device)
-
-    @cached_property
-    def _affine(self) -> AffineDrift:
-        level = self.ladder.load_level(1, self.job.device)
-        assert isinstance(level, GaussianLevel)
-        return level.affine(self.table.t)
-
-    def closed_form(self, block: int) -> ClosedForm | None:
-        """How a block takes runs of steps with level 1, if its plan collapses them."""
-        return self._labelled(block)[2]
-
-    def _labelled(self, block: int) -> tuple[int, Tensor, ClosedForm | None]:
-        """What depends on a block's classes alone, after its first one's place; the last block had mostly the same."""
-        place, size = block * self.job.block_size % len(self.job.labels), self.job.block_size
-        latest = self._latest
-        if latest is None or latest[0] != place:
-            label = torch.tensor([self.job.label(place + i) for i in range(size)], device=self.job.device)
-            form = ClosedForm(self._affine, self.table, label) if self.job.plan.collapse else None
-            latest = self._latest = place, label, form
-        return latest
-
-    def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
-        """The block's trajectory, to be driven by who evaluates the levels."""
-        return trajectory(self.table, self.job.block_plan(block), self.noise(block), self.closed_form(block))
-
-    def images(self, block: int, x: Tensor) -> np.ndarray:
-        """uint8 (B, H, W, C) of a finished block x (B, C, H, W), clipped to the ladder's value range.
-
-        Raises:
-            NonFiniteError: x holds NaN or infinite values.
-        """
-        bad = (~x.isfinite()).flatten(1).any(1)
-        if bad.any():
-            first = block * self.job.block_size
-            ids = [first + int(i) for i in bad.nonzero()[:, 0]]
-            raise NonFiniteError(
-                f"block {block}: {len(ids)} of {len(x)} samples are not finite (sample ids {ids[0]} to {ids[-1]}); "
-                "the plan is too coarse for this ladder: raise --nfe or use held increments"
-            )
-        low, high = self.ladder.value_range
-        scaled = (x.clamp(low, high) - low) * (255 / (high - low))
-        images: np.ndarray = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return images

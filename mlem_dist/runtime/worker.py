@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,33 +18,12 @@ from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.memory import keep_memory
-from mlem_dist.runtime.job import Blocks, Job
+from mlem_dist.runtime.blocks import Blocks
+from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import evaluations, levels_of
 from mlem_dist.runtime.progress import Work
+from mlem_dist.runtime.segments import Ask, SegmentEnd
 from mlem_dist.solver.integrate import Drift, Request, evaluate
-from mlem_dist.solver.plan import Term
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Terms that a block needs from another pool before it can go on."""
-
-    pool: int
-    t: int
-    terms: tuple[Term, ...]
-
-    @property
-    def calls(self) -> set[int]:
-        """The levels that it takes."""
-        return {k for term in self.terms for k in term.calls}
-
-
-@dataclass(frozen=True)
-class SegmentEnd:
-    """The end of a segment: what it needs from other pools, or nothing if the block is finished."""
-
-    work: Work
-    asks: tuple[Ask, ...]
 
 
 class Levels(dict[int, Drift]):

@@ -59,11 +59,6 @@ def coarse_noise(noise: Noise, fine: StepTable, ratio: int) -> Noise:
     return coarse
 
 
-def block_rng(seed: int, block: int) -> np.random.Generator:
-    """The coins of a block: a function of (seed, block) alone."""
-    return np.random.default_rng([seed, block])
-
-
 def trajectory(
     table: StepTable, plan: Plan, noise: Noise, closed_form: ClosedForm | None = None
 ) -> Generator[Request, list[Tensor], Tensor]:

@@ -252,6 +252,11 @@ class Recipe:
         return plan if self.rungs is None else on_levels(plan, self.rungs)
 
 
+def block_rng(seed: int, block: int) -> np.random.Generator:
+    """The coins of a block: a function of (seed, block) alone."""
+    return np.random.default_rng([seed, block])
+
+
 def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:
     """A plan as JSON-ready values, with the ladder and solver that it is made for."""
     return {

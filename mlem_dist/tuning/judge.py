@@ -19,8 +19,8 @@ from mlem_dist.ladder.ladder import Ladder, save_tensors
 from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.solver.closed_form import ClosedForm
-from mlem_dist.solver.integrate import Drift, Noise, block_noise, block_rng, coarse_noise, integrate
-from mlem_dist.solver.plan import Plan, Recipe, single_level
+from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, integrate
+from mlem_dist.solver.plan import Plan, Recipe, block_rng, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
 
 BLOCK = {"cpu": 32, "cuda": 128}

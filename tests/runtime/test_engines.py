@@ -15,10 +15,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime import arrange, cluster, generate
+from mlem_dist.runtime.blocks import Blocks, NonFiniteError
 from mlem_dist.runtime.driver import run_ray
 from mlem_dist.runtime.generate import complete, open_dataset
 from mlem_dist.runtime.inline import run_inline
-from mlem_dist.runtime.job import Blocks, NonFiniteError
 from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.runtime.planner import Layout
 from mlem_dist.solver.integrate import integrate
@@ -220,7 +220,7 @@ def processes(kind: str) -> list[int]:
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("kind", ["LevelWorker", "TrajectoryWorker"])
+@pytest.mark.parametrize("kind", ["LevelActor", "TrajectoryActor"])
 def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path, kind):
     job = make_job(num=96, steps=40, shard_size=32)
     killed = []
@@ -246,7 +246,7 @@ def test_an_answer_that_finds_another_actor_costs_no_sample(fashion, make_job, r
 
     def replace_holder(progress):
         if progress.blocks and not seen:
-            (level,), (holder,) = processes("LevelWorker"), processes("TrajectoryWorker")
+            (level,), (holder,) = processes("LevelActor"), processes("TrajectoryActor")
             os.kill(level, signal.SIGSTOP)
             # Some blocks wait for the level by then, and one is still on its way.
             time.sleep(0.1)

@@ -11,7 +11,7 @@ from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import Pool, PoolError
 from mlem_dist.runtime.progress import Work
-from mlem_dist.runtime.worker import Ask
+from mlem_dist.runtime.segments import Ask
 from mlem_dist.solver.plan import Term
 
 pytestmark = pytest.mark.usefixtures("local_ray")

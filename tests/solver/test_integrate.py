@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler
 
-from mlem_dist.solver.integrate import block_noise, block_rng, coarse_noise, integrate
-from mlem_dist.solver.plan import Recipe, single_level
+from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
+from mlem_dist.solver.plan import Recipe, block_rng, single_level
 from mlem_dist.solver.steps import StepTable, step_table
 
 
