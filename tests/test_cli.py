@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mlem_dist.cli import main
+from mlem_dist.cli import cli, main
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import plan_from_dict
 from mlem_dist.training.data import load_images
@@ -29,16 +29,26 @@ def command(*arguments: str, timeout: float = 120) -> subprocess.CompletedProces
 
 
 @pytest.fixture
-def refuses(monkeypatch, capfd) -> Callable[..., None]:
-    """A function that gives a command to this process and expects one sentence; a process of its own takes seconds."""
+def here(monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `command`, in this process: one of its own takes seconds to start."""
 
-    def check(*arguments: str, message: str) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
             main()
         signal.signal(signal.SIGTERM, handler)
-        assert_refused(subprocess.CompletedProcess(arguments, ended.value.code, *capfd.readouterr()), message)
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refuses(here) -> Callable[..., None]:
+    """A function that gives a command to this process and expects one sentence."""
+
+    def check(*arguments: str, message: str) -> None:
+        assert_refused(here(*arguments), message)
 
     return check
 
@@ -62,15 +72,15 @@ def test_a_file_that_is_there_is_not_replaced(tmp_path, refuses):
     assert file.read_text() == "mine"
 
 
-def test_the_option_that_differs_is_said(tmp_path, refuses):
+def test_the_option_that_differs_is_said(tmp_path, here, refuses):
     out = tmp_path / "out"
     arguments = ["--num", "16", *SMALL, "--engine", "inline", "--out", str(out)]
-    assert command("generate", *arguments).returncode == 0
+    assert here("generate", *arguments).returncode == 0
     refuses("generate", *arguments, "--nfe", "3", message="plan is another one: it follows from --nfe")
     refuses("generate", *arguments, "--seed", "3", message="seed was 0, now 3")
 
 
-def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_path):
+def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_path, here):
     page = (Path(__file__).parents[1] / "docs/ladders.md").read_text()
     config = tmp_path / "photos.yaml"
     small = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1].replace("steps: 8000", "steps: 4")
@@ -88,7 +98,7 @@ def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_p
     assert "12 images are larger than the samples" in done.stderr
     assert (ladder / "training/loss.png").read_bytes().startswith(b"\x89PNG")
     before = tree(ladder)
-    again = command(*train)
+    again = here(*train)
     assert again.returncode == 0
     assert "finished already" in again.stdout
     assert {name: data for name, data in tree(ladder).items() if name != "training/loss.png"} == {
@@ -96,7 +106,7 @@ def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_p
     }
     out = tmp_path / "out"
     arguments = ("--num", "20", *SMALL, "--engine", "inline", "--out", str(out))
-    made = command("generate", "--ladder", str(ladder), *arguments)
+    made = here("generate", "--ladder", str(ladder), *arguments)
     assert made.returncode == 0, made.stderr
     assert load_images(out, (3, 32, 32), None).labels == ("cats", "dogs")
 
@@ -133,8 +143,7 @@ def test_a_training_that_diverges_fails_in_one_sentence(tmp_path):
 def other_plan(tmp_path_factory) -> Path:
     """A plan for 30 steps."""
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    done = command("draw", "--steps", "30", "--nfe", "5", "--out", str(path))
-    assert done.returncode == 0, done.stderr
+    cli.main(["draw", "--steps", "30", "--nfe", "5", "--out", str(path)], standalone_mode=False)
     return path
 
 
@@ -262,7 +271,7 @@ def test_an_out_path_that_cannot_be_used_is_refused(tmp_path, refuses):
         assert tree(tmp_path) == before
 
 
-def test_an_address_that_does_not_answer_is_refused_soon(tmp_path):
+def test_an_address_that_does_not_answer_is_refused_soon(tmp_path, refuses):
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -272,16 +281,16 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path):
             closed = unused.getsockname()[1]
         for port in (silent, closed):
             started = time.monotonic()
-            done = command("generate", "--num", "8", "--out", str(tmp_path / "out"), "--address", f"127.0.0.1:{port}")
-            assert_refused(done, f"127.0.0.1:{port}")
+            address = f"127.0.0.1:{port}"
+            refuses("generate", "--num", "8", "--out", str(tmp_path / "out"), "--address", address, message=address)
             assert time.monotonic() - started < 15
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, here):
     """SIGKILL of the driver's whole process group half-way, on Ray; then to the end with another placement."""
     arguments = ["--num", "192", *SMALL, "--devices", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = command("generate", *arguments, "--engine", "inline", "--out", str(whole))
+    done = here("generate", *arguments, "--engine", "inline", "--out", str(whole))
     assert done.returncode == 0, done.stderr
     arguments += ["--address", "local"]
     run = subprocess.Popen(
@@ -304,7 +313,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     assert 0 < json.loads(done.stdout)["made"] <= 192 - 16 * len(marked)
     assert tree(killed) == tree(whole)
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.stem in marked)
-    again = command("generate", *arguments, "--out", str(killed))
+    again = here("generate", *arguments, "--out", str(killed))
     assert again.returncode == 0
     assert "finished already" in again.stdout
 
@@ -334,24 +343,24 @@ def test_a_folder_named_like_a_bundled_ladder_is_that_folder(tmp_path, fashion):
     assert Ladder.load("fashion").source == "fashion"
 
 
-def test_the_report_the_sheet_and_verify(tmp_path, refuses):
+def test_the_report_the_sheet_and_verify(tmp_path, here, refuses):
     out = tmp_path / "o u't"
     arguments = ["--num", "3e1", *SMALL, "--labels", "2,7", "--engine", "inline", "--out", str(out)]
-    done = command("generate", *arguments)
+    done = here("generate", *arguments)
     assert done.returncode == 0, done.stderr
     for word in ("30 images", "images/s", "unet-1", "pyarrow", "mlem-dist show"):
         assert word in done.stdout
     look = shlex.split(done.stdout.partition("Open it:")[2].splitlines()[0])
     printed = subprocess.run([sys.executable, *look[1:]], capture_output=True, text=True, check=True)
     assert "sample_id" in printed.stdout
-    assert command("show", str(out)).returncode == 0
+    assert here("show", str(out)).returncode == 0
     assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")
-    assert command("verify", str(out)).returncode == 0
+    assert here("verify", str(out)).returncode == 0
     shard, extra = min((out / "data").iterdir()), out / "data/extra.parquet"
     whole = shard.read_bytes()
     extra.write_bytes(whole)
     shard.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
-    damaged = command("verify", str(out))
+    damaged = here("verify", str(out))
     assert damaged.returncode == 1
     assert shard.name in damaged.stderr
     assert "data/extra.parquet is no shard" in damaged.stderr
@@ -361,15 +370,15 @@ def test_the_report_the_sheet_and_verify(tmp_path, refuses):
     # A repair leaves what has become the user's own.
     shard.unlink()
     (out / "README.md").write_text("mine")
-    assert command("generate", *arguments).returncode == 0
+    assert here("generate", *arguments).returncode == 0
     assert shard.read_bytes() == whole
     assert (out / "README.md").read_text() == "mine"
 
 
-def test_a_dataset_that_lacks_its_end_alone_is_ended_without_ray(tmp_path):
+def test_a_dataset_that_lacks_its_end_alone_is_ended_without_ray(tmp_path, here):
     out = tmp_path / "out"
     arguments = ["--num", "32", *SMALL, "--out", str(out)]
-    assert command("generate", *arguments, "--engine", "inline").returncode == 0
+    assert here("generate", *arguments, "--engine", "inline").returncode == 0
     made = tree(out)
     raw = json.loads(made["mlem.json"])
     (out / ".mlem").mkdir()
@@ -377,27 +386,27 @@ def test_a_dataset_that_lacks_its_end_alone_is_ended_without_ray(tmp_path):
         (out / ".mlem" / f"{Path(shard['path']).stem}.json").write_text(json.dumps(shard))
     (out / "mlem.json").write_text(json.dumps(raw | {"shards": [], "calls_per_sample": {}}))
     (out / "README.md").unlink()
-    begun = command("verify", str(out))
+    begun = here("verify", str(out))
     assert begun.returncode == 3
     assert "2 shards are there and as they were written" in begun.stderr
     # As many as a cluster had.
-    done = command("generate", *arguments, "--address", "local", "--devices", "1000")
+    done = here("generate", *arguments, "--address", "local", "--devices", "1000")
     assert done.returncode == 0, done.stderr
     assert "Placement" not in done.stderr
     assert tree(out) == made
 
 
-def test_a_memorised_plan_is_used_for_every_block(tmp_path, other_plan):
+def test_a_memorised_plan_is_used_for_every_block(tmp_path, other_plan, here):
     out = tmp_path / "out"
     arguments = ["--num", "16", "--steps", "30", "--block-size", "8", "--shard-size", "8", "--engine", "inline"]
-    done = command("generate", *arguments, "--plan", str(other_plan), "--out", str(out), "--json")
+    done = here("generate", *arguments, "--plan", str(other_plan), "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "mlem.json").read_text())["config"]["plan"] == json.loads(other_plan.read_text())
     plan = plan_from_dict(json.loads(other_plan.read_text()), 6)
     assert [*json.loads(done.stdout)["calls_per_sample"].values()] == plan.calls.sum(1).tolist()
 
 
-def test_ladder_show_prints_every_level(fashion):
-    done = command("ladder", "show", "fashion")
+def test_ladder_show_prints_every_level(fashion, here):
+    done = here("ladder", "show", "fashion")
     assert done.returncode == 0
     assert all(level.name in done.stdout for level in fashion.levels)

@@ -356,7 +356,7 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_p
     for progress in run_ray(job, fashion, out, dataset.missing, where):
         actors.append(tuple(pool.actors for pool in progress.pools))
         if actors[-1] in {(2, 2), (1, 3)}:
-            enough = min(enough, progress.samples + 200)
+            enough = min(enough, progress.samples + 100)
         if progress.samples >= enough:
             break
     assert (3, 1) in actors

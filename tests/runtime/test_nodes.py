@@ -47,7 +47,7 @@ def test_a_lost_node_costs_no_sample(two_nodes, fashion, make_job, tmp_path):
     levels = len(fashion.levels)
     plan = on_levels(held(np.eye(2, 12, dtype=bool)[[0, 0]] | np.array([[True], [False]])), (1, levels))
     # A block's images are more than what Ray keeps with the coordinator.
-    job = make_job(plan, num=3200, block_size=160, shard_size=3200)
+    job = make_job(plan, num=2080, block_size=104, shard_size=2080)
     arguments = [cluster.address, pickle.dumps(job).hex(), str(tmp_path / "out")]
     removed = False
     with subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], stdout=subprocess.PIPE, text=True) as run:
