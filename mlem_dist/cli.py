@@ -349,7 +349,7 @@ def verify(out: Location) -> None:
 
     manifest = read_manifest(out)
     shards = manifest.shards or marked_shards(out)
-    problems = [problem for shard in shards if (problem := damage(out, shard))]
+    problems = damage(out, shards)
     if manifest.shards:
         problems += [f"{path} is no shard, and readers of {out}/data take it for rows" for path in foreign(out, shards)]
     for problem in problems:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,9 @@ from mlem_dist.files import file_digest
 WORK = ".mlem"
 
 DATA = "data"
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 REQUESTS, BATCH = 32, 1000
 """At a time, to a file system or object store that may be far away."""
@@ -125,12 +129,17 @@ def marked_shards(out: Location, of: Iterable[str] | None = None) -> list[Shard]
 
     names = listed(out / WORK) if of is None else map(_marker, of)
     markers = sorted(name for name in names if name.startswith("train-") and name.endswith(".json"))
-    found: list[Shard | None] = []
+    return [shard for shard in _of_each(read, markers) if shard]
+
+
+def _of_each(read: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """What `read` returns for each, many at a time."""
+    found: list[U] = []
     with ThreadPoolExecutor(REQUESTS) as pool:
         # A pool holds something for each that it has not begun.
-        for start in range(0, len(markers), BATCH):
-            found += pool.map(read, markers[start : start + BATCH])
-    return [shard for shard in found if shard]
+        for start in range(0, len(items), BATCH):
+            found += pool.map(read, items[start : start + BATCH])
+    return found
 
 
 def _marker(path: str) -> str:
@@ -143,22 +152,26 @@ def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
     return {shard.path: shard for shard in shards if sizes.get(Path(shard.path).name) == shard.bytes}
 
 
-def damage(out: Location, shard: Shard) -> str | None:
-    """What is wrong with a shard's file, compared by content; None if nothing is.
+def damage(out: Location, shards: Sequence[Shard]) -> list[str]:
+    """What is wrong with the shards' files, compared by content: a sentence for each that is not as it was written.
 
     Raises:
         StoreError: an object store does not answer, or refuses.
     """
-    try:
-        with reached(out):
-            digest = file_digest(out / shard.path)
-    except FileNotFoundError:
-        return f"{shard.path} is missing"
-    except StoreError:
-        raise
-    except OSError as error:
-        return f"{shard.path} cannot be read: {error.strerror}"
-    return None if digest == shard.sha256 else f"{shard.path} is not what was written: its SHA-256 differs"
+
+    def look(shard: Shard) -> str | None:
+        try:
+            with reached(out):
+                digest = file_digest(out / shard.path)
+        except FileNotFoundError:
+            return f"{shard.path} is missing"
+        except StoreError:
+            raise
+        except OSError as error:
+            return f"{shard.path} cannot be read: {error.strerror}"
+        return None if digest == shard.sha256 else f"{shard.path} is not what was written: its SHA-256 differs"
+
+    return [problem for problem in _of_each(look, shards) if problem]
 
 
 def foreign(out: Location, shards: Sequence[Shard]) -> list[str]:

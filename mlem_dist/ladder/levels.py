@@ -13,7 +13,7 @@ from mlem_dist.solver.closed_form import AffineDrift
 
 PREDICTIONS = ("epsilon", "v_prediction", "residual")
 
-GATHERED_BYTES = 2**28
+CHUNK_BYTES = 2**28
 """Of the bases of several samples, each with that of its class, on a GPU."""
 
 FIT_ROWS = 4096
@@ -85,7 +85,7 @@ class GaussianLevel(nn.Module):
         flat = x.flatten(1)
         a = self.alpha_bar[t][:, None]
         if x.is_cuda:
-            size = max(1, GATHERED_BYTES // self.basis[0].nbytes)
+            size = max(1, CHUNK_BYTES // self.basis[0].nbytes)
             parts = zip(flat.split(size), a.split(size), label.split(size), strict=True)
             return torch.cat([self._gathered(*part) for part in parts]).view_as(x)
         out = torch.empty_like(flat)

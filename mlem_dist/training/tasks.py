@@ -23,7 +23,7 @@ from mlem_dist.training.resume import begin_training
 POLL_SECONDS = 0.5
 TENSORS = ("train", "train_label", "test", "test_label")
 
-Progress = Mapping[str, tuple[int, float]]
+TrainingProgress = Mapping[str, tuple[int, float]]
 """For each level that has begun: the steps done, and the loss."""
 
 
@@ -37,12 +37,12 @@ class Board:
         """Say how far a level is."""
         self.posted[name] = (done, loss)
 
-    def read(self) -> Progress:
+    def read(self) -> TrainingProgress:
         """What was said last of each level."""
         return self.posted
 
 
-def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) -> Iterator[Progress]:
+def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) -> Iterator[TrainingProgress]:
     """Train what is not yet trained, on the connected Ray, and write the ladder to `out`; progress twice a second.
 
     A level takes its share of the cores, and of the GPUs if it is trained there, and begins when the levels that it

@@ -7,7 +7,7 @@ ladder's digest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,12 @@ from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.steps import ETA, StepTable, step_table
 from mlem_dist.tuning.allocate import nfe_at_error, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
+from mlem_dist.tuning.tell import TellStage
 
 BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}
 """Of the times, by device type; by the last one levels are compared."""
 EM_STEPS = (5, 10, 20, 50)
 RESAMPLES = 200
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being measured, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def calibrate(
     images: Tensor,
     label: Tensor,
     device: str,
-    progress: Progress = lambda stage, done, total: None,
+    progress: TellStage = lambda stage, done, total: None,
     *,
     per_band: int = 500,
     steps: int = 100,
@@ -205,7 +203,7 @@ def _along_trajectories(
     steps: int,
     label: Tensor,
     cost: np.ndarray,
-    progress: Progress,
+    progress: TellStage,
 ) -> tuple[SolverCalibration, np.ndarray]:
     """What is measured with one solver on samples of classes label (B,), and their increments, float64 (K, N, B)."""
 
@@ -251,7 +249,7 @@ def best_trajectory(
     table: StepTable,
     noise: Noise,
     label: Tensor,
-    progress: Progress = lambda stage, done, total: None,
+    progress: TellStage = lambda stage, done, total: None,
 ) -> list[Tensor]:
     """x_0 ... x_N, each float32 (B, C, H, W), of Euler-Maruyama with the best of the levels 1 ... K."""
     run = trajectory(table, single_level(len(levels), len(levels), len(table)), noise)
@@ -272,7 +270,7 @@ def propagate(
     states: Sequence[Tensor],
     label: Tensor,
     probe: Tensor,
-    progress: Progress = lambda stage, done, total: None,
+    progress: TellStage = lambda stage, done, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The increments along a trajectory of the best level, and what each does to the final sample.
 

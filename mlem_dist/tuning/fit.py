@@ -32,6 +32,7 @@ from mlem_dist.solver.integrate import Drift, evaluate, integrate
 from mlem_dist.solver.plan import Plan, Term, extrapolated, on_levels, single_level
 from mlem_dist.solver.steps import half_log_snr
 from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.tell import Tell
 
 RIDGE = 1e-3
 """On the factors' distance from those of extrapolated increments, relative to the squares of what they weigh."""
@@ -60,8 +61,6 @@ of that of a call at every step, a quarter of what fitted plans of 40 evaluation
 
 PATH_BYTES = 4e9
 """Of that path: as many samples are fitted to as it then has states of."""
-
-Progress = Callable[[int, int], None]
 
 T = TypeVar("T")
 
@@ -217,7 +216,7 @@ class Fitter:
         """The samples of a block."""
         return slice(block * self.judge.block, (block + 1) * self.judge.block)
 
-    def search(self, nfe: float, progress: Progress = lambda done, total: None) -> Fit:
+    def search(self, nfe: float, progress: Tell = lambda done, total: None) -> Fit:
         """The fit of at most `nfe` evaluations of the best level whose error on the noises is least, of those tried.
 
         First the middle rung is chosen, then how often it is called, then where calls begin. `progress` is told how

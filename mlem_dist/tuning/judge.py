@@ -22,6 +22,7 @@ from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
+from mlem_dist.tuning.tell import Tell
 
 BLOCK = {"cpu": 32, "cuda": 128}
 """Samples that advance together, by device type, if there are so many; those of a block share a drawn plan."""
@@ -118,9 +119,7 @@ class Judge:
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
         return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
-    def errors(
-        self, ways: Sequence[Plan | Recipe], progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> np.ndarray:
+    def errors(self, ways: Sequence[Plan | Recipe], progress: Tell = lambda done, total: None) -> np.ndarray:
         """The errors of the verdicts on several plans or recipes, float64 (ways, n), without the runs that are timed.
 
         `progress` is told how many ways are done, of how many.

@@ -28,6 +28,7 @@ from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.calibrate import adjoint, best_trajectory
 from mlem_dist.tuning.judge import Judge
 from mlem_dist.tuning.recipe import NeymanRule
+from mlem_dist.tuning.tell import Tell
 
 KNOTS = 6
 """Per level, equally spaced over the trajectory, between which the logarithm of a density's factor is linear."""
@@ -84,9 +85,7 @@ def model_steps(ladder: Ladder) -> int:
     return min(MODEL_STEPS, len(ladder.alpha_bar))
 
 
-def first_order(
-    judge: Judge, samples: int, threads: int, progress: Callable[[int, int], None] = lambda done, total: None
-) -> FirstOrder:
+def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambda done, total: None) -> FirstOrder:
     """The model for the ladder and solver of a judge, on noises of its own and `model_steps`.
 
     Evaluates every level once, and passes back through the best one once, at each step of each sample. Holds all

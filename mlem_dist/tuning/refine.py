@@ -12,7 +12,6 @@ J^T e and J^T v for a vector v of random signs, and E[(J^T v) (J^T v)^T] = J^T J
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlem_dist.solver.plan import Plan
 from mlem_dist.tuning.fit import LARGEST, Block, Fit, Fitter, ridge
+from mlem_dist.tuning.tell import Tell
 
 PASSES = 2
 """So many steps, each from derivatives on all samples; a third one gains two per cent on other samples."""
@@ -31,10 +31,8 @@ DAMPING = 0.1
 MEMORY = 0.7
 """J^T J is a mean over the passes, in which each counts by so much less than the next one."""
 
-Progress = Callable[[int, int], None]
 
-
-def fitted_plan(fitter: Fitter, nfe: float, progress: Progress, refining: Progress) -> Plan:
+def fitted_plan(fitter: Fitter, nfe: float, progress: Tell, refining: Tell) -> Plan:
     """The plan of at most `nfe` evaluations of the best level; of small budgets, the fit is refined.
 
     Args:
@@ -48,7 +46,7 @@ def fitted_plan(fitter: Fitter, nfe: float, progress: Progress, refining: Progre
     return (refine(fitter, fit, refining) if nfe <= LARGEST else fit).plan()
 
 
-def refine(fitter: Fitter, fit: Fit, progress: Progress = lambda done, total: None) -> Fit:
+def refine(fitter: Fitter, fit: Fit, progress: Tell = lambda done, total: None) -> Fit:
     """The fit with its factors moved to least error on all of the fitter's samples; never a worse one.
 
     Holds what derivatives need of one evaluation, and the states between, for as many blocks as the judge has threads.

@@ -22,6 +22,7 @@ from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.optimise import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
 from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 from mlem_dist.tuning.refine import fitted_plan
+from mlem_dist.tuning.tell import Tell, TellStage
 
 CHOOSING_SEED, JUDGING_SEED, FITTING_SEED = 0, 1, 2
 CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 32, 64, 256
@@ -37,9 +38,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ML-EM": {"increments": "impulse", "draw": "independent"},
 }
 """Recipes by which every block draws its own plan; only the last is unbiased."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being tried, how much of it is done, and how much there is."""
 
 
 def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
@@ -63,7 +61,7 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
 
 
 def tune(
-    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: Progress
+    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: TellStage
 ) -> Iterator[Row]:
     """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
 
@@ -121,7 +119,7 @@ def tune(
 
 
 def searched(
-    choosing: Judge, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: Progress
+    choosing: Judge, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: TellStage
 ) -> dict[str, Callable[[float], Plan]]:
     """The families whose plans are searched for on this ladder, and how to find the plan for one of the budgets.
 
@@ -152,7 +150,7 @@ def best_draw(
     choosing: Judge,
     recipes: dict[str, Recipe],
     cost: np.ndarray,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Tell = lambda done, total: None,
 ) -> Plan:
     """The best of `DRAWS` plans of the better one of the recipes "held" and "extrapolated", for level costs `cost`.
 
@@ -168,7 +166,7 @@ def best_plan(
     choosing: Judge,
     plans: Sequence[Plan],
     cost: np.ndarray,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Tell = lambda done, total: None,
 ) -> Plan:
     """The best of plans of nearly the same cost, for level costs `cost`.
 
@@ -201,7 +199,7 @@ class Optimiser:
         samples: of the model.
     """
 
-    def __init__(self, choosing: Judge, threads: int, progress: Progress, samples: int = MODEL_SAMPLES) -> None:
+    def __init__(self, choosing: Judge, threads: int, progress: TellStage, samples: int = MODEL_SAMPLES) -> None:
         self.choosing, self.threads, self.progress, self.samples = choosing, threads, progress, samples
         self.cost = choosing.ladder.cost(choosing.device)
         of_judge, of_model = (
