@@ -307,6 +307,10 @@ def _say(report: dict[str, Any], device: str) -> None:
         calls = (f"{name} {count:.1f}" for name, count in report["calls_per_sample"].items())
         click.echo(f"Evaluations per image: {', '.join(calls)}")
     look = f"import pyarrow.parquet as pq; print(pq.read_table({f'{out}/data'!r}))"
+    if "://" in out:
+        # pyarrow alone does not know every kind of URL.
+        look = f"import pyarrow.parquet as pq, upath; data = upath.UPath({f'{out}/data'!r}); "
+        look += "print(pq.read_table(data.path, filesystem=data.fs))"
     # Nothing in the line but the path needs the other kind of quotes.
     quoted = f'"{look}"' if shlex.quote(out) == out else shlex.quote(look)
     click.echo(f"Open it:  python -c {quoted}")
