@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -69,6 +69,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_text(names: Iterable[str], where: str) -> None:
+    """Refuse names that cannot be written as UTF-8, as that of a folder whose bytes are none.
+
+    Raises:
+        UsageError: one of the names, which are found in `where`, is no text.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{where}: the name {name!a} is not text in UTF-8; rename it") from None
 
 
 def file_digest(path: Path | UPath) -> str:

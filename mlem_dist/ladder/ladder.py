@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import file_digest, read_object, replace_file
+from mlem_dist.files import check_text, file_digest, read_object, replace_file
 from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
 from mlem_dist.ladder.schedule import alpha_bar
 
@@ -106,10 +106,7 @@ class Ladder:
         """
         folder = _find(source)
         path = folder / LADDER
-        try:
-            str(folder).encode()
-        except UnicodeEncodeError:
-            raise UsageError(f"{str(folder)!r}: expected a folder whose name is UTF-8; rename it") from None
+        check_text([str(folder)], "ladder folder")
         raw = read_object(path, "ladder")
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
@@ -134,6 +131,7 @@ class Ladder:
         names = [level.name for level in self.levels]
         if not names or len(set(names)) != len(names):
             raise UsageError(f"{self.folder}: expected at least one level and no name twice, got {names}")
+        check_text((self.name, *names, *self.labels), str(self.folder))
         if len(set(self.labels)) != len(self.labels):
             raise UsageError(f"{self.folder}: labels has a name twice: {', '.join(self.labels)}")
         _check_digest(self.folder, SCHEDULER, self.scheduler_sha256)

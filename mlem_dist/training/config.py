@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import check_text
 from mlem_dist.ladder.schedule import alpha_bar
 
 RESERVED = ("training", "scheduler")
@@ -113,6 +114,7 @@ def read_config(path: Path) -> TrainConfig:
     names = [level.name for level in config.levels]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"{path}: expected at least one level and no name twice, got {names}")
+    check_text((config.name, *names, *(config.labels or ())), str(path))
     if config.seed < 0:
         raise UsageError(f"{path}: seed is {config.seed}, expected 0 or more")
     if config.labels is not None and len(set(config.labels)) != len(config.labels):

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import check_text
 
 HELD_OUT = ("test", "validation")
 """What the held-out part of a dataset is called, in this order of preference."""
@@ -147,6 +148,7 @@ def _classes(found: _Found, labels: Sequence[str] | None, source: Path) -> tuple
     names = found.names or tuple(map(str, labels if labels is not None else range(high + 1)))
     if low < 0 or high >= len(names):
         raise UsageError(f"{source}: label {low if low < 0 else high} is out of range for {len(names)} labels")
+    check_text(names, str(source))
     if labels is None:
         return names, np.arange(len(names))
     wanted = tuple(map(str, labels))

@@ -79,6 +79,7 @@ def test_a_dataset_named_like_a_bundled_ladder_is_none(tmp_path, fashion, copy, 
         ({"value_range": [float("nan"), 1]}, "value_range is"),
         ({"value_range": None}, "malformed entry"),
         ({"labels": ["shoe"] * 10}, "labels has a name twice"),
+        ({"labels": ["caf\udce9"]}, r"the name 'caf\\udce9' is not text"),
         ({"levels": ["unet"]}, "malformed entry"),
     ],
 )

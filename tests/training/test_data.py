@@ -1,6 +1,8 @@
 import gzip
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -98,6 +100,16 @@ def test_colours_and_sizes_fit_the_samples(tmp_path):
     assert sorted((image[0] == 200).sum().item() for image in everything) == [24, 64, 64, 64]
     grey = load_images(folder, (1, 8, 8), None)
     assert torch.cat([grey.train, grey.test]).shape == (4, 1, 8, 8)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    for i in range(2):
+        with (folder / f"{i}.png").open("wb") as file:
+            Image.new("L", (8, 8)).save(file, "PNG")
+    with pytest.raises(UsageError, match=r"the name 'caf\\udce9' is not text in UTF-8; rename it"):
+        load_images(tmp_path, (1, 8, 8), None)
 
 
 def quarters(width, height):
