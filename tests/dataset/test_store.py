@@ -256,6 +256,7 @@ def test_ray_writes_to_a_store(server):
     command = [SCRIPT, "generate", "--num", "40", "--out", out, "--steps", "20", "--nfe", "4", "--block-size", "8"]
     command += ["--shard-size", "16", "--device", "cpu", "--devices", "1", "--address", "local"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.startswith(f"Wrote 40 images to {out} (40 in 3 shards)")
     look = shlex.split(done.stdout.partition("Open it:")[2].splitlines()[0])
     printed = subprocess.run([sys.executable, *look[1:]], capture_output=True, text=True, check=True)
     assert "sample_id" in printed.stdout
