@@ -1,7 +1,12 @@
+import os
+import pickle
 import subprocess
 import sys
 
 import pytest
+
+from mlem_dist.runtime.actors import UNUSED
+from mlem_dist.solver.plan import single_level
 
 
 @pytest.mark.parametrize(
@@ -17,3 +22,25 @@ import pytest
 def test_what_starts_soon_does_not_wait_for_what_it_does_not_use(module, absent):
     check = f"import sys, mlem_dist.{module}; print(*{{*sys.modules}} & {{*{absent.split()!r}}})"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_an_actor_imports_no_package_that_only_diffusers_would(make_job, tmp_path):
+    for name in UNUSED:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise SystemExit('{name} is imported')")
+        (tmp_path / f"{name}-99.dist-info").mkdir()
+        (tmp_path / f"{name}-99.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n"
+        )
+    job = make_job(single_level(2, 2, 12), block_size=8, shard_size=8)
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
+    work = """
+import pickle, sys
+from mlem_dist.runtime.actors import LevelActor
+actor = LevelActor(pickle.load(open(sys.argv[1], "rb")), (range(1, 3),), 0)
+actor.prepare()
+print(2 in actor.worker.levels)
+"""
+    command = [sys.executable, "-c", work, str(tmp_path / "job")]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")

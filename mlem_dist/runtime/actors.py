@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +14,16 @@ from mlem_dist.runtime.segments import Ask, SegmentEnd
 
 if TYPE_CHECKING:
     from mlem_dist.runtime.worker import LevelWorker, TrajectoryWorker
+
+UNUSED = ("peft", "scipy", "transformers")
+"""What diffusers imports where it is installed, for as long as all else that it imports; no level needs it."""
+
+
+def _without_unused() -> None:
+    """Let diffusers find none of them, in this process, whatever is installed."""
+    modules: dict[str, Any] = sys.modules
+    for name in UNUSED:
+        modules.setdefault(name, None)
 
 
 class LevelActor:
@@ -30,6 +41,7 @@ class LevelActor:
 
     def prepare(self) -> None:
         """As `LevelWorker.prepare`, and import torch before."""
+        _without_unused()
         # Not in the constructor, an error of which Ray takes for the actor's death.
         self.worker = self._worker()
         self.worker.prepare()

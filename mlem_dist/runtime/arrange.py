@@ -76,7 +76,7 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         kinds = {one: cluster_kind(one, ladder, cost[one]) for one in cost}
         layout = Layout(placement.pools, tuple(kinds[one] for one in there))
         return Arrangement(layout, forecast(job, layout).cell_devices, timed=timed)
-    kind = cluster_kind(there[0], ladder, cost[there[0]], _memory(job.device))
+    kind = cluster_kind(there[0], ladder, cost[there[0]], _memory(job.device, remote))
     # The one that ends first before the others.
     forecasts = sorted(
         (forecast(job, one) for one in layouts(job, ladder.weight_bytes, kind)), key=lambda one: one.seconds
@@ -135,12 +135,16 @@ def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]
     return np.array([found[k] if np.isfinite(found.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
 
 
-def _memory(device: str) -> float:
+def _memory(device: str, remote: bool) -> float:
     """Bytes of the smallest device: of one GPU of each node, or of a node's memory per CPU core.
+
+    Of this machine's GPUs, where Ray is not `remote`, this process knows; one on another node starts for seconds.
 
     Raises:
         UsageError: no GPU is free to be asked.
     """
+    if device == "cuda" and not remote:
+        return float(min(map(_gpu_bytes, range(torch.cuda.device_count()))))
     if device == "cuda":
         kind: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_gpu_bytes)
         nodes = [node["NodeID"] for node in live_nodes() if node["Resources"].get("GPU", 0)]
@@ -164,5 +168,5 @@ def _memory(device: str) -> float:
     return min(float(one["memory"] / one["CPU"]) for one in found if one.get("CPU", 0) >= 1)
 
 
-def _gpu_bytes() -> int:
-    return torch.cuda.get_device_properties(0).total_memory
+def _gpu_bytes(index: int = 0) -> int:
+    return torch.cuda.get_device_properties(index).total_memory

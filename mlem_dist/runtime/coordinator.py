@@ -28,16 +28,31 @@ from mlem_dist.runtime.writer import Writer
 
 # Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
-BLOCKS_PER_DEVICE = 3
+BLOCKS_PER_DEVICE = {"cpu": 3, "cuda": 8}
+"""In flight where pools share the work, by device type: on a GPU the way to another pool is long beside the work."""
+
+FLIGHT_BYTES = 2**28
+"""Of the states of a device's blocks in flight, which also hold values of other pools; two blocks there are always."""
+
 WINDOW_SECONDS, WINDOW_CALLS = 2, 4
 WRITER_SHARE = 0.7
 
 logger = logging.getLogger(__name__)
 
 
-def trajectory_depth(devices: int, actors: int) -> int:
-    """Blocks in flight per trajectory actor: enough that no device waits for one; more would only finish later."""
-    return max(SLOTS, -(-BLOCKS_PER_DEVICE * devices // actors))
+def trajectory_depth(devices: Sequence[str], actors: int, pools: int, block_bytes: int) -> int:
+    """Blocks in flight per trajectory actor: enough that no device waits for one; more would only finish later.
+
+    Args:
+        devices: the type of each.
+        actors: that hold trajectories.
+        pools: that share the work.
+        block_bytes: of a block's state.
+    """
+    if pools == 1:
+        return SLOTS
+    most = max(SLOTS, FLIGHT_BYTES // block_bytes)
+    return max(SLOTS, -(-sum(min(BLOCKS_PER_DEVICE[kind], most) for kind in devices) // actors))
 
 
 def writer_count(images_per_second: float, seconds: float) -> int:
@@ -62,6 +77,7 @@ class Coordinator:
         labels: class names.
         coalesce: at most so many blocks are evaluated together by another pool than the first.
         writers: actors that write shards, beside the devices.
+        block_bytes: of a block's state.
     """
 
     def __init__(
@@ -76,6 +92,7 @@ class Coordinator:
         labels: Sequence[str],
         coalesce: int,
         writers: int,
+        block_bytes: int,
     ) -> None:
         self.coalesce = coalesce
         self.job, self.pools = job, tuple(pools)
@@ -84,7 +101,8 @@ class Coordinator:
         self.writers = Pool("writers", desks, SLOTS, lambda _: create.remote(out, job.shards, tuple(labels)))
         self.seats, self.names, self.group = seats, names, group
         self.kinds, self.devices = devices, group.bundle_count
-        self.depth = trajectory_depth(self.devices, len(seats[0]))
+        types = {seat.device: kind.type for kind, one in zip(devices, seats, strict=True) for seat in one}
+        self.depth = trajectory_depth([*types.values()], len(seats[0]), sum(map(bool, seats)), block_bytes)
         self.calls: Counter[int] = Counter()
         self.samples = self.blocks = 0
         self.state = "starting"

@@ -30,12 +30,23 @@ from mlem_dist.runtime.placement import (
 )
 from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, pool_seconds, segments
 
+_CORE = Overheads(
+    call=0.002,
+    trip=0.006,
+    latency=0.001,
+    event=0.0012,
+    write=8e-5,
+    poll=0.003,
+    slowdown=1.06,
+    sliced=1.0,
+    shared=True,
+    state=4 * 32 * 32,
+)
 OVERHEADS = {
-    "cpu": Overheads(0.002, 0.006, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.06, shared=True),
-    "cuda": Overheads(0.0005, 0.0005, latency=0.001, event=0.0012, write=8e-5, poll=0.003, slowdown=1.05, shared=False),
+    "cpu": _CORE,
+    "cuda": replace(_CORE, call=0.0005, trip=0.0015, slowdown=1.05, sliced=1.08, shared=False),
 }
-"""By device type. Those of CPU cores are measured, the coordinator's and the writers' too (coordinator.py and writer.py
-in benchmarks/runtime), and a GPU's slowdown (gpu.py); its calls and trips are assumed."""
+"""By device type, measured: coordinator.py and writer.py in benchmarks/runtime, and gpu.py what is a GPU's own."""
 
 WRITTEN_PIXELS = 32 * 32
 """Of the images by which the writing time was measured."""
@@ -54,7 +65,13 @@ extrapolated."""
 def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
     """What the runtime costs on "cpu" or "cuda" devices, for samples of shape (C, H, W)."""
     known = OVERHEADS[device]
-    return replace(known, write=known.write * math.prod(sample_shape[1:]) / WRITTEN_PIXELS)
+    write = known.write * math.prod(sample_shape[1:]) / WRITTEN_PIXELS
+    return replace(known, write=write, state=state_bytes(sample_shape))
+
+
+def state_bytes(sample_shape: Sequence[int]) -> int:
+    """Of a sample's state, float32."""
+    return 4 * math.prod(sample_shape)
 
 
 @dataclass(frozen=True, eq=False)

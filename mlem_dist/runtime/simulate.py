@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -23,18 +23,20 @@ RECORDED = 1000
 
 @dataclass(frozen=True)
 class Overheads:
-    """What the runtime costs on one kind of device besides the levels, in seconds.
+    """What the runtime costs on one kind of device besides the levels, in seconds if not said otherwise.
 
     Attributes:
-        call: device time of a call to an actor, besides its evaluations: arguments, results, the way to it.
-        trip: device time of a block's state going to another pool and back, by each of the two actors.
+        call: an actor's time for a call, besides its evaluations: arguments, results, the way to it.
+        trip: the time of each of two actors for a block's state going from one to the other and back.
         latency: from a call to its begin, when the actor is free.
         event: the coordinator's own time per call.
         write: a core's time to write one sample into a shard.
         poll: the driver's time per cell and round.
         slowdown: a level's time in an actor over its time alone: noise, closed forms, caches, Ray's own processes.
+        sliced: a level's time where several actors take turns on the device, over that where one has it.
         shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores;
-            then writing takes their time too.
+            then calls, trips and writing take the devices' time, which otherwise may work for other actors meanwhile.
+        state: bytes of a sample's state.
     """
 
     call: float
@@ -44,7 +46,9 @@ class Overheads:
     write: float
     poll: float
     slowdown: float
+    sliced: float
     shared: bool
+    state: int
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Trace:
     Attributes:
         blocks: when each block was finished, in order.
         seconds: when the last shard was written.
-        busy: device seconds by pool.
+        busy: by pool, seconds in which its actors worked, without their waiting for a device.
         coordinator: seconds in which the coordinator was at work.
         writing: core seconds spent writing.
         work: the actors' first thousand calls.
@@ -126,13 +130,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Actor:
-    """An actor of a pool: it does one call at a time, on its device."""
+    """An actor of a pool: it does one call at a time, on its device, where a level takes `slowdown` times its time."""
 
     pool: int
     number: int
     turn: simpy.Resource
     overheads: Overheads
     device: simpy.Resource
+    slowdown: float
 
 
 class CellSimulation:
@@ -167,13 +172,14 @@ class CellSimulation:
         for overheads, count in kinds:
             shared = simpy.Resource(env, count)
             self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(count)]
-        devices = len(self.devices)
+        self.sitting = Counter(seat.device for one in seats for seat in one)
         seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
-        writers = writer_count(devices / max(float(seconds), 1e-9), self.overheads.write)
+        writers = writer_count(len(self.devices) / max(float(seconds), 1e-9), self.overheads.write)
         self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
         self.writing = simpy.Resource(env, writers)
-        depth = trajectory_depth(devices, len(seats[0]))
+        types = ["cpu" if overheads.shared else "cuda" for overheads, _ in self.devices]
+        depth = trajectory_depth(types, len(seats[0]), sum(map(bool, seats)), block_size * self.overheads.state)
         self.runners = depth * len(seats[0])
         self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]
         self.todo = simpy.Store(env)
@@ -183,10 +189,11 @@ class CellSimulation:
     def _pool(self, index: int, seats: Sequence[Seat], slots: int) -> simpy.Store:
         """A pool's free slots: taken in turn, which is the least busy actor's but for ties."""
         store = simpy.Store(self.env)
-        actors = [
-            Actor(index, number, simpy.Resource(self.env), *self.devices[seat.device])
-            for number, seat in enumerate(seats)
-        ]
+        actors = []
+        for number, seat in enumerate(seats):
+            overheads, device = self.devices[seat.device]
+            slowdown = overheads.slowdown * (overheads.sliced if self.sitting[seat.device] > 1 else 1)
+            actors.append(Actor(index, number, simpy.Resource(self.env), overheads, device, slowdown))
         store.items.extend(actors * slots)
         return store
 
@@ -242,13 +249,16 @@ class CellSimulation:
             yield self.env.timeout(self.overheads.event)
             self.trace.coordinator += self.overheads.event
         yield self.env.timeout(actor.overheads.latency)
+        work = seconds * self.block_size * actor.slowdown
         with actor.turn.request() as turn:
             yield turn
+            if not actor.overheads.shared:
+                yield self.env.timeout(lost)
             with actor.device.request() as device:
                 yield device
                 start = self.env.now
-                yield self.env.timeout(seconds * self.block_size * actor.overheads.slowdown + lost)
-        self.trace.busy[actor.pool] += self.env.now - start
+                yield self.env.timeout(work + lost * actor.overheads.shared)
+        self.trace.busy[actor.pool] += work + lost
         if len(self.trace.work) < RECORDED:
             self.trace.work.append(Busy(actor.pool, actor.number, start, self.env.now))
 

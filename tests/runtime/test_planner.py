@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
+from mlem_dist.runtime.coordinator import trajectory_depth
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import WEIGHT_SHARE, Devices, evaluations, levels_of, parse_placement, pool_loads
 from mlem_dist.runtime.planner import (
@@ -24,7 +25,7 @@ from mlem_dist.runtime.planner import (
 from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, pool_seconds, segments
 from mlem_dist.solver.plan import Recipe, held, on_levels
 
-NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, shared=False)
+NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, sliced=1, shared=False, state=4)
 COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
 FOUR = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
 POOLS = (range(1, 3), range(3, 5))
@@ -85,11 +86,37 @@ def test_every_overhead_slows_a_cell_down_by_its_size(job):
     # Two cores that also write.
     assert rate(job, kind(2, write=load, shared=True)) == pytest.approx(2 / (2 * load), rel=0.03)
     assert rate(job, kind(1, slowdown=1.5)) == pytest.approx(1 / load / 1.5, rel=0.02)
-    # One call per block of eight, and the device idle only while all three blocks in flight are on their way.
+    # One call per block of eight, and the device idle only while both blocks in flight are on their way.
     assert rate(job, kind(1, call=8 * load)) == pytest.approx(1 / load / 2, rel=0.02)
-    assert rate(job, kind(1, latency=1.0)) == pytest.approx(3 * 8 / (1 + 8 * load), rel=0.1)
+    assert rate(job, kind(1, latency=1.0)) == pytest.approx(2 * 8 / (1 + 8 * load), rel=0.1)
     # Four cells of one device, each of which is given a shard of ten blocks a round.
     assert rate(job, kind(4, poll=1.0), "together", 1) == pytest.approx(4 * 80 / (0.5 + 4), rel=0.05)
+
+
+def test_a_gpu_works_for_other_actors_while_one_makes_its_call(job):
+    """Two actors on one GPU, which takes turns; a core does one thing at a time."""
+    cost = np.array([1.0, 1, 2, 4]) * 1e-3
+    programs = [segments(job.block_plan(block), POOLS, [cost, cost]) for block in range(16)]
+    loads = np.mean([pool_seconds(program, 2) for program in programs], axis=0)
+    load = loads.sum()
+    calls = np.mean([len(program) + sum(len(one.asks) for one in program) for program in programs])
+    call = 8 * load / calls / 3
+    core = kind(1, cost=cost, call=call, shared=True)
+    assert rate(job, core, "1-2,3-4") == pytest.approx(1 / load / (1 + 1 / 3), rel=0.02)
+    assert rate(job, kind(1, cost=cost, call=call), "1-2,3-4") == pytest.approx(1 / load, rel=0.05)
+    slicing = kind(1, cost=cost, sliced=1.5)
+    assert rate(job, slicing, "1-2,3-4") == pytest.approx(1 / load / 1.5, rel=0.02)
+    assert rate(job, slicing) == pytest.approx(1 / load, rel=0.05)
+
+
+def test_blocks_in_flight_are_bounded_by_memory():
+    small = 2**20
+    assert trajectory_depth(["cuda"], 1, 2, small) == 8
+    assert trajectory_depth(["cpu"] * 4, 2, 2, small) == 6
+    assert trajectory_depth(["cuda"], 1, 2, 64 * small) == 4
+    # Two hide the way to an actor, and that is all there is to hide where it has every level.
+    assert trajectory_depth(["cuda"], 1, 2, 2**40) == trajectory_depth(["cuda"] * 8, 8, 1, small) == 2
+    assert trajectory_depth(["cuda", "cpu"], 8, 2, small) == 2
 
 
 def test_cells_divide_the_devices_as_evenly_as_they_can():
@@ -199,7 +226,8 @@ def test_kinds_with_the_same_overheads_are_still_two(job):
 def test_larger_images_take_longer_to_write(job):
     small, large = (overheads_of("cpu", (3, side, side)) for side in (32, 256))
     assert large.write == pytest.approx(64 * small.write)
-    assert replace(large, write=small.write) == small
+    assert large.state == 64 * small.state
+    assert replace(large, write=small.write, state=small.state) == small
 
 
 def test_levels_stay_together_where_they_fit(job):
