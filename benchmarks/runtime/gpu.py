@@ -1,11 +1,13 @@
-"""One GPU: levels with and without CUDA graphs, what it takes to move states, and runs against the levels' own time.
+"""One GPU: levels with and without CUDA graphs, states on their way, processes in turn, and runs against levels alone.
 
 python benchmarks/runtime/gpu.py --out benchmarks/results/gpu.json
 """
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -21,18 +23,22 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.blocks import Blocks
 from mlem_dist.runtime.job import PRECISIONS, Job
+from mlem_dist.runtime.placement import Devices, parse_placement
+from mlem_dist.runtime.planner import Kind, Layout, forecast, overheads_of
 from mlem_dist.runtime.worker import Levels
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.tuning.choose import tuned_plan
 
 STEPS, REPEATS = 250, 20
+TURNS, TURN_SECONDS = 3, 3.0
 RUNS = {
-    "ray, together": ("float32", ["--placement", "together"]),
-    "ray, pools": ("float32", ["--placement", "pools"]),
-    "in process": ("float32", ["--engine", "inline"]),
-    "ray, together, bfloat16": ("bfloat16", ["--placement", "together"]),
-    "ray, 1-3,4-6": ("float32", ["--placement", "1-3,4-6"]),
+    "together": ("float32", "together"),
+    "pools": ("float32", "pools"),
+    "1-3,4-6": ("float32", "1-3,4-6"),
+    "in process": ("float32", None),
+    "together, bfloat16": ("bfloat16", "together"),
 }
+"""Precision and placement; none without Ray."""
 
 
 def typical(run: Callable[[], Any]) -> float:
@@ -101,11 +107,10 @@ def job_of(ladder: Ladder, nfe: float, block_size: int, precision: str) -> Job:
     return Job(*about, "cuda", precision)
 
 
-def own_seconds(ladder: Ladder, job: Job) -> float:
-    """Of a block: what its calls of levels take by themselves, as graphs."""
+def level_seconds(ladder: Ladder, precision: str, batch: int) -> np.ndarray:
+    """float64 (K,): of each level, per sample, as a graph."""
     numbers = range(1, len(ladder.levels) + 1)
-    seconds = [graph_seconds(ladder.source, k, job.precision, job.block_size) for k in numbers]
-    return float(job.expected_calls() @ np.array(seconds)) * job.block_size
+    return np.array([graph_seconds(ladder.source, k, precision, batch) for k in numbers])
 
 
 @torch.inference_mode()
@@ -124,20 +129,70 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
                     blocks.images(0, x)
 
                 row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
-                yield row | {"levels_ms": own_seconds(ladder, job) * 1e3}
+                own = float(job.expected_calls() @ level_seconds(ladder, precision, batch)) * batch
+                yield row | {"levels_ms": own * 1e3}
 
 
-def run_row(ladder: Ladder, name: str, nfe: int, block_size: int, num: int) -> dict[str, Any]:
+def turn_rows(ladder: Ladder, batch: int) -> Iterator[dict[str, Any]]:
+    """Calls per second of the best level in one process, and in two and three that take turns on the GPU."""
+    context = multiprocessing.get_context("spawn")
+    barrier, found = context.Barrier(TURNS), context.SimpleQueue()
+    every = [context.Process(target=_take_turns, args=(n, ladder.source, batch, barrier, found)) for n in range(TURNS)]
+    for one in every:
+        one.start()
+    rates: dict[int, list[float]] = {}
+    for _ in range(TURNS * (TURNS + 1) // 2):
+        together, rate = found.get()
+        rates.setdefault(together, []).append(rate)
+    for one in every:
+        one.join()
+    yield from ({"processes": n, "batch": batch, "calls_per_second": sum(rates[n])} for n in sorted(rates))
+
+
+@torch.inference_mode()
+def _take_turns(number: int, source: str, batch: int, barrier: Any, found: Any) -> None:
+    ladder = Ladder.load(source)
+    level = as_run(ladder.load_level(len(ladder.levels), "cuda"), "cuda")
+    x = torch.randn(batch, *ladder.sample_shape, device="cuda")
+    t = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    label = torch.arange(batch, device="cuda") % max(1, len(ladder.labels))
+    level(x, t, label).cpu()
+    for together in range(1, TURNS + 1):
+        barrier.wait()
+        if number < together:
+            start, calls = time.perf_counter(), 0
+            while time.perf_counter() - start < TURN_SECONDS:
+                level(x, t, label)
+                torch.cuda.synchronize()
+                calls += 1
+            found.put((together, calls / (time.perf_counter() - start)))
+
+
+def run_row(
+    ladder: Ladder, name: str, nfe: int, block_size: int, num: int, transfers: list[dict[str, Any]]
+) -> dict[str, Any]:
     """`mlem-dist generate` as a command."""
-    precision, engine = RUNS[name]
+    precision, placement = RUNS[name]
     options = ["--device", "cuda", "--solver", "ddim", "--nfe", str(nfe), "--block-size", str(block_size)]
     options += ["--ladder", ladder.source, "--precision", precision, "--shard-size", str(10 * block_size)]
-    report, _ = generated(num, *options, *engine)
-    job = job_of(ladder, nfe, block_size, precision)
+    options += ["--placement", placement] if placement else ["--engine", "inline"]
+    report, _ = generated(num, *options)
     kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds", "busy_seconds")
     row = {"run": name, "nfe": nfe, "batch": block_size, "precision": precision, "num": num}
-    row |= {key: report[key] for key in kept}
-    return row | {"of_ideal": report["images_per_second"] * own_seconds(ladder, job) / block_size}
+    row |= {key: report[key] for key in (*kept, "calls_per_sample")}
+    cost = level_seconds(ladder, precision, block_size)
+    row["of_ideal"] = report["images_per_second"] * float(np.array([*report["calls_per_sample"].values()]) @ cost)
+    if placement:
+        pools = parse_placement(placement, len(ladder.levels)).pools
+        kind = Kind("gpu", Devices("cuda", 1), cost, overheads_of("cuda", ladder.sample_shape))
+        job = replace(job_of(ladder, nfe, block_size, precision), num=num)
+        told = forecast(job, Layout(pools, (kind,) * len(pools)))
+        row["forecast_of_measured"] = num / told.seconds / report["images_per_second"]
+        moved = sum(pool["moved"] for pool in report["pools"])
+        state = next(one for one in transfers if one["batch"] == block_size)
+        way = (state["out_ms"] + state["in_ms"]) / 2e3 / state["bytes"]
+        row |= {"moved_bytes": moved, "moving": moved * way / report["sampling_seconds"]}
+    return row
 
 
 @click.command()
@@ -158,7 +213,8 @@ def main(name: str, num: int, batches: str, block_size: int, nfe: str, names: tu
         "levels": level_rows(ladder, sizes),
         "transfers": transfer_rows(ladder, sizes),
         "blocks": block_rows(ladder, sizes, budgets),
-        "runs": (run_row(ladder, name, budgets[-1], block_size, num) for name in names),
+        "turns": turn_rows(ladder, block_size),
+        "runs": (run_row(ladder, name, budgets[-1], block_size, num, result["transfers"]) for name in names),
     }
     for part, rows in parts.items():
         result[part] = []

@@ -15,7 +15,7 @@ from mlem_dist.runtime.segments import Ask, SegmentEnd
 if TYPE_CHECKING:
     from mlem_dist.runtime.worker import LevelWorker, TrajectoryWorker
 
-UNUSED = ("peft", "scipy", "transformers")
+UNUSED = ("peft", "scipy", "torchvision", "transformers")
 """What diffusers imports where it is installed, for as long as all else that it imports; no level needs it."""
 
 
