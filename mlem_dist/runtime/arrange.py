@@ -64,11 +64,10 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
     # With one pool for all levels there is nothing to weigh.
     if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
         pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
-        counts, found = evaluations(job), {}
+        of_pool, found = levels_of(evaluations(job), pools), {}
         for one in cost:
-            on = [pool for pool, devices in zip(pools, there, strict=True) if devices == one]
-            numbers = sorted({k for pool in on for k in levels_of(counts, pool)})
-            found[one] = measured_cost(job, ladder, one, numbers, remote)
+            on = [levels for levels, devices in zip(of_pool, there, strict=True) if devices == one]
+            found[one] = measured_cost(job, ladder, one, sorted(set().union(*on)), remote)
         cost |= {one: measured for one, measured in found.items() if measured is not None}
         timed = any(measured is not None for measured in found.values())
     if placement:
@@ -91,11 +90,11 @@ def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: flo
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
     """Whether the costs of a job's levels are worth being measured."""
-    every, cost = range(1, len(ladder.levels) + 1), ladder.cost(job.device)
+    every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
     counts = evaluations(job)
-    load = float(pool_loads(counts, [every], cost)[0])
+    load = float(pool_loads(counts, every, cost)[0])
     run = job.num * load / sum(one.count for one in dict.fromkeys(devices))
-    timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every))
+    timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every)[0])
     return run > LONG_SECONDS and timing < TIMING_SHARE * run
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import ray
 
+from mlem_dist.runtime.placement import Together
 from mlem_dist.runtime.pool import Pool
 from mlem_dist.runtime.segments import Ask
 
 WAIT_SECONDS = 0.02
 """At most so long the first ask of a call waits for others."""
-
-Terms = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,39 +28,38 @@ class Waiting:
 
 
 class Batcher:
-    """Asks for one pool: those for the same levels are evaluated in one call, `most` at a time.
+    """Asks for one pool: those for the same increments are evaluated in one call, `most` at a time.
 
     A call is made when it is full, when its first ask has waited some milliseconds, or at `flush`.
     """
 
     def __init__(self, pool: Pool, most: int) -> None:
         self._pool, self._most = pool, most
-        self._waiting: dict[Terms, list[Waiting]] = {}
-        self._timers: dict[Terms, asyncio.TimerHandle] = {}
+        self._waiting: dict[Together, list[Waiting]] = {}
+        self._timers: dict[Together, asyncio.TimerHandle] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
     def add(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> asyncio.Future[ray.ObjectRef[Any]]:
-        """The values of an ask's terms, to be awaited; it fails as `Pool.call` does."""
+        """The values that a block asks for, to be awaited; it fails as `Pool.call` does."""
         loop = asyncio.get_running_loop()
-        terms = tuple((term.level, term.below) for term in ask.terms)
         found = Waiting(block, ask, state, loop.create_future())
-        group = self._waiting.setdefault(terms, [])
+        group = self._waiting.setdefault(ask.increments, [])
         group.append(found)
         if len(group) == self._most:
-            self._call(terms)
+            self._call(ask.increments)
         elif len(group) == 1:
-            self._timers[terms] = loop.call_later(WAIT_SECONDS, self._call, terms)
+            self._timers[ask.increments] = loop.call_later(WAIT_SECONDS, self._call, ask.increments)
         return found.answer
 
     def flush(self) -> None:
         """Make every call that waits for more asks."""
-        for terms in list(self._waiting):
-            self._call(terms)
+        for together in list(self._waiting):
+            self._call(together)
 
-    def _call(self, terms: Terms) -> None:
-        if timer := self._timers.pop(terms, None):
+    def _call(self, together: Together) -> None:
+        if timer := self._timers.pop(together, None):
             timer.cancel()
-        task = asyncio.get_running_loop().create_task(self._evaluate(self._waiting.pop(terms)))
+        task = asyncio.get_running_loop().create_task(self._evaluate(self._waiting.pop(together)))
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
 

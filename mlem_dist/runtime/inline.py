@@ -41,7 +41,7 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
         x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
         return blocks.images(block, x), plan.calls.sum(1)
 
-    for number in levels_of(evaluations(job), range(1, len(ladder.levels) + 1)):
+    for number in levels_of(evaluations(job), [range(1, len(ladder.levels) + 1)])[0]:
         levels.load(number)
     ready = time.monotonic() - began
     first: float | None = None

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.job import Job
-from mlem_dist.solver.plan import Plan, Recipe
+from mlem_dist.solver.plan import Increment, Plan, Recipe
 
 # A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
 LEAST_SHARE = 0.05
@@ -26,8 +26,8 @@ WEIGHT_SHARE = 0.5
 RARE = 1e-6
 """Evaluations counted for an increment that may be drawn, beside those of the blocks that are looked at."""
 
-Together = tuple[tuple[int, int], ...]
-"""The (level, below) of terms that are evaluated at one step."""
+Together = tuple[Increment, ...]
+"""The increments that are evaluated at one step."""
 
 Evaluations = Mapping[Together, float]
 """How often, per sample, terms are evaluated together."""
@@ -109,16 +109,16 @@ def evaluations(job: Job) -> Evaluations:
 def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
     counts: defaultdict[Together, float] = defaultdict(float)
     for run in (run for plan in plans for run in plan.runs):
-        counts[tuple((term.level, term.below) for term in run.terms)] += 1
+        counts[tuple(term.increment for term in run.terms)] += 1
         # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
-        counts[((1, 0),)] += bool(run.base)
+        counts[(Increment(1, 0),)] += bool(run.base)
     counts.pop((), None)
     if isinstance(plan, Recipe):
         # A later block may draw what these do not, and must find a pool for it.
         rungs = plan.rungs or range(1, len(plan.probabilities) + 1)
         for below, level, p in zip((0, *rungs), rungs, plan.probabilities, strict=False):
             if p.any():
-                counts[((level, below),)] += RARE
+                counts[(Increment(level, below),)] += RARE
     return {together: count / len(plans) for together, count in counts.items()}
 
 
@@ -126,19 +126,39 @@ def pool_loads(counts: Evaluations, pools: Sequence[range], cost: np.ndarray) ->
     """Expected seconds per sample in each pool, float64, for level costs `cost` (K,)."""
     load = np.zeros(len(pools))
     for together, count in counts.items():
-        for index, pool in enumerate(pools):
-            load[index] += count * sum(cost[k - 1] for k in called(together, pool))
+        for index, levels in enumerate(called(together, pools)):
+            load[index] += count * sum(cost[k - 1] for k in levels)
     return load
 
 
-def called(together: Together, pool: range) -> set[int]:
-    """The levels that a pool evaluates for terms: those of its own and the ones that these are over."""
-    return {k for term in together if term[0] in pool for k in term if k}
+def divide(together: Together, pools: Sequence[range]) -> tuple[Together, ...]:
+    """What each pool evaluates for the increments of one step, so that no two evaluate the same level if one is enough.
+
+    The first pool holds the state, and takes part in every step. Where the level below an increment is one of its own,
+    or one that its pool is asked for anyway, the increment's pool evaluates its level alone, over 0, and the first pool
+    subtracts. Else the increment's pool evaluates both.
+    """
+    home = {k: index for index, pool in enumerate(pools) for k in pool}
+    asked = {one.level for one in together}
+    found: list[dict[Increment, None]] = [{} for _ in pools]
+    for level, below in together:
+        if below and home[below] != home[level] and (below in asked or home[below] == 0):
+            found[home[level]][Increment(level, 0)] = None
+            found[home[below]][Increment(below, 0)] = None
+        else:
+            found[home[level]][Increment(level, below)] = None
+    return tuple(map(tuple, found))
 
 
-def levels_of(counts: Evaluations, pool: range) -> list[int]:
-    """The levels that a pool evaluates, by number."""
-    return sorted({k for together in counts for k in called(together, pool)})
+def called(together: Together, pools: Sequence[range]) -> list[set[int]]:
+    """The levels that each pool evaluates for the increments of one step."""
+    return [{k for one in part for k in one.calls} for part in divide(together, pools)]
+
+
+def levels_of(counts: Evaluations, pools: Sequence[range]) -> list[list[int]]:
+    """The levels that each pool evaluates, by number."""
+    parts = [called(together, pools) for together in counts]
+    return [sorted(set().union(*levels)) for levels in zip(*parts, strict=True)]
 
 
 def allot(load: np.ndarray, devices: int) -> list[list[Seat]]:

@@ -46,8 +46,8 @@ OVERHEADS = {
     "cpu": _CORE,
     "cuda": replace(_CORE, call=0.0005, trip=0.002, slowdown=1.0, sliced=1.1, shared=False),
 }
-"""By device type, measured: coordinator.py and writer.py in benchmarks/runtime, and by gpu.py what a GPU loses in a block
-and where actors take turns; its calls and trips are those by which the forecasts are nearest to runs on one."""
+"""By device type, measured: by coordinator.py and writer.py in benchmarks/runtime, and by gpu.py what a GPU loses in a
+block and where actors take turns; its calls and trips are those by which forecasts are nearest to runs on one."""
 
 WRITTEN_PIXELS = 32 * 32
 """Of the images by which the writing time was measured."""
@@ -296,7 +296,7 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
 def seat_loads(job: Job, layout: Layout) -> np.ndarray:
     """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
     counts, kinds = evaluations(job), layout.kinds
-    found = np.array([pool_loads(counts, [pool], kind.cost)[0] for pool, kind in zip(layout.pools, kinds, strict=True)])
+    found = np.array([pool_loads(counts, layout.pools, kind.cost)[i] for i, kind in enumerate(kinds)])
     found *= [kind.overheads.slowdown for kind in kinds]
     asks = np.zeros(len(kinds))
     for together, count in counts.items():
@@ -318,8 +318,8 @@ def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[
     """float64 (K,), device seconds per sample in each level, as `pool_loads` counts them."""
     found = np.zeros(len(costs[0]))
     for together, count in counts.items():
-        for pool, cost in zip(pools, costs, strict=True):
-            for k in called(together, pool):
+        for levels, cost in zip(called(together, pools), costs, strict=True):
+            for k in levels:
                 found[k - 1] += count * cost[k - 1]
     return found
 
@@ -446,8 +446,8 @@ def candidates(job: Job, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
 
 def _held_bytes(job: Job, weight_bytes: np.ndarray, pools: Sequence[range]) -> list[float]:
     """Bytes of what an actor of each pool holds: weights of the levels that it evaluates, in the job's precision."""
-    counts, share = evaluations(job), 0.5 if job.precision == "bfloat16" else 1.0
-    return [share * sum(weight_bytes[k - 1] for k in levels_of(counts, pool)) for pool in pools]
+    share = 0.5 if job.precision == "bfloat16" else 1.0
+    return [share * sum(weight_bytes[k - 1] for k in levels) for levels in levels_of(evaluations(job), pools)]
 
 
 def _paired(job: Job, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:

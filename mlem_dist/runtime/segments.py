@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlem_dist.runtime.progress import Work
-from mlem_dist.solver.plan import Term
+from mlem_dist.solver.plan import Increment
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Terms that a block needs from another pool before it can go on."""
+    """Increments that a block needs from another pool before it can go on."""
 
     pool: int
     t: int
-    terms: tuple[Term, ...]
+    increments: tuple[Increment, ...]
 
     @property
     def calls(self) -> set[int]:
         """The levels that it takes."""
-        return {k for term in self.terms for k in term.calls}
+        return {k for one in self.increments for k in one.calls}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import simpy
 
 from mlem_dist.runtime.cells import AHEAD, POLL_SECONDS
 from mlem_dist.runtime.coordinator import SLOTS, trajectory_depth, writer_count
-from mlem_dist.runtime.placement import Seat
+from mlem_dist.runtime.placement import Seat, called
 from mlem_dist.solver.plan import Plan
 
 Process = Generator[simpy.Event, Any, None]
@@ -67,16 +67,13 @@ def segments(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> 
     found = []
     local = 0.0
     for run in plan.runs:
-        called: dict[int, set[int]] = {}
-        for term in run.terms:
-            index = next(index for index, pool in enumerate(pools) if term.level in pool)
-            called.setdefault(index, set()).update(term.calls)
-        seconds = {index: float(sum(cost[index][k - 1] for k in levels)) for index, levels in called.items()}
-        asks = tuple((index, value) for index, value in seconds.items() if index)
+        parts = called(tuple(term.increment for term in run.terms), pools)
+        seconds = [float(sum(one[k - 1] for k in levels)) for one, levels in zip(cost, parts, strict=True)]
+        asks = tuple((index, seconds[index]) for index, levels in enumerate(parts) if index and levels)
         if asks:
             found.append(Segment(local, asks))
             local = 0.0
-        local += seconds.get(0, 0.0) + (float(cost[0][0]) if run.base else 0.0)
+        local += seconds[0] + (float(cost[0][0]) if run.base else 0.0)
     return (*found, Segment(local, ()))
 
 

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.blocks import Blocks
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import evaluations, levels_of
+from mlem_dist.runtime.placement import divide, evaluations, levels_of
 from mlem_dist.runtime.progress import Work
 from mlem_dist.runtime.segments import Ask, SegmentEnd
 from mlem_dist.solver.integrate import Drift, Request, evaluate
+from mlem_dist.solver.plan import Increment
 
 
 class Levels(dict[int, Drift]):
@@ -74,7 +75,7 @@ def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
 
 
 class LevelWorker:
-    """Evaluates the terms of one pool for any block: stateless, so that a call can be repeated anywhere."""
+    """Evaluates the increments of one pool for any block: stateless, so that a call can be repeated anywhere."""
 
     def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
         keep_memory()
@@ -97,25 +98,25 @@ class LevelWorker:
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
         label = self.blocks.label(0)[:size]
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        for number in levels_of(evaluations(self.job), self.pools[self.pool]):
+        for number in levels_of(evaluations(self.job), self.pools)[self.pool]:
             self.levels[number](x, t, label)
 
     @torch.inference_mode()
     def evaluate(self, asks: Sequence[tuple[int, Ask]], *states: np.ndarray) -> tuple[Work | np.ndarray, ...]:
-        """The values of the terms that blocks ask for, in one evaluation of each level; blocks ask for the same levels.
+        """The increments that blocks ask for, all for the same ones, in one evaluation of each level.
 
         Args:
             asks: block and ask.
             states: of each, float32 (B, C, H, W).
 
         Returns:
-            The work, and for each block its values, stacked: float32 (terms, B, C, H, W).
+            The work, and for each block its increments, stacked: float32 (increments, B, C, H, W).
         """
         clock = self._clock()
         x = torch.cat([torch.tensor(state, device=self.blocks.job.device) for state in states])
         t = torch.cat([torch.full((len(state),), ask.t) for (_, ask), state in zip(asks, states, strict=True)])
         label = torch.cat([self.blocks.label(block) for block, _ in asks])
-        values = torch.stack(evaluate(self.levels, asks[0][1].terms, x, t.to(x.device), label)).cpu()
+        values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), label)).cpu()
         # Each in memory of its own, to be sent on its own.
         found = [value.numpy().copy() for value in values.split([len(state) for state in states], dim=1)]
         work = clock(*states, *found)
@@ -180,25 +181,24 @@ class TrajectoryWorker(LevelWorker):
         try:
             request = request or next(run)
             while True:
-                asks = self._asks(request)
+                own, *others = divide(tuple(term.increment for term in request.terms), self.pools)
+                asks = tuple(Ask(pool, request.t, part) for pool, part in enumerate(others, 1) if part)
                 if asks and answers is None:
                     self.running[block] = run, request
                     x = request.x.cpu().numpy()
                     return SegmentEnd(clock(x, *received), asks), x
-                local = [term for term in request.terms if term.level in self.pools[self.pool]]
-                found = dict(zip(local, evaluate(self.levels, local, request.x, request.t, label), strict=True))
+                found = dict(zip(own, evaluate(self.levels, own, request.x, request.t, label), strict=True))
                 for ask, answer in zip(asks, answers or (), strict=True):
-                    found |= zip(ask.terms, torch.tensor(answer, device=request.x.device), strict=True)
+                    found |= zip(ask.increments, torch.tensor(answer, device=request.x.device), strict=True)
                 answers = None
-                request = run.send([found[term] for term in request.terms])
+                request = run.send([_increment(found, term.increment) for term in request.terms])
         except StopIteration as end:
             images = self.blocks.images(block, end.value)
             return SegmentEnd(clock(images, *received), ()), images
 
-    def _asks(self, request: Request) -> tuple[Ask, ...]:
-        asks = []
-        for index, pool in enumerate(self.pools):
-            terms = tuple(term for term in request.terms if term.level in pool)
-            if terms and index != self.pool:
-                asks.append(Ask(index, request.t, terms))
-        return tuple(asks)
+
+def _increment(found: Mapping[Increment, Tensor], wanted: Increment) -> Tensor:
+    """One that has been evaluated, or the difference of two levels that have."""
+    if wanted in found:
+        return found[wanted]
+    return found[Increment(wanted.level, 0)] - found[Increment(wanted.below, 0)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlem_dist.solver.closed_form import ClosedForm, Projected
-from mlem_dist.solver.plan import Plan, Term
+from mlem_dist.solver.plan import Increment, Plan, Term
 from mlem_dist.solver.steps import StepTable
 
 Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -102,7 +102,7 @@ def trajectory(
 
 
 def evaluate(
-    levels: Mapping[int, Drift], terms: Sequence[Term], x: Tensor, t: int | Tensor, label: Tensor
+    levels: Mapping[int, Drift], terms: Sequence[Term] | Sequence[Increment], x: Tensor, t: int | Tensor, label: Tensor
 ) -> list[Tensor]:
     """f^level - f^below of each term at x (B, C, H, W); a level that several terms share is called once.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,12 +19,21 @@ Increments = Literal["impulse", "held", "extrapolated"]
 SCHEMA_VERSION = 2
 
 
+class Increment(NamedTuple):
+    """f^level - f^below. Levels count from 1; `below` = 0 stands for f^0 = 0."""
+
+    level: int
+    below: int
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """The levels whose values it takes."""
+        return (self.below, self.level) if self.below else (self.level,)
+
+
 @dataclass(frozen=True)
 class Term:
-    """f^level - f^below evaluated at step `start`, with its weight in the drift of the steps start, start + 1, ...
-
-    Levels count from 1; `below` = 0 stands for f^0 = 0.
-    """
+    """f^level - f^below evaluated at step `start`, with its weight in the drift of the steps start, start + 1, ..."""
 
     level: int
     below: int
@@ -32,9 +41,14 @@ class Term:
     weights: tuple[float, ...]
 
     @property
+    def increment(self) -> Increment:
+        """What it is that it weighs."""
+        return Increment(self.level, self.below)
+
+    @property
     def calls(self) -> tuple[int, ...]:
         """The levels whose values it takes."""
-        return (self.below, self.level) if self.below else (self.level,)
+        return self.increment.calls
 
     @property
     def stop(self) -> int:

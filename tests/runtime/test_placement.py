@@ -7,11 +7,13 @@ from mlem_dist.runtime.placement import (
     Placement,
     allot,
     allot_kinds,
+    called,
+    divide,
     evaluations,
     parse_placement,
     pool_loads,
 )
-from mlem_dist.solver.plan import Recipe
+from mlem_dist.solver.plan import Increment, Recipe
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 8, 64])
@@ -65,3 +67,21 @@ def test_pools_stay_on_their_kinds_of_devices():
     # A kind without work has no actors, but the first pool always has one.
     seats = allot_kinds(np.array([0.0, 3.0, 0.0]), [0, 1, 2], [1, 2, 2])
     assert [len(pool) for pool in seats] == [1, 2, 0]
+
+
+def test_a_level_is_evaluated_once_where_its_value_is_known_anyway():
+    def divided(*together, pools):
+        return divide(tuple(Increment(*one) for one in together), pools)
+
+    single = [range(k, k + 1) for k in range(1, 5)]
+    # The first pool has level 1 and takes part in every step; level 2 is asked for, and level 3 is not.
+    assert divided((2, 1), (4, 2), pools=single) == (((1, 0),), ((2, 0),), (), ((4, 0),))
+    assert divided((2, 1), (4, 3), pools=single) == (((1, 0),), ((2, 0),), (), ((4, 3),))
+    assert divided((4, 2), pools=[range(1, 4), range(4, 5)]) == (((2, 0),), ((4, 0),))
+    # In one pool one evaluation serves both.
+    assert divided((3, 2), (4, 3), pools=[range(1, 3), range(3, 5)]) == (((2, 0),), ((3, 0), (4, 3)))
+    every = (1, 0), (2, 1), (3, 2), (4, 3)
+    assert divided(*every, pools=[range(1, 5)]) == (every,)
+    for pools in ([range(1, 3), range(3, 5)], single, [range(1, 2), range(2, 5)]):
+        levels = called(tuple(Increment(*one) for one in every), pools)
+        assert sorted(k for of_pool in levels for k in of_pool) == [1, 2, 3, 4]

@@ -12,7 +12,7 @@ from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import Pool, PoolError
 from mlem_dist.runtime.progress import Work
 from mlem_dist.runtime.segments import Ask
-from mlem_dist.solver.plan import Term
+from mlem_dist.solver.plan import Increment
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -55,7 +55,7 @@ def test_what_goes_wrong_in_a_call_is_told_to_each_block_that_waits_for_it():
         pool = Pool("p", [Seat(0, 1.0)], 2, lambda seat: Faulty.remote())
         await pool.start()
         batcher = Batcher(pool, 2)
-        ask = Ask(1, 0, (Term(2, 1, 0, (1.0,)),))
+        ask = Ask(1, 0, (Increment(2, 1),))
         found = await asyncio.gather(
             *(batcher.add(i, ask, ray.put(np.ones(3))) for i in (0, 1)), return_exceptions=True
         )
