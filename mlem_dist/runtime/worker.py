@@ -117,8 +117,8 @@ class LevelWorker:
         t = torch.cat([torch.full((len(state),), ask.t) for (_, ask), state in zip(asks, states, strict=True)])
         label = torch.cat([self.blocks.label(block) for block, _ in asks])
         values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), label)).cpu()
-        # Each in memory of its own, to be sent on its own.
-        found = [value.numpy().copy() for value in values.split([len(state) for state in states], dim=1)]
+        # Each in memory of its own, to be sent on its own; that of one block alone is.
+        found = [np.ascontiguousarray(value) for value in values.split([len(state) for state in states], dim=1)]
         work = clock(*states, *found)
         samples, calls = work.samples * len(asks), {k: count * len(asks) for k, count in work.calls.items()}
         return replace(work, samples=samples, calls=calls), *found
