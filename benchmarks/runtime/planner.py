@@ -85,16 +85,18 @@ def measure(
     return generated(num, *options)[0]
 
 
-def level_times(job: Job, cores: int) -> np.ndarray:
+def level_times(job: Job, cores: int) -> tuple[np.ndarray, float]:
     """Seconds per sample of each level, on one core while so many are busy with the same, float64 (2, K).
 
-    First when a level is called again and again, then when they are called in the order of a block's steps.
+    First when a level is called again and again, then when they are called in the order of a block's steps. And the
+    share of a block's time that is levels' time, which is known better than either: both are of the same moment.
     """
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        return np.mean(list(pool.map(own_level_times, [job] * cores)), axis=0)
+        times, shares = zip(*pool.map(own_level_times, [job] * cores), strict=True)
+    return np.mean(times, axis=0), float(np.mean(shares))
 
 
-def own_level_times(job: Job) -> list[list[float]]:
+def own_level_times(job: Job) -> tuple[list[list[float]], float]:
     """Of this process; a level that the block does not call has the first time twice."""
     ladder = Ladder.load("fashion")
     numbers = range(1, len(ladder.levels) + 1)
@@ -116,11 +118,16 @@ def own_level_times(job: Job) -> list[list[float]]:
 
     timed_levels = {k: timed(k) for k in numbers}
     blocks = Blocks(job, ladder)
+    # What all blocks share is made once.
+    blocks.closed_form(0)
+    began = time.thread_time_ns()
     for block in range(-(-SAMPLES // job.block_size)):
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)
-        integrate(timed_levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
+        x = integrate(timed_levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
+        blocks.images(block, x)
+    share = sum(used.values()) / (time.thread_time_ns() - began)
     in_turn = [used[k] / calls[k] / job.block_size / 1e9 if calls[k] else alone[k - 1] for k in numbers]
-    return [alone, in_turn]
+    return [alone, in_turn], share
 
 
 def validate(
@@ -131,10 +138,12 @@ def validate(
         row: dict[str, Any] = {"solver": solver, "placement": placement, "nfe": nfe, "block_size": block}
         row |= {"devices": devices, "num": num}
         job = make_job(ladder, ladder.cost("cpu"), solver, nfe, block, num, SHARD, "cpu")
-        before = level_times(job, devices)
+        before, share = level_times(job, devices)
         report = measure(address, solver, placement, nfe, block, devices, num)
-        alone, in_turn = (before + level_times(job, devices)) / 2
+        after, share_after = level_times(job, devices)
+        alone, in_turn = (before + after) / 2
         row |= {"cost": alone.tolist(), "cost_in_turn": in_turn.tolist(), "measured": report["images_per_second"]}
+        row["levels_of_block"] = (share + share_after) / 2
         yield row | {key: report[key] for key in KEPT}
 
 
@@ -154,6 +163,11 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     calls = np.array(list(row["calls_per_sample"].values()))
     for ideal, cost in (("to_ideal", "cost"), ("to_ideal_in_turn", "cost_in_turn")):
         row[ideal] = row["measured"] * float(calls @ np.array(row[cost])) / devices
+    at_work = sum(pool["busy"] for pool in row["pools"]) / row["sampling_seconds"] / devices
+    row["actors_at_work"] = at_work
+    if row["placement"] == "together":
+        # Elsewhere actors are also at work on what they send each other.
+        row["levels_at_work"] = at_work * row["levels_of_block"]
     print(
         {key: value if isinstance(value, str) else round(value, 3) for key, value in row.items() if np.isscalar(value)}
     )
