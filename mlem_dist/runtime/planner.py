@@ -296,7 +296,8 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
 def seat_loads(job: Job, layout: Layout) -> np.ndarray:
     """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
     counts, kinds = evaluations(job), layout.kinds
-    found = np.array([pool_loads(counts, layout.pools, kind.cost)[i] for i, kind in enumerate(kinds)])
+    loads = {kind: pool_loads(counts, layout.pools, kind.cost) for kind in layout.groups}
+    found = np.array([loads[kind][i] for i, kind in enumerate(kinds)])
     found *= [kind.overheads.slowdown for kind in kinds]
     asks = np.zeros(len(kinds))
     for together, count in counts.items():
