@@ -571,7 +571,7 @@ def plan(
         labels=(0,),
         solver=choices["solver"],
         steps=choices["steps"],
-        plan=_plan(ladder, kinds[0].cost, None, **choices)[0],
+        plan=_plan(ladder, kinds[0].costs.alone, None, **choices)[0],
         seed=0,
         block_size=BLOCK_SIZE[device] if block_size is None else block_size,
         shard_size=shard_size,

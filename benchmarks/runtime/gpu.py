@@ -16,6 +16,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from ideal import own_seconds
 from processes import generated
 
 from mlem_dist.ladder.graphs import as_run
@@ -24,7 +25,7 @@ from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.blocks import Blocks
 from mlem_dist.runtime.job import PRECISIONS, Job
 from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import Kind, Layout, forecast, overheads_of
+from mlem_dist.runtime.planner import Kind, Layout, costs_of, forecast, overheads_of
 from mlem_dist.runtime.worker import Levels
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.tuning.choose import tuned_plan
@@ -129,8 +130,11 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
                     blocks.images(0, x)
 
                 row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
-                own = float(job.expected_calls() @ level_seconds(ladder, precision, batch)) * batch
-                yield row | {"levels_ms": own * 1e3}
+                costs, every = (
+                    costs_of(ladder, level_seconds(ladder, precision, batch)),
+                    [range(1, len(ladder.levels) + 1)],
+                )
+                yield row | {"levels_ms": own_seconds(job, every, costs, job.expected_calls()) * batch * 1e3}
 
 
 def turn_rows(ladder: Ladder, batch: int) -> Iterator[dict[str, Any]]:
@@ -180,12 +184,13 @@ def run_row(
     kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds", "busy_seconds")
     row = {"run": name, "nfe": nfe, "batch": block_size, "precision": precision, "num": num}
     row |= {key: report[key] for key in (*kept, "calls_per_sample")}
-    cost = level_seconds(ladder, precision, block_size)
-    row["of_ideal"] = report["images_per_second"] * float(np.array([*report["calls_per_sample"].values()]) @ cost)
+    costs = costs_of(ladder, level_seconds(ladder, precision, block_size))
+    job = replace(job_of(ladder, nfe, block_size, precision), num=num)
+    pools = parse_placement(placement or "together", len(ladder.levels)).pools
+    own = own_seconds(job, pools, costs, np.array([*report["calls_per_sample"].values()]))
+    row["of_ideal"] = report["images_per_second"] * own
     if placement:
-        pools = parse_placement(placement, len(ladder.levels)).pools
-        kind = Kind("gpu", Devices("cuda", 1), cost, overheads_of("cuda", ladder.sample_shape))
-        job = replace(job_of(ladder, nfe, block_size, precision), num=num)
+        kind = Kind("gpu", Devices("cuda", 1), costs, overheads_of("cuda", ladder.sample_shape))
         told = forecast(job, Layout(pools, (kind,) * len(pools)))
         row["forecast_of_measured"] = num / told.seconds / report["images_per_second"]
         moved = sum(pool["moved"] for pool in report["pools"])

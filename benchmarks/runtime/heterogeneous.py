@@ -20,7 +20,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
+from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, costs_of, forecast
 from mlem_dist.tuning.recipe import make_recipe
 
 STEPS, BLOCK, SHARD = 250, 50, 500
@@ -43,7 +43,8 @@ def main(num: int, nfe: float, out: Path) -> None:
     """Measured, and by the planner from the levels' times of this machine."""
     ladder = Ladder.load("fashion")
     levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
-    cost = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", BLOCK) for level in levels])
+    alone = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", BLOCK) for level in levels])
+    costs = costs_of(ladder, alone)
     recipe = make_recipe(ladder, ladder.cost("cpu"), "ddpm", STEPS, nfe, increments="held")
     job = Job("fashion", ladder.digest, num, tuple(range(10)), "ddpm", STEPS, recipe, 0, BLOCK, SHARD, "cpu")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
@@ -53,7 +54,7 @@ def main(num: int, nfe: float, out: Path) -> None:
     try:
         for placement in PLACEMENTS:
             parsed = parse_placement(placement, len(ladder.levels))
-            kinds = {name: Kind(name, Devices("cpu", 1), cost, OVERHEADS["cpu"]) for name in parsed.kinds}
+            kinds = {name: Kind(name, Devices("cpu", 1), costs, OVERHEADS["cpu"]) for name in parsed.kinds}
             found = forecast(job, Layout(parsed.pools, tuple(kinds[name] for name in parsed.kinds)))
             rate = measured(cluster.address, placement, num, nfe)
             rows.append({"placement": placement, "measured": rate, "forecast": num / found.seconds})

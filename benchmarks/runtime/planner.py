@@ -21,6 +21,7 @@ import click
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from ideal import own_seconds
 from processes import generated
 from ray.cluster_utils import Cluster
 from torch import Tensor
@@ -30,7 +31,7 @@ from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.blocks import Blocks
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, forecast
+from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, costs_of, forecast
 from mlem_dist.solver.integrate import Drift, integrate
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.tuning.choose import tuned_plan
@@ -107,9 +108,9 @@ def own_level_times(job: Job) -> tuple[list[list[float]], float]:
     used: Counter[int] = Counter()
 
     def timed(number: int) -> Drift:
-        def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        def call(x: Tensor, *about: Tensor) -> Tensor:
             began = time.thread_time_ns()
-            out: Tensor = levels[number](x, t, label)
+            out: Tensor = levels[number](x, *about)
             used[number] += time.thread_time_ns() - began
             calls[number] += 1
             return out
@@ -157,12 +158,15 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     job = make_job(ladder, ladder.cost("cpu"), row["solver"], nfe, block, num, SHARD, "cpu")
     pools = parse_placement(row["placement"], len(ladder.levels)).pools
     for name, share in (("forecast_of_free_cores", 0.0), ("forecast", taken / CORES if devices == CORES else 0.0)):
-        kind = Kind("cpu", Devices("cpu", devices), np.array(row["cost"]) / (1 - share), OVERHEADS["cpu"])
+        costs = costs_of(ladder, np.array(row["cost"]) / (1 - share))
+        kind = Kind("cpu", Devices("cpu", devices), costs, OVERHEADS["cpu"])
         row[name] = num / forecast(job, Layout(pools, (kind,) * len(pools))).seconds
         row[f"ratio{name.removeprefix('forecast')}"] = row[name] / row["measured"]
     calls = np.array(list(row["calls_per_sample"].values()))
-    for ideal, cost in (("to_ideal", "cost"), ("to_ideal_in_turn", "cost_in_turn")):
-        row[ideal] = row["measured"] * float(calls @ np.array(row[cost])) / devices
+    row["to_ideal"] = (
+        row["measured"] * own_seconds(job, pools, costs_of(ladder, np.array(row["cost"])), calls) / devices
+    )
+    row["to_ideal_in_turn"] = row["measured"] * float(calls @ np.array(row["cost_in_turn"])) / devices
     at_work = sum(pool["busy"] for pool in row["pools"]) / row["sampling_seconds"] / devices
     row["actors_at_work"] = at_work
     if row["placement"] == "together":
@@ -181,7 +185,7 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
             for cell in CELLS:
                 # One coordinator of more devices with a pool per level is saturated long before.
                 for devices in DEVICES if placement == "together" or cell <= 64 else DEVICES[:5]:
-                    kind = Kind(device, Devices(device, devices), cost / speed, OVERHEADS[device])
+                    kind = Kind(device, Devices(device, devices), costs_of(ladder, cost / speed), OVERHEADS[device])
                     job = make_job(ladder, cost, "ddpm", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
                     found = forecast(job, Layout(pools, (kind,) * len(pools)), cell)

@@ -7,8 +7,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-Arguments = tuple[Tensor, Tensor, Tensor]
-
 
 def as_run(level: nn.Module, device: str) -> nn.Module:
     """A level in evaluation mode as it is run, for inference, on "cpu" or "cuda"."""
@@ -18,38 +16,39 @@ def as_run(level: nn.Module, device: str) -> nn.Module:
 class Graphed(nn.Module):
     """A level on a GPU, recorded as a CUDA graph at the first batch of each size; for one thread's inference.
 
-    Takes x, t and label as every level does, and returns what it does.
+    Takes what every level takes, and returns what it returns.
     """
 
     def __init__(self, level: nn.Module) -> None:
         super().__init__()
         self.level = level
-        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Arguments, Tensor]] = {}
+        self._graphs: dict[tuple[torch.Size, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """The level's output for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
-        if x.shape not in self._graphs:
-            self._graphs[x.shape] = self._record(x, t, label)
-        graph, inputs, output = self._graphs[x.shape]
-        for recorded, given in zip(inputs, (x, t, label), strict=True):
-            recorded.copy_(given)
+    def forward(self, *given: Tensor) -> Tensor:
+        """As the level's; where the base is not known, it is not given at all."""
+        key = given[0].shape, len(given)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(*given)
+        graph, inputs, output = self._graphs[key]
+        for recorded, new in zip(inputs, given, strict=True):
+            recorded.copy_(new)
         graph.replay()
         # The next replay, of this graph or of another, writes to the same memory.
         return output.clone()
 
-    def _record(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, Arguments, Tensor]:
-        x, t, label = (one.clone() for one in given)
+    def _record(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        inputs = [one.clone() for one in given]
         # What libraries set up at their first calls must not be recorded.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.level(x, t, label)
+                self.level(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=_first().pool(), capture_error_mode="thread_local"):
-            output: Tensor = self.level(x, t, label)
-        return graph, (x, t, label), output
+            output: Tensor = self.level(*inputs)
+        return graph, inputs, output
 
 
 @lru_cache(maxsize=1)

@@ -239,6 +239,14 @@ class Ladder:
         key = device if device in known else sorted(known)[0]
         return np.array([level.seconds[key] for level in self.levels])
 
+    def cost_beside(self, cost: np.ndarray) -> np.ndarray:
+        """Of `cost` (K,), each level evaluated alone, what is left where level 1 is evaluated at the same state.
+
+        Float64 (K,): a residual takes the value of level 1, which is otherwise a part of its own cost.
+        """
+        residual = [level.prediction == "residual" for level in self.levels]
+        return np.asarray(np.where(residual, np.maximum(cost - cost[0], 0.0), cost))
+
     @property
     def weight_bytes(self) -> np.ndarray:
         """Bytes of each level's weights in float32, float64 (K,)."""

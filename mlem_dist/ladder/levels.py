@@ -80,7 +80,7 @@ class GaussianLevel(nn.Module):
             self.basis[c, :, rank - top :] = vector[:, -top:]
             self.residual[c] = (total - value[-top:].sum()).clamp(min=0) / (d - rank)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, *_: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
         flat = x.flatten(1)
         a = self.alpha_bar[t][:, None]
@@ -154,13 +154,17 @@ class UNetLevel(nn.Module):
         self.conditional: bool = config.num_class_embeds is not None
         self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, base: Tensor | None = None) -> Tensor:
+        """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64.
+
+        The base is what the Gaussian level predicts there; a residual evaluates it if it is not given.
+        """
         a = self.alpha_bar[t][:, None, None, None]
         if self.gaussian is None:
             out = self._model(x, t, label)
             return out if self.prediction == "epsilon" else (1 - a).sqrt() * x + a.sqrt() * out
-        x0 = ((x - (1 - a).sqrt() * self.gaussian(x, t, label)) / a.sqrt()).clamp(-1, 1)
+        base = self.gaussian(x, t, label) if base is None else base
+        x0 = ((x - (1 - a).sqrt() * base) / a.sqrt()).clamp(-1, 1)
         return (x - a.sqrt() * x0) / (1 - a).sqrt() + a.sqrt() * self._model(torch.cat([x, x0], 1), t, label)
 
     def _model(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:

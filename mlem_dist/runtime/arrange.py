@@ -17,7 +17,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import CELL_DEVICES, Devices, Placement, evaluations, levels_of, pool_loads
-from mlem_dist.runtime.planner import Forecast, Kind, Layout, forecast, layouts, overheads_of
+from mlem_dist.runtime.planner import Forecast, Kind, Layout, costs_of, forecast, layouts, overheads_of
 from mlem_dist.runtime.pool import cause
 from mlem_dist.runtime.worker import time_levels
 
@@ -84,15 +84,15 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
 
 
 def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
-    """Devices of the cluster as the planner knows them: `cost` (K,) is each level's seconds per sample."""
-    return Kind(devices.type, devices, cost, overheads_of(devices.type, ladder.sample_shape), memory)
+    """Devices of the cluster as the planner knows them: `cost` (K,) is each level's seconds per sample alone."""
+    return Kind(devices.type, devices, costs_of(ladder, cost), overheads_of(devices.type, ladder.sample_shape), memory)
 
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
     """Whether the costs of a job's levels are worth being measured."""
     every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
     counts = evaluations(job)
-    load = float(pool_loads(counts, every, cost)[0])
+    load = float(pool_loads(counts, every, costs_of(ladder, cost))[0])
     run = job.num * load / sum(one.count for one in dict.fromkeys(devices))
     timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every)[0])
     return run > LONG_SECONDS and timing < TIMING_SHARE * run

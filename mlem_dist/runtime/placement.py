@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -39,6 +39,24 @@ class Seat:
 
     device: int
     share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Seconds per sample of each level on some device, float64 (K,).
+
+    Attributes:
+        alone: evaluated on its own.
+        beside: where level 1 is evaluated at the same state, and its value known.
+    """
+
+    alone: np.ndarray
+    beside: np.ndarray
+
+    def of(self, levels: Collection[int]) -> dict[int, float]:
+        """By level (from 1), of those that one actor evaluates at one state."""
+        each = self.beside if 1 in levels else self.alone
+        return {k: float(each[k - 1]) for k in levels}
 
 
 @dataclass(frozen=True)
@@ -122,12 +140,12 @@ def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
     return {together: count / len(plans) for together, count in counts.items()}
 
 
-def pool_loads(counts: Evaluations, pools: Sequence[range], cost: np.ndarray) -> np.ndarray:
-    """Expected seconds per sample in each pool, float64, for level costs `cost` (K,)."""
+def pool_loads(counts: Evaluations, pools: Sequence[range], costs: Costs) -> np.ndarray:
+    """Expected seconds per sample in each pool, float64."""
     load = np.zeros(len(pools))
     for together, count in counts.items():
         for index, levels in enumerate(called(together, pools)):
-            load[index] += count * sum(cost[k - 1] for k in levels)
+            load[index] += count * sum(costs.of(levels).values())
     return load
 
 

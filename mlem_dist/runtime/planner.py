@@ -17,6 +17,7 @@ from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import (
     CELL_DEVICES,
     WEIGHT_SHARE,
+    Costs,
     Devices,
     Evaluations,
     Seat,
@@ -70,6 +71,11 @@ def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
     return replace(known, write=write, state=state_bytes(sample_shape))
 
 
+def costs_of(ladder: Ladder, alone: np.ndarray) -> Costs:
+    """Of the ladder's levels, which cost float64 (K,) seconds per sample alone."""
+    return Costs(alone, ladder.cost_beside(alone))
+
+
 def state_bytes(sample_shape: Sequence[int]) -> int:
     """Of a sample's state, float32."""
     return 4 * math.prod(sample_shape)
@@ -82,14 +88,14 @@ class Kind:
     Attributes:
         name: such as "h100".
         devices: what and how many they are.
-        cost: float64 (K,), each level's seconds per sample.
+        costs: of the levels.
         overheads: of the runtime there.
         memory: bytes of each; infinite if not known.
     """
 
     name: str
     devices: Devices
-    cost: np.ndarray
+    costs: Costs
     overheads: Overheads
     memory: float = np.inf
 
@@ -139,7 +145,8 @@ def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]
                 f"no costs of {name!r} are known for ladder {ladder.name!r}; measure them there with `mlem-dist "
                 f"ladder measure` or `calibrate`, or give --cost {name}=MS,MS,... with ms per sample of each level"
             )
-        kinds[name] = Kind(name, Devices(device, count), cost, overheads_of(device, ladder.sample_shape), memory)
+        overheads = overheads_of(device, ladder.sample_shape)
+        kinds[name] = Kind(name, Devices(device, count), costs_of(ladder, cost), overheads, memory)
     if given:
         raise UsageError(f"--cost {next(iter(given))}=...: not one of the --pool-devices, {', '.join(kinds)}")
     return list(kinds.values())
@@ -253,7 +260,7 @@ def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forec
 
 def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     """By the cell that has most devices; they differ by one of each kind at most."""
-    costs = [kind.cost for kind in layout.kinds]
+    costs = [kind.costs for kind in layout.kinds]
     kinds, cells = list(layout.groups), layout.cells(cell_devices)
     of_pool = [kinds.index(kind) for kind in layout.kinds]
     seats = allot_kinds(seat_loads(job, layout), of_pool, cells[0])
@@ -296,7 +303,7 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
 def seat_loads(job: Job, layout: Layout) -> np.ndarray:
     """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
     counts, kinds = evaluations(job), layout.kinds
-    loads = {kind: pool_loads(counts, layout.pools, kind.cost) for kind in layout.groups}
+    loads = {kind: pool_loads(counts, layout.pools, kind.costs) for kind in layout.groups}
     found = np.array([loads[kind][i] for i, kind in enumerate(kinds)])
     found *= [kind.overheads.slowdown for kind in kinds]
     asks = np.zeros(len(kinds))
@@ -315,13 +322,13 @@ def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
     return of_cell if kind.overheads.shared else sum(seat.share for seat in seats) or 1.0
 
 
-def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[np.ndarray]) -> np.ndarray:
+def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[Costs]) -> np.ndarray:
     """float64 (K,), device seconds per sample in each level, as `pool_loads` counts them."""
-    found = np.zeros(len(costs[0]))
+    found = np.zeros(len(costs[0].alone))
     for together, count in counts.items():
-        for levels, cost in zip(called(together, pools), costs, strict=True):
-            for k in levels:
-                found[k - 1] += count * cost[k - 1]
+        for levels, of_pool in zip(called(together, pools), costs, strict=True):
+            for k, seconds in of_pool.of(levels).items():
+                found[k - 1] += count * seconds
     return found
 
 
@@ -457,7 +464,7 @@ def _paired(job: Job, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> lis
     found = []
     for cut in range(2, len(weight_bytes) + 1):
         pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
-        load = [pool_loads(counts, pools, kind.cost)[i] for i, kind in enumerate((lower, upper))]
+        load = [pool_loads(counts, pools, kind.costs)[i] for i, kind in enumerate((lower, upper))]
         held = _held_bytes(job, weight_bytes, pools)
         fits = all(held[i] <= WEIGHT_SHARE * kind.memory for i, kind in enumerate((lower, upper)))
         if fits and load[1] > 0:

@@ -13,7 +13,7 @@ import simpy
 
 from mlem_dist.runtime.cells import AHEAD, POLL_SECONDS
 from mlem_dist.runtime.coordinator import SLOTS, trajectory_depth, writer_count
-from mlem_dist.runtime.placement import Seat, called
+from mlem_dist.runtime.placement import Costs, Seat, called
 from mlem_dist.solver.plan import Plan
 
 Process = Generator[simpy.Event, Any, None]
@@ -59,8 +59,8 @@ class Segment:
     asks: tuple[tuple[int, float], ...]
 
 
-def segments(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> tuple[Segment, ...]:
-    """A plan's segments, for the levels (from 1) of each pool, whose devices take `cost[pool]` (K,) seconds per sample.
+def segments(plan: Plan, pools: Sequence[range], costs: Sequence[Costs]) -> tuple[Segment, ...]:
+    """A plan's segments, for the levels (from 1) of each pool and what they cost on its devices.
 
     A run in closed form takes as long as a call of level 1.
     """
@@ -68,12 +68,12 @@ def segments(plan: Plan, pools: Sequence[range], cost: Sequence[np.ndarray]) -> 
     local = 0.0
     for run in plan.runs:
         parts = called(tuple(term.increment for term in run.terms), pools)
-        seconds = [float(sum(one[k - 1] for k in levels)) for one, levels in zip(cost, parts, strict=True)]
+        seconds = [sum(one.of(levels).values()) for one, levels in zip(costs, parts, strict=True)]
         asks = tuple((index, seconds[index]) for index, levels in enumerate(parts) if index and levels)
         if asks:
             found.append(Segment(local, asks))
             local = 0.0
-        local += seconds[0] + (float(cost[0][0]) if run.base else 0.0)
+        local += seconds[0] + (float(costs[0].alone[0]) if run.base else 0.0)
     return (*found, Segment(local, ()))
 
 

@@ -48,10 +48,10 @@ class Levels(dict[int, Drift]):
                 self[number] = self._counted(number, as_run(level, self._device))
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
-        def call(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        def call(x: Tensor, t: Tensor, label: Tensor, *base: Tensor) -> Tensor:
             with self._lock:
                 self.calls[number] += 1
-            out: Tensor = module(x, t, label)
+            out: Tensor = module(x, t, label, *base)
             return out
 
         return call
@@ -98,8 +98,8 @@ class LevelWorker:
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
         label = self.blocks.label(0)[:size]
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        for number in levels_of(evaluations(self.job), self.pools)[self.pool]:
-            self.levels[number](x, t, label)
+        own = [Increment(number, 0) for number in levels_of(evaluations(self.job), self.pools)[self.pool]]
+        evaluate(self.levels, own, x, t, label)
 
     @torch.inference_mode()
     def evaluate(self, asks: Sequence[tuple[int, Ask]], *states: np.ndarray) -> tuple[Work | np.ndarray, ...]:

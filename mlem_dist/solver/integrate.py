@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,8 +12,17 @@ from mlem_dist.solver.closed_form import ClosedForm, Projected
 from mlem_dist.solver.plan import Increment, Plan, Term
 from mlem_dist.solver.steps import StepTable
 
-Drift = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""f^k(x, t, label): x (B, C, H, W) float32, t (B,) int64, label (B,) int64; returns the shape of x."""
+
+class Drift(Protocol):
+    """f^k as a function."""
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor, /, *base: Tensor) -> Tensor:
+        """The shape of x (B, C, H, W) float32, for t (B,) int64 and label (B,) int64.
+
+        Where f^1 of the same is known it is given as well: a level that needs it does not evaluate it then.
+        """
+        ...
+
 
 Noise = Callable[[int], Tensor]
 """z_i by step i, the shape of x; step -1 is the initial state."""
@@ -106,10 +116,13 @@ def evaluate(
 ) -> list[Tensor]:
     """f^level - f^below of each term at x (B, C, H, W); a level that several terms share is called once.
 
-    The time t is one for all samples, or int64 (B,).
+    What level 1 says, where it is called, the others are given. The time t is one for all samples, or int64 (B,).
     """
     times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.int64, device=x.device)
-    called = {k: levels[k](x, times, label) for k in sorted({k for term in terms for k in term.calls})}
+    called: dict[int, Tensor] = {}
+    for k in sorted({k for term in terms for k in term.calls}):
+        base = (called[1],) if 1 in called else ()
+        called[k] = levels[k](x, times, label, *base)
     return [called[term.level] - called[term.below] if term.below else called[term.level] for term in terms]
 
 

@@ -198,11 +198,11 @@ class Fitter:
         def follow(block: int) -> None:
             states: list[Tensor] = []
 
-            def seen(level: Drift, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            def seen(level: Drift, x: Tensor, *about: Tensor) -> Tensor:
                 # Several levels may be evaluated at one state.
                 if not states or states[-1] is not x:
                     states.append(x)
-                return level(x, t, label)
+                return level(x, *about)
 
             levels = {k: partial(seen, level) for k, level in self.judge.levels.items()}
             noise = self.judge.noise(block, steps)

@@ -29,7 +29,7 @@ def test_many_replicas_at_a_time_are_the_project_s_integrator(p):
     replicas = Replicas(1, len(p), steps, np.random.default_rng(0))
 
     def level(k):
-        def drift(x, t, label):
+        def drift(x, t, label, *_):
             angle = replicas.phase[k - 1, 0] + sum(replicas.wave[j, k - 1, 0] * x[0, j] for j in range(2))
             return torch.sin(x) + 0.5**k * torch.stack([torch.cos(angle), torch.sin(angle)])[None]
 

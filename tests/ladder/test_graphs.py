@@ -14,10 +14,15 @@ def test_graphs_return_what_their_levels_do_at_every_batch_size_and_time_in_any_
     for batch, time in ((8, 900), (3, 500), (8, 10)):
         x = torch.randn(batch, 1, 32, 32, device="cuda")
         cases.append((x, torch.full((batch,), time, device="cuda"), torch.arange(batch, device="cuda") % 10))
-    expected = [level(*case) for case in cases for level in levels]
+
+    def values(levels):
+        # Of each by itself, then of those that take the first one's.
+        alone = [level(*case) for case in cases for level in levels]
+        return alone + [level(*case, levels[0](*case)) for case in cases for level in levels[1:]]
+
+    expected = values(levels)
     for _ in range(2):
         # The second time all graphs of the first are gone.
         graphed = [Graphed(level) for level in levels]
-        found = [level(*case) for case in cases for level in graphed]
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(values(graphed), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

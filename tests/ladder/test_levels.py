@@ -8,6 +8,8 @@ from torch import nn
 
 from mlem_dist.ladder.levels import FIT_ROWS, GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.measure import add_noise
+from mlem_dist.solver.integrate import evaluate
+from mlem_dist.solver.plan import Increment
 
 
 def test_the_gaussian_level_is_the_exact_posterior_mean():
@@ -119,6 +121,22 @@ def test_a_residual_of_zero_is_the_clamped_gaussian_level():
     torch.nn.init.zeros_(level.model.conv_out.weight)
     torch.nn.init.zeros_(level.model.conv_out.bias)
     assert torch.allclose(level(x, t, label), clamped, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_levels_at_one_state_share_the_gaussian(fashion):
+    levels = {k: fashion.load_level(k, "cpu") for k in (1, 2, 4)}
+    rng = torch.Generator().manual_seed(0)
+    x, label = torch.randn(20, *fashion.sample_shape, generator=rng), torch.arange(20) % 10
+    alone = {k: level(x, torch.full((20,), 600), label) for k, level in levels.items()}
+    times = []
+    hook = levels[1].register_forward_hook(lambda *_: times.append(1))
+    for terms in ([Increment(4, 2), Increment(2, 1)], [Increment(1, 0), Increment(4, 0)]):
+        found = evaluate(levels, terms, x, 600, label)
+        for term, value in zip(terms, found, strict=True):
+            assert torch.equal(value, alone[term.level] - alone[term.below] if term.below else alone[term.level])
+    hook.remove()
+    assert len(times) == 2
 
 
 def test_levels_cost_more_and_err_less_from_one_to_the_next(fashion):

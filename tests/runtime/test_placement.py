@@ -4,6 +4,7 @@ import pytest
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.placement import (
     LEAST_SHARE,
+    Costs,
     Placement,
     allot,
     allot_kinds,
@@ -51,14 +52,23 @@ def test_placements():
 def test_a_level_that_is_hardly_ever_drawn_has_a_seat(make_job):
     """No block of the first sixteen draws it, but one of a million will."""
     p = np.array([[1.0] * 12, [0.5] * 12, [0.0] * 11 + [1e-9]])
+    costs = Costs(*2 * [np.array([1.0, 2.0, 4.0])])
     job = make_job(Recipe(p, "systematic", "held"))
     assert not job.expected_calls()[2]
-    load = pool_loads(evaluations(job), [range(1, 3), range(3, 4)], np.array([1.0, 2.0, 4.0]))
+    load = pool_loads(evaluations(job), [range(1, 3), range(3, 4)], costs)
     assert 0 < load[1] < 1e-6 * load[0]
     assert all(allot(load, 4))
     p[2] = 0
     never = evaluations(make_job(Recipe(p, "systematic", "held")))
-    assert pool_loads(never, [range(1, 3), range(3, 4)], np.array([1.0, 2.0, 4.0]))[1] == 0
+    assert pool_loads(never, [range(1, 3), range(3, 4)], costs)[1] == 0
+
+
+def test_level_1_is_counted_once_where_others_take_its_value(make_job):
+    costs = Costs(np.array([1.0, 3.0, 9.0]), np.array([1.0, 2.0, 8.0]))
+    counts = {(Increment(2, 1), Increment(3, 2)): 2.0, (Increment(3, 2),): 5.0}
+    assert pool_loads(counts, [range(1, 4)], costs).tolist() == [2 * 11 + 5 * 12]
+    # Another pool does not have it.
+    assert pool_loads(counts, [range(1, 3), range(3, 4)], costs).tolist() == [2 * 3 + 5 * 3, 7 * 9]
 
 
 def test_pools_stay_on_their_kinds_of_devices():

@@ -10,7 +10,15 @@ from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.coordinator import trajectory_depth
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import WEIGHT_SHARE, Devices, evaluations, levels_of, parse_placement, pool_loads
+from mlem_dist.runtime.placement import (
+    WEIGHT_SHARE,
+    Costs,
+    Devices,
+    evaluations,
+    levels_of,
+    parse_placement,
+    pool_loads,
+)
 from mlem_dist.runtime.planner import (
     Kind,
     Layout,
@@ -27,6 +35,7 @@ from mlem_dist.solver.plan import Recipe, held, on_levels
 
 NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, sliced=1, shared=False, state=4)
 COST = np.array([0.02, 0.2, 1.0, 5.0]) * 1e-3
+COSTS = Costs(COST, COST)
 FOUR = Recipe(np.repeat(0.5 ** np.arange(4)[:, None], 12, axis=1), "systematic", "held")
 POOLS = (range(1, 3), range(3, 5))
 GIB = 2.0**30
@@ -38,7 +47,7 @@ def job(make_job):
 
 
 def kind(count: int, name: str = "gpu", cost: np.ndarray = COST, memory: float = np.inf, **overheads) -> Kind:
-    return Kind(name, Devices("cuda", count), cost, replace(NOTHING, **overheads), memory)
+    return Kind(name, Devices("cuda", count), Costs(cost, cost), replace(NOTHING, **overheads), memory)
 
 
 def layout(one: Kind, placement: str = "together") -> Layout:
@@ -50,9 +59,9 @@ def layout(one: Kind, placement: str = "together") -> Layout:
 def test_the_segments_of_plans_hold_the_loads_of_the_pools(make_job, collapse):
     job = make_job(replace(FOUR, collapse=collapse), block_size=8, shard_size=80)
     for pools in ((range(1, 5),), POOLS, tuple(range(k, k + 1) for k in range(1, 5))):
-        programs = [segments(job.block_plan(block), pools, [COST] * len(pools)) for block in range(16)]
+        programs = [segments(job.block_plan(block), pools, [COSTS] * len(pools)) for block in range(16)]
         seconds = np.mean([pool_seconds(program, len(pools)) for program in programs], axis=0)
-        np.testing.assert_allclose(seconds, pool_loads(evaluations(job), pools, COST))
+        np.testing.assert_allclose(seconds, pool_loads(evaluations(job), pools, COSTS))
         # A run in closed form takes the time of a call of level 1, which is at every step otherwise.
         runs = np.mean([[len(plan.runs), sum(bool(run.base) for run in plan.runs)] for plan in job.first_plans], axis=0)
         assert seconds.sum() >= COST[0] * (runs[1] if collapse else 12)
@@ -82,7 +91,7 @@ def rate(job, one: Kind, placement: str = "together", cell_devices: int | None =
 
 def test_every_overhead_slows_a_cell_down_by_its_size(job):
     """One of them at a time, by hand."""
-    load = pool_loads(evaluations(job), [range(1, 5)], COST)[0]
+    load = pool_loads(evaluations(job), [range(1, 5)], COSTS)[0]
     # Two cores that also write.
     assert rate(job, kind(2, write=load, shared=True)) == pytest.approx(2 / (2 * load), rel=0.03)
     assert rate(job, kind(1, slowdown=1.5)) == pytest.approx(1 / load / 1.5, rel=0.02)
@@ -96,7 +105,7 @@ def test_every_overhead_slows_a_cell_down_by_its_size(job):
 def test_a_gpu_works_for_other_actors_while_one_makes_its_call(job):
     """Two actors on one GPU, which takes turns; a core does one thing at a time."""
     cost = np.array([1.0, 1, 2, 4]) * 1e-3
-    programs = [segments(job.block_plan(block), POOLS, [cost, cost]) for block in range(16)]
+    programs = [segments(job.block_plan(block), POOLS, [Costs(cost, cost)] * 2) for block in range(16)]
     loads = np.mean([pool_seconds(program, 2) for program in programs], axis=0)
     load = loads.sum()
     calls = np.mean([len(program) + sum(len(one.asks) for one in program) for program in programs])
@@ -143,15 +152,19 @@ def test_memory_is_given_in_gib(fashion):
     (one,) = read_kinds(fashion, "cpu:2:80", [])
     assert (one.count, one.memory) == (2, 80 * GIB)
     assert one.devices == Devices("cpu", 2)
-    np.testing.assert_array_equal(one.cost, fashion.cost("cpu"))
+    np.testing.assert_array_equal(one.costs.alone, fashion.cost("cpu"))
+    # The residuals among the levels take in the Gaussian.
+    np.testing.assert_allclose(
+        one.costs.alone - one.costs.beside, fashion.cost("cpu")[0] * np.array([0, 1, 1, 1, 1, 1])
+    )
 
 
 def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
     overheads = replace(NOTHING, call=2e-3, trip=5e-3, slowdown=1.1)
-    one = Kind("gpu", Devices("cuda", 2), COST, overheads)
+    one = Kind("gpu", Devices("cuda", 2), COSTS, overheads)
     loads = seat_loads(job, Layout(POOLS, (one, one)))
-    assert (loads > pool_loads(evaluations(job), POOLS, COST) * 1.1).all()
-    programs = [segments(job.block_plan(block), POOLS, [COST, COST]) for block in range(16)]
+    assert (loads > pool_loads(evaluations(job), POOLS, COSTS) * 1.1).all()
+    programs = [segments(job.block_plan(block), POOLS, [COSTS, COSTS]) for block in range(16)]
     trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(overheads, 2)], 8, 10).run(16)
     # The call that begins a block is not in the loads.
     begins = np.array([overheads.call * 16, 0])
@@ -159,7 +172,7 @@ def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
 
 
 def test_all_work_is_done_and_in_turn(job):
-    programs = [segments(job.block_plan(block), POOLS, [COST, COST]) for block in range(4)]
+    programs = [segments(job.block_plan(block), POOLS, [COSTS, COSTS]) for block in range(4)]
     cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(NOTHING, 2)], 8, 10)
     trace = cell.run(8)
     assert len(trace.blocks) == 8
@@ -214,7 +227,7 @@ def test_a_level_that_fits_on_one_kind_only_is_called_there(job):
 def test_kinds_with_the_same_overheads_are_still_two(job):
     """The nine small devices have little to do, and the large one, on which the best level is, is the bottleneck."""
     small, large = (
-        Kind(name, Devices("cpu", n), COST, replace(NOTHING, shared=True)) for name, n in (("a", 9), ("b", 1))
+        Kind(name, Devices("cpu", n), COSTS, replace(NOTHING, shared=True)) for name, n in (("a", 9), ("b", 1))
     )
     found = forecast(job, Layout((range(1, 4), range(4, 5)), (small, large)))
     assert found.pools[1].busy > 0.9

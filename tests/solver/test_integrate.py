@@ -12,7 +12,7 @@ from mlem_dist.solver.steps import StepTable, step_table
 def test_independent_impulses_have_the_exact_mean_over_trajectories():
     """For a linear drift the mean of x_N is a product; x_N over plans must scatter around it."""
     slopes = {1: 0.4, 2: 0.8, 3: 1.0}
-    levels = {k: (lambda x, t, label, slope=slope: slope * x) for k, slope in slopes.items()}
+    levels = {k: (lambda x, t, label, *_, slope=slope: slope * x) for k, slope in slopes.items()}
     n = 8
     table = StepTable(np.arange(n)[::-1], np.full(n, 0.95), np.full(n, -0.2), np.zeros(n))
     recipe = Recipe(np.repeat([[1.0], [0.5], [0.3]], n, axis=1), "independent", "impulse")

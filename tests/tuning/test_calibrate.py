@@ -31,7 +31,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def linear(matrix: torch.Tensor):
     """The drift f(x, t) = M x of samples with as many values as M has rows."""
-    return lambda x, t, label: (x.flatten(1) @ matrix.T).view_as(x)
+    return lambda x, t, label, *_: (x.flatten(1) @ matrix.T).view_as(x)
 
 
 def signs(samples: int) -> torch.Tensor:

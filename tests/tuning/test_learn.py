@@ -24,7 +24,7 @@ TAU = np.array([-1.2, 0.1, 1.1])
 TABLE = step_table(np.cumprod(1 - np.linspace(0.05, 0.4, 12)), STEPS, 1.0)
 LABEL = torch.zeros(5, dtype=torch.int64)
 NOISE = block_noise(0, 0, (5, 1, 2, 2), "cpu")
-LEVELS = {k: (lambda x, t, label, k=k: torch.tanh(x * (0.5 + 0.3 * k)) + 0.1 * k) for k in (1, 2, 3)}
+LEVELS = {k: (lambda x, t, label, *_, k=k: torch.tanh(x * (0.5 + 0.3 * k)) + 0.1 * k) for k in (1, 2, 3)}
 TARGET = torch.full((5, 1, 2, 2), 0.3)
 LOGISTIC = Logistic(np.array([[0.7, -0.4], [-0.3, -1.0]]), TAU)
 
@@ -92,7 +92,7 @@ def test_the_slope_is_that_of_the_trajectory():
     rng = np.random.default_rng(1)
     weight, slope = rng.uniform(0.5, 2, (3, STEPS)), rng.standard_normal((3, STEPS))
     weight[1, 1] = slope[1, 1] = 0
-    levels = {k: (lambda x, t, label, k=k: LEVELS[k](x.double(), t, label)) for k in LEVELS}
+    levels = {k: (lambda x, t, label, *_, k=k: LEVELS[k](x.double(), t, label)) for k in LEVELS}
 
     def noise(step):
         return NOISE(step).double()

@@ -21,10 +21,10 @@ def scalar_levels(size: float):
     def first(x, t, label):
         return 0.6 * x
 
-    def second(x, t, label):
+    def second(x, t, label, *_):
         return first(x, t, label) + size * torch.sin(2 * x + t.view(-1, 1, 1, 1) / 300)
 
-    def third(x, t, label):
+    def third(x, t, label, *_):
         return second(x, t, label) + size * torch.cos(x - t.view(-1, 1, 1, 1) / 200)
 
     return {1: first, 2: second, 3: third}
