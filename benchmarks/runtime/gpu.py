@@ -130,10 +130,8 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
                     blocks.images(0, x)
 
                 row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
-                costs, every = (
-                    costs_of(ladder, level_seconds(ladder, precision, batch)),
-                    [range(1, len(ladder.levels) + 1)],
-                )
+                costs = costs_of(ladder, level_seconds(ladder, precision, batch))
+                every = [range(1, len(ladder.levels) + 1)]
                 yield row | {"levels_ms": own_seconds(job, every, costs, job.expected_calls()) * batch * 1e3}
 
 

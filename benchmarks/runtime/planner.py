@@ -163,10 +163,15 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
         row[name] = num / forecast(job, Layout(pools, (kind,) * len(pools))).seconds
         row[f"ratio{name.removeprefix('forecast')}"] = row[name] / row["measured"]
     calls = np.array(list(row["calls_per_sample"].values()))
-    row["to_ideal"] = (
-        row["measured"] * own_seconds(job, pools, costs_of(ladder, np.array(row["cost"])), calls) / devices
-    )
-    row["to_ideal_in_turn"] = row["measured"] * float(calls @ np.array(row["cost_in_turn"])) / devices
+    alone = np.array(row["cost"])
+    own = {
+        "to_ideal": own_seconds(job, pools, costs_of(ladder, alone), calls),
+        # As they are called, with what they share.
+        "to_ideal_in_turn": float(calls @ np.array(row["cost_in_turn"])),
+        # Without: each call as long as alone.
+        "to_ideal_by_calls": float(calls @ alone),
+    }
+    row |= {ideal: row["measured"] * seconds / devices for ideal, seconds in own.items()}
     at_work = sum(pool["busy"] for pool in row["pools"]) / row["sampling_seconds"] / devices
     row["actors_at_work"] = at_work
     if row["placement"] == "together":
