@@ -207,6 +207,8 @@ def generate(
     parsed = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
     if parsed and any(parsed.kinds) and devices:
         raise UsageError(f"--placement {placement} names its devices; leave out --devices")
+    if coalesce > 1 and parsed and len(parsed.pools) == 1:
+        raise UsageError(f"--coalesce {coalesce}: one pool for all levels asks no other; leave it out")
     if engine == "inline" and (parsed or coalesce > 1 or (address or "local") != "local"):
         raise UsageError("--engine inline has no pools; leave out --placement, --coalesce and --address")
     remote = False
@@ -266,6 +268,8 @@ def generate(
         arranged = arrange(replace(job, num=todo), ladder, parsed, devices, remote)
         if arranged.forecasts:
             click.echo(placement_reason(arranged.forecasts, arranged.timed), err=True)
+        if coalesce > 1 and len(arranged.layout.pools) == 1:
+            click.echo(f"--coalesce {coalesce} changes nothing here: one pool asks no other.", err=True)
 
         def run(shards: Any) -> Any:
             return run_ray(job, ladder, out, shards, arranged, coalesce)
@@ -532,8 +536,8 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     "--cost",
     "costs",
     multiple=True,
-    help="A kind's ms per sample of each level, such as h100=0.01,0.2,1.  [default: as measured on a device of that "
-    "name by `ladder measure` or `calibrate`]",
+    help="A kind's ms per sample of each level, such as h100=0.01,0.2,1.  [default: for cpu and cuda those of `ladder "
+    "measure`, else those that `calibrate` measured on a device of that name]",
 )
 @_budget_options
 @click.option("--block-size", type=number, help="As for generate.  [default: 100; on GPUs 500]")

@@ -186,6 +186,7 @@ BAD = {
     "steps beyond the schedule": (["--steps", "1001"], "1001"),
     "shard not a multiple": (["--block-size", "8", "--shard-size", "20"], "take 16"),
     "placement": (["--placement", "1,3"], "1,3"),
+    "coalesce in one pool": (["--placement", "together", "--coalesce", "4"], "one pool for all levels asks no other"),
     "placement in one process": (["--engine", "inline", "--placement", "pools"], "inline has no pools"),
     "shards": (["--num", "1e12"], "500,000,000 files; raise"),
     "unknown option": (["--nonesuch"], "nonesuch"),

@@ -59,7 +59,8 @@ RUNS = [
 ]
 KEPT = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools")
 DEVICES = [4**i for i in range(7)]
-CELLS = [16, 64, 4096]
+CELLS = {16: "cells of up to 16", 64: "cells of up to 64", 4096: "one coordinator", None: "cells as planned"}
+"""By the most devices of a cell."""
 
 
 def make_job(
@@ -189,12 +190,13 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
         for placement in ("together", "pools"):
             for cell in CELLS:
                 # One coordinator of more devices with a pool per level is saturated long before.
-                for devices in DEVICES if placement == "together" or cell <= 64 else DEVICES[:5]:
+                for devices in DEVICES if placement == "together" or cell != 4096 else DEVICES[:5]:
                     kind = Kind(device, Devices(device, devices), costs_of(ladder, cost / speed), OVERHEADS[device])
                     job = make_job(ladder, cost, "ddpm", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
                     found = forecast(job, Layout(pools, (kind,) * len(pools)), cell)
                     row = {"devices": devices, "kind": name, "placement": placement, "cell": cell}
+                    row |= {"cell_devices": found.cell_devices}
                     row |= {"images_per_second": found.images_per_second, "efficiency": found.efficiency}
                     row |= {"coordinator": found.coordinator}
                     rows.append(row)
@@ -213,12 +215,12 @@ def draw(validation: list[dict[str, Any]], scaling: list[dict[str, Any]], path: 
     axes[0].legend()
     for one, kind in zip(axes[1:], dict.fromkeys(row["kind"] for row in scaling), strict=True):
         for index, placement in enumerate(("together", "pools")):
-            for cell, line in zip(CELLS, (":", "-", "--"), strict=True):
+            for (cell, label), line in zip(CELLS.items(), (":", "-", "--", "-."), strict=True):
                 rows = [
                     row for row in scaling if (row["kind"], row["placement"], row["cell"]) == (kind, placement, cell)
                 ]
                 x, y = ([row[key] for row in rows] for key in ("devices", "efficiency"))
-                one.loglog(x, y, line, marker=".", color=f"C{index}", label=f"{placement}, cells of up to {cell}")
+                one.loglog(x, y, line, marker=".", color=f"C{index}", label=f"{placement}, {label}")
         one.set(xlabel="devices", ylabel="images/s to the levels' own time", title=f"simulated: {kind}")
         one.axhline(0.9, color="k", lw=0.5)
         one.legend(fontsize=8)
@@ -240,7 +242,8 @@ def main(out: Path, most: int, scaling: bool) -> None:
     result["machine"] = f"{platform.machine()}, {CORES} cores"
     done = len(result["validation"])
     if todo := RUNS[done : done + most]:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES})
+        # As the program itself starts it where it is not told of one.
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
         try:
             time.sleep(SETTLED_SECONDS)
             for row in validate(cluster.address, ladder, todo):

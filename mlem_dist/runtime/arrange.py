@@ -16,7 +16,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import CELL_DEVICES, Devices, Placement, evaluations, levels_of, pool_loads
+from mlem_dist.runtime.placement import CELL_DEVICES, Devices, Placement, evaluations, level_loads, levels_of
 from mlem_dist.runtime.planner import Forecast, Kind, Layout, costs_of, forecast, layouts, overheads_of
 from mlem_dist.runtime.pool import cause
 from mlem_dist.runtime.worker import time_levels
@@ -92,7 +92,7 @@ def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
     """Whether the costs of a job's levels are worth being measured."""
     every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
     counts = evaluations(job)
-    load = float(pool_loads(counts, every, costs_of(ladder, cost))[0])
+    load = float(level_loads(counts, every, [costs_of(ladder, cost)]).sum())
     run = job.num * load / sum(one.count for one in dict.fromkeys(devices))
     timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every)[0])
     return run > LONG_SECONDS and timing < TIMING_SHARE * run
@@ -110,13 +110,13 @@ def measured_cost(
     Raises:
         UsageError: the ladder cannot be loaded there.
     """
-    cost = ladder.cost(devices.type)
+    cost, here = ladder.cost(devices.type), replace(job, device=devices.type)
     if devices.type == "cpu" and not remote:
-        return _replaced(cost, numbers, time_levels(job, numbers))
+        return _replaced(cost, numbers, time_levels(here, numbers))
     # For this call only: the process would keep its memory of a GPU.
     task: Any = ray.remote(max_calls=1)(time_levels)
-    here = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
-    timed = task.options(**here, label_selector=dict(devices.labels)).remote(replace(job, device=devices.type), numbers)
+    one = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
+    timed = task.options(**one, label_selector=dict(devices.labels)).remote(here, numbers)
     if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
         ray.cancel(timed, force=True)
         return None

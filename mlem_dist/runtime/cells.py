@@ -44,7 +44,9 @@ class Cell:
         self._in_a_row = 0
         self.finished = False
         self._create = create
-        self._given: list[int] = []
+        # Shards that it is to make, and the samples and blocks of those that it has.
+        self._open: dict[int, None] = {}
+        self._samples = self._blocks = 0
         self._past: Progress | None = None
         self._began = time.monotonic()
         self._begin()
@@ -56,7 +58,7 @@ class Cell:
         self._late = math.inf
         self._waits_since: float | None = None
         self._closed = False
-        self._count = self._blocks = self.queued = 0
+        self._count = self._known = self.queued = 0
 
     @property
     def ready(self) -> bool:
@@ -70,8 +72,8 @@ class Cell:
 
     @property
     def spent(self) -> bool:
-        """Whether its coordinator has sampled all that it was given."""
-        return self.idle or (self.progress is not None and self.progress.blocks >= self._blocks)
+        """Whether its coordinator has written all that it was given."""
+        return not self._open
 
     @property
     def stuck(self) -> bool:
@@ -89,9 +91,8 @@ class Cell:
 
     def give(self, shard: int) -> None:
         """Hand a shard to the coordinator."""
-        self._given.append(shard)
+        self._open[shard] = None
         self._count += 1
-        self._blocks += len(self.job.shard_blocks(shard))
         self.queued += len(self.job.shard_blocks(shard))
         self.coordinator.add.remote(shard)
 
@@ -114,10 +115,12 @@ class Cell:
             ended = bool(ray.wait([self.run], timeout=0)[0])
             if ended:
                 ray.get(self.run)
-            told: Progress = ray.get(self.coordinator.progress.remote())
+            told: Progress = ray.get(self.coordinator.progress.remote(self._known))
             # Its own clock began with it, after its imports. The least delay is that of the quickest answer.
             self._late = min(self._late, time.monotonic() - self._began - told.seconds)
             self.progress = told.later(self._late)
+            self._known += len(told.written)
+            self._made(told.written)
             self.queued = self.progress.queued
             if not self.progress.state.startswith(WAITS):
                 self._waits_since = None
@@ -135,41 +138,42 @@ class Cell:
     def _replace(self, error: Exception) -> list[int]:
         # One that is only out of reach would go on to write shards that are given to others.
         ray.kill(self.coordinator)
-        self._in_a_row += 1
+        # One that waits for its devices may go with any node that it happens to be on.
+        self._in_a_row += not (self.idle and self.progress)
         if self._in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker is there, which follows the file.
-        given = [shard_path(shard, self.job.shards) for shard in self._given]
-        marked = whole_shards(self.out, marked_shards(self.out, given))
-        made: list[int] = []
-        lost: list[int] = []
-        for shard in self._given:
-            (made if shard_path(shard, self.job.shards) in marked else lost).append(shard)
+        paths = {shard: shard_path(shard, self.job.shards) for shard in self._open}
+        marked = whole_shards(self.out, marked_shards(self.out, paths.values()))
+        self._made([shard for shard, path in paths.items() if path in marked])
+        lost = [*self._open]
         if self.progress:
             total = self.total()
-            blocks = sum(len(self.job.shard_blocks(shard)) for shard in made)
             self._past = replace(
                 total,
-                samples=sum(len(self.job.shard_rows(shard)) for shard in made),
-                blocks=blocks,
+                samples=self._samples,
+                blocks=self._blocks,
                 # Of the blocks that are lost nobody knows which calls were theirs.
-                calls={k: round(calls * blocks / max(1, total.blocks)) for k, calls in total.calls.items()},
+                calls={k: round(calls * self._blocks / max(1, total.blocks)) for k, calls in total.calls.items()},
                 queued=0,
                 devices=0,
                 pools=tuple(replace(pool, actors=0) for pool in total.pools),
                 writers=tuple(replace(pool, actors=0) for pool in total.writers),
             )
-        self._given = made
+        self._open.clear()
         self._begin()
         return lost
+
+    def _made(self, shards: Sequence[int]) -> None:
+        for shard in shards:
+            del self._open[shard]
+            self._samples += len(self.job.shard_rows(shard))
+            self._blocks += len(self.job.shard_blocks(shard))
 
     def total(self) -> Progress:
         """The progress of the coordinator and of those before it."""
         assert self.progress is not None
-        if self._past is None:
-            return self.progress
-        both = merged([self.progress, self._past])
-        return both if self._past.ready is None else replace(both, ready=self._past.ready)
+        return merged([self.progress, self._past]) if self._past else self.progress
 
 
 class Cells:
@@ -227,7 +231,7 @@ def merged(parts: Sequence[Progress]) -> Progress:
     return Progress(
         state=next((part.state for part in parts if part.state != "sampling"), parts[0].state),
         seconds=max(part.seconds for part in parts),
-        ready=max((part.ready for part in parts if part.ready is not None), default=None),
+        ready=min((part.ready for part in parts if part.ready is not None), default=None),
         first_block=min((part.first_block for part in parts if part.first_block is not None), default=None),
         samples=sum(part.samples for part in parts),
         blocks=sum(part.blocks for part in parts),

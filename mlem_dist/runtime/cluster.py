@@ -104,10 +104,11 @@ def count_devices(device: str, wanted: int | None) -> int:
     resource = RESOURCES[device]
     found = _count(resource, {})
     if found < (wanted or 1):
-        raise UsageError(
-            f"{wanted or 1} {resource}s are needed and Ray has {found}; "
-            + ("use --device cpu or a cluster with GPUs" if device == "cuda" and not found else "lower --devices")
-        )
+        if found:
+            way = "lower --devices"
+        else:
+            way = "use --device cpu or a cluster with GPUs" if device == "cuda" else "start nodes that have some"
+        raise UsageError(f"{wanted or 1} {resource}s are needed and Ray has {found}; {way}")
     return wanted or found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,6 +116,9 @@ class Coordinator:
         self.flying = self.waiting = 0
         self.runners: set[asyncio.Task[None]] = set()
         self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        # Shards that the driver may not know of yet, and how many it knows of.
+        self.written: deque[int] = deque()
+        self.known = 0
         self.added = 0
         self.expected: int | None = None
 
@@ -195,8 +198,11 @@ class Coordinator:
         elif taker == 0:
             self._add_runners(1)
 
-    async def progress(self) -> Progress:
-        """What has been done so far."""
+    async def progress(self, known: int) -> Progress:
+        """What has been done so far, to one who knows of so many shards that they are written."""
+        while self.known < known:
+            self.written.popleft()
+            self.known += 1
         empty = [pool.name for pool in self.running.values() if self.state == "sampling" and not pool.alive]
         return Progress(
             state=f"{WAITS} of pool {empty[0]}" if empty else self.state,
@@ -210,6 +216,7 @@ class Coordinator:
             pools=tuple(pool.progress() for pool in self.running.values()),
             queued=self.todo.qsize(),
             writers=(self.writers.progress(),),
+            written=tuple(self.written),
         )
 
     async def _start_pools(self) -> None:
@@ -314,6 +321,7 @@ class Coordinator:
         if len(parts) == len(blocks):
             del self.images[shard]
             await self._write(shard, [parts[b] for b in blocks])
+            self.written.append(shard)
 
     async def _write(self, shard: int, images: Sequence[ray.ObjectRef[Any]]) -> None:
         """Write a shard; if images are lost with the node that made them, make its blocks again."""

@@ -50,7 +50,8 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
     todo = iter([(shard, block) for shard in shards for block in job.shard_blocks(shard)])
     flying: deque[tuple[int, int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
     images: list[np.ndarray] = []
-    with ThreadPoolExecutor(devices) as pool:
+    pool = ThreadPoolExecutor(devices)
+    try:
         while True:
             while len(flying) <= devices and (item := next(todo, None)):
                 flying.append((*item, pool.submit(make, item[1])))
@@ -71,3 +72,6 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
             progress = PoolProgress("in process", devices, used, 0)
             by_level = dict(enumerate(calls.tolist(), 1))
             yield Progress("sampling", seconds, ready, first, samples, done, by_level, devices, (progress,))
+    finally:
+        # Blocks that have not begun are of no use to a run that ends early.
+        pool.shutdown(cancel_futures=True)

@@ -140,12 +140,13 @@ def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
     return {together: count / len(plans) for together, count in counts.items()}
 
 
-def pool_loads(counts: Evaluations, pools: Sequence[range], costs: Costs) -> np.ndarray:
-    """Expected seconds per sample in each pool, float64."""
-    load = np.zeros(len(pools))
+def level_loads(counts: Evaluations, pools: Sequence[range], costs: Sequence[Costs]) -> np.ndarray:
+    """Expected seconds per sample in each pool and level, float64 (pools, K), for the costs on each pool's devices."""
+    load = np.zeros((len(pools), len(costs[0].alone)))
     for together, count in counts.items():
-        for index, levels in enumerate(called(together, pools)):
-            load[index] += count * sum(costs.of(levels).values())
+        for index, (levels, here) in enumerate(zip(called(together, pools), costs, strict=True)):
+            for k, seconds in here.of(levels).items():
+                load[index, k - 1] += count * seconds
     return load
 
 
@@ -179,15 +180,15 @@ def levels_of(counts: Evaluations, pools: Sequence[range]) -> list[list[int]]:
     return [sorted(set().union(*levels)) for levels in zip(*parts, strict=True)]
 
 
-def allot(load: np.ndarray, devices: int) -> list[list[Seat]]:
+def allot(load: np.ndarray, devices: int, trajectories: bool = True) -> list[list[Seat]]:
     """Seats per pool on `devices` devices, so that every device and every pool has the same load per device.
 
     McNaughton's wrap-around rule (Management Science 6, 1959): the pools' shares are laid end to end along the
-    devices, and cut where a device ends. The first pool holds the trajectories and always has a seat; another pool
+    devices, and cut where a device ends. The first pool always has a seat if it holds the trajectories; another pool
     without load has none.
     """
     share = load / max(load.sum(), 1e-300) * devices
-    needed = (load > 0) | (np.arange(len(load)) == 0)
+    needed = (load > 0) | (trajectories & (np.arange(len(load)) == 0))
     share = np.where(needed, np.maximum(share, LEAST_SHARE), 0)
     share *= devices / share.sum()
     seats: list[list[Seat]] = [[] for _ in load]
@@ -216,6 +217,6 @@ def allot_kinds(load: np.ndarray, kinds: Sequence[int], devices: Sequence[int]) 
         pools = [i for i, other in enumerate(kinds) if other == kind]
         if load[pools].any() or 0 in pools:
             first = sum(devices[:kind])
-            for i, found in zip(pools, allot(load[pools], count), strict=True):
+            for i, found in zip(pools, allot(load[pools], count, 0 in pools), strict=True):
                 seats[i] = [Seat(seat.device + first, seat.share) for seat in found]
     return seats

@@ -19,14 +19,11 @@ from mlem_dist.runtime.placement import (
     WEIGHT_SHARE,
     Costs,
     Devices,
-    Evaluations,
     Seat,
-    allot,
     allot_kinds,
-    called,
     evaluations,
+    level_loads,
     levels_of,
-    pool_loads,
     pools_text,
 )
 from mlem_dist.runtime.simulate import Busy, CellSimulation, Overheads, pool_seconds, segments
@@ -143,7 +140,7 @@ def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]
         if cost is None:
             raise UsageError(
                 f"no costs of {name!r} are known for ladder {ladder.name!r}; measure them there with `mlem-dist "
-                f"ladder measure` or `calibrate`, or give --cost {name}=MS,MS,... with ms per sample of each level"
+                f"calibrate`, or give --cost {name}=MS,MS,... with ms per sample of each level"
             )
         overheads = overheads_of(device, ladder.sample_shape)
         kinds[name] = Kind(name, Devices(device, count), costs_of(ladder, cost), overheads, memory)
@@ -154,10 +151,15 @@ def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Pools, and the kind of devices that each is on; a kind's pools divide its devices by their load."""
+    """Pools, and the kind of devices that each is on; a kind's pools divide its devices by their load.
+
+    Attributes:
+        held: bytes of the weights that an actor of each pool holds; none where the devices' memory does not matter.
+    """
 
     pools: tuple[range, ...]
     kinds: tuple[Kind, ...]
+    held: tuple[float, ...] = ()
 
     @property
     def groups(self) -> dict[Kind, list[int]]:
@@ -248,14 +250,34 @@ def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forec
     """Simulate one of the layout's cells of at most `cell_devices` devices, all cells being alike.
 
     Without `cell_devices` there are `CELL_DEVICES`, and fewer where a coordinator would be busy more than half of its
-    time.
+    time, if the levels fit into fewer.
     """
     if cell_devices is not None:
         return _simulate(job, layout, cell_devices)
     found = _simulate(job, layout, CELL_DEVICES)
     while found.coordinator > BUSY_COORDINATOR and min(found.cell_devices, layout.devices) > 1:
-        found = _simulate(job, layout, max(1, min(found.cell_devices, layout.devices) // 4))
+        fewer = max(1, min(found.cell_devices, layout.devices) // 4)
+        if not fits(job, layout, fewer):
+            break
+        found = _simulate(job, layout, fewer)
     return found
+
+
+def fits(job: Job, layout: Layout, cell_devices: int) -> bool:
+    """Whether what actors hold fits into the devices' memory, in cells of at most `cell_devices`."""
+    cell = layout.cells(cell_devices)[0]
+    memory = np.repeat([kind.memory for kind in layout.groups], cell)
+    held = np.zeros(len(memory))
+    for seats, of_actor in zip(_seats(job, layout, cell), layout.held, strict=False):
+        for seat in seats:
+            held[seat.device] += of_actor
+    return bool((held <= WEIGHT_SHARE * memory).all())
+
+
+def _seats(job: Job, layout: Layout, cell: Sequence[int]) -> list[list[Seat]]:
+    """In a cell of so many devices of each kind."""
+    kinds = list(layout.groups)
+    return allot_kinds(seat_loads(job, layout), [kinds.index(kind) for kind in layout.kinds], cell)
 
 
 def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
@@ -263,9 +285,9 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     costs = [kind.costs for kind in layout.kinds]
     kinds, cells = list(layout.groups), layout.cells(cell_devices)
     of_pool = [kinds.index(kind) for kind in layout.kinds]
-    seats = allot_kinds(seat_loads(job, layout), of_pool, cells[0])
+    seats = _seats(job, layout, cells[0])
     programs = [segments(plan, layout.pools, costs) for plan in job.first_plans]
-    there = [(kind.overheads, count) for kind, count in zip(kinds, cells[0], strict=True)]
+    there = [(replace(kind.devices, count=count), kind.overheads) for kind, count in zip(kinds, cells[0], strict=True)]
     cell = CellSimulation(programs, seats, there, job.block_size, job.shard_size // job.block_size, len(cells))
 
     part = sum(cells[0]) / layout.devices
@@ -295,7 +317,7 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
         seconds=trace.seconds + (blocks - simulated) / rate,
         pools=tuple(pools),
         coordinator=trace.coordinator / seconds,
-        level_seconds=_level_seconds(evaluations(job), layout.pools, costs),
+        level_seconds=level_loads(evaluations(job), layout.pools, costs).sum(0),
         timeline=tuple(trace.work),
     )
 
@@ -303,8 +325,7 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
 def seat_loads(job: Job, layout: Layout) -> np.ndarray:
     """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
     counts, kinds = evaluations(job), layout.kinds
-    loads = {kind: pool_loads(counts, layout.pools, kind.costs) for kind in layout.groups}
-    found = np.array([loads[kind][i] for i, kind in enumerate(kinds)])
+    found = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1)
     found *= [kind.overheads.slowdown for kind in kinds]
     asks = np.zeros(len(kinds))
     for together, count in counts.items():
@@ -320,16 +341,6 @@ def seat_loads(job: Job, layout: Layout) -> np.ndarray:
 def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
     """Over how many devices of a cell, which has `of_cell` of the kind, a pool's work is spread."""
     return of_cell if kind.overheads.shared else sum(seat.share for seat in seats) or 1.0
-
-
-def _level_seconds(counts: Evaluations, pools: Sequence[range], costs: Sequence[Costs]) -> np.ndarray:
-    """float64 (K,), device seconds per sample in each level, as `pool_loads` counts them."""
-    found = np.zeros(len(costs[0].alone))
-    for together, count in counts.items():
-        for levels, of_pool in zip(called(together, pools), costs, strict=True):
-            for k, seconds in of_pool.of(levels).items():
-                found[k - 1] += count * seconds
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -430,20 +441,13 @@ def candidates(job: Job, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
         UsageError: no placement fits.
     """
     levels = len(weight_bytes)
-    # A cell divides its own devices.
-    of_cell = -(-kind.count // -(-kind.count // CELL_DEVICES))
     found = []
     for cuts in product((False, True), repeat=levels - 1):
         starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
         pools = tuple(map(range, starts, starts[1:]))
-        layout = Layout(pools, (kind,) * len(pools))
-        load = seat_loads(job, layout)
-        held = np.zeros(of_cell)
-        for seats, of_actor in zip(allot(load, of_cell), _held_bytes(job, weight_bytes, pools), strict=True):
-            for seat in seats:
-                held[seat.device] += of_actor
-        if held.max() <= WEIGHT_SHARE * kind.memory:
-            found.append((float(load.sum()), len(pools), layout))
+        layout = Layout(pools, (kind,) * len(pools), _held_bytes(job, weight_bytes, pools))
+        if fits(job, layout, CELL_DEVICES):
+            found.append((float(seat_loads(job, layout).sum()), len(pools), layout))
     if not found:
         raise UsageError(
             f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
@@ -452,10 +456,10 @@ def candidates(job: Job, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
     return [layout for *_, layout in sorted(found, key=lambda one: one[:2])]
 
 
-def _held_bytes(job: Job, weight_bytes: np.ndarray, pools: Sequence[range]) -> list[float]:
+def _held_bytes(job: Job, weight_bytes: np.ndarray, pools: Sequence[range]) -> tuple[float, ...]:
     """Bytes of what an actor of each pool holds: weights of the levels that it evaluates, in the job's precision."""
     share = 0.5 if job.precision == "bfloat16" else 1.0
-    return [share * sum(weight_bytes[k - 1] for k in levels) for levels in levels_of(evaluations(job), pools)]
+    return tuple(share * sum(weight_bytes[k - 1] for k in levels) for levels in levels_of(evaluations(job), pools))
 
 
 def _paired(job: Job, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
@@ -464,13 +468,11 @@ def _paired(job: Job, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> lis
     found = []
     for cut in range(2, len(weight_bytes) + 1):
         pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
-        load = [pool_loads(counts, pools, kind.costs)[i] for i, kind in enumerate((lower, upper))]
-        held = _held_bytes(job, weight_bytes, pools)
-        fits = all(held[i] <= WEIGHT_SHARE * kind.memory for i, kind in enumerate((lower, upper)))
-        if fits and load[1] > 0:
-            found.append((min(lower.count / load[0], upper.count / load[1]), cut, pools))
-    best = sorted(found, key=lambda one: -one[0])[:SIMULATED]
-    return [Layout(pools, (lower, upper)) for _, _, pools in best]
+        layout = Layout(pools, (lower, upper), _held_bytes(job, weight_bytes, pools))
+        load = level_loads(counts, pools, [lower.costs, upper.costs]).sum(1)
+        if load[1] > 0 and fits(job, layout, CELL_DEVICES):
+            found.append((min(lower.count / load[0], upper.count / load[1]), layout))
+    return [layout for _, layout in sorted(found, key=lambda one: -one[0])[:SIMULATED]]
 
 
 def marginal(job: Job, best: Capacity) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -46,10 +47,14 @@ class PoolError(RuntimeError):
 
 @dataclass(eq=False)
 class Member:
-    """A seat with the actor that sits there now, if any, whether it has worked, and how many of its slots are taken."""
+    """A seat with the actor that sits there now, if any, whether it has worked, and how many of its slots are taken.
+
+    An actor is there `since` a time of the monotonic clock.
+    """
 
     seat: Seat
     actor: Any = None
+    since: float = 0.0
     worked: bool = False
     taken: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,8 +69,9 @@ class Member:
 class Pool:
     """Actors behind a queue: at most `slots` calls or holders each, the least busy first, first come first served.
 
-    An actor that dies is replaced. Four deaths in a row of actors that have not finished a call break the pool, and so
-    do four of one seat's that have not started. (Of those that a lost node takes, none counts that has worked.)
+    An actor that dies is replaced. Four deaths in a row of actors that have not finished a call break the pool, each of
+    one that began after the death before, as a lost node takes many at once; and so do four of one seat's that have not
+    started.
 
     Attributes:
         metrics: what it has done.
@@ -78,6 +84,7 @@ class Pool:
         self.metrics = PoolMetrics(name)
         self._create = create
         self._in_a_row = 0
+        self._died = -math.inf
         self._broken: PoolError | UsageError | None = None
         self._waiting: deque[asyncio.Future[Member]] = deque()
         self._restarts: set[asyncio.Task[None]] = set()
@@ -126,7 +133,7 @@ class Pool:
             logger.warning("pool %s cannot start an actor at a further seat: %s", self.name, error)
             ray.kill(actor)
             return False
-        self.members.append(Member(seat, actor))
+        self.members.append(Member(seat, actor, time.monotonic()))
         self._hand_out()
         return True
 
@@ -213,7 +220,9 @@ class Pool:
             return
         member.actor = None
         self.metrics.count("deaths")
-        self._in_a_row += not member.worked
+        if not member.worked and member.since > self._died:
+            self._in_a_row += 1
+            self._died = time.monotonic()
         logger.warning("pool %s lost an actor (%s), starting another", self.name, type(error).__name__)
         # An unavailable actor may still run: its late answer must not meet its replacement's.
         ray.kill(actor)
@@ -242,7 +251,7 @@ class Pool:
                 why = cause(error)
                 self._break(why if isinstance(why, UsageError) else self._error(f"an actor cannot start: {why}"))
             else:
-                member.actor, member.worked = actor, False
+                member.actor, member.since, member.worked = actor, time.monotonic(), False
                 self._hand_out()
                 return
 

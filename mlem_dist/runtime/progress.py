@@ -73,6 +73,7 @@ class Progress:
         pools: the pools in order of their levels.
         queued: blocks that are to be made and not begun.
         writers: what writes shards, if not the pools themselves.
+        written: shards that a coordinator has written, and not told of before.
     """
 
     state: str
@@ -86,6 +87,7 @@ class Progress:
     pools: Sequence[PoolProgress]
     queued: int = 0
     writers: Sequence[PoolProgress] = ()
+    written: Sequence[int] = ()
 
     def later(self, seconds: float) -> Progress:
         """The same with times that count from so many seconds earlier."""

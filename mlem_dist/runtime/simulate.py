@@ -13,7 +13,7 @@ import simpy
 
 from mlem_dist.runtime.cells import AHEAD, POLL_SECONDS
 from mlem_dist.runtime.coordinator import SLOTS, trajectory_depth, writer_count
-from mlem_dist.runtime.placement import Costs, Seat, called
+from mlem_dist.runtime.placement import Costs, Devices, Seat, called
 from mlem_dist.solver.plan import Plan
 
 Process = Generator[simpy.Event, Any, None]
@@ -143,8 +143,8 @@ class CellSimulation:
     Args:
         programs: the segments of one block after another, used in turn.
         seats: of each pool.
-        kinds: the overheads of each kind of devices, and how many it has, numbered kind by kind; those of the first are
-            the coordinator's, the writers' and the driver's.
+        kinds: the devices of each kind, numbered kind by kind, and its overheads; those of the first are the
+            coordinator's, the writers' and the driver's.
         block_size: samples per block.
         shard_blocks: blocks per shard.
         cells: how many cells the driver serves.
@@ -154,28 +154,28 @@ class CellSimulation:
         self,
         programs: Sequence[tuple[Segment, ...]],
         seats: Sequence[Sequence[Seat]],
-        kinds: Sequence[tuple[Overheads, int]],
+        kinds: Sequence[tuple[Devices, Overheads]],
         block_size: int,
         shard_blocks: int,
         cells: int = 1,
     ) -> None:
         self.programs: Iterator[tuple[Segment, ...]] = cycle(programs)
         self.block_size, self.shard_blocks = block_size, shard_blocks
-        self.overheads = kinds[0][0]
+        self.overheads = kinds[0][1]
         self.round = self.overheads.poll * cells
         self.env = env = simpy.Environment()
         # Each device with what its actors wait for: it alone, or any of its kind.
         self.devices: list[tuple[Overheads, simpy.Resource]] = []
-        for overheads, count in kinds:
-            shared = simpy.Resource(env, count)
-            self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(count)]
+        for one, overheads in kinds:
+            shared = simpy.Resource(env, one.count)
+            self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(one.count)]
         self.sitting = Counter(seat.device for one in seats for seat in one)
         seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
         writers = writer_count(len(self.devices) / max(float(seconds), 1e-9), self.overheads.write)
         self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
         self.writing = simpy.Resource(env, writers)
-        types = ["cpu" if overheads.shared else "cuda" for overheads, _ in self.devices]
+        types = [one.type for one, _ in kinds for _ in range(one.count)]
         depth = trajectory_depth(types, len(seats[0]), sum(map(bool, seats)), block_size * self.overheads.state)
         self.runners = depth * len(seats[0])
         self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]

@@ -124,6 +124,11 @@ def test_the_levels_of_the_plan_are_timed_on_a_device(fashion, make_job, remote)
     assert (cost[1:-1] == 1e6).all()
 
 
+def test_levels_on_cpu_cores_are_timed_there_in_a_job_of_gpus(fashion, make_job):
+    cost = arrange.measured_cost(make_job(device="cuda"), fashion, Devices("cpu", 3), [1], remote=False)
+    assert 0 < cost[0] < 1
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_nothing_is_timed_where_no_device_is_free(fashion, make_job, monkeypatch):
     monkeypatch.setattr(arrange, "DEVICE_SECONDS", 0.1)

@@ -11,8 +11,8 @@ from mlem_dist.runtime.placement import (
     called,
     divide,
     evaluations,
+    level_loads,
     parse_placement,
-    pool_loads,
 )
 from mlem_dist.solver.plan import Increment, Recipe
 
@@ -52,23 +52,24 @@ def test_placements():
 def test_a_level_that_is_hardly_ever_drawn_has_a_seat(make_job):
     """No block of the first sixteen draws it, but one of a million will."""
     p = np.array([[1.0] * 12, [0.5] * 12, [0.0] * 11 + [1e-9]])
-    costs = Costs(*2 * [np.array([1.0, 2.0, 4.0])])
+    costs = 2 * [Costs(*2 * [np.array([1.0, 2.0, 4.0])])]
     job = make_job(Recipe(p, "systematic", "held"))
     assert not job.expected_calls()[2]
-    load = pool_loads(evaluations(job), [range(1, 3), range(3, 4)], costs)
+    load = level_loads(evaluations(job), [range(1, 3), range(3, 4)], costs).sum(1)
     assert 0 < load[1] < 1e-6 * load[0]
     assert all(allot(load, 4))
     p[2] = 0
     never = evaluations(make_job(Recipe(p, "systematic", "held")))
-    assert pool_loads(never, [range(1, 3), range(3, 4)], costs)[1] == 0
+    assert not level_loads(never, [range(1, 3), range(3, 4)], costs)[1].any()
 
 
 def test_level_1_is_counted_once_where_others_take_its_value(make_job):
     costs = Costs(np.array([1.0, 3.0, 9.0]), np.array([1.0, 2.0, 8.0]))
     counts = {(Increment(2, 1), Increment(3, 2)): 2.0, (Increment(3, 2),): 5.0}
-    assert pool_loads(counts, [range(1, 4)], costs).tolist() == [2 * 11 + 5 * 12]
+    assert level_loads(counts, [range(1, 4)], [costs]).tolist() == [[2 * 1, 2 * 2 + 5 * 3, 2 * 8 + 5 * 9]]
     # Another pool does not have it.
-    assert pool_loads(counts, [range(1, 3), range(3, 4)], costs).tolist() == [2 * 3 + 5 * 3, 7 * 9]
+    divided = level_loads(counts, [range(1, 3), range(3, 4)], 2 * [costs])
+    assert divided.tolist() == [[2 * 1, 2 * 2 + 5 * 3, 0], [0, 0, 7 * 9]]
 
 
 def test_pools_stay_on_their_kinds_of_devices():
@@ -77,6 +78,9 @@ def test_pools_stay_on_their_kinds_of_devices():
     # A kind without work has no actors, but the first pool always has one.
     seats = allot_kinds(np.array([0.0, 3.0, 0.0]), [0, 1, 2], [1, 2, 2])
     assert [len(pool) for pool in seats] == [1, 2, 0]
+    # The first of those on a kind is not always the first of all.
+    seats = allot_kinds(np.array([1.0, 0.0, 2.0]), [0, 1, 1], [1, 2])
+    assert [len(pool) for pool in seats] == [1, 0, 2]
 
 
 def test_a_level_is_evaluated_once_where_its_value_is_known_anyway():

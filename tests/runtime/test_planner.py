@@ -15,14 +15,15 @@ from mlem_dist.runtime.placement import (
     Costs,
     Devices,
     evaluations,
+    level_loads,
     levels_of,
     parse_placement,
-    pool_loads,
 )
 from mlem_dist.runtime.planner import (
     Kind,
     Layout,
     candidates,
+    fits,
     forecast,
     marginal,
     overheads_of,
@@ -61,7 +62,7 @@ def test_the_segments_of_plans_hold_the_loads_of_the_pools(make_job, collapse):
     for pools in ((range(1, 5),), POOLS, tuple(range(k, k + 1) for k in range(1, 5))):
         programs = [segments(job.block_plan(block), pools, [COSTS] * len(pools)) for block in range(16)]
         seconds = np.mean([pool_seconds(program, len(pools)) for program in programs], axis=0)
-        np.testing.assert_allclose(seconds, pool_loads(evaluations(job), pools, COSTS))
+        np.testing.assert_allclose(seconds, level_loads(evaluations(job), pools, [COSTS] * len(pools)).sum(1))
         # A run in closed form takes the time of a call of level 1, which is at every step otherwise.
         runs = np.mean([[len(plan.runs), sum(bool(run.base) for run in plan.runs)] for plan in job.first_plans], axis=0)
         assert seconds.sum() >= COST[0] * (runs[1] if collapse else 12)
@@ -91,7 +92,7 @@ def rate(job, one: Kind, placement: str = "together", cell_devices: int | None =
 
 def test_every_overhead_slows_a_cell_down_by_its_size(job):
     """One of them at a time, by hand."""
-    load = pool_loads(evaluations(job), [range(1, 5)], COSTS)[0]
+    load = level_loads(evaluations(job), [range(1, 5)], [COSTS]).sum()
     # Two cores that also write.
     assert rate(job, kind(2, write=load, shared=True)) == pytest.approx(2 / (2 * load), rel=0.03)
     assert rate(job, kind(1, slowdown=1.5)) == pytest.approx(1 / load / 1.5, rel=0.02)
@@ -162,18 +163,18 @@ def test_memory_is_given_in_gib(fashion):
 def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
     overheads = replace(NOTHING, call=2e-3, trip=5e-3, slowdown=1.1)
     one = Kind("gpu", Devices("cuda", 2), COSTS, overheads)
-    loads = seat_loads(job, Layout(POOLS, (one, one)))
-    assert (loads > pool_loads(evaluations(job), POOLS, COSTS) * 1.1).all()
+    seated = seat_loads(job, Layout(POOLS, (one, one)))
+    assert (seated > level_loads(evaluations(job), POOLS, [COSTS, COSTS]).sum(1) * 1.1).all()
     programs = [segments(job.block_plan(block), POOLS, [COSTS, COSTS]) for block in range(16)]
-    trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(overheads, 2)], 8, 10).run(16)
+    trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(one.devices, overheads)], 8, 10).run(16)
     # The call that begins a block is not in the loads.
     begins = np.array([overheads.call * 16, 0])
-    np.testing.assert_allclose([trace.busy[0], trace.busy[1]], loads * 8 * 16 + begins, rtol=1e-6)
+    np.testing.assert_allclose([trace.busy[0], trace.busy[1]], seated * 8 * 16 + begins, rtol=1e-6)
 
 
 def test_all_work_is_done_and_in_turn(job):
     programs = [segments(job.block_plan(block), POOLS, [COSTS, COSTS]) for block in range(4)]
-    cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(NOTHING, 2)], 8, 10)
+    cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(Devices("cuda", 2), NOTHING)], 8, 10)
     trace = cell.run(8)
     assert len(trace.blocks) == 8
     local = 2 * 8 * sum(segment.local for program in programs for segment in program)
@@ -195,6 +196,17 @@ def test_a_slow_coordinator_is_the_bottleneck_and_smaller_cells_help(job):
     assert small.images_per_second > 5 * large.images_per_second
     assert chosen.cell_devices < 64
     assert chosen.coordinator < 0.5
+
+
+def test_cells_are_made_smaller_only_where_the_levels_fit_into_fewer_devices(job):
+    """Two of three pools may meet on a device of a larger cell, and in a cell of one device all of them do."""
+    one, pools = kind(8, memory=10 / WEIGHT_SHARE, event=0.1), (range(1, 3), range(3, 4), range(4, 5))
+    for of_actor in (3.0, 4.0):
+        layout = Layout(pools, (one,) * 3, (of_actor,) * 3)
+        chosen = forecast(job, layout)
+        assert chosen.coordinator > 0.5
+        assert fits(job, layout, chosen.cell_devices)
+        assert (chosen.cell_devices == 1) == fits(job, layout, 1) == (of_actor == 3)
 
 
 def test_a_small_simulation_foretells_a_large_job(job):

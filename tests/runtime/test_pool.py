@@ -140,6 +140,16 @@ def test_actors_that_a_lost_node_takes_while_they_load_do_not_break_the_pool():
     asyncio.run(main())
 
 
+def test_actors_that_a_lost_node_takes_at_their_first_call_do_not_break_the_pool():
+    async def main():
+        pool = make_pool(6, *[1] * 6)
+        await pool.start()
+        await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(12)))
+        assert pool.progress().deaths == 6
+
+    asyncio.run(main())
+
+
 def test_calls_of_a_dead_actor_are_made_elsewhere():
     async def main():
         # Each is given two calls at once, so that both die, however busy the machine is.
