@@ -18,7 +18,7 @@ from mlem_dist.runtime.cells import POLL_SECONDS, Cell, Cells
 from mlem_dist.runtime.cluster import RESOURCES
 from mlem_dist.runtime.coordinator import Coordinator, writer_count
 from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, allot_kinds
+from mlem_dist.runtime.placement import Devices
 from mlem_dist.runtime.planner import overheads_of, seat_loads, state_bytes
 from mlem_dist.runtime.progress import Progress
 
@@ -60,7 +60,6 @@ def run_ray(
     groups = [_reserve([kind.devices for kind in kinds], size) for size in sizes]
     coordinator: Any = ray.remote(Coordinator)
     block_bytes = job.block_size * state_bytes(ladder.sample_shape)
-    of_pool = [kinds.index(kind) for kind in layout.kinds]
     # A lone one beside the driver, where no lost node takes it: its successor would wait for all devices.
     strategy: Any = "DEFAULT"
     if len(sizes) == 1:
@@ -71,8 +70,7 @@ def run_ray(
         return writer_count(sum(size) / max(float(load.sum()), 1e-9), written)
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
-        seats = allot_kinds(load, of_pool, size)
-        there = names, devices, seats, group
+        there = names, devices, layout.seats(load, size), group
         arguments = (job, out.absolute(), layout.pools, *there, ladder.labels, coalesce, writers(size), block_bytes)
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 

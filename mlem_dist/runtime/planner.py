@@ -180,6 +180,23 @@ class Layout:
         cells = min(-(-self.devices // most), *counts)
         return [[count // cells + (cell < count % cells) for count in counts] for cell in range(cells)]
 
+    def seats(self, load: np.ndarray, cell: Sequence[int]) -> list[list[Seat]]:
+        """Of each pool, for its `load`, in a cell of so many devices of each kind."""
+        kinds = list(self.groups)
+        return allot_kinds(load, [kinds.index(kind) for kind in self.kinds], cell)
+
+    def fits(self, load: np.ndarray, cell_devices: int) -> bool:
+        """Whether what actors hold fits into the devices' memory, in cells of at most `cell_devices`."""
+        if not self.held:
+            return True
+        cell = self.cells(cell_devices)[0]
+        memory = np.repeat([kind.memory for kind in self.groups], cell)
+        held = np.zeros(len(memory))
+        for seats, of_actor in zip(self.seats(load, cell), self.held, strict=True):
+            for seat in seats:
+                held[seat.device] += of_actor
+        return bool((held <= WEIGHT_SHARE * memory).all())
+
     @property
     def names(self) -> list[str]:
         """Of the pools: "1-3@h100"."""
@@ -257,35 +274,17 @@ def forecast(job: Job, layout: Layout, cell_devices: int | None = None) -> Forec
     found = _simulate(job, layout, CELL_DEVICES)
     while found.coordinator > BUSY_COORDINATOR and min(found.cell_devices, layout.devices) > 1:
         fewer = max(1, min(found.cell_devices, layout.devices) // 4)
-        if not fits(job, layout, fewer):
+        if not layout.fits(seat_loads(job, layout), fewer):
             break
         found = _simulate(job, layout, fewer)
     return found
-
-
-def fits(job: Job, layout: Layout, cell_devices: int) -> bool:
-    """Whether what actors hold fits into the devices' memory, in cells of at most `cell_devices`."""
-    cell = layout.cells(cell_devices)[0]
-    memory = np.repeat([kind.memory for kind in layout.groups], cell)
-    held = np.zeros(len(memory))
-    for seats, of_actor in zip(_seats(job, layout, cell), layout.held, strict=False):
-        for seat in seats:
-            held[seat.device] += of_actor
-    return bool((held <= WEIGHT_SHARE * memory).all())
-
-
-def _seats(job: Job, layout: Layout, cell: Sequence[int]) -> list[list[Seat]]:
-    """In a cell of so many devices of each kind."""
-    kinds = list(layout.groups)
-    return allot_kinds(seat_loads(job, layout), [kinds.index(kind) for kind in layout.kinds], cell)
 
 
 def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     """By the cell that has most devices; they differ by one of each kind at most."""
     costs = [kind.costs for kind in layout.kinds]
     kinds, cells = list(layout.groups), layout.cells(cell_devices)
-    of_pool = [kinds.index(kind) for kind in layout.kinds]
-    seats = _seats(job, layout, cells[0])
+    seats = layout.seats(seat_loads(job, layout), cells[0])
     programs = [segments(plan, layout.pools, costs) for plan in job.first_plans]
     there = [(replace(kind.devices, count=count), kind.overheads) for kind, count in zip(kinds, cells[0], strict=True)]
     cell = CellSimulation(programs, seats, there, job.block_size, job.shard_size // job.block_size, len(cells))
@@ -304,7 +303,9 @@ def _simulate(job: Job, layout: Layout, cell_devices: int) -> Forecast:
     ideal = min(kind.count / max(load[indices].sum(), 1e-300) for kind, indices in layout.groups.items())
     pools = [
         PoolForecast(
-            name, len(seated) * len(cells), trace.busy[i] / seconds / _devices(kind, seated, cells[0][of_pool[i]])
+            name,
+            len(seated) * len(cells),
+            trace.busy[i] / seconds / _devices(kind, seated, cells[0][kinds.index(kind)]),
         )
         for i, (name, kind, seated) in enumerate(zip(layout.names, layout.kinds, seats, strict=True))
     ]
@@ -446,8 +447,9 @@ def candidates(job: Job, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
         starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
         pools = tuple(map(range, starts, starts[1:]))
         layout = Layout(pools, (kind,) * len(pools), _held_bytes(job, weight_bytes, pools))
-        if fits(job, layout, CELL_DEVICES):
-            found.append((float(seat_loads(job, layout).sum()), len(pools), layout))
+        load = seat_loads(job, layout)
+        if layout.fits(load, CELL_DEVICES):
+            found.append((float(load.sum()), len(pools), layout))
     if not found:
         raise UsageError(
             f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
@@ -470,7 +472,7 @@ def _paired(job: Job, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> lis
         pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
         layout = Layout(pools, (lower, upper), _held_bytes(job, weight_bytes, pools))
         load = level_loads(counts, pools, [lower.costs, upper.costs]).sum(1)
-        if load[1] > 0 and fits(job, layout, CELL_DEVICES):
+        if load[1] > 0 and layout.fits(load, CELL_DEVICES):
             found.append((min(lower.count / load[0], upper.count / load[1]), layout))
     return [layout for _, layout in sorted(found, key=lambda one: -one[0])[:SIMULATED]]
 

@@ -23,7 +23,6 @@ from mlem_dist.runtime.planner import (
     Kind,
     Layout,
     candidates,
-    fits,
     forecast,
     marginal,
     overheads_of,
@@ -205,8 +204,9 @@ def test_cells_are_made_smaller_only_where_the_levels_fit_into_fewer_devices(job
         layout = Layout(pools, (one,) * 3, (of_actor,) * 3)
         chosen = forecast(job, layout)
         assert chosen.coordinator > 0.5
-        assert fits(job, layout, chosen.cell_devices)
-        assert (chosen.cell_devices == 1) == fits(job, layout, 1) == (of_actor == 3)
+        load = seat_loads(job, layout)
+        assert layout.fits(load, chosen.cell_devices)
+        assert (chosen.cell_devices == 1) == layout.fits(load, 1) == (of_actor == 3)
 
 
 def test_a_small_simulation_foretells_a_large_job(job):
