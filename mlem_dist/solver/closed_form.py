@@ -15,9 +15,6 @@ from mlem_dist.solver.steps import StepTable
 _ONE = ((0, 0), (1, 0), (0, 0))
 """Padding: one before the steps."""
 
-GATHERED_BYTES = 2**30
-"""Of the bases of a block's samples on a GPU, each with that of its class; a loop over the classes needs none."""
-
 KNOWN_BYTES = 2**26
 """Of the coefficients of runs that are kept: blocks that share a plan have the same."""
 
@@ -68,12 +65,17 @@ class ClosedForm:
         self.drift, self.table, self.path = drift, table, path
         self._known: dict[Any, Tensor] = {}
         # Of many classes only those of the block's samples.
-        present, self.label = label.unique(return_inverse=True)
+        present, self.label, count = label.unique(return_inverse=True, return_counts=True)
         self.gain = drift.gain[present.tolist()]
-        self.rows = [(c, (label == c).nonzero(as_tuple=True)[0]) for c in present.tolist()]
-        # A GPU has the bandwidth, and would wait for the many small calls of a loop over classes.
-        gathered = label.is_cuda and drift.basis[0].nbytes * len(label) <= GATHERED_BYTES
-        self.basis = drift.basis[label] if gathered else None
+        self.basis = drift.basis if len(present) == len(drift.basis) else drift.basis[present]
+        # The samples of each class, with copies of the first sample where it has fewer than another (classes, most);
+        # and where each sample is among these.
+        order = self.label.argsort(stable=True)
+        rank = torch.arange(len(label), device=label.device) - (count.cumsum(0) - count)[self.label[order]]
+        self.members = order.new_zeros(len(present), int(count.max()))
+        self.members[self.label[order], rank] = order
+        self.place = torch.empty_like(order)
+        self.place[order] = self.label[order] * self.members.shape[1] + rank
         self.mean = Projected(drift.mean[label])
         self._project([self.mean])
 
@@ -165,27 +167,22 @@ class ClosedForm:
             out.addcmul_(outside[q], value.value)
             thin.addcmul_(inside[q], _thin(value))
             moved.addcmul_(outside[q], _thin(value))
-        change = thin - moved
-        if self.basis is not None:
-            out += torch.bmm(self.basis.to(out.dtype), change[:, :, None])[:, :, 0]
-        else:
-            for c, rows in self.rows:
-                out[rows] += change[rows] @ self.drift.basis[c].T.to(out.dtype)
-        return Projected(out, thin)
+        (change,) = self._by_class((thin - moved)[None], self.basis.mT)
+        return Projected(out.add_(change), thin)
 
     def _project(self, values: Sequence[Projected]) -> None:
         """Q^T v of several values at once: what takes time is to read Q."""
         if not values:
             return
-        stacked = torch.stack([one.value for one in values])
-        if self.basis is not None:
-            thin = torch.bmm(stacked.transpose(0, 1), self.basis.to(stacked.dtype)).transpose(0, 1)
-        else:
-            thin = stacked.new_empty(*stacked.shape[:2], self.drift.basis.shape[2])
-            for c, rows in self.rows:
-                thin[:, rows] = stacked[:, rows] @ self.drift.basis[c].to(stacked.dtype)
+        thin = self._by_class(torch.stack([one.value for one in values]), self.basis)
         for one, of_it in zip(values, thin, strict=True):
             one.thin = of_it
+
+    def _by_class(self, values: Tensor, matrices: Tensor) -> Tensor:
+        """Each sample of values (n, B, p) times the matrix of its class, of (classes, p, q): (n, B, q)."""
+        rows = values[:, self.members].transpose(0, 1).flatten(1, 2)
+        product = torch.bmm(rows, matrices.to(values.dtype))
+        return product.unflatten(1, (len(values), -1)).transpose(0, 1).flatten(1, 2)[:, self.place]
 
 
 def _thin(value: Projected) -> Tensor:

@@ -101,13 +101,17 @@ class Plan:
         """
         levels, steps = self.fire.shape
         by_step: list[list[Term]] = [[] for _ in range(steps)]
+        # Lists, as numpy takes tens of microseconds for each of some hundred short ones.
+        weight, previous = self.weight.tolist(), self.previous.tolist()
         for k in range(levels):
             ends = [*np.flatnonzero(self.fire[k]), steps, steps]
             for start, stop, end in zip(ends, ends[1:], ends[2:], strict=False):
-                both = np.append(self.weight[k, start:stop], self.previous[k, stop:end])
-                weights = tuple(np.trim_zeros(both, "b").tolist())
-                if not weights:
+                both = weight[k][start:stop] + previous[k][stop:end]
+                while both and not both[-1]:
+                    both.pop()
+                if not both:
                     continue
+                weights = tuple(both)
                 here = by_step[start]
                 below = k
                 if here and here[-1].level == k and here[-1].weights == weights:

@@ -147,22 +147,22 @@ def test_response_and_flow_are_what_a_run_does():
     torch.testing.assert_close(form.scaled(Projected(change), form.flow(len(table))), change)
 
 
-@pytest.mark.parametrize("gathered", [False, True])
-def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(gathered):
+@pytest.mark.parametrize("classes", [[0], [0, 1], [1, 0, 1], [1, 1], [1, 0, 0, 1, 1, 1]])
+def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(classes):
     """A run knows the projection of its end without a look at it, as the next run takes it for granted."""
     drift, table = small()
-    label = torch.tensor([0, 1, 1])
+    label = torch.tensor(classes)
     form = ClosedForm(drift, table, label)
-    if gathered:
-        form.basis = drift.basis[label]
     rng = np.random.default_rng(5)
-    x, value, noise = (torch.tensor(rng.standard_normal((3, 4))) for _ in range(3))
+    x, value, noise = (torch.tensor(rng.standard_normal((len(label), 4))) for _ in range(3))
     end = form.advance(1, Projected(x), [1.0, 0.7, 1.3], [(Projected(value), [0.5, 1.0, -1.0])], lambda _: noise)
     assert end.thin is not None
     for sample, c in enumerate(label.tolist()):
         torch.testing.assert_close(end.thin[sample], drift.basis[c].T @ end.value[sample])
-    # The bases of a block's samples, as a GPU has them, or a loop over the classes; and again, from what is kept.
-    other = ClosedForm(drift, table, label)
-    given = [1.0, 0.7, 1.3], [(Projected(value), [0.5, 1.0, -1.0])], lambda _: noise
-    for again in (form, other, other):
-        torch.testing.assert_close(again.advance(1, Projected(x), *given).value, end.value)
+    # Each sample as in a block of its own; and again, from what is kept.
+    for i, c in enumerate(classes):
+        alone = ClosedForm(drift, table, torch.tensor([c]))
+        for _ in range(2):
+            held = [(Projected(value[i : i + 1]), [0.5, 1.0, -1.0])]
+            found = alone.advance(1, Projected(x[i : i + 1]), [1.0, 0.7, 1.3], held, lambda _, i=i: noise[i : i + 1])
+            torch.testing.assert_close(found.value[0], end.value[i])
