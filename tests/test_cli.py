@@ -338,6 +338,26 @@ def test_a_stopped_run_keeps_its_shards_and_says_so(tmp_path, number, engine, co
     assert list(out.glob("data/*.parquet"))
 
 
+def test_a_run_whose_ray_has_died_ends_and_says_so(tmp_path):
+    """Nothing would come back where Ray has been started for this run alone, however long it waits."""
+    out = tmp_path / "out"
+    arguments = ["--num", "4000", *SMALL, "--address", "local", "--devices", "2", "--out", str(out)]
+    # Ray sees whether its nodes live every three seconds otherwise, five times.
+    hasty = {f"RAY_health_check_{name}": "500" for name in ("period_ms", "timeout_ms", "initial_delay_ms")}
+    run = subprocess.Popen([SCRIPT, "generate", *arguments], stderr=subprocess.PIPE, text=True, env=os.environ | hasty)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("data/*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = " ".join(path.read_text() for path in Path(f"/proc/{run.pid}/task").glob("*/children")).split()
+    (raylet,) = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "raylet\n"]
+    os.kill(int(raylet), signal.SIGKILL)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "Traceback" not in stderr
+    assert "Ray has died on this machine" in stderr
+    assert 0 < len(list(out.glob("data/*.parquet"))) < 250
+
+
 def test_a_folder_named_like_a_bundled_ladder_is_that_folder(tmp_path, fashion):
     shutil.copytree(fashion.folder, tmp_path / "fashion")
     assert Ladder.load(tmp_path / "fashion").source == str(tmp_path / "fashion")

@@ -15,6 +15,7 @@ from ray.exceptions import RayTaskError
 
 from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
 from mlem_dist.dataset.store import Location
+from mlem_dist.runtime.cluster import check_alive
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.pool import DEATHS, PoolError, cause
 from mlem_dist.runtime.progress import WAITS, PoolProgress, Progress
@@ -28,6 +29,9 @@ STUCK_SECONDS = 60
 
 POLL_SECONDS = 0.5
 """How long the driver waits between two rounds over the cells."""
+
+ANSWER_SECONDS = 0.1
+"""How long a round waits for the answer of one cell; a later round takes up what comes after that."""
 
 
 class Cell:
@@ -55,6 +59,8 @@ class Cell:
         self.coordinator = self._create()
         self.run = self.coordinator.run.remote()
         self.progress: Progress | None = None
+        # What is asked for its progress and has not been answered, and whether it had ended before.
+        self._asked: tuple[Any, bool] | None = None
         self._late = math.inf
         self._waits_since: float | None = None
         self._closed = False
@@ -74,6 +80,11 @@ class Cell:
     def spent(self) -> bool:
         """Whether its coordinator has written all that it was given."""
         return not self._open
+
+    @property
+    def silent(self) -> bool:
+        """Whether its coordinator has not answered yet, as while it starts."""
+        return self._asked is not None
 
     @property
     def stuck(self) -> bool:
@@ -112,10 +123,16 @@ class Cell:
         if self.finished:
             return []
         try:
-            ended = bool(ray.wait([self.run], timeout=0)[0])
-            if ended:
-                ray.get(self.run)
-            told: Progress = ray.get(self.coordinator.progress.remote(self._known))
+            if self._asked is None:
+                ended = bool(ray.wait([self.run], timeout=0)[0])
+                if ended:
+                    ray.get(self.run)
+                self._asked = self.coordinator.progress.remote(self._known), ended
+            answer, ended = self._asked
+            if not ray.wait([answer], timeout=ANSWER_SECONDS)[0]:
+                return []
+            self._asked = None
+            told: Progress = ray.get(answer)
             # Its own clock began with it, after its imports. The least delay is that of the quickest answer.
             self._late = min(self._late, time.monotonic() - self._began - told.seconds)
             self.progress = told.later(self._late)
@@ -192,9 +209,12 @@ class Cells:
 
         Raises:
             PoolError, NonFiniteError: as `Cell.poll`.
+            RuntimeError: Ray has died on this machine, where no coordinator can start then.
         """
         for cell in self.cells:
             self.todo.extendleft(reversed(cell.poll()))
+        if any(cell.silent for cell in self.cells):
+            check_alive()
         self._hand_out()
         if not self.todo:
             self._close()

@@ -88,6 +88,20 @@ def _check_answer(address: str) -> None:
         )
 
 
+def check_alive() -> None:
+    """See whether Ray is there on this machine.
+
+    Raises:
+        RuntimeError: it is not, and nothing can be started from here.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    if not any(node["NodeID"] == here for node in live_nodes()):
+        raise RuntimeError(
+            "Ray has died on this machine, as when its memory runs out; finished shards are kept, and the same command "
+            "goes on from there"
+        )
+
+
 def device_type(device: str) -> str:
     """ "cpu" or "cuda" for "auto" on the connected cluster."""
     if device != "auto":

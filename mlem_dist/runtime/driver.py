@@ -49,6 +49,7 @@ def run_ray(
 
     Raises:
         PoolError: actors or coordinators die faster than they work.
+        RuntimeError: Ray has died on this machine.
         NonFiniteError: a block ended with NaN or infinite values.
     """
     began = time.monotonic()
