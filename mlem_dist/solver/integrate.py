@@ -42,8 +42,12 @@ def block_noise(seed: int, block: int, shape: Sequence[int], device: torch.devic
     """The noise of a block: float32 of `shape`, a function of (seed, block, step) and the device type alone."""
 
     def noise(step: int) -> Tensor:
-        words = np.random.SeedSequence([seed, block, step + 1]).generate_state(1, np.uint64)
-        generator = torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
+        key = np.random.SeedSequence(seed, spawn_key=(block, step + 1))
+        if torch.device(device).type == "cpu":
+            # Torch's generator for CPUs takes 32 bits of a seed: of millions of blocks some would be the same.
+            return torch.from_numpy(np.random.default_rng(key).standard_normal(tuple(shape), dtype=np.float32))
+        word = key.generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
         return torch.randn(*shape, generator=generator, device=device)
 
     return noise

@@ -61,9 +61,23 @@ def test_noise_and_coins_depend_on_seed_block_and_step_alone():
     }
     assert torch.equal(drawn[1, 2, 0], block_noise(1, 2, (2, 3), "cpu")(0))
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(drawn.values(), 2))
+    assert drawn[0, 0, 0].dtype == torch.float32
     coins = {key: block_rng(*key).random(4).tolist() for key in itertools.product(three, three)}
     assert coins[1, 2] == block_rng(1, 2).random(4).tolist()
     assert all(a != b for a, b in itertools.combinations(coins.values(), 2))
+
+
+def test_blocks_begin_apart():
+    # Of these two 32 bits of a hash are equal, which is all that torch's generator for CPUs takes of a seed.
+    for seed, block, other in ((0, 50699, 55170), (1, 22970, 91740), (2, 31749, 56898)):
+        begins = [block_noise(seed, one, (4,), "cpu")(-1) for one in (block, other)]
+        assert not torch.equal(*begins)
+    # Standard normal over blocks, and independent within and between them: four standard deviations.
+    drawn = torch.stack([block_noise(3, block, (4,), "cpu")(-1) for block in range(20_000)]).numpy()
+    most = 4 / np.sqrt(len(drawn))
+    assert np.abs(drawn.mean(0)).max() < most
+    assert np.abs(drawn.var(0) - 1).max() < np.sqrt(2) * most
+    assert np.abs(np.corrcoef(np.hstack([drawn[1:], drawn[:-1]]).T) - np.eye(8)).max() < most
 
 
 def test_the_noise_of_a_coarse_step_is_what_its_fine_steps_carry_to_its_end():
