@@ -356,7 +356,7 @@ def verify(out: Location) -> None:
     from mlem_dist.dataset.shards import damage, foreign, marked_shards
 
     manifest = read_manifest(out)
-    shards = manifest.shards or marked_shards(out)
+    shards = manifest.shards or marked_shards(out, manifest.fingerprint)
     problems = damage(out, shards)
     if manifest.shards:
         problems += [f"{path} is no shard, and readers of {out}/data take it for rows" for path in foreign(out, shards)]
@@ -636,9 +636,13 @@ def _plan(ladder: Any, cost: Any, plan_file: Path | None, **choices: Any) -> tup
 
 def _check_new(out: Path) -> None:
     """Refuse a file to write that is there, or in a folder that cannot be written."""
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"--out {out} exists; choose another name")
     check_writable(out.parent)
+    try:
+        there = out.exists() or out.is_symlink()
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another name") from None
+    if there:
+        raise UsageError(f"--out {out} exists; choose another name")
 
 
 def _on_stop(note: str) -> None:

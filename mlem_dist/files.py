@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -27,7 +28,7 @@ def check_writable(out: Path) -> None:
             what = "a file" if out.exists() else "a link to nothing"
             raise UsageError(f"--out {out} is {what}, expected a folder; choose another path")
         parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    except PermissionError as error:
+    except OSError as error:
         raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
         raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
@@ -60,7 +61,9 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
         why = error.strerror or " ".join(str(error).split())
         raise OSError(f"{path} cannot be written: {why}; mend that, and the same command goes on") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # What has kept it from being written may keep it from being removed.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

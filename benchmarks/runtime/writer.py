@@ -50,7 +50,7 @@ def main(data: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         found = {
-            "shard": rate(lambda: write_shard(path, 0, 1, 0, images, label, ladder.labels), size),
+            "shard": rate(lambda: write_shard(path, 0, 1, 0, images, label, ladder.labels, ""), size),
             "png alone": rate(lambda: encode_png(images), size),
             "parquet of finished png": rate(lambda: encode_shard(pngs, ids, label, ladder.labels), size),
             "pyarrow, pixels as bytes": rate(lambda: pq.write_table(pixels, path / "pixels.parquet"), np.size(images)),

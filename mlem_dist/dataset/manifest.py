@@ -99,22 +99,26 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
         UsageError: as `check_location`, or `out` holds something else or a run of another configuration.
         OSError: as `listed`.
     """
-    check_location(out)
-    there = listed(out).keys() - {WORK}
-    if not there:
-        return None
-    if NAME not in there:
+    try:
+        there = listed(out).keys() - {WORK}
+    except OSError:
+        check_location(out)
+        raise
+    if there and NAME not in there:
         raise UsageError(f"--out {out} holds something else (no {NAME}); choose an empty or new folder")
-    manifest = read_manifest(out)
-    if keys := changed(manifest, config):
+    manifest = read_manifest(out) if there else None
+    if manifest and (keys := changed(manifest, config)):
         changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)
         raise UsageError(f"--out {out} holds a run of another configuration ({changes}); choose another folder")
+    # A finished one may have become read-only.
+    if not (manifest and manifest.shards):
+        check_location(out)
     return manifest
 
 
 def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
     """The shards of a run that need not be made again, by path."""
-    return whole_shards(out, (*manifest.shards, *marked_shards(out)))
+    return whole_shards(out, (*manifest.shards, *marked_shards(out, manifest.fingerprint)))
 
 
 def finish(out: Location, manifest: Manifest) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,19 +15,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
-from mlem_dist.dataset.store import Location, StoreError, listed, publish, reached, read_whole
+from mlem_dist.dataset.store import Location, StoreError, listed, of_each, publish, reached, read_whole
 from mlem_dist.files import file_digest
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"
 
 DATA = "data"
-
-T = TypeVar("T")
-U = TypeVar("U")
-
-REQUESTS, BATCH = 32, 1000
-"""At a time, to a file system or object store that may be far away."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +82,12 @@ def write_shard(
     images: np.ndarray,
     label: Sequence[int],
     labels: Sequence[str],
+    run: str,
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), ids first_id, first_id + 1, ...
 
-    The file appears under its final name complete or not at all; a marker in `.mlem/` follows it.
+    The file appears under its final name complete or not at all; a marker in `.mlem/` follows it, that of a `run` by
+    the fingerprint of its configuration.
 
     Raises:
         ValueError: images and labels differ in number.
@@ -106,14 +100,15 @@ def write_shard(
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)
-    publish(out / WORK / _marker(path), json.dumps(asdict(shard)), out / WORK)
+    publish(out / WORK / _marker(path), json.dumps({"run": run, **asdict(shard)}), out / WORK)
     return shard
 
 
-def marked_shards(out: Location, of: Iterable[str] | None = None) -> list[Shard]:
+def marked_shards(out: Location, run: str, of: Iterable[str] | None = None) -> list[Shard]:
     """The shards that an unfinished run has written, all or those with the paths `of`.
 
-    One whose marker cannot be read is made again, but for a marker in an object store that does not answer.
+    A marker that names another run does not count; one that names none is that of an earlier version. One that cannot
+    be read is that of a shard to make again, but for a marker in an object store that does not answer.
 
     Raises:
         StoreError: it does not answer, or refuses.
@@ -121,25 +116,16 @@ def marked_shards(out: Location, of: Iterable[str] | None = None) -> list[Shard]
 
     def read(name: str) -> Shard | None:
         try:
-            return Shard(**json.loads(read_whole(out / WORK / name)))
+            raw = json.loads(read_whole(out / WORK / name))
+            return Shard(**raw) if raw.pop("run", run) == run else None
         except StoreError:
             raise
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
 
     names = listed(out / WORK) if of is None else map(_marker, of)
     markers = sorted(name for name in names if name.startswith("train-") and name.endswith(".json"))
-    return [shard for shard in _of_each(read, markers) if shard]
-
-
-def _of_each(read: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """What `read` returns for each, many at a time."""
-    found: list[U] = []
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        # A pool holds something for each that it has not begun.
-        for start in range(0, len(items), BATCH):
-            found += pool.map(read, items[start : start + BATCH])
-    return found
+    return [shard for shard in of_each(read, markers) if shard]
 
 
 def _marker(path: str) -> str:
@@ -171,7 +157,7 @@ def damage(out: Location, shards: Sequence[Shard]) -> list[str]:
             return f"{shard.path} cannot be read: {error.strerror}"
         return None if digest == shard.sha256 else f"{shard.path} is not what was written: its SHA-256 differs"
 
-    return [problem for problem in _of_each(look, shards) if problem]
+    return [problem for problem in of_each(look, shards) if problem]
 
 
 def foreign(out: Location, shards: Sequence[Shard]) -> list[str]:

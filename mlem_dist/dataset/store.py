@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from urllib.parse import unquote
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable, replace_file
+from mlem_dist.files import check_text, check_writable, replace_file
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -21,6 +23,13 @@ Location: TypeAlias = "Path | UPath"
 S3, GOOGLE, AZURE = "s3fs", "gcsfs", "adlfs"
 PACKAGES = {"s3": S3, "s3a": S3, "gs": GOOGLE, "gcs": GOOGLE, "az": AZURE, "abfs": AZURE, "abfss": AZURE}
 """By kind of URL: stores in which an object is there whole or not at all, and the package that each needs."""
+
+
+REQUESTS, BATCH = 32, 1000
+"""At a time."""
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class StoreError(OSError):
@@ -34,14 +43,19 @@ def parse_location(text: str) -> Location:
         UsageError: the URL is of another kind than those of `PACKAGES` and file, names no bucket or has a part that a
             folder cannot have; or its package is not installed.
     """
+    check_text([text], "--out")
     kind, is_url, place = text.partition("://")
     kind, parts = kind.lower(), place.rstrip("/").split("/")
     if not is_url:
         return Path(text)
     if kind in ("file", "local"):
-        return Path(place)
+        if not place.startswith("/"):
+            raise UsageError(f"{text}: expected {kind}:///PATH, with three slashes, or the path alone")
+        return Path(unquote(place))
     if kind not in PACKAGES:
         raise UsageError(f"{text}: expected a path or a URL of the kinds {', '.join(PACKAGES)}, as s3://BUCKET/NAME")
+    if "::" in place:
+        raise UsageError(f"{text}: expected a name without ::, which would be that of one file system in another")
     if {"", ".", ".."} & {*parts}:
         raise UsageError(f"{text}: expected a bucket and names of folders without . and .., as {kind}://BUCKET/NAME")
     if kind in ("s3", "s3a", "gs", "gcs") and "@" in parts[0]:
@@ -161,8 +175,24 @@ def remove_folder(folder: Location) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    with suppress(Exception):
-        folder.fs.rm(folder.path, recursive=True)
+
+    def remove(name: str) -> None:
+        with suppress(Exception):
+            folder.fs.rm_file(f"{folder.path}/{name}")
+
+    # By name: removal of a folder would take its name for a pattern, which those of others may match.
+    with suppress(OSError):
+        of_each(remove, [*listed(folder)])
+
+
+def of_each(look: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """What `look` returns for each, many at a time, as a file system or object store may be far away."""
+    found: list[U] = []
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        # A pool holds something for each that it has not begun.
+        for start in range(0, len(items), BATCH):
+            found += pool.map(look, items[start : start + BATCH])
+    return found
 
 
 def _said(error: Exception) -> str:

@@ -140,14 +140,26 @@ class Ladder:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.folder / SCHEDULER}: {error}") from None
         for level in self.levels:
-            if not level.sha256:
-                raise UsageError(f"{self.folder}: level {level.name!r} lists no files")
             for name in level.sha256:
                 _check_there(self.folder, name)
+            for name in self._files(level):
+                if name not in level.sha256:
+                    raise UsageError(
+                        f"{self.folder / LADDER}: sha256 of level {level.name!r} lacks {name}, by which a change of it "
+                        "would be noticed; add it"
+                    )
             self._check_shape(level)
         for device in {device for level in self.levels for device in level.seconds}:
             if any(level.seconds.get(device, 0) <= 0 for level in self.levels):
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
+
+    def _files(self, level: Level) -> list[str]:
+        """What the level is read from, relative to the folder."""
+        path = self.folder / level.path
+        if level.kind == "gaussian":
+            return [level.path]
+        found = {path / "config.json", *path.glob("*.safetensors"), *path.glob("*.index.json")}
+        return sorted(file.relative_to(self.folder).as_posix() for file in found)
 
     def _check_files(self, level: Level) -> None:
         for name, digest in level.sha256.items():
@@ -391,8 +403,11 @@ def save_ladder(
 
 def _find(source: str | Path) -> Path:
     # A dataset may be named like a bundled ladder.
-    if (Path(source) / LADDER).is_file():
-        return Path(source).resolve()
+    try:
+        if (Path(source) / LADDER).is_file():
+            return Path(source).resolve()
+    except OSError as error:
+        raise UsageError(f"ladder {source} cannot be read: {error.strerror}") from None
     if str(source) in bundled():
         return PACKAGE / str(source)
     if Path(source).is_dir():

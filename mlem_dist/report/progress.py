@@ -93,14 +93,16 @@ class Display:
 def _stage_bar(unit: str) -> Iterator[Callable[[str, int, int, str], None]]:
     """A function that shows a stage's name, how many units of it are done and how many there are, and a note."""
     bar: Any = None
+    shown = ""
     line_at = time.monotonic()
 
     def show(name: str, done: int, total: int, note: str) -> None:
-        nonlocal bar, line_at
+        nonlocal bar, shown, line_at
         if sys.stderr.isatty():
-            if bar is None or bar.desc != f"{name}: ":
+            if bar is None or shown != name:
                 if bar is not None:
                     bar.close()
+                shown = name
                 bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
             bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)

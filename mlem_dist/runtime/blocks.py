@@ -41,7 +41,8 @@ class Blocks:
                 )
         self.job = job
         self.ladder = ladder
-        self._latest: tuple[int, Tensor, ClosedForm | None] | None = None
+        self._labels: dict[int, Tensor] = {}
+        self._latest: tuple[int, ClosedForm] | None = None
 
     @cached_property
     def table(self) -> StepTable:
@@ -50,7 +51,15 @@ class Blocks:
 
     def label(self, block: int) -> Tensor:
         """int64 (B,): the classes of a block's samples, on the job's device."""
-        return self._labelled(block)[1]
+        place, size = self._place(block), self.job.block_size
+        if place not in self._labels:
+            label = [self.job.label(place + i) for i in range(size)]
+            self._labels[place] = torch.tensor(label, device=self.job.device)
+        return self._labels[place]
+
+    def _place(self, block: int) -> int:
+        """That of a block's first sample in the job's classes, by which those of the others are known."""
+        return block * self.job.block_size % len(self.job.labels)
 
     def noise(self, block: int) -> Noise:
         """The block's noise; of whole blocks always, so that a sample does not depend on `num`."""
@@ -65,17 +74,13 @@ class Blocks:
 
     def closed_form(self, block: int) -> ClosedForm | None:
         """How a block takes runs of steps with level 1, if its plan collapses them."""
-        return self._labelled(block)[2]
-
-    def _labelled(self, block: int) -> tuple[int, Tensor, ClosedForm | None]:
-        """What depends on a block's classes alone, after its first one's place; the last block had mostly the same."""
-        place, size = block * self.job.block_size % len(self.job.labels), self.job.block_size
-        latest = self._latest
+        if not self.job.plan.collapse:
+            return None
+        # The last block had mostly the same classes.
+        place, latest = self._place(block), self._latest
         if latest is None or latest[0] != place:
-            label = torch.tensor([self.job.label(place + i) for i in range(size)], device=self.job.device)
-            form = ClosedForm(self._affine, self.table, label) if self.job.plan.collapse else None
-            latest = self._latest = place, label, form
-        return latest
+            latest = self._latest = place, ClosedForm(self._affine, self.table, self.label(block))
+        return latest[1]
 
     def trajectory(self, block: int) -> Generator[Request, list[Tensor], Tensor]:
         """The block's trajectory, to be driven by who evaluates the levels."""

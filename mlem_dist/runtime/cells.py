@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from mlem_dist.dataset.manifest import read_manifest
 from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
 from mlem_dist.dataset.store import Location
 from mlem_dist.runtime.cluster import check_alive
@@ -59,8 +60,10 @@ class Cell:
         self.coordinator = self._create()
         self.run = self.coordinator.run.remote()
         self.progress: Progress | None = None
-        # What is asked for its progress and has not been answered, and whether it had ended before.
+        # What is asked for its progress and has not been answered, whether it had ended before, and the blocks that it
+        # has been given since.
         self._asked: tuple[Any, bool] | None = None
+        self._since = 0
         self._late = math.inf
         self._waits_since: float | None = None
         self._closed = False
@@ -105,6 +108,7 @@ class Cell:
         self._open[shard] = None
         self._count += 1
         self.queued += len(self.job.shard_blocks(shard))
+        self._since += len(self.job.shard_blocks(shard))
         self.coordinator.add.remote(shard)
 
     def close(self) -> None:
@@ -127,7 +131,7 @@ class Cell:
                 ended = bool(ray.wait([self.run], timeout=0)[0])
                 if ended:
                     ray.get(self.run)
-                self._asked = self.coordinator.progress.remote(self._known), ended
+                self._asked, self._since = (self.coordinator.progress.remote(self._known), ended), 0
             answer, ended = self._asked
             if not ray.wait([answer], timeout=ANSWER_SECONDS)[0]:
                 return []
@@ -138,7 +142,7 @@ class Cell:
             self.progress = told.later(self._late)
             self._known += len(told.written)
             self._made(told.written)
-            self.queued = self.progress.queued
+            self.queued = self.progress.queued + self._since
             if not self.progress.state.startswith(WAITS):
                 self._waits_since = None
             elif self._waits_since is None:
@@ -161,13 +165,13 @@ class Cell:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker is there, which follows the file.
         paths = {shard: shard_path(shard, self.job.shards) for shard in self._open}
-        marked = whole_shards(self.out, marked_shards(self.out, paths.values()))
+        marked = whole_shards(self.out, marked_shards(self.out, read_manifest(self.out).fingerprint, paths.values()))
         self._made([shard for shard, path in paths.items() if path in marked])
         lost = [*self._open]
-        if self.progress:
-            total = self.total()
+        if total := self.total():
             self._past = replace(
                 total,
+                state="sampling",
                 samples=self._samples,
                 blocks=self._blocks,
                 # Of the blocks that are lost nobody knows which calls were theirs.
@@ -187,10 +191,10 @@ class Cell:
             self._samples += len(self.job.shard_rows(shard))
             self._blocks += len(self.job.shard_blocks(shard))
 
-    def total(self) -> Progress:
-        """The progress of the coordinator and of those before it."""
-        assert self.progress is not None
-        return merged([self.progress, self._past]) if self._past else self.progress
+    def total(self) -> Progress | None:
+        """The progress of the coordinator and of those before it; None before any has said something."""
+        said = [one for one in (self.progress, self._past) if one]
+        return merged(said) if said else None
 
 
 class Cells:
@@ -238,8 +242,9 @@ class Cells:
                 cell.give_up()
 
     def progress(self) -> Progress | None:
-        """Of all cells; None before each has said something."""
-        return merged([cell.total() for cell in self.cells]) if all(cell.progress for cell in self.cells) else None
+        """Of all cells that have said something; None before any has."""
+        said = [total for cell in self.cells if (total := cell.total())]
+        return merged(said) if said else None
 
     def wait(self, seconds: float) -> None:
         """Until a coordinator ends, at most so long."""

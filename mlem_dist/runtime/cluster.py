@@ -83,8 +83,8 @@ def _check_answer(address: str) -> None:
         # As when its Ray is of another version.
         said = next((f" ({line.strip()})" for line in why.splitlines()[::-1] if "ersion" in line), "")
         raise UsageError(
-            f"no Ray head answers at --address {address}{said}; start one with `ray start --head`, "
-            "export RAY_AUTH_MODE=token if it uses tokens, or leave the option out"
+            f"no Ray head answers at --address or RAY_ADDRESS {address}{said}; start one with `ray start --head`, "
+            "export RAY_AUTH_MODE=token if it uses tokens, or take --address local"
         )
 
 

@@ -98,7 +98,7 @@ class Coordinator:
         self.job, self.pools = job, tuple(pools)
         create: Any = ray.remote(Writer).options(num_cpus=0)
         desks = [Seat(0, 0.0)] * writers
-        self.writers = Pool("writers", desks, SLOTS, lambda _: create.remote(out, job.shards, tuple(labels)))
+        self.writers = Pool("writers", desks, SLOTS, lambda _: create.remote(job, out, tuple(labels)))
         self.seats, self.names, self.group = seats, names, group
         self.kinds, self.devices = devices, group.bundle_count
         types = {seat.device: kind.type for kind, one in zip(devices, seats, strict=True) for seat in one}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlem_dist.dataset.manifest import NAME, Manifest, changed, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
-from mlem_dist.dataset.store import Location, listed
+from mlem_dist.dataset.store import Location, check_location, listed
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job
@@ -42,6 +42,8 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
     done = finished_shards(out, manifest)
     missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
+    if missing:
+        check_location(out)
     return Dataset(out, job, manifest, missing)
 
 
@@ -64,8 +66,8 @@ def _check_alone(dataset: Dataset) -> None:
     """Refuse to go on where another run has begun at the same moment, and has its manifest there."""
     if changed(read_manifest(dataset.out), dataset.job.config):
         raise RuntimeError(
-            f"a run of another configuration has begun in {dataset.out} at the same time, and the shards are of both; "
-            "choose another folder for one of them, and let `mlem-dist verify` check the other"
+            f"a run of another configuration has begun in {dataset.out} at the same time, and has its manifest there; "
+            "choose another folder for this one, and when both have ended give the command of the other again"
         )
 
 

@@ -34,7 +34,8 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     blocks, levels = Blocks(job, ladder), Levels(ladder, job.device, job.precision)
-    writer = Writer(out, job.shards, ladder.labels)
+    writer = Writer(job, out, ladder.labels)
+    writer.prepare()
 
     def make(block: int) -> tuple[np.ndarray, np.ndarray]:
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)

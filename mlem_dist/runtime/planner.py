@@ -187,9 +187,10 @@ class Layout:
 
     def fits(self, load: np.ndarray, cell_devices: int) -> bool:
         """Whether what actors hold fits into the devices' memory, in cells of at most `cell_devices`."""
-        if not self.held:
-            return True
-        cell = self.cells(cell_devices)[0]
+        # Where cells differ a smaller one may seat pools side by side that have devices of their own in a larger one.
+        return not self.held or all(self._fits(load, cell) for cell in {*map(tuple, self.cells(cell_devices))})
+
+    def _fits(self, load: np.ndarray, cell: Sequence[int]) -> bool:
         memory = np.repeat([kind.memory for kind in self.groups], cell)
         held = np.zeros(len(memory))
         for seats, of_actor in zip(self.seats(load, cell), self.held, strict=True):

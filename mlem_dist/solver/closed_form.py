@@ -15,6 +15,9 @@ from mlem_dist.solver.steps import StepTable
 _ONE = ((0, 0), (1, 0), (0, 0))
 """Padding: one before the steps."""
 
+BASIS_BYTES = 2**27
+"""Of the bases of a block's classes, where they are not all of a ladder's: more are gathered part by part each time."""
+
 KNOWN_BYTES = 2**26
 """Of the coefficients of runs that are kept: blocks that share a plan have the same."""
 
@@ -67,7 +70,9 @@ class ClosedForm:
         # Of many classes only those of the block's samples.
         present, self.label, count = label.unique(return_inverse=True, return_counts=True)
         self.gain = drift.gain[present.tolist()]
-        self.basis = drift.basis if len(present) == len(drift.basis) else drift.basis[present]
+        everyone = len(present) == len(drift.basis)
+        self.parts = [present] if everyone else present.split(max(1, BASIS_BYTES // drift.basis[0].nbytes))
+        self.basis = drift.basis if everyone else drift.basis[present] if len(self.parts) == 1 else None
         # The samples of each class, with copies of the first sample where it has fewer than another (classes, most);
         # and where each sample is among these.
         order = self.label.argsort(stable=True)
@@ -167,21 +172,25 @@ class ClosedForm:
             out.addcmul_(outside[q], value.value)
             thin.addcmul_(inside[q], _thin(value))
             moved.addcmul_(outside[q], _thin(value))
-        (change,) = self._by_class((thin - moved)[None], self.basis.mT)
+        (change,) = self._by_class((thin - moved)[None], transposed=True)
         return Projected(out.add_(change), thin)
 
     def _project(self, values: Sequence[Projected]) -> None:
         """Q^T v of several values at once: what takes time is to read Q."""
         if not values:
             return
-        thin = self._by_class(torch.stack([one.value for one in values]), self.basis)
+        thin = self._by_class(torch.stack([one.value for one in values]))
         for one, of_it in zip(values, thin, strict=True):
             one.thin = of_it
 
-    def _by_class(self, values: Tensor, matrices: Tensor) -> Tensor:
-        """Each sample of values (n, B, p) times the matrix of its class, of (classes, p, q): (n, B, q)."""
+    def _by_class(self, values: Tensor, transposed: bool = False) -> Tensor:
+        """Q^T v of each sample of values (n, B, d), with Q of its class: (n, B, r); `transposed`, Q v of (n, B, r)."""
         rows = values[:, self.members].transpose(0, 1).flatten(1, 2)
-        product = torch.bmm(rows, matrices.to(values.dtype))
+        found = []
+        for part, of_part in zip(self.parts, rows.split([len(part) for part in self.parts]), strict=True):
+            basis = (self.drift.basis[part] if self.basis is None else self.basis).to(values.dtype)
+            found.append(torch.bmm(of_part, basis.mT if transposed else basis))
+        product = found[0] if len(found) == 1 else torch.cat(found)
         return product.unflatten(1, (len(values), -1)).transpose(0, 1).flatten(1, 2)[:, self.place]
 
 

@@ -75,9 +75,10 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
             f"--nfe {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
             "raise --nfe" + (f" or lower --steps to {payable}" if payable else "")
         )
-    if len(cost) == 1:
+    worth = weights[1:][weights[1:] > 0]
+    if not worth.size:
         return probabilities(0)
-    return probabilities(last_below(lambda scale: spent(scale) < nfe, 0.0, 1 / weights[1:][weights[1:] > 0].min()))
+    return probabilities(last_below(lambda scale: spent(scale) < nfe, 0.0, 1 / worth.min()))
 
 
 def last_below(below: Callable[[float], bool], low: float, high: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import device_key, store_entry
 from mlem_dist.ladder.graphs import as_run
-from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.ladder import Ladder, Level
 from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schedule import BANDS
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
@@ -149,6 +149,7 @@ def calibrate(
 
     Raises:
         UsageError: the ladder has one level only, or a level's weights are unreadable.
+        ArithmeticError: a level is not finite along a trajectory.
     """
     if len(ladder.levels) < 2:
         raise UsageError(f"ladder {ladder.name!r} has one level, and calibration compares levels; expected two or more")
@@ -213,8 +214,13 @@ def _along_trajectories(
     table = step_table(ladder.alpha_bar, steps, ETA[solver])
     noise = block_noise(0, 0, (len(label), *ladder.sample_shape), label.device)
     states = best_trajectory(levels, table, noise, label, report)
+    if not states[-1].isfinite().all():
+        raise _not_finite(ladder.levels[-1], "does not end")
     probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(label.device) * 2.0 - 1
     increments, change = propagate(levels, table, states, label, probe, report)
+    for level, of_it in zip(ladder.levels, change, strict=True):
+        if not np.isfinite(of_it).all():
+            raise _not_finite(level, "is not, along trajectories of the best one,")
     counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
     rng = np.random.default_rng(0)
     rows = []
@@ -226,6 +232,12 @@ def _along_trajectories(
         em = _per_sample((end - states[-1]).square())
         rows.append(_speed_up(m, em, change, cost, ladder.levels[0].kind == "gaussian", rng))
     return SolverCalibration(table.t, increments.mean(2), products_of(change), tuple(rows)), increments
+
+
+def _not_finite(level: Level, does: str) -> ArithmeticError:
+    return ArithmeticError(
+        f"level {level.name!r} {does} in finite numbers; train it on, or leave it out of ladder.json"
+    )
 
 
 def _gamma(

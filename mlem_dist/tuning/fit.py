@@ -249,7 +249,8 @@ class Fitter:
 
     def _best(self, several: Sequence[Times], told: Callable[[], None]) -> Times:
         """The times whose fit to half of the blocks has the least error."""
-        # The path is made here, before the fits that run side by side would each make it.
+        # Made before the fits that run side by side would each make it: from Python 3.12 on no lock keeps them from it.
+        _ = self.path
         half = self.blocks[: -(-len(self.blocks) // 2)]
 
         def error(times: Times) -> float:

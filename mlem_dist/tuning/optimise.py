@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import Drift, block_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.calibrate import adjoint, best_trajectory
 from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.recipe import NeymanRule
+from mlem_dist.tuning.recipe import NeymanRule, collapses
 from mlem_dist.tuning.tell import Tell
 
 KNOTS = 6
@@ -46,7 +45,8 @@ RUNG_SETS = 3
 MODEL_STEPS, MODEL_SAMPLES, MODEL_SEED = 100, 128, 2
 
 LARGEST = 25.0
-"""Evaluations of the best level; a larger budget, for which the model's steps are too few, has this one's shape."""
+"""Evaluations of the best level beside the base level's; a larger budget, for which the model's steps are too few, has
+this one's shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,13 @@ def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return at[count + 1], at[count]
 
 
-def model_steps(ladder: Ladder) -> int:
-    """How many steps the model has: `MODEL_STEPS`, or all that a shorter schedule has."""
-    return min(MODEL_STEPS, len(ladder.alpha_bar))
+def model_steps(judge: Judge) -> int:
+    """How many steps the model has: `MODEL_STEPS`, or all that there are of fewer.
+
+    Where plans pay for the base level at every step, there are as many as they have, and otherwise all of the schedule.
+    """
+    free = collapses(judge.ladder, judge.solver)
+    return min(MODEL_STEPS, len(judge.ladder.alpha_bar if free else judge.fine))
 
 
 def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambda done, total: None) -> FirstOrder:
@@ -97,7 +101,7 @@ def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambd
         progress: told how many blocks are done, of how many.
     """
     generator = torch.Generator().manual_seed(MODEL_SEED)
-    table = solver_table(judge.ladder.alpha_bar, model_steps(judge.ladder), judge.solver)
+    table = solver_table(judge.ladder.alpha_bar, model_steps(judge), judge.solver)
     blocks = range(samples // judge.block)
     shape = (judge.block, *judge.ladder.sample_shape)
     probes = [torch.randint(2, shape, generator=generator).to(judge.device) * 2.0 - 1 for _ in blocks]
@@ -167,19 +171,17 @@ class Shape:
         return Recipe(p, "quantiles", "extrapolated", rule.collapse, rule.log_snr, self.rungs, reach)
 
 
-def optimise(model: FirstOrder, rule: NeymanRule, reach: float, nfe: float) -> list[Shape]:
+def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) -> list[Shape]:
     """For each of the choices of rungs that promise most, the shape of least error by the model, the best first.
 
-    `rule` is on the model's steps. The search is the covariance matrix adaptation evolution strategy (Hansen,
-    arXiv:1604.00772), from Neyman's probabilities and increments that are extrapolated by `reach`.
-
-    Raises:
-        UsageError: the budget is below the cost of the base level.
+    `rule` is on the model's steps, and `spent` what of the budget is left beside `rule.base`. The search is the
+    covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772), from Neyman's probabilities and
+    increments that are extrapolated by `reach`.
     """
     import cma
 
     found = []
-    nfe = min(nfe, LARGEST)
+    nfe = rule.base + min(spent, LARGEST)
     for rungs in rule.choices(nfe)[:RUNG_SETS]:
         rows = len(rungs) - 1
 

@@ -12,6 +12,8 @@ from mlem_dist.solver.probabilities import Rule, rule_weights, scale_to_budget
 from mlem_dist.solver.steps import half_log_snr, timesteps
 from mlem_dist.tuning.allocate import coin_error, merged, neyman_weights, on_grid, rung_sets
 
+DIGITS = 12
+
 DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
 """By solver: along the noisy path of the SDE a line through two increments is hardly better than the last of them."""
 
@@ -50,13 +52,14 @@ def make_recipe(
     else:
         rungs = None
         weights = rule_weights(probabilities or "theory", cost, log_snr)
-        p = scale_to_budget(weights, cost, nfe, _collapses(ladder, solver))
+        p = scale_to_budget(weights, cost, nfe, collapses(ladder, solver))
+    # Processors differ in the last digits of a logarithm: the plan of a dataset that goes on elsewhere is the same.
     return Recipe(
-        p,
+        p.round(DIGITS),
         draw or "systematic",
         increments or DEFAULT_INCREMENTS[solver],
-        _collapses(ladder, solver),
-        log_snr,
+        collapses(ladder, solver),
+        log_snr.round(DIGITS),
         rungs,
     )
 
@@ -71,6 +74,9 @@ class NeymanRule:
 
     `cost` (K,) is the seconds per sample of each level.
 
+    Attributes:
+        base: what the base level takes of a budget where it is called at every step, and no closed form takes runs.
+
     Raises:
         UsageError: the ladder is not calibrated.
     """
@@ -80,8 +86,9 @@ class NeymanRule:
         if measured is None:
             raise _uncalibrated(ladder)
         self.cost = cost
-        self.collapse = _collapses(ladder, solver)
+        self.collapse = collapses(ladder, solver)
         self.log_snr = _log_snr(ladder, steps)
+        self.base = 0.0 if self.collapse else steps * float(cost[0] / cost[-1])
         self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps, "trailing"))
 
     def choices(self, nfe: float) -> list[tuple[int, ...]]:
@@ -115,8 +122,8 @@ def _measured(solver: str) -> str:
     return "ddpm" if solver == "ddpm" else "ddim"
 
 
-def _collapses(ladder: Ladder, solver: str) -> bool:
-    # A closed form keeps no memory of single steps.
+def collapses(ladder: Ladder, solver: str) -> bool:
+    """Whether plans take runs of base steps in closed form, which keeps no memory of single steps."""
     return ladder.levels[0].kind == "gaussian" and solver != "dpm++"
 
 

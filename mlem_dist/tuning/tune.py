@@ -204,7 +204,7 @@ class Optimiser:
         self.cost = choosing.ladder.cost(choosing.device)
         of_judge, of_model = (
             NeymanRule(choosing.ladder, self.cost, choosing.solver, steps)
-            for steps in (len(choosing.fine), model_steps(choosing.ladder))
+            for steps in (len(choosing.fine), model_steps(choosing))
         )
         self.rule, self.model_rule = of_judge, of_model
 
@@ -216,10 +216,12 @@ class Optimiser:
 
     def shape(self, nfe: float) -> Shape:
         """The best shape for a budget, of those found for several choices of rungs."""
+        # What a budget does not pay for is refused before the model is made.
+        self.rule.choices(nfe)
         reach = float(DEFAULT_INCREMENTS[self.choosing.solver] == "extrapolated")
         model = self.model
         self.progress(f"{nfe:g} NFE, search", 0, 1)
-        shapes = optimise(model, self.model_rule, reach, nfe)
+        shapes = optimise(model, self.model_rule, reach, nfe - self.rule.base)
         plans = [self.plan_of(shape, nfe) for shape in shapes]
         return shapes[plans.index(best_plan(self.choosing, plans, self.cost))]
 

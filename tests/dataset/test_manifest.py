@@ -21,25 +21,33 @@ def test_a_folder_without_write_permission_is_refused():
         Path(name).chmod(0o755)
         locked.mkdir(mode=0o555)
         hidden.mkdir(mode=0o700)
+        finished, begun = Path(name) / "finished", Path(name) / "begun"
+        Manifest({}, (), {}, {}, (Shard("data/x", 1, 1, ""),)).write(finished)
+        Manifest({}, (), {}, {}, ()).write(begun)
         root = os.geteuid() == 0
         hidden.chmod(0o700 if root else 0o000)
+        for folder in (finished, begun):
+            folder.chmod(0o555)
         try:
             if root:  # who may write anywhere
                 os.seteuid(NOBODY)
-            for out in (locked, locked / "a" / "b", hidden / "a" / "b"):
+            for out in (locked, locked / "a" / "b", hidden / "a" / "b", begun, Path(name) / ("x" * 300)):
                 with pytest.raises(UsageError, match="cannot be written"):
                     check_out(out, {})
+            # Nothing is to be written there.
+            assert check_out(finished, {})
         finally:
             if root:
                 os.seteuid(0)
-            hidden.chmod(0o700)
+            for folder in (hidden, finished, begun):
+                folder.chmod(0o700)
 
 
 def test_an_unreadable_marker_is_that_of_a_shard_to_make_again(tmp_path):
     (tmp_path / ".mlem").mkdir()
     for name, text in (("a", ""), ("b", "[]"), ("c", '{"path": "data/x"}'), ("d", '"x"')):
         (tmp_path / f".mlem/train-{name}.json").write_text(text)
-    assert marked_shards(tmp_path) == []
+    assert marked_shards(tmp_path, "this") == []
 
 
 def test_shards_are_whole_by_their_size_and_all_else_is_foreign(tmp_path):
@@ -58,12 +66,15 @@ def test_shards_are_whole_by_their_size_and_all_else_is_foreign(tmp_path):
 
 
 def test_any_number_of_markers_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlem_dist.dataset.shards.BATCH", 3)
+    monkeypatch.setattr("mlem_dist.dataset.store.BATCH", 3)
     (tmp_path / ".mlem").mkdir()
     shards = [Shard(f"data/train-{i}", 1, i, "") for i in range(8)]
+    # Those of an earlier version do not say of which run they are.
     for i, shard in enumerate(shards):
-        (tmp_path / f".mlem/train-{i}.json").write_text(json.dumps(asdict(shard)))
-    assert marked_shards(tmp_path) == shards
+        of = {"run": "this"} if i % 2 else {}
+        (tmp_path / f".mlem/train-{i}.json").write_text(json.dumps(of | asdict(shard)))
+    assert marked_shards(tmp_path, "this") == shards
+    assert marked_shards(tmp_path, "another") == shards[::2]
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):

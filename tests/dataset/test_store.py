@@ -81,7 +81,8 @@ def test_a_dataset_in_a_store_is_that_in_a_folder_also_after_a_stop(server, fash
     # Another process would not see what this one has listed before.
     boto3.client("s3").put_object(Bucket=BUCKET, Key="a/whole/data/train-00002-of-00003.parquet", Body=b"cut short")
     assert open_dataset(job, fashion, out).missing == (0, 2)
-    assert [shard.path for shard in marked_shards(out)] == ["data/train-00001-of-00003.parquet"]
+    marked = marked_shards(out, dataset.manifest.fingerprint)
+    assert [shard.path for shard in marked] == ["data/train-00001-of-00003.parquet"]
     make(job, fashion, out)
     assert objects(out) == files(local)
     assert open_dataset(job, fashion, out).missing == ()
@@ -129,13 +130,19 @@ def test_another_configuration_and_something_else_are_refused(server, fashion, c
 def test_any_name_will_do(server, fashion, cheap):
     """Some mean something in patterns, and some tools mark a folder by an empty object."""
     job = cheap()
-    boto3.client("s3").put_object(Bucket=BUCKET, Key="run[1]/a b*/", Body=b"")
+    client = boto3.client("s3")
+    client.put_object(Bucket=BUCKET, Key="run[1]/a b*/", Body=b"")
+    neighbours = {f"{name}/.mlem/train-0.json" for name in ("run[1]/a bc", "run1/a b*", "run1/a b")}
+    for key in neighbours:
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"")
     out = parse_location(f"S3://{BUCKET}/run[1]/a b*/")
     make(job, fashion, out)
     shards = read_manifest(out).shards
     assert len(shards) == 3
     assert foreign(out, shards) == []
     assert open_dataset(job, fashion, out).missing == ()
+    left = {one["Key"] for one in client.list_objects_v2(Bucket=BUCKET, Prefix="run")["Contents"]}
+    assert {key for key in left if "/.mlem/" in key} == neighbours
 
 
 @pytest.fixture
@@ -165,7 +172,7 @@ def test_a_marker_follows_its_shard(server, fashion, cheap, failing, part, marke
             list(run_inline(job, fashion, out, range(3), 1))
     else:
         list(run_inline(job, fashion, out, range(3), 1))
-    assert len(marked_shards(out)) == marked
+    assert len(marked_shards(out, read_manifest(out).fingerprint)) == marked
     assert len(open_dataset(job, fashion, out).missing) == 3 - marked
 
 
@@ -212,13 +219,27 @@ def test_who_may_see_no_more_of_a_bucket_than_the_folder_may_write_there(server,
 def test_two_configurations_begun_at_once_do_not_both_end_well(server, fashion, cheap):
     job, out = cheap(), parse_location(f"s3://{BUCKET}/both")
 
-    def meanwhile(shards):
-        open_dataset(job, fashion, out)
-        Manifest(cheap(seed=4).config, fashion.labels, {}, {}, ()).write(out)
+    other = cheap(seed=4)
+
+    def before(shards):
+        Manifest(other.config, fashion.labels, other.versions, {}, ()).write(out)
         yield from run_inline(job, fashion, out, shards, 1)
 
+    def meanwhile(shards):
+        for progress in run_inline(job, fashion, out, shards, 1):
+            Manifest(other.config, fashion.labels, other.versions, {}, ()).write(out)
+            yield progress
+
+    with pytest.raises(UsageError, match="holds another dataset on node"):
+        list(complete(open_dataset(job, fashion, out), fashion, before))
+    (out / "mlem.json").unlink()
     with pytest.raises(RuntimeError, match="another configuration has begun"):
         list(complete(open_dataset(job, fashion, out), fashion, meanwhile))
+    # All shards are there, and none of them is the other's.
+    assert set(objects(out)) > {f"data/train-{i:05d}-of-00003.parquet" for i in range(3)}
+    assert open_dataset(other, fashion, out).missing == (0, 1, 2)
+    make(other, fashion, out)
+    assert damage(out, read_manifest(out).shards) == []
 
 
 def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
@@ -228,6 +249,9 @@ def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
         ("s3://", "expected a bucket"),
         ("s3://a//b", "expected a bucket"),
         ("s3://a/../b", "expected a bucket"),
+        ("s3://a/b::c", "expected a name without ::"),
+        ("file://host/x", "file://host/x: expected file:///PATH"),
+        ("a\udcff", r"--out: the name 'a\\udcff' is not text in UTF-8"),
         ("s3://key:secret@a/b", "s3://...@...: .*credentials belong in the environment"),
         ("gs://a/b", "needs the package gcsfs"),
         ("memory://x", "memory://x: expected a path or a URL of the kinds s3"),
@@ -246,6 +270,7 @@ def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
 
 def test_a_file_url_is_a_path(tmp_path):
     assert parse_location(f"file://{tmp_path}/x") == tmp_path / "x"
+    assert parse_location((tmp_path / "a b").as_uri()) == tmp_path / "a b"
     assert parse_location("a/b") == Path("a/b")
     assert str(parse_location("s3://a/b/") / "data") == "s3://a/b/data"
 

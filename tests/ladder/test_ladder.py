@@ -146,6 +146,24 @@ def test_a_level_is_compared_with_its_digest_when_it_is_loaded(copy):
         Ladder.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [
+        ("gaussian", "gaussian.safetensors"),
+        ("unet-1", "config.json"),
+        ("unet-1", "model.safetensors"),
+    ],
+)
+def test_what_a_level_is_read_from_has_a_digest(copy, level, name):
+    """A change of it would go unnoticed, and a dataset end with the images of two models."""
+    raw = json.loads((copy / "ladder.json").read_text())
+    entry = next(entry for entry in raw["levels"] if entry["name"] == level)
+    entry["sha256"] = {file: digest for file, digest in entry["sha256"].items() if not file.endswith(name)}
+    (copy / "ladder.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match=f"sha256 of level '{level}' lacks .*{name}"):
+        Ladder.load(copy)
+
+
 def test_levels_on_a_device_share_one_gaussian(copy):
     ladder = Ladder.load(copy)
     unet, gaussian = (ladder.load_level(k, "cpu") for k in (2, 1))

@@ -209,6 +209,18 @@ def test_cells_are_made_smaller_only_where_the_levels_fit_into_fewer_devices(job
         assert (chosen.cell_devices == 1) == layout.fits(load, 1) == (of_actor == 3)
 
 
+def test_levels_that_fit_into_the_largest_cell_may_not_fit_into_another():
+    """In the cell of two of five devices pools meet on one of them, and in the cell of three they do not."""
+    one = kind(5, memory=10 / WEIGHT_SHARE)
+    found, load = Layout((range(1, 2), range(2, 3)), (one, one), held=(5.0, 9.0)), np.array([1.0, 2.0])
+    cells = found.cells(3)
+    assert cells == [[3], [2]]
+    of_pools = [[{seat.device for seat in one} for one in found.seats(load, cell)] for cell in cells]
+    assert [bool(first & second) for first, second in of_pools] == [False, True]
+    assert not found.fits(load, 3)
+    assert replace(found, kinds=(kind(3, memory=10 / WEIGHT_SHARE),) * 2).fits(load, 3)
+
+
 def test_a_small_simulation_foretells_a_large_job(job):
     short, long = (forecast(replace(job, num=num), layout(kind(4), "1-2,3-4")) for num in (64_000, 6_400_000))
     assert long.images_per_second == pytest.approx(short.images_per_second, rel=0.02)

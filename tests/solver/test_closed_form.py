@@ -147,15 +147,16 @@ def test_response_and_flow_are_what_a_run_does():
     torch.testing.assert_close(form.scaled(Projected(change), form.flow(len(table))), change)
 
 
-@pytest.mark.parametrize("classes", [[0], [0, 1], [1, 0, 1], [1, 1], [1, 0, 0, 1, 1, 1]])
-def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(classes):
+@pytest.mark.parametrize("classes", [[0], [0, 1], [1, 0, 1], [1, 1], [2, 0, 0, 1, 2, 2]])
+def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(monkeypatch, classes):
     """A run knows the projection of its end without a look at it, as the next run takes it for granted."""
-    drift, table = small()
+    drift, table = small(3)
     label = torch.tensor(classes)
     form = ClosedForm(drift, table, label)
     rng = np.random.default_rng(5)
     x, value, noise = (torch.tensor(rng.standard_normal((len(label), 4))) for _ in range(3))
-    end = form.advance(1, Projected(x), [1.0, 0.7, 1.3], [(Projected(value), [0.5, 1.0, -1.0])], lambda _: noise)
+    base, weights = [1.0, 0.7, 1.3], [0.5, 1.0, -1.0]
+    end = form.advance(1, Projected(x), base, [(Projected(value), weights)], lambda _: noise)
     assert end.thin is not None
     for sample, c in enumerate(label.tolist()):
         torch.testing.assert_close(end.thin[sample], drift.basis[c].T @ end.value[sample])
@@ -163,6 +164,12 @@ def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(classes):
     for i, c in enumerate(classes):
         alone = ClosedForm(drift, table, torch.tensor([c]))
         for _ in range(2):
-            held = [(Projected(value[i : i + 1]), [0.5, 1.0, -1.0])]
-            found = alone.advance(1, Projected(x[i : i + 1]), [1.0, 0.7, 1.3], held, lambda _, i=i: noise[i : i + 1])
+            held = [(Projected(value[i : i + 1]), weights)]
+            found = alone.advance(1, Projected(x[i : i + 1]), base, held, lambda _, i=i: noise[i : i + 1])
             torch.testing.assert_close(found.value[0], end.value[i])
+    # The same where there is room for the basis of one class only.
+    monkeypatch.setattr("mlem_dist.solver.closed_form.BASIS_BYTES", drift.basis[0].nbytes)
+    narrow = ClosedForm(drift, table, label)
+    assert (narrow.basis is None) == (len({*classes}) == 2)
+    found = narrow.advance(1, Projected(x), base, [(Projected(value), weights)], lambda _: noise)
+    torch.testing.assert_close(found.value, end.value)

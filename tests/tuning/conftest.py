@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlem_dist.ladder.ladder import Ladder, save_ladder, save_level
-from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.tuning.calibrate import calibrate, store
 
@@ -56,6 +56,31 @@ def late(tmp_path) -> Ladder:
     """The same with the schedule of Stable Diffusion, which does not begin at pure noise."""
     betas = {"beta_start": 0.0085, "beta_end": 0.12, "beta_schedule": "scaled_linear"}
     return two_gaussians(tmp_path / "late", {"num_train_timesteps": 100, **betas})
+
+
+@pytest.fixture
+def two_unets(tmp_path) -> Ladder:
+    """Two untrained UNets, without a Gaussian level and without classes, of costs as one to five; calibrated."""
+    folder = tmp_path / "unets"
+    folder.mkdir()
+    scheduler = {"num_train_timesteps": 200, "beta_start": 1e-3, "beta_end": 0.1}
+    levels = []
+    for name, channels, seconds in (("small", 8, 1e-5), ("large", 16, 5e-5)):
+        torch.manual_seed(0)
+        model = {"block_out_channels": [channels], "norm_num_groups": 4, "layers_per_block": 1}
+        model |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+        level = new_unet_level((1, 8, 8), 0, 1, "epsilon", alpha_bar(scheduler), model, None)
+        entry = save_level(folder, name, level, torch.float32)
+        levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))
+    save_ladder(folder, "unets", (1, 8, 8), [], scheduler, levels)
+    ladder = Ladder.load(folder)
+    images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
+    store(folder, ladder, calibrate(ladder, images, torch.zeros(8).long(), "cpu", per_band=2, steps=20, samples=2))
+    kept = json.loads((folder / "ladder.json").read_text())
+    for level in kept["levels"]:
+        level["seconds"]["cpu"] = 1e-5 if level["name"] == "small" else 5e-5
+    (folder / "ladder.json").write_text(json.dumps(kept))
+    return Ladder.load(folder)
 
 
 def two_gaussians(folder: Path, scheduler: dict) -> Ladder:

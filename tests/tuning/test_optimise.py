@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
@@ -78,3 +79,16 @@ def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(calib
     cost = ladder.cost("cpu")
     assert plan.nfe(cost) == pytest.approx(6, rel=0.1)
     assert judging.judge(plan).errors.mean() < 0.8 * judging.judge(default).errors.mean()
+
+
+@pytest.mark.parametrize(("steps", "nfe"), [(40, 10.0), (110, 26.0)])
+def test_a_base_level_that_is_paid_for_at_every_step_leaves_the_rest_to_be_optimised(two_unets, steps, nfe):
+    """Also where the model has fewer steps than the plan, or the base level alone takes more than is searched for."""
+    cost = two_unets.cost("cpu")
+    choosing = Judge(two_unets, "ddim", "cpu", steps, 4, 0)
+    plan = Optimiser(choosing, 1, lambda stage, done, total: None, samples=4).plan(nfe)
+    assert plan.nfe(cost) == pytest.approx(nfe, abs=1)
+    assert plan.calls[0].all()
+    assert 0 < plan.calls[1].sum() < steps
+    with pytest.raises(UsageError, match="below the cost of the base level alone"):
+        Optimiser(choosing, 1, lambda stage, done, total: None, samples=4).plan(nfe / 2)
