@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mlem_dist.runtime.actors import UNUSED
+from mlem_dist.runtime.imports import UNUSED
 from mlem_dist.solver.plan import single_level
 
 
@@ -22,6 +22,22 @@ from mlem_dist.solver.plan import single_level
 def test_what_starts_soon_does_not_wait_for_what_it_does_not_use(module, absent):
     check = f"import sys, mlem_dist.{module}; print(*{{*sys.modules}} & {{*{absent.split()!r}}})"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("decorators", ["imports.DECORATORS", "()"])
+def test_levels_are_loaded_also_by_a_diffusers_that_wants_more_of_the_compiler(decorators):
+    work = f"""
+import sys
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime import imports
+from mlem_dist.runtime.worker import Levels
+imports.DECORATORS = {decorators}
+imports.hide_unused()
+Levels(Ladder.load("fashion"), "cpu", "float32").load(2)
+print(imports.COMPILER in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{decorators == '()'}\n"
 
 
 def test_an_actor_imports_nothing_that_only_diffusers_would(make_job, tmp_path):

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlem_dist.runtime.imports import hide_unused
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.progress import Work
 from mlem_dist.runtime.segments import Ask, SegmentEnd
 
 if TYPE_CHECKING:
     from mlem_dist.runtime.worker import LevelWorker, TrajectoryWorker
-
-UNUSED = ("peft", "scipy", "torchvision", "transformers")
-"""What diffusers imports where it is installed, for as long as all else that it imports; no level needs it."""
-
-
-def _without_unused() -> None:
-    """Let diffusers find none of them, in this process, whatever is installed."""
-    modules: dict[str, Any] = sys.modules
-    for name in UNUSED:
-        modules.setdefault(name, None)
 
 
 class LevelActor:
@@ -41,7 +31,7 @@ class LevelActor:
 
     def prepare(self) -> None:
         """As `LevelWorker.prepare`, and import torch before."""
-        _without_unused()
+        hide_unused()
         # Not in the constructor, an error of which Ray takes for the actor's death.
         self.worker = self._worker()
         self.worker.prepare()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,36 +19,13 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.ladder.memory import keep_memory
 from mlem_dist.runtime.blocks import Blocks
+from mlem_dist.runtime.imports import import_diffusers
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import divide, evaluations, levels_of
 from mlem_dist.runtime.progress import Work
 from mlem_dist.runtime.segments import Ask, SegmentEnd
 from mlem_dist.solver.integrate import Drift, Request, evaluate
 from mlem_dist.solver.plan import Increment
-
-COMPILER = "torch._dynamo"
-
-
-def _import_diffusers() -> None:
-    """Import it without torch's compiler, which is as large as torch and diffusers together, and nothing here calls.
-
-    Diffusers imports it to tell it what not to compile, and has nothing to tell it then.
-    """
-    modules: dict[str, Any] = sys.modules
-    if COMPILER in modules or "diffusers" in modules:
-        return
-    modules[COMPILER] = nothing = ModuleType(COMPILER)
-    nothing.__dict__.update(dict.fromkeys(("allow_in_graph", "disable"), _unchanged))
-    try:
-        importlib.import_module("diffusers").UNet2DModel  # noqa: B018  # It is imported when it is asked for.
-    finally:
-        # For who compiles something in this process: it is there again.
-        del modules[COMPILER]
-
-
-def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
-    """A decorator, with arguments or without, that does nothing."""
-    return (lambda one: one) if function is None else function
 
 
 class Levels(dict[int, Drift]):
@@ -72,7 +46,7 @@ class Levels(dict[int, Drift]):
         with self._lock:
             if number not in self:
                 if self._ladder.levels[number - 1].kind == "unet":
-                    _import_diffusers()
+                    import_diffusers()
                 level = self._ladder.load_level(number, self._device, self._precision)
                 self[number] = self._counted(number, as_run(level, self._device))
 
