@@ -42,7 +42,7 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
     done = finished_shards(out, manifest)
     missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
-    if missing:
+    if manifest.shards and missing:
         check_location(out)
     return Dataset(out, job, manifest, missing)
 

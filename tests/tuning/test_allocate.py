@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mlem_dist.solver.probabilities import expected_cost, increment_cost
+from mlem_dist.solver.probabilities import expected_cost, increment_cost, scale_to_budget
 from mlem_dist.tuning.allocate import coin_error, merged, neyman, neyman_weights, on_grid, rung_sets
 
 COST = np.array([0.01, 1.0, 4.0, 16.0])
@@ -70,3 +70,8 @@ def test_increments_without_effect_are_never_drawn():
     effect[2] = 0
     assert not neyman(effect, COST, 10.0)[2].any()
     assert neyman(effect[:1], COST[:1], 10.0).tolist() == np.ones((1, 30)).tolist()
+
+
+def test_where_no_increment_is_worth_anything_the_base_level_goes_alone():
+    p = scale_to_budget(np.zeros((2, 10)), np.array([1.0, 5.0]), 4, collapse=False)
+    np.testing.assert_array_equal(p, [[1.0] * 10, [0.0] * 10])

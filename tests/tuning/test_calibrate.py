@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import stored
-from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.ladder import Ladder, save_level
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.report.tables import calibration_table
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
@@ -318,3 +318,15 @@ def test_a_ladder_of_one_level_is_refused(small):
     (small / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:1]}))
     with pytest.raises(UsageError, match="one level"):
         calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.zeros(1).long(), "cpu")
+
+
+def test_a_level_that_is_not_finite_is_named(two_unets):
+    level = two_unets.load_level(2, "cpu")
+    level.model.conv_out.bias.data.fill_(float("nan"))
+    entry = save_level(two_unets.folder, "large", level, torch.float32)
+    raw = json.loads((two_unets.folder / "ladder.json").read_text())
+    raw["levels"][1]["sha256"] = entry.sha256
+    (two_unets.folder / "ladder.json").write_text(json.dumps(raw))
+    ladder, images = Ladder.load(two_unets.folder), torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ArithmeticError, match="level 'large' does not end in finite numbers"):
+        calibrate(ladder, images, torch.zeros(8).long(), "cpu", per_band=2, steps=10, samples=2)
