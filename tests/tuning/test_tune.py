@@ -111,7 +111,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     assert errors[0] < 0.01
 
 
-def test_the_reference_is_its_own_judge(small, tmp_path):
+def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
     ladder = Ladder.load(small)
     judge = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
     verdict = judge.judge(single_level(2, 2, 40))
@@ -120,6 +120,10 @@ def test_the_reference_is_its_own_judge(small, tmp_path):
     kept = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert torch.equal(kept.reference, judge.reference)
     assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
+    # As a version with other noise would have kept it.
+    monkeypatch.setattr("mlem_dist.tuning.judge.block_noise", lambda seed, *about: block_noise(seed + 1, *about))
+    other = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
+    assert other.judge(single_level(2, 2, 40)).errors.max() == 0
 
 
 @pytest.mark.parametrize(
