@@ -171,13 +171,13 @@ class Cell:
         if total := self.total():
             self._past = replace(
                 total,
+                devices=0,
                 state="sampling",
                 samples=self._samples,
                 blocks=self._blocks,
                 # Of the blocks that are lost nobody knows which calls were theirs.
                 calls={k: round(calls * self._blocks / max(1, total.blocks)) for k, calls in total.calls.items()},
                 queued=0,
-                devices=0,
                 pools=tuple(replace(pool, actors=0) for pool in total.pools),
                 writers=tuple(replace(pool, actors=0) for pool in total.writers),
             )
@@ -193,8 +193,10 @@ class Cell:
 
     def total(self) -> Progress | None:
         """The progress of the coordinator and of those before it; None before any has said something."""
-        said = [one for one in (self.progress, self._past) if one]
-        return merged(said) if said else None
+        if self.progress is None:
+            # Its devices are the cell's, also before its successor says so.
+            return replace(self._past, devices=self.devices) if self._past else None
+        return merged([self.progress, self._past]) if self._past else self.progress
 
 
 class Cells:
