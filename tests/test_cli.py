@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -348,9 +349,8 @@ def test_a_run_whose_ray_has_died_ends_and_says_so(tmp_path):
     deadline = time.monotonic() + 60
     while not list(out.glob("data/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = " ".join(path.read_text() for path in Path(f"/proc/{run.pid}/task").glob("*/children")).split()
-    (raylet,) = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "raylet\n"]
-    os.kill(int(raylet), signal.SIGKILL)
+    (raylet,) = [child for child in psutil.Process(run.pid).children() if child.name() == "raylet"]
+    raylet.kill()
     _, stderr = run.communicate(timeout=60)
     assert run.returncode == 1
     assert "Traceback" not in stderr

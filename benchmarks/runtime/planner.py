@@ -9,6 +9,7 @@ the driver take some of them, which the first command measures and the forecast 
 
 import json
 import multiprocessing
+import os
 import platform
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from torch import Tensor
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
 from mlem_dist.runtime.blocks import Blocks
+from mlem_dist.runtime.cluster import AT_REST
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.placement import Devices, parse_placement
 from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, costs_of, forecast
@@ -243,6 +245,7 @@ def main(out: Path, most: int, scaling: bool) -> None:
     done = len(result["validation"])
     if todo := RUNS[done : done + most]:
         # As the program itself starts it where it is not told of one.
+        os.environ |= AT_REST
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
         try:
             time.sleep(SETTLED_SECONDS)

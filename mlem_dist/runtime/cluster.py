@@ -22,6 +22,15 @@ ANSWER_SECONDS = 10
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 ACCELERATOR = "ray.io/accelerator-type"
 
+AT_REST = {
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "60",
+}
+"""How often a Ray that is started for one run looks for log files, which nobody reads then, at its node, and for nodes
+to add: by its defaults so often that of two cores, which both sample, a hundredth is lost to it."""
+
 
 def is_remote(address: str | None) -> bool:
     """Whether Ray is somewhere already, rather than to be started here."""
@@ -40,7 +49,10 @@ def connect(address: str | None) -> None:
         UsageError: nothing answers at the address within some seconds.
     """
     address = _resolved(address)
-    if address != "local":
+    if address == "local":
+        for name, value in AT_REST.items():
+            os.environ.setdefault(name, value)
+    else:
         _check_answer(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:

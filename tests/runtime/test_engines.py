@@ -2,10 +2,12 @@ import io
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -211,16 +213,12 @@ def test_the_inline_engine_does_not_depend_on_its_threads(fashion, make_job, ref
 
 
 def processes(kind: str) -> list[int]:
-    """Process ids of the Ray actors of a class."""
+    """Process ids of the Ray actors of a class, of this process's Ray alone."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if title.startswith(f"ray::{kind}"):
-                found.append(int(entry.name))
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "".join(process.cmdline()).startswith(f"ray::{kind}"):
+                found.append(process.pid)
     return found
 
 
