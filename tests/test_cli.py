@@ -325,6 +325,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, here):
     [(signal.SIGINT, "inline", 130), (signal.SIGTERM, "inline", 143), (signal.SIGTERM, "ray", 143)],
 )
 def test_a_stopped_run_keeps_its_shards_and_says_so(tmp_path, number, engine, code):
+    # Where it is ignored, as by a shell's background jobs, a child would ignore it too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = tmp_path / "out"
     arguments = ["--num", "4000", *SMALL, "--engine", engine, "--address", "local", "--out", str(out)]
     run = subprocess.Popen([SCRIPT, "generate", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -20,6 +21,8 @@ from mlem_dist.runtime.cluster import check_alive
 from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.pool import DEATHS, PoolError, cause
 from mlem_dist.runtime.progress import WAITS, PoolProgress, Progress
+
+logger = logging.getLogger(__name__)
 
 TRIES = 4
 AHEAD = 6
@@ -157,6 +160,7 @@ class Cell:
         return []
 
     def _replace(self, error: Exception) -> list[int]:
+        logger.warning("a coordinator is lost (%s), starting another", type(error).__name__)
         # One that is only out of reach would go on to write shards that are given to others.
         ray.kill(self.coordinator)
         # One that waits for its devices may go with any node that it happens to be on.
