@@ -29,7 +29,7 @@ AT_REST = {
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
 }
 """How often a Ray that is started for one run looks for log files, which nobody reads then, at its node, and for nodes
-to add: by its defaults so often that of two cores, which both sample, a hundredth is lost to it."""
+to add: by its defaults so often that it takes another .8 % of a core from what samples."""
 
 
 def is_remote(address: str | None) -> bool:
