@@ -1,3 +1,3 @@
 """Distributed Multilevel Euler-Maruyama sampling of diffusion models on Ray."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -1,4 +1,6 @@
 import gzip
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +19,17 @@ def fashion() -> Ladder:
 
 
 @pytest.fixture(scope="session")
+def three(fashion: Ladder, tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+    """Three levels of it, small and wide UNets among them: fewer processes to start, and less to compute."""
+    folder = tmp_path_factory.mktemp("ladders") / "three"
+    shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*.json", "*.png"))
+    raw = json.loads((folder / "ladder.json").read_text())
+    raw |= {"name": "three", "levels": [raw["levels"][k] for k in (0, 1, 3)]}
+    (folder / "ladder.json").write_text(json.dumps(raw))
+    return Ladder.load(folder)
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One Ray for all tests: a fresh one takes seconds."""
     # The same tests where there are GPUs.
@@ -28,15 +41,15 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture
 def make_job(fashion: Ladder):
-    """Small jobs of the default ladder, with every level called."""
+    """Small jobs of the default ladder or another, with every level called."""
 
-    def make(plan: Plan | Recipe | None = None, **changes) -> Job:
-        levels = len(fashion.levels)
+    def make(plan: Plan | Recipe | None = None, of: Ladder = fashion, **changes) -> Job:
+        levels = len(of.levels)
         steps = changes.get("steps", 12)
         p = np.repeat(0.5 ** np.arange(levels)[:, None], steps, axis=1)
         values = {
-            "ladder": "fashion",
-            "digest": fashion.digest,
+            "ladder": "fashion" if of is fashion else str(of.folder),
+            "digest": of.digest,
             "num": 44,
             "labels": tuple(range(10)),
             "solver": "ddpm",

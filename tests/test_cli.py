@@ -288,9 +288,9 @@ def test_an_address_that_does_not_answer_is_refused_soon(tmp_path, refuses):
             assert time.monotonic() - started < 15
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, here):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, here, three):
     """SIGKILL of the driver's whole process group half-way, on Ray; then to the end with another placement."""
-    arguments = ["--num", "192", *SMALL, "--devices", "2"]
+    arguments = ["--ladder", str(three.folder), "--num", "192", *SMALL, "--devices", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = here("generate", *arguments, "--engine", "inline", "--out", str(whole))
     assert done.returncode == 0, done.stderr

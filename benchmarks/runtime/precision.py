@@ -30,7 +30,7 @@ def errors(cores: int) -> list[dict[str, Any]]:
     rows = []
     # The first of them is float32, and with its first verdict comes the reference.
     for precision in PRECISIONS:
-        judge.levels = {k: ladder.load_level(k, "cpu", precision) for k in judge.levels}
+        judge.use({k: ladder.load_level(k, "cpu", precision) for k in judge.levels})
         for nfe in tuned_budgets(ladder.folder, SOLVER):
             plan = tuned_plan(ladder, SOLVER, STEPS, nfe)
             assert plan, "the bundled plans have 250 steps"

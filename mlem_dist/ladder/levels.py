@@ -170,7 +170,8 @@ class UNetLevel(nn.Module):
     def _model(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         small = pixel_unshuffle(x, self.patch).to(self.precision)
         out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
-        return pixel_shuffle(out, self.patch).to(x.dtype)
+        # However the model lays out its channels, what leaves it lies as what came.
+        return pixel_shuffle(out, self.patch).to(x.dtype).contiguous()
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """(B, 1, 1, 1): the weight that turns the squared error of the noise into that of the model's output."""

@@ -80,9 +80,13 @@ class Judge:
         self.ladder, self.solver, self.device = ladder, solver, device
         self.samples, self.seed, self.cache = samples, seed, cache
         self._warm = False
-        self.levels: dict[int, nn.Module] = {k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)}
-        self._run: dict[int, Drift] = {k: as_run(level, device) for k, level in self.levels.items()}
+        self.use({k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)})
         self.fine = solver_table(ladder.alpha_bar, steps, solver)
+
+    def use(self, levels: dict[int, nn.Module]) -> None:
+        """Run these instead of the ladder's levels; a reference that is known already stays as it is."""
+        self.levels = levels
+        self._run: dict[int, Drift] = {k: as_run(level, self.device) for k, level in levels.items()}
 
     def label(self, block: int) -> Tensor:
         """int64 (B,): the classes of a block, the same ones in all blocks if there are at most B of them."""

@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from mlem_dist.ladder.ladder import WIDE
 from mlem_dist.ladder.levels import FIT_ROWS, GaussianLevel, UNetLevel, new_unet_level
 from mlem_dist.ladder.measure import add_noise
 from mlem_dist.solver.integrate import evaluate
@@ -187,6 +189,34 @@ def test_in_bfloat16_only_unets_lose_digits(fashion):
         else:
             assert {parameter.dtype for parameter in low.model.parameters()} == {torch.bfloat16}
             assert 0 < error.max() < 0.1
+
+
+@torch.inference_mode()
+def test_wide_unets_compute_with_channels_last_on_a_cpu(fashion):
+    """It is the same drift to rounding, and lies as it did."""
+    rng = torch.Generator().manual_seed(0)
+    x, t, label = torch.randn(4, *fashion.sample_shape, generator=rng), torch.full((4,), 300), torch.arange(4)
+    wide = []
+    for number in range(2, len(fashion.levels) + 1):
+        level = fashion.load_level(number, "cpu")
+        first = copy.deepcopy(level)
+        first.model.to(memory_format=torch.contiguous_format)
+        layouts = {one.model.conv_in.weight.is_contiguous() for one in (level, first)}
+        wide.append(max(level.model.config.block_out_channels) >= WIDE)
+        assert layouts == ({True, False} if wide[-1] else {True})
+        found = level(x, t, label)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, first(x, t, label), atol=1e-5, rtol=1e-5)
+    assert set(wide) == {True, False}
+
+
+@torch.inference_mode()
+def test_what_leaves_a_unet_with_channels_last_has_them_first():
+    level = new_unet_level(
+        (3, 8, 8), 0, 1, "epsilon", np.linspace(0.999, 0.01, 20), {"block_out_channels": (WIDE,) * 4}, None
+    )
+    level.model.to(memory_format=torch.channels_last)
+    assert level(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)).is_contiguous()
 
 
 def test_the_bundled_ladder_is_small(fashion):

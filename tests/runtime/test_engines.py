@@ -4,6 +4,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,12 @@ def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress
     return files(out), last
 
 
+@pytest.fixture
+def small_job(make_job, three):
+    """Small jobs of three levels."""
+    return partial(make_job, of=three)
+
+
 @pytest.fixture(scope="module")
 def reference_cache(tmp_path_factory):
     """Files of the in-process engine, by job."""
@@ -85,28 +92,31 @@ def plans(levels: int) -> dict[str, object]:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
-    ("devices", "placement", "plan"),
+    ("ladder", "devices", "placement", "plan"),
     [
-        (3, "pools", "held"),
-        (3, "1-2,3-6", "impulse"),
-        (1, "pools", "extrapolated in closed form"),
-        (2, "together", "held"),
-        (2, "together", "best level alone"),
+        ("fashion", 3, "pools", "held"),
+        ("three", 3, "1,2-3", "impulse"),
+        ("three", 1, "pools", "extrapolated in closed form"),
+        ("three", 2, "together", "held"),
+        ("fashion", 2, "together", "best level alone"),
     ],
 )
-def test_ray_writes_the_bytes_of_the_reference(fashion, make_job, reference_cache, tmp_path, devices, placement, plan):
-    job = make_job(plans(len(fashion.levels))[plan])
-    found, _ = make_ray(job, fashion, tmp_path / "out", devices, placement)
-    assert found == reference_cache(job, fashion)
+def test_ray_writes_the_bytes_of_the_reference(
+    request, make_job, reference_cache, tmp_path, ladder, devices, placement, plan
+):
+    of = request.getfixturevalue(ladder)
+    job = make_job(plans(len(of.levels))[plan], of)
+    found, _ = make_ray(job, of, tmp_path / "out", devices, placement)
+    assert found == reference_cache(job, of)
     assert sum(name.endswith(".parquet") for name in found) == job.shards == 3
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_pools_on_named_devices_write_the_same_bytes(fashion, make_job, reference_cache, tmp_path):
-    levels = len(fashion.levels)
-    job = make_job(plans(levels)["held"])
-    found, last = make_ray(job, fashion, tmp_path / "out", None, f"1-2@site=here,3-{levels}@site=here")
-    assert found == reference_cache(job, fashion)
+def test_pools_on_named_devices_write_the_same_bytes(three, small_job, reference_cache, tmp_path):
+    levels = len(three.levels)
+    job = small_job(plans(levels)["held"])
+    found, last = make_ray(job, three, tmp_path / "out", None, f"1@site=here,2-{levels}@site=here")
+    assert found == reference_cache(job, three)
     assert last.devices == 3
     with pytest.raises(UsageError, match=r"of kind 'L4'; .* of which there are .*site=here"):
         cluster.find_devices(["site=here", "L4"], "cpu")
@@ -116,59 +126,59 @@ def test_pools_on_named_devices_write_the_same_bytes(fashion, make_job, referenc
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("remote", [False, True])
-def test_the_levels_of_the_plan_are_timed_on_a_device(fashion, make_job, remote):
+def test_the_levels_of_the_plan_are_timed_on_a_device(three, small_job, remote):
     """The ladder's own costs are said to be absurd: what is called is timed, and what is not keeps them."""
-    absurd = replace(fashion, levels=tuple(replace(level, seconds={"cpu": 1e6}) for level in fashion.levels))
-    two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(fashion.levels)))
-    job, devices = make_job(two), Devices("cpu", 3, (("site", "here"),))
-    cost = arrange.measured_cost(job, absurd, devices, [1, len(fashion.levels)], remote)
+    absurd = replace(three, levels=tuple(replace(level, seconds={"cpu": 1e6}) for level in three.levels))
+    two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(three.levels)))
+    job, devices = small_job(two), Devices("cpu", 3, (("site", "here"),))
+    cost = arrange.measured_cost(job, absurd, devices, [1, len(three.levels)], remote)
     assert 0 < cost[0] < cost[-1] < 1
     assert (cost[1:-1] == 1e6).all()
 
 
-def test_levels_on_cpu_cores_are_timed_there_in_a_job_of_gpus(fashion, make_job):
-    cost = arrange.measured_cost(make_job(device="cuda"), fashion, Devices("cpu", 3), [1], remote=False)
+def test_levels_on_cpu_cores_are_timed_there_in_a_job_of_gpus(three, small_job):
+    cost = arrange.measured_cost(small_job(device="cuda"), three, Devices("cpu", 3), [1], remote=False)
     assert 0 < cost[0] < 1
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_nothing_is_timed_where_no_device_is_free(fashion, make_job, monkeypatch):
+def test_nothing_is_timed_where_no_device_is_free(three, small_job, monkeypatch):
     monkeypatch.setattr(arrange, "DEVICE_SECONDS", 0.1)
     holder = placement_group([{"CPU": 3}])
     ray.get(holder.ready())
     try:
-        cost = arrange.measured_cost(make_job(), fashion, Devices("cpu", 3), [1], remote=True)
+        cost = arrange.measured_cost(small_job(), three, Devices("cpu", 3), [1], remote=True)
     finally:
         remove_placement_group(holder)
     assert cost is None
 
 
-def test_timing_takes_a_small_part_of_a_run(fashion, make_job):
-    few, many, large = make_job(num=1000), make_job(num=10**6), make_job(num=10**6, block_size=2000, shard_size=2000)
-    assert [arrange.is_long(job, fashion, [Devices("cpu", 2)]) for job in (few, many, large)] == [False, True, True]
-    assert not arrange.is_long(large, fashion, [Devices("cpu", 2000)])
+def test_timing_takes_a_small_part_of_a_run(three, small_job):
+    few, many, large = small_job(num=1000), small_job(num=10**6), small_job(num=10**6, block_size=2000, shard_size=2000)
+    assert [arrange.is_long(job, three, [Devices("cpu", 2)]) for job in (few, many, large)] == [False, True, True]
+    assert not arrange.is_long(large, three, [Devices("cpu", 2000)])
 
 
-def test_a_node_with_another_version_is_bad_input(fashion, make_job):
-    other = make_job(versions=make_job().versions | {"torch": "1.0.0+cpu"})
+def test_a_node_with_another_version_is_bad_input(three, small_job):
+    other = small_job(versions=small_job().versions | {"torch": "1.0.0+cpu"})
     with pytest.raises(UsageError, match=r"torch on .* where the run was started; install the same versions"):
-        Blocks(other, fashion)
-    Blocks(make_job(versions=make_job().versions | {"torch": f"{torch.__version__.partition('+')[0]}+cu1"}), fashion)
+        Blocks(other, three)
+    Blocks(small_job(versions=small_job().versions | {"torch": f"{torch.__version__.partition('+')[0]}+cu1"}), three)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_ladder_that_a_device_does_not_find_is_bad_input(fashion, make_job):
+def test_a_ladder_that_a_device_does_not_find_is_bad_input(three, small_job):
     with pytest.raises(UsageError, match="nowhere"):
-        arrange.measured_cost(make_job(ladder="nowhere"), fashion, Devices("cpu", 3), [1], remote=True)
+        arrange.measured_cost(small_job(ladder="nowhere"), three, Devices("cpu", 3), [1], remote=True)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_coalesced_blocks_are_equal_to_rounding(fashion, make_job, reference_cache, tmp_path):
-    levels = len(fashion.levels)
+def test_coalesced_blocks_are_equal_to_rounding(three, small_job, reference_cache, tmp_path):
+    levels = len(three.levels)
     # Several asks are under way at a time only if an actor has several blocks.
-    job = make_job(Recipe(np.repeat([[1.0]] + [[0.5]] * (levels - 1), 12, axis=1), "quantiles", "held"))
-    found, last = make_ray(job, fashion, tmp_path / "out", 1, f"1,2-{levels}", coalesce=3)
-    reference = reference_cache(job, fashion)
+    job = small_job(Recipe(np.repeat([[1.0]] + [[0.5]] * (levels - 1), 12, axis=1), "quantiles", "held"))
+    found, last = make_ray(job, three, tmp_path / "out", 1, f"1,2-{levels}", coalesce=3)
+    reference = reference_cache(job, three)
     assert found.keys() == reference.keys()
     for name in (name for name in found if name.endswith(".parquet")):
         images, expected = (decoded(files[name]) for files in (found, reference))
@@ -181,12 +191,12 @@ def test_coalesced_blocks_are_equal_to_rounding(fashion, make_job, reference_cac
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_ray_writes_the_bytes_of_the_reference_in_bfloat16(fashion, make_job, reference_cache, tmp_path):
-    job = make_job(num=16, precision="bfloat16")
-    found, _ = make_ray(job, fashion, tmp_path / "out", 2, "1-2,3-6")
-    low = reference_cache(job, fashion)
+def test_ray_writes_the_bytes_of_the_reference_in_bfloat16(three, small_job, reference_cache, tmp_path):
+    job = small_job(num=16, precision="bfloat16")
+    found, _ = make_ray(job, three, tmp_path / "out", 2, "1,2-3")
+    low = reference_cache(job, three)
     assert found == low
-    full = reference_cache(make_job(num=16), fashion)
+    full = reference_cache(small_job(num=16), three)
     for name in (name for name in full if name.endswith(".parquet")):
         images, expected = decoded(low[name]), decoded(full[name])
         assert (images != expected).any()
@@ -199,17 +209,17 @@ def decoded(parquet: bytes) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_ray_keeps_the_memory_of_a_two_step_solver(fashion, make_job, tmp_path):
-    job = make_job(plans(len(fashion.levels))["held"], solver="dpm++")
-    found, _ = make_ray(job, fashion, tmp_path / "out", 2, "1-2,3-6")
-    assert found == make_inline(job, fashion, tmp_path / "reference")
-    other = make_job(plans(len(fashion.levels))["held"], solver="ddim")
-    assert found != make_inline(other, fashion, tmp_path / "other")
+def test_ray_keeps_the_memory_of_a_two_step_solver(three, small_job, tmp_path):
+    job = small_job(plans(len(three.levels))["held"], solver="dpm++")
+    found, _ = make_ray(job, three, tmp_path / "out", 2, "1,2-3")
+    assert found == make_inline(job, three, tmp_path / "reference")
+    other = small_job(plans(len(three.levels))["held"], solver="ddim")
+    assert found != make_inline(other, three, tmp_path / "other")
 
 
-def test_the_inline_engine_does_not_depend_on_its_threads(fashion, make_job, reference_cache, tmp_path):
-    job = make_job()
-    assert make_inline(job, fashion, tmp_path / "out", devices=3) == reference_cache(job, fashion)
+def test_the_inline_engine_does_not_depend_on_its_threads(three, small_job, reference_cache, tmp_path):
+    job = small_job()
+    assert make_inline(job, three, tmp_path / "out", devices=3) == reference_cache(job, three)
 
 
 def processes(kind: str) -> list[int]:
@@ -224,8 +234,8 @@ def processes(kind: str) -> list[int]:
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("kind", ["LevelActor", "TrajectoryActor"])
-def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path, kind):
-    job = make_job(num=96, steps=40, shard_size=32)
+def test_a_killed_actor_costs_no_sample(three, small_job, reference_cache, tmp_path, kind):
+    job = small_job(num=96, steps=40, shard_size=32)
     killed = []
 
     def kill(progress):
@@ -233,18 +243,18 @@ def test_a_killed_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_
             killed.append(processes(kind)[0])
             os.kill(killed[0], signal.SIGKILL)
 
-    found, last = make_ray(job, fashion, tmp_path / "out", 2, "1-3,4-6", watch=kill)
+    found, last = make_ray(job, three, tmp_path / "out", 2, "1,2-3", watch=kill)
     assert killed
     assert sum(pool.deaths for pool in last.pools) == 1
     assert last.samples == 96
-    assert found == reference_cache(job, fashion)
+    assert found == reference_cache(job, three)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_answer_that_finds_another_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
+def test_an_answer_that_finds_another_actor_costs_no_sample(three, small_job, reference_cache, tmp_path):
     """The best level's actor stands still while the one that holds the blocks dies and is replaced."""
-    job = make_job(num=96, steps=40, shard_size=32)
-    levels = len(fashion.levels)
+    job = small_job(num=96, steps=40, shard_size=32)
+    levels = len(three.levels)
     seen = []
 
     def replace_holder(progress):
@@ -265,67 +275,69 @@ def test_an_answer_that_finds_another_actor_costs_no_sample(fashion, make_job, r
     for attempt in range(4):
         seen.clear()
         out = tmp_path / f"out-{attempt}"
-        found, last = make_ray(job, fashion, out, 1, f"1-{levels - 1},{levels}", watch=replace_holder)
+        found, last = make_ray(job, three, out, 1, f"1-{levels - 1},{levels}", watch=replace_holder)
         assert sum(pool.deaths for pool in last.pools) == 1
-        assert found == reference_cache(job, fashion)
+        assert found == reference_cache(job, three)
         if seen[2]:
             break
     assert seen[2]
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("ladder", "begun", "message"), [("nowhere", True, "nowhere"), ("fashion", False, "not seen")])
-def test_what_a_node_does_not_find_is_bad_input(fashion, make_job, tmp_path, ladder, begun, message):
-    job, out = make_job(ladder=ladder), tmp_path / "out"
+@pytest.mark.parametrize(
+    ("changes", "begun", "message"), [({"ladder": "nowhere"}, True, "nowhere"), ({}, False, "not seen")]
+)
+def test_what_a_node_does_not_find_is_bad_input(three, small_job, tmp_path, changes, begun, message):
+    job, out = small_job(**changes), tmp_path / "out"
     if begun:
-        open_dataset(job, fashion, out).manifest.write(out)
-    pools = parse_placement("together", len(fashion.levels)).pools
-    where = arranged(fashion, pools, [Devices("cpu", 2)])
+        open_dataset(job, three, out).manifest.write(out)
+    pools = parse_placement("together", len(three.levels)).pools
+    where = arranged(three, pools, [Devices("cpu", 2)])
     with pytest.raises(UsageError, match=message):
-        list(run_ray(job, fashion, out, range(job.shards), where))
+        list(run_ray(job, three, out, range(job.shards), where))
 
 
-def test_two_runs_of_one_command_end_with_one_dataset(fashion, make_job, tmp_path):
-    job, out = make_job(), tmp_path / "out"
-    first, second = (open_dataset(job, fashion, out) for _ in range(2))
-    list(complete(first, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
+def test_two_runs_of_one_command_end_with_one_dataset(three, small_job, tmp_path):
+    job, out = small_job(), tmp_path / "out"
+    first, second = (open_dataset(job, three, out) for _ in range(2))
+    list(complete(first, three, lambda shards: run_inline(job, three, out, shards, 1)))
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    list(complete(second, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
+    list(complete(second, three, lambda shards: run_inline(job, three, out, shards, 1)))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == made
 
 
-def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(fashion, make_job, tmp_path, monkeypatch):
-    job, out = make_job(), tmp_path / "out"
+def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(three, small_job, tmp_path, monkeypatch):
+    job, out = small_job(), tmp_path / "out"
     real = generate.open_dataset
-    late = real(job, fashion, out)
+    late = real(job, three, out)
 
     def overtaken(*arguments):
         """What the second run has seen is old when it goes on."""
         found = real(*arguments)
         if not finished:
             finished.append(True)
-            make_inline(job, fashion, out)
+            make_inline(job, three, out)
         return found
 
     finished = []
     monkeypatch.setattr(generate, "open_dataset", overtaken)
-    list(complete(late, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)))
-    assert real(job, fashion, out).missing == ()
-    assert len(real(job, fashion, out).manifest.shards) == job.shards
+    list(complete(late, three, lambda shards: run_inline(job, three, out, shards, 1)))
+    assert real(job, three, out).missing == ()
+    assert len(real(job, three, out).manifest.shards) == job.shards
 
 
-def test_blocks_and_shards_fit_into_memory(fashion, make_job, tmp_path):
+def test_blocks_and_shards_fit_into_memory(three, small_job, tmp_path):
     for size, message in ((10**7, "--block-size 10000000.* take 976562 or less"), (10**8, "--shard-size 100000000")):
         blocks = {"block_size": size if "block" in message else 100}
         with pytest.raises(UsageError, match=message):
-            open_dataset(make_job(num=10**9, shard_size=size, **blocks), fashion, tmp_path / "out")
+            open_dataset(small_job(num=10**9, shard_size=size, **blocks), three, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
+def test_a_killed_coordinator_costs_no_sample(three, small_job, reference_cache, tmp_path):
     """Two cells of one device each; one of them loses its coordinator, and its actors with it."""
-    job = make_job(num=192, steps=40, shard_size=32)
+    job = small_job(num=192, steps=40, shard_size=32)
     killed, waiting, sampling = [], [], []
 
     def kill(progress):
@@ -335,29 +347,29 @@ def test_a_killed_coordinator_costs_no_sample(fashion, make_job, reference_cache
             killed.extend([*processes("Coordinator"), progress.seconds])
             os.kill(killed[0], signal.SIGKILL)
 
-    found, last = make_ray(job, fashion, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
+    found, last = make_ray(job, three, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
     # What is told of the time is by the driver's clock, and of the first coordinators.
     assert waiting[-1] - 0.1 < last.first_block < sampling[0] + 0.1
     assert len(killed) == 3
     assert 0 < last.ready < killed[2]
     assert last.devices == 2
     assert last.samples == 192
-    assert found == reference_cache(job, fashion)
+    assert found == reference_cache(job, three)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_path):
+def test_a_pool_that_holds_up_the_others_takes_an_actor(three, small_job, tmp_path):
     """The large levels are said to cost nothing, so that they get one actor, and the trajectories all devices."""
-    levels = len(fashion.levels)
-    job = make_job(num=16_000, steps=40, shard_size=32)
+    levels = len(three.levels)
+    job = small_job(num=16_000, steps=40, shard_size=32)
     wrong = np.array([1.0, 1.0] + [1e-6] * (levels - 2))
-    out, pools = tmp_path / "out", parse_placement(f"1-2,3-{levels}", levels).pools
-    dataset = open_dataset(job, fashion, out)
+    out, pools = tmp_path / "out", parse_placement(f"1-2,{levels}", levels).pools
+    dataset = open_dataset(job, three, out)
     actors = []
     enough = job.num
     dataset.manifest.write(out)
-    where = arranged(fashion, pools, [Devices("cpu", 3)] * 2, wrong)
-    for progress in run_ray(job, fashion, out, dataset.missing, where):
+    where = arranged(three, pools, [Devices("cpu", 3)] * 2, wrong)
+    for progress in run_ray(job, three, out, dataset.missing, where):
         actors.append(tuple(pool.actors for pool in progress.pools))
         if actors[-1] in {(2, 2), (1, 3)}:
             enough = min(enough, progress.samples + 100)
@@ -369,57 +381,57 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(fashion, make_job, tmp_p
     last = sorted((out / "data").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)[-2:]
     shards = [int(path.name.split("-")[1]) for path in last]
     dataset.manifest.write(tmp_path / "reference")
-    list(run_inline(job, fashion, tmp_path / "reference", shards, 1))
+    list(run_inline(job, three, tmp_path / "reference", shards, 1))
     assert [path.read_bytes() for path in last] == [
         (tmp_path / "reference" / "data" / path.name).read_bytes() for path in last
     ]
 
 
-def test_a_sample_does_not_depend_on_num(fashion, make_job):
-    job = make_job(num=3)
-    blocks = Blocks(job, fashion)
-    levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
+def test_a_sample_does_not_depend_on_num(three, small_job):
+    job = small_job(num=3)
+    blocks = Blocks(job, three)
+    levels = {k: three.load_level(k, "cpu") for k in range(1, len(three.levels) + 1)}
     x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.label(0), blocks.closed_form(0))
     assert len(x) == job.block_size
-    longer = Blocks(make_job(num=44), fashion)
+    longer = Blocks(small_job(num=44), three)
     y = integrate(
         levels, longer.table, longer.job.block_plan(0), longer.noise(0), longer.label(0), longer.closed_form(0)
     )
     assert (blocks.images(0, x) == longer.images(0, y)).all()
 
 
-def test_a_non_finite_block_fails_loudly(fashion, make_job):
-    blocks = Blocks(make_job(), fashion)
+def test_a_non_finite_block_fails_loudly(three, small_job):
+    blocks = Blocks(small_job(), three)
     x = blocks.noise(0)(-1)
     x[5, 0, 3, 3] = np.nan
     with pytest.raises(NonFiniteError, match="1 of 8 samples are not finite"):
         blocks.images(0, x)
 
 
-def test_a_resumed_run_makes_only_what_is_missing(fashion, make_job, reference_cache, tmp_path):
-    job, out = make_job(), tmp_path / "out"
-    dataset = open_dataset(job, fashion, out)
-    for progress in complete(dataset, fashion, lambda shards: run_inline(job, fashion, out, shards, 1)):
+def test_a_resumed_run_makes_only_what_is_missing(three, small_job, reference_cache, tmp_path):
+    job, out = small_job(), tmp_path / "out"
+    dataset = open_dataset(job, three, out)
+    for progress in complete(dataset, three, lambda shards: run_inline(job, three, out, shards, 1)):
         if progress.samples > 20:
             break
     kept = {path: path.stat().st_mtime_ns for path in (out / "data").iterdir()}
     assert 0 < len(kept) < job.shards
-    missing = open_dataset(job, fashion, out).missing
+    missing = open_dataset(job, three, out).missing
     assert len(missing) == job.shards - len(kept)
-    assert make_inline(job, fashion, out) == reference_cache(job, fashion)
+    assert make_inline(job, three, out) == reference_cache(job, three)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    again = open_dataset(job, fashion, out)
+    again = open_dataset(job, three, out)
     assert not again.missing
     (out / "data" / "train-00001-of-00003.parquet").unlink()
-    assert open_dataset(job, fashion, out).missing == (1,)
-    assert make_inline(job, fashion, out) == reference_cache(job, fashion)
+    assert open_dataset(job, three, out).missing == (1,)
+    assert make_inline(job, three, out) == reference_cache(job, three)
 
 
-def test_another_configuration_is_refused_with_the_keys_that_differ(fashion, make_job, tmp_path):
-    make_inline(make_job(num=8), fashion, tmp_path)
+def test_another_configuration_is_refused_with_the_keys_that_differ(three, small_job, tmp_path):
+    make_inline(small_job(num=8), three, tmp_path)
     before = files(tmp_path)
     with pytest.raises(UsageError, match=r"num was 8, now 16; seed was 3, now 4"):
-        open_dataset(make_job(num=16, seed=4), fashion, tmp_path)
+        open_dataset(small_job(num=16, seed=4), three, tmp_path)
     assert files(tmp_path) == before
 
 

@@ -10,7 +10,7 @@ from mlem_dist.training.data import load_images
 from mlem_dist.training.resume import check_training
 from mlem_dist.training.tasks import level_share, train_on_ray
 
-LEVELS = ({"prediction": "residual", "teacher": "large"}, {"name": "large", "steps": 160})
+LEVELS = ({"prediction": "residual", "teacher": "large", "steps": 40}, {"name": "large", "steps": 110})
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def images(data):
 def test_side_by_side_on_ray_and_interrupted_it_is_the_same_ladder(tmp_path, images, configure, local_ray, one_thread):
     config = configure(*LEVELS)
     assert level_share(config)[0] == 3  # The pupil waits for its teacher.
-    config = configure(*LEVELS, {"name": "third", "steps": 20})
+    config = configure(*LEVELS, {"name": "third", "steps": 10})
     assert level_share(config)[0] == 1
     whole = train_ladder(config, images, tmp_path / "whole", lambda *progress: None)
     for progress in train_on_ray(config, images, tmp_path / "ray", "cpu"):
@@ -40,11 +40,11 @@ def test_side_by_side_on_ray_and_interrupted_it_is_the_same_ladder(tmp_path, ima
     last: dict[str, tuple[int, float]] = {}
     for progress in train_on_ray(config, images, tmp_path / "ray", "cpu"):
         last |= progress
-    assert {name: done for name, (done, _) in last.items()} == {"unet": 120, "large": 160, "third": 20}
+    assert {name: done for name, (done, _) in last.items()} == {"unet": 40, "large": 110, "third": 10}
     assert Ladder.load(tmp_path / "ray").digest == whole.digest
     assert check_training(config, images, tmp_path / "ray")
     log = [json.loads(line) for line in (tmp_path / "ray/training/large/log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [100, 160]
+    assert [line["step"] for line in log] == [100, 110]
 
 
 def test_levels_share_cores_and_gpus_where_there_are_any(configure, monkeypatch):
