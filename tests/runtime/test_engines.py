@@ -251,10 +251,10 @@ def test_a_killed_actor_costs_no_sample(three, small_job, reference_cache, tmp_p
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_an_answer_that_finds_another_actor_costs_no_sample(three, small_job, reference_cache, tmp_path):
+def test_an_answer_that_finds_another_actor_costs_no_sample(fashion, make_job, reference_cache, tmp_path):
     """The best level's actor stands still while the one that holds the blocks dies and is replaced."""
-    job = small_job(num=96, steps=40, shard_size=32)
-    levels = len(three.levels)
+    job = make_job(num=96, steps=40, shard_size=32)
+    levels = len(fashion.levels)
     seen = []
 
     def replace_holder(progress):
@@ -275,9 +275,9 @@ def test_an_answer_that_finds_another_actor_costs_no_sample(three, small_job, re
     for attempt in range(4):
         seen.clear()
         out = tmp_path / f"out-{attempt}"
-        found, last = make_ray(job, three, out, 1, f"1-{levels - 1},{levels}", watch=replace_holder)
+        found, last = make_ray(job, fashion, out, 1, f"1-{levels - 1},{levels}", watch=replace_holder)
         assert sum(pool.deaths for pool in last.pools) == 1
-        assert found == reference_cache(job, three)
+        assert found == reference_cache(job, fashion)
         if seen[2]:
             break
     assert seen[2]
