@@ -48,7 +48,7 @@ def make_job(fashion: Ladder):
         steps = changes.get("steps", 12)
         p = np.repeat(0.5 ** np.arange(levels)[:, None], steps, axis=1)
         values = {
-            "ladder": "fashion" if of is fashion else str(of.folder),
+            "ladder": of.source,
             "digest": of.digest,
             "num": 44,
             "labels": tuple(range(10)),

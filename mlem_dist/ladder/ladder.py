@@ -35,8 +35,8 @@ LADDER = "ladder.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 WIDE = 64
-"""Channels of a UNet's widest block from which CPUs compute it 1.1 to 1.3 times as fast with channels last (layout.py
-in benchmarks/runtime); one of 32 they compute slower."""
+"""Channels of a UNet's widest block from which CPUs compute it 1.0 to 1.3 times as fast with channels last (layout.py
+in benchmarks/runtime); of the narrower ones they compute some slower."""
 
 
 @dataclass(frozen=True)
