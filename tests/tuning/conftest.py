@@ -12,22 +12,25 @@ from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.tuning.calibrate import calibrate, store
 
 
-@pytest.fixture
-def small(tmp_path, fashion) -> Path:
-    """The two lowest levels of the bundled ladder, as a folder without what was measured of more levels."""
-    folder = tmp_path / "small"
-    shutil.copytree(fashion.folder, folder)
-    for measured in ("calibration.json", "plan-*.json", "frontier-*", "*.png"):
-        for path in folder.glob(measured):
-            path.unlink()
+def lowest(levels: int, of: Ladder, folder: Path) -> Path:
+    """The lowest levels of a ladder in a folder of their own, without what was measured of more."""
+    measured = shutil.ignore_patterns("calibration.json", "plan-*", "frontier-*", "*.png")
+    shutil.copytree(of.folder, folder, ignore=measured)
     raw = json.loads((folder / "ladder.json").read_text())
-    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:2]}))
+    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:levels]}))
     return folder
 
 
 @pytest.fixture
-def calibrated(small) -> Path:
-    """The small ladder, calibrated on noise: the effects of its increments do not need real images."""
+def small(tmp_path, fashion) -> Path:
+    """The two lowest levels of the bundled ladder."""
+    return lowest(2, fashion, tmp_path / "small")
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory, fashion) -> Path:
+    """The same, calibrated on noise: the effects of its increments do not need real images."""
+    small = lowest(2, fashion, tmp_path_factory.mktemp("calibrated") / "small")
     ladder = Ladder.load(small)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, *ladder.sample_shape), dtype=torch.uint8, generator=generator)
@@ -36,13 +39,15 @@ def calibrated(small) -> Path:
 
 
 @pytest.fixture
-def three(tmp_path, fashion) -> Ladder:
+def calibrated(tmp_path, calibration) -> Path:
+    """A copy of it, to write into."""
+    return shutil.copytree(calibration, tmp_path / "calibrated")
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory, fashion) -> Ladder:
     """The three lowest levels of the bundled ladder."""
-    folder = tmp_path / "three"
-    shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*", "*.png"))
-    raw = json.loads((folder / "ladder.json").read_text())
-    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:3]}))
-    return Ladder.load(folder)
+    return Ladder.load(lowest(3, fashion, tmp_path_factory.mktemp("lowest") / "three"))
 
 
 @pytest.fixture

@@ -17,10 +17,14 @@ def judge(ladder: Ladder, seed: int) -> Judge:
     return Judge(ladder, "ddim", "cpu", STEPS, 3 * BLOCK["cpu"], seed, threads=2)
 
 
+@pytest.fixture(scope="module")
+def fitter(three):
+    return Fitter(judge(three, 0))
+
+
 @pytest.mark.parametrize("times", [Times(1, 4, 1), Times(2, 3, 2, 0.5)])
-def test_the_error_of_a_fit_is_that_of_its_plan(three, times):
+def test_the_error_of_a_fit_is_that_of_its_plan(fitter, times):
     """The plan that is written does what the fit has seen, by the integrator that generates."""
-    fitter = Fitter(judge(three, 0))
     fit = fitter.fit(times.rungs(3), times.fire(fitter.log_snr))
     plan = fit.plan()
     assert fit.error == pytest.approx(fitter.judge.errors([plan]).mean(), rel=1e-3)
@@ -48,14 +52,13 @@ def test_what_is_fitted_to_is_the_path_of_the_best_level(small, steps, apart):
     assert off.max() <= apart + 1e-12
 
 
-def test_a_fit_with_an_evaluation_at_every_step_is_the_best_level(three):
-    fitter = Fitter(judge(three, 0))
+def test_a_fit_with_an_evaluation_at_every_step_is_the_best_level(fitter):
     for rungs in ((1, 3), (1, 2, 3)):
         assert fitter.fit(rungs, np.ones((len(rungs), STEPS), dtype=bool)).error < 1e-6
 
 
-def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
-    fitter, judging = Fitter(judge(three, 0)), judge(three, 1)
+def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three, fitter):
+    judging = judge(three, 1)
     told = []
     plan = fitter.search(6, lambda done, total: told.append((done, total))).plan()
     cost = three.cost("cpu")
@@ -69,9 +72,8 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three):
     assert told[-1][0] == told[-1][1] >= len(told)
 
 
-def test_no_neighbour_of_what_the_search_finds_is_better(three):
+def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
     """On the half of the blocks that it goes by: neither another beginning, nor another number of calls between."""
-    fitter = Fitter(judge(three, 0))
     found = fitter.search(6)
     starts = fitter.starts(6)
 
@@ -122,17 +124,16 @@ def test_a_path_is_of_as_many_samples_as_there_is_memory_for():
     assert fitting_samples((3, 512, 512), 1000, 256, 32) == 32
 
 
-def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three):
-    fitter = Fitter(judge(three, 0))
+def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three, fitter):
     small, large = fitter.search(LARGEST), fitter.search(1.6 * LARGEST)
     cost = three.cost("cpu")
     assert LARGEST < large.plan().nfe(cost) <= 1.6 * LARGEST
     assert large.error < 0.7 * small.error
 
 
-def test_a_budget_below_one_call_of_the_best_level_is_refused(three):
+def test_a_budget_below_one_call_of_the_best_level_is_refused(fitter):
     with pytest.raises(UsageError, match="below the cost of one call"):
-        Fitter(judge(three, 0)).search(0.5)
+        fitter.search(0.5)
 
 
 def test_fits_that_do_not_end_in_finite_numbers_are_refused(many):

@@ -14,13 +14,17 @@ def fitter_of(ladder: Ladder, seed: int, blocks: int) -> Fitter:
     return Fitter(Judge(ladder, "ddim", "cpu", STEPS, blocks * BLOCK["cpu"], seed, threads=2))
 
 
+@pytest.fixture(scope="module")
+def fitter(three):
+    return fitter_of(three, 0, 1)
+
+
 def factors_of(fit: Fit) -> np.ndarray:
     return np.concatenate([segment.factors for segment in fit.segments])
 
 
-def test_derivatives_are_those_of_the_plans_end(three):
+def test_derivatives_are_those_of_the_plans_end(fitter):
     """Against differences of the ends that the integrator comes to."""
-    fitter = fitter_of(three, 0, 1)
     fit = fitter.fit((1, 3), Times(1, 2, 1).fire(fitter.log_snr))
     factors = factors_of(fit)
 
@@ -59,12 +63,11 @@ def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(three):
     assert told[-1][0] == told[-1][1]
 
 
-def test_steps_that_make_it_worse_are_not_kept(three, monkeypatch):
+def test_steps_that_make_it_worse_are_not_kept(fitter, monkeypatch):
     def uphill(*arguments):
         error, gradient, squares = derivatives(*arguments)
         return error, -gradient, squares
 
-    fitter = fitter_of(three, 0, 1)
     fit = fitter.fit((1, 3), Times(1, 2, 1).fire(fitter.log_snr))
     assert (factors_of(refine(fitter, fit)) != factors_of(fit)).any()
     monkeypatch.setattr("mlem_dist.tuning.refine.derivatives", uphill)
@@ -73,8 +76,7 @@ def test_steps_that_make_it_worse_are_not_kept(three, monkeypatch):
     assert refined.error == pytest.approx(fit.error, rel=1e-3)
 
 
-def test_small_budgets_are_refined(three):
-    fitter = fitter_of(three, 0, 1)
+def test_small_budgets_are_refined(three, fitter):
     told = []
     few, many = (
         fitted_plan(fitter, nfe, lambda *_: None, lambda *done, nfe=nfe: told.append((nfe, *done))) for nfe in (4, 12)

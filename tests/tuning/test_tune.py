@@ -102,7 +102,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     # A few samples of the judging noises: the best level at 250 steps takes most of the time.
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
     table = step_table(fashion.alpha_bar, 250, ETA["ddim"])
-    noise, label = block_noise(JUDGING_SEED, 0, (8, *fashion.sample_shape), "cpu"), torch.arange(8)
+    noise, label = block_noise(JUDGING_SEED, 0, (4, *fashion.sample_shape), "cpu"), torch.arange(4)
     form = ClosedForm(levels[1].affine(table.t), table, label)
     ends = [integrate(levels, table, plan, noise, label, form) for plan in plans]
     best = integrate(levels, table, single_level(len(levels), len(levels), 250), noise, label)
