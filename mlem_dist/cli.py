@@ -253,6 +253,12 @@ def generate(
         return
     if note:
         click.echo(note, err=True)
+    if (measured := ladder.measured_on(device)) != device:
+        click.echo(
+            f"Evaluations are counted by the levels' costs on {measured}, as they were not measured on {device}; run "
+            f"`mlem-dist ladder measure {ladder.source}` on such a machine, before the first dataset.",
+            err=True,
+        )
     if len(dataset.missing) < job.shards:
         click.echo(f"{out}: {job.shards - len(dataset.missing)} of {job.shards} shards are there; going on.", err=True)
         for name, was in dataset.manifest.versions.items():

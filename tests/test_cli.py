@@ -429,6 +429,22 @@ def test_a_memorised_plan_is_used_for_every_block(tmp_path, other_plan, here):
     assert [*json.loads(done.stdout)["calls_per_sample"].values()] == plan.calls.sum(1).tolist()
 
 
+def test_a_ladder_that_was_measured_elsewhere_says_so(tmp_path, here, three):
+    folder = shutil.copytree(three.folder, tmp_path / "ladder")
+    raw = json.loads((folder / "ladder.json").read_text())
+    for level in raw["levels"]:
+        del level["seconds"]["cpu"]
+    (folder / "ladder.json").write_text(json.dumps(raw))
+    arguments = ("--num", "8", *SMALL, "--engine", "inline")
+    elsewhere, measured = (
+        here("generate", "--ladder", str(source), *arguments, "--out", str(tmp_path / f"out-{number}"))
+        for number, source in enumerate((folder, three.folder))
+    )
+    assert elsewhere.returncode == measured.returncode == 0
+    assert "counted by the levels' costs on cuda, as they were not measured on cpu" in elsewhere.stderr
+    assert "counted by" not in measured.stderr
+
+
 def test_ladder_show_prints_every_level(fashion, here):
     done = here("ladder", "show", "fashion")
     assert done.returncode == 0

@@ -247,13 +247,21 @@ class Ladder:
         Raises:
             UsageError: no costs at all were measured.
         """
+        key = self.measured_on(device)
+        return np.array([level.seconds[key] for level in self.levels])
+
+    def measured_on(self, device: str) -> str:
+        """The device type whose costs are taken for `device`: its own, if they were measured.
+
+        Raises:
+            UsageError: no costs at all were measured.
+        """
         known = self.levels[0].seconds
         if not known:
             raise UsageError(
                 f"ladder {self.name!r} has no measured costs; run `mlem-dist ladder measure {self.folder}`"
             )
-        key = device if device in known else sorted(known)[0]
-        return np.array([level.seconds[key] for level in self.levels])
+        return device if device in known else min(known)
 
     def cost_beside(self, cost: np.ndarray) -> np.ndarray:
         """Of `cost` (K,), each level evaluated alone, what is left where level 1 is evaluated at the same state.
