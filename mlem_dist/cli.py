@@ -443,9 +443,11 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
         click.echo(f"{out} is finished already.")
     else:
         cluster.connect(address)
+        device = cluster.device_type(device)
+        cluster.count_devices(device, None)
         total = sum(level.steps for level in config.levels)
         with training_bar(total) as show:
-            for progress in train_on_ray(config, images, out, cluster.device_type(device)):
+            for progress in train_on_ray(config, images, out, device):
                 show(progress)
     click.echo(ladder_table(Ladder.load(out)))
     logs = {level.name: out / WORK / level.name for level in config.levels if level.kind == "unet"}

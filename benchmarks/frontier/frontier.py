@@ -149,7 +149,7 @@ def learned(choosing: Judge, path: Path) -> tuple[Logistic, tuple[int, ...]]:
     cost = ladder.cost(choosing.device)[np.array(rungs) - 1]
 
     def tau(steps: int) -> np.ndarray:
-        return scaled(half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps, "trailing")))
+        return scaled(half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps)))
 
     if not path.exists():
         blocks = choosing.samples // choosing.block

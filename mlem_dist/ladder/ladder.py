@@ -311,6 +311,7 @@ class Ladder:
         classes, d, rank = state["basis"].shape
         module = GaussianLevel(classes, d, rank, self.alpha_bar)
         module.load_state_dict(state)
+        module.orthonormalise()
         return module
 
     def _load_unet(self, level: Level, device: torch.device | str, precision: str) -> nn.Module:

@@ -80,6 +80,14 @@ class GaussianLevel(nn.Module):
             self.basis[c, :, rank - top :] = vector[:, -top:]
             self.residual[c] = (total - value[-top:].sum()).clamp(min=0) / (d - rank)
 
+    def orthonormalise(self) -> None:
+        """Make the columns of Q orthonormal but for float32, which those that are stored in half precision are not."""
+        for basis in self.basis:
+            # Others are no directions of the fit.
+            unit = (basis.norm(dim=0) - 1).abs() < 0.01
+            q, r = torch.linalg.qr(basis[:, unit].double().cpu())
+            basis[:, unit] = (q * r.diagonal().sign()).to(basis)
+
     def forward(self, x: Tensor, t: Tensor, label: Tensor, *_: Tensor) -> Tensor:
         """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
         flat = x.flatten(1)

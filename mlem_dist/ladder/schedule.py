@@ -42,7 +42,7 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     elif kind == "linear":
         beta = np.linspace(start, end, n, dtype=np.float64)
     elif kind == "scaled_linear":
-        beta = np.linspace(start**0.5, end**0.5, n, dtype=np.float64) ** 2
+        beta = np.linspace(max(start, 0) ** 0.5, max(end, 0) ** 0.5, n, dtype=np.float64) ** 2
     elif kind == "squaredcos_cap_v2":
         edge = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
         beta = np.minimum(1 - edge[1:] / edge[:-1], 0.999)
@@ -52,4 +52,15 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
         )
     if beta.shape != (n,) or not ((beta > 0) & (beta < 1)).all():
         raise UsageError(f"noise schedule: expected {n} betas strictly between 0 and 1")
-    return np.cumprod(1 - beta)
+    found = np.cumprod(1 - beta)
+    # In float32, as levels have it.
+    if (
+        not (found.astype(np.float32) > 0).all()
+        or not (found.astype(np.float32) < 1).all()
+        or (np.diff(found) >= 0).any()
+    ):
+        raise UsageError(
+            f"noise schedule: alpha_bar goes from {found[0]:.3g} to {found[-1]:.3g}, expected it to fall at each step "
+            "and to be between 0 and 1 in float32; take other betas"
+        )
+    return found

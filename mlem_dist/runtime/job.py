@@ -98,7 +98,7 @@ class Job:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The job as JSON-ready values; its fingerprint decides whether a dataset can be resumed."""
+        """The job as JSON-ready values; its fingerprint says which shards of a folder are its own."""
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "versions"}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)

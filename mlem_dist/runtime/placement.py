@@ -83,7 +83,7 @@ def parse_placement(text: str, levels: int) -> Placement:
     kinds = tuple(kind for _, _, kind in parts)
     try:
         ends = [tuple(map(int, part.split("-"))) for part, _, _ in parts]
-        pools = tuple(range(end[0], end[-1] + 1) for end in ends)
+        pools = tuple(range(first, last + 1) for first, last in (end * 2 if len(end) == 1 else end for end in ends))
     except ValueError:
         pools = ()
     if [k for pool in pools for k in pool] != list(range(1, levels + 1)) or not all(pools):

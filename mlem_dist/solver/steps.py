@@ -1,13 +1,11 @@
 """Affine step tables: one row per step of a solver that evaluates the drift once a step."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from mlem_dist.errors import UsageError
 
-Spacing = Literal["leading", "linspace", "trailing"]
 SOLVERS = ("ddpm", "ddim", "dpm++")
 ETA = {"ddpm": 1.0, "ddim": 0.0}
 
@@ -41,18 +39,14 @@ class StepTable:
         return len(self.t)
 
 
-def timesteps(train_steps: int, steps: int, spacing: Spacing) -> np.ndarray:
-    """The N = `steps` timesteps of a schedule of `train_steps`, int64, decreasing, spaced as diffusers does.
+def timesteps(train_steps: int, steps: int) -> np.ndarray:
+    """The N = `steps` timesteps of a schedule of `train_steps`, int64, decreasing: diffusers' spacing "trailing".
 
     Raises:
         UsageError: unless 1 <= steps <= train_steps.
     """
     if not 1 <= steps <= train_steps:
         raise UsageError(f"steps is {steps}, expected 1 to {train_steps}, the length of the ladder's noise schedule")
-    if spacing == "leading":
-        return (np.arange(steps) * (train_steps // steps))[::-1].astype(np.int64)
-    if spacing == "linspace":
-        return np.linspace(0, train_steps - 1, steps).round()[::-1].astype(np.int64)
     # Same rounding as diffusers' arange(T, 0, -T/N), which can return one element too many.
     return (np.arange(train_steps, 0, -train_steps / steps)[:steps].round() - 1).astype(np.int64)
 
@@ -63,7 +57,7 @@ def half_log_snr(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
     return np.asarray(np.log(ab / (1 - ab)) / 2)
 
 
-def step_table(alpha_bar: np.ndarray, steps: int, eta: float, spacing: Spacing = "trailing") -> StepTable:
+def step_table(alpha_bar: np.ndarray, steps: int, eta: float) -> StepTable:
     """The table of DDPM (eta = 1, the SDE), DDIM (eta = 0, the ODE) or any eta between, for a noise prediction f.
 
     With s the time after t, and alpha_bar_s = 1 after the last step (Song et al., arXiv:2010.02502, eq. 12 and 16):
@@ -79,7 +73,7 @@ def step_table(alpha_bar: np.ndarray, steps: int, eta: float, spacing: Spacing =
     Raises:
         UsageError: if `steps` is out of range.
     """
-    t = timesteps(len(alpha_bar), steps, spacing)
+    t = timesteps(len(alpha_bar), steps)
     ab_t = alpha_bar[t]
     ab_s = np.append(alpha_bar[t[1:]], 1.0)
     c = eta * np.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))

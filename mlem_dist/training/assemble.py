@@ -192,6 +192,8 @@ def _store(
     rounded = {key: value.half().float() for key, value in state.items()}
     if saved := _saved(folder, wanted):
         weights.load_state_dict(rounded if saved["half"] else state)
+        if isinstance(module, GaussianLevel):
+            module.orthonormalise()
         return Level(**saved["level"])
     a = alpha_bar(config.scheduler)
     # Few samples, as they are the same ones for both.
@@ -201,6 +203,9 @@ def _store(
     if not half:
         weights.load_state_dict(state)
     level = save_level(folder, name, module, torch.float16 if half else torch.float32)
+    if isinstance(module, GaussianLevel):
+        # As it is loaded.
+        module.orthonormalise()
     level = replace(level, denoising_error=denoising_error(module, images, a, device))
     replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level.__dict__}))
     return level

@@ -109,7 +109,9 @@ def read_config(path: Path) -> TrainConfig:
     )
     try:
         alpha_bar(config.scheduler)
-    except TypeError as error:
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: scheduler: {error}; YAML needs the point in numbers such as 1.0e-4") from None
     names = [level.name for level in config.levels]
     if not names or len(set(names)) != len(names):

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def _idx(folder: Path, stem: str) -> np.ndarray:
                 raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
                 dims = raw[3]
                 shape = np.frombuffer(raw, ">u4", dims, 4)
-            except (OSError, EOFError, IndexError, ValueError):
+            except (OSError, EOFError, IndexError, ValueError, zlib.error):
                 raise UsageError(f"{path} is not a complete IDX file of bytes") from None
             if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * dims + int(shape.prod(dtype=np.int64)):
                 raise UsageError(f"{path} is not a complete IDX file of bytes")
@@ -282,11 +283,16 @@ def _parquet_part(files: Sequence[Path], labelled: bool, sample_shape: Shape) ->
     with ThreadPoolExecutor() as pool:
         for file in files:
             row = 0
-            for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
-                records = batch.to_pylist()
-                images += pool.map(read, enumerate(records, row))
-                label += [record["label"] for record in records] if labelled else []
-                row += len(records)
+            try:
+                for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
+                    records = batch.to_pylist()
+                    images += pool.map(read, enumerate(records, row))
+                    label += [record["label"] for record in records] if labelled else []
+                    row += len(records)
+            except (OSError, pa.ArrowException) as error:
+                raise UsageError(
+                    f"{file} cannot be read beyond row {row}: {' '.join(str(error).split())}; replace it"
+                ) from None
     if not images:
         raise UsageError(f"no training data: {', '.join(map(str, files))} has no rows")
     pixels, resized = zip(*images, strict=True)

@@ -36,6 +36,10 @@ FREE = ("steps", "batch_size", "learning_rate", "ema", "precision", "compile")
 """Settings that may differ from those of a checkpoint: they say how to go on from it, not what it is."""
 
 
+TEACHER = "its teacher's "
+"""What the settings of a pupil begin with that are those of its teacher."""
+
+
 def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[str, Any]:
     """All that decides a trained level, flat, as JSON would give it back."""
     found: dict[str, Any] = {
@@ -45,6 +49,7 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         "seed": config.seed,
         **{f"scheduler.{key}": value for key, value in config.scheduler.items()},
     }
+    shared = set(found)
     if level.kind == "gaussian":
         found["rank"] = level.rank
     else:
@@ -55,7 +60,7 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         if level.teacher:
             teacher = next(one for one in config.levels if one.name == level.teacher)
             own = settings(config, teacher, images)
-            found |= {f"its teacher's {key}": own[key] for key in own.keys() - {*found, *FREE} | {"steps"}}
+            found |= {TEACHER + key: own[key] for key in own.keys() - {*shared, *FREE} | {"steps"}}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -100,7 +105,7 @@ def begin_training(config: TrainConfig, images: Images, out: Path) -> None:
     for level in config.levels:
         folder = out / WORK / level.name
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.tmp"):
+        for left in folder.rglob("*.tmp"):
             left.unlink()
         replace_file(folder / SETTINGS, json.dumps(settings(config, level, images), indent=1) + "\n")
 
@@ -143,7 +148,9 @@ def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], 
         raise UsageError(f"checkpoint {path} cannot be read ({error}); restore it, {away}") from None
     if (folder / SETTINGS).exists():
         was = json.loads((folder / SETTINGS).read_text())
-        for key in sorted({*was, *wanted} - set(FREE)):
+        # Versions before 0.3 kept less of a teacher.
+        unknown = {key for key in wanted if key.startswith(TEACHER)} if TEACHER + "patch" not in was else set()
+        for key in sorted({*was, *wanted} - {*FREE, *(unknown - was.keys())}):
             if was.get(key) != wanted.get(key):
                 raise UsageError(
                     f"level {level.name!r}: its checkpoint was trained with {key} {was.get(key)}, not "

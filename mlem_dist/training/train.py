@@ -41,14 +41,14 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def _batch(
     images: Images, seed: int, level: LevelConfig, timesteps: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step `step`'s images, labels, noise and timesteps: a function of the seed, the same on any device and level."""
+    """Step `step`'s images, labels, noise and timesteps: a function of the seed and the batch size, on any device."""
     n = len(images.train)
     position = np.arange(step * level.batch_size, (step + 1) * level.batch_size)
     index = np.empty(level.batch_size, dtype=np.int64)
     for epoch in np.unique(position // n):
         here = position // n == epoch
         index[here] = _permutation(seed, int(epoch), n)[position[here] % n]
-    rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
+    rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
     x0 = to_range(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
     t = torch.randint(timesteps, (level.batch_size,), generator=rng)

@@ -89,7 +89,7 @@ class NeymanRule:
         self.collapse = collapses(ladder, solver)
         self.log_snr = _log_snr(ladder, steps)
         self.base = 0.0 if self.collapse else steps * float(cost[0] / cost[-1])
-        self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps, "trailing"))
+        self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps))
 
     def choices(self, nfe: float) -> list[tuple[int, ...]]:
         """Every choice of rungs, the one whose coins add least error at the budget first.
@@ -115,7 +115,7 @@ class NeymanRule:
 
 
 def _log_snr(ladder: Ladder, steps: int) -> np.ndarray:
-    return half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps, "trailing"))
+    return half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps))
 
 
 def _measured(solver: str) -> str:

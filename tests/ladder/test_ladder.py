@@ -108,7 +108,16 @@ def test_a_malformed_level_is_refused(copy, entries, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rescale_betas_zero_snr": True}, {"beta_schedule": "sigmoid"}, {"beta_start": "low"}, {"trained_betas": ["a"]}],
+    [
+        {"rescale_betas_zero_snr": True},
+        {"beta_schedule": "sigmoid"},
+        {"beta_start": "low"},
+        {"trained_betas": ["a"]},
+        {"beta_end": 0.99},
+        {"beta_end": 0.2},
+        {"beta_start": 1e-18},
+        {"beta_schedule": "scaled_linear", "beta_start": -0.1},
+    ],
 )
 def test_a_noise_schedule_that_cannot_be_used_is_refused(tmp_path, fashion, changes):
     with pytest.raises(UsageError, match=r"scheduler_config\.json: "):

@@ -41,13 +41,13 @@ def two_nodes():
     cluster.shutdown()
 
 
-def test_a_lost_node_costs_no_sample(two_nodes, fashion, make_job, tmp_path):
+def test_a_lost_node_costs_no_sample(two_nodes, three, make_job, tmp_path):
     """It takes an actor with it, and the images that it has made of a shard that is not written yet."""
     cluster, nodes = two_nodes
-    levels = len(fashion.levels)
+    levels = len(three.levels)
     plan = on_levels(held(np.eye(2, 12, dtype=bool)[[0, 0]] | np.array([[True], [False]])), (1, levels))
     # A block's images are more than what Ray keeps with the coordinator.
-    job = make_job(plan, num=2080, block_size=104, shard_size=2080)
+    job = make_job(plan, three, num=2080, block_size=104, shard_size=2080)
     arguments = [cluster.address, pickle.dumps(job).hex(), str(tmp_path / "out")]
     removed = False
     with subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], stdout=subprocess.PIPE, text=True) as run:
@@ -68,9 +68,9 @@ def test_a_lost_node_costs_no_sample(two_nodes, fashion, make_job, tmp_path):
     assert calls > 20
     list(
         complete(
-            open_dataset(job, fashion, tmp_path / "reference"),
-            fashion,
-            lambda shards: run_inline(job, fashion, tmp_path / "reference", shards, 2),
+            open_dataset(job, three, tmp_path / "reference"),
+            three,
+            lambda shards: run_inline(job, three, tmp_path / "reference", shards, 2),
         )
     )
     for path in (tmp_path / "reference").rglob("*.parquet"):

@@ -44,7 +44,7 @@ def test_placements():
     assert parse_placement("together", 3).pools == (range(1, 4),)
     assert parse_placement("1-2,3", 3) == Placement((range(1, 3), range(3, 4)), ("", ""))
     assert parse_placement("1-2@L4,3@size=large", 3).kinds == ("L4", "size=large")
-    for text in ("", "1,3", "2-3,1", "1-2", "0-3", "1-3-3,", "a", "1-2@L4,3", "1-2@,3@", "1-3@L4,"):
+    for text in ("", "1,3", "2-3,1", "1-2", "0-3", "1-3-3,", "1-2-3", "a", "1-2@L4,3", "1-2@,3@", "1-3@L4,"):
         with pytest.raises(UsageError, match="placement"):
             parse_placement(text, 3)
 

@@ -36,7 +36,7 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
     expected = integrate(levels, table, single, noise, label)
     closed_form = ClosedForm(levels[1].affine(table.t), table, label, path=True)
     found = integrate(levels, table, runs, noise, label, closed_form)
-    assert (found - expected).abs().max() < 1e-3
+    assert (found - expected).abs().max() < 3e-5
     assert expected.std() > 0.3
 
 
@@ -52,7 +52,7 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     assert {bool(run.base) for run in runs.runs[1:4]} == {True, False}
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
     found = integrate(levels, table, runs, noise, label, closed_form)
-    assert (found - integrate(levels, table, single, noise, label)).abs().max() < 1e-3
+    assert (found - integrate(levels, table, single, noise, label)).abs().max() < 3e-5
 
 
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
@@ -64,7 +64,7 @@ def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
     plan = replace(single_level(1, 3, 1000), collapse=True)
     assert len(plan.runs) == 1
     found = integrate({}, table, plan, noise, label, closed_form)
-    assert (found - expected).abs().max() < 1e-3
+    assert (found - expected).abs().max() < 3e-5
 
 
 def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, StepTable]:

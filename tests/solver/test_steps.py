@@ -24,25 +24,23 @@ def test_alpha_bar_is_that_of_diffusers(config):
 
 
 def schedulers():
-    """(eta, spacing, steps, diffusers scheduler), where diffusers' own grid is consistent with its update."""
+    """(eta, steps, diffusers scheduler), where diffusers' own grid is consistent with its update."""
     for config in SCHEDULES[:2]:
-        for spacing in ("leading", "linspace", "trailing"):
-            for steps in (1000, 250, 50, 10, 7):
-                yield config, 1.0, spacing, steps, DDPMScheduler
+        for steps in (1000, 250, 50, 10, 7):
+            yield config, 1.0, steps, DDPMScheduler
         # DDIM's update assumes that steps are T // N apart, which holds for these.
         for eta in (0.0, 0.5, 1.0):
-            for spacing, counts in (("leading", (250, 50, 10, 7)), ("trailing", (250, 50, 10)), ("linspace", (1000,))):
-                for steps in counts:
-                    yield config, eta, spacing, steps, DDIMScheduler
+            for steps in (1000, 250, 50, 10):
+                yield config, eta, steps, DDIMScheduler
 
 
-@pytest.mark.parametrize(("config", "eta", "spacing", "steps", "kind"), list(schedulers()))
-def test_table_reproduces_diffusers(config, eta, spacing, steps, kind):
-    scheduler = kind(num_train_timesteps=1000, clip_sample=False, timestep_spacing=spacing, **config)
+@pytest.mark.parametrize(("config", "eta", "steps", "kind"), list(schedulers()))
+def test_table_reproduces_diffusers(config, eta, steps, kind):
+    scheduler = kind(num_train_timesteps=1000, clip_sample=False, timestep_spacing="trailing", **config)
     # The same schedule on both sides: diffusers keeps it in float32.
     scheduler.alphas_cumprod = torch.tensor(alpha_bar(config | {"num_train_timesteps": 1000}))
     scheduler.set_timesteps(steps)
-    table = step_table(scheduler.alphas_cumprod.numpy(), steps, eta, spacing)
+    table = step_table(scheduler.alphas_cumprod.numpy(), steps, eta)
     assert table.t.tolist() == scheduler.timesteps.tolist()
 
     rng = torch.Generator().manual_seed(0)

@@ -19,10 +19,10 @@ CONFIG = {
             "patch": 2,
             "prediction": "v_prediction",
             "model": {
-                "block_out_channels": [8, 16],
+                "block_out_channels": [8],
                 "layers_per_block": 1,
-                "down_block_types": ["DownBlock2D", "DownBlock2D"],
-                "up_block_types": ["UpBlock2D", "UpBlock2D"],
+                "down_block_types": ["DownBlock2D"],
+                "up_block_types": ["UpBlock2D"],
                 "norm_num_groups": 4,
             },
             "steps": 120,

@@ -180,7 +180,19 @@ def test_bad_data_is_refused_with_its_name(tmp_path, data):
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "hub/train.parquet")
     with pytest.raises(UsageError, match=r"has the columns picture \(binary\), expected `image`"):
         load_images(tmp_path / "hub", (1, 8, 8), None)
+    whole = io.BytesIO()
+    Image.new("L", (8, 8)).save(whole, "PNG")
+    pq.write_table(pa.table({"image": [whole.getvalue()] * 100}), tmp_path / "hub/train.parquet")
+    written = bytearray((tmp_path / "hub/train.parquet").read_bytes())
+    written[20:60] = bytes(40)
+    (tmp_path / "hub/train.parquet").write_bytes(written)
+    with pytest.raises(UsageError, match=r"train\.parquet(: row 0 is| cannot be read beyond row 0)"):
+        load_images(tmp_path / "hub", (1, 8, 8), None)
     path = data / "train-images-idx3-ubyte.gz"
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+    packed = path.read_bytes()
+    path.write_bytes(packed[:100] + bytes(50) + packed[150:])
+    with pytest.raises(UsageError, match="not a complete IDX file"):
+        load_images(data, (1, 6, 6), ["left", "right"])
+    path.write_bytes(gzip.compress(gzip.decompress(packed)[:-1]))
     with pytest.raises(UsageError, match="not a complete IDX file"):
         load_images(data, (1, 8, 8), NAMES)

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,21 @@ def test_what_does_not_fit_together_is_refused_and_nothing_is_touched(tmp_path, 
     train_ladder(configure(pupil, teacher), images, tmp_path / "taught", lambda *progress: None)
     with pytest.raises(UsageError, match="was trained with its teacher's steps 20, not 30"):
         check_training(configure(pupil, teacher | {"steps": 30}), images, tmp_path / "taught")
+    for changes, message in (
+        ({"patch": 1}, "was trained with its teacher's patch 2, not 1"),
+        ({"prediction": "epsilon"}, "was trained with its teacher's prediction v_prediction, not epsilon"),
+    ):
+        # As one is told to who changes it.
+        shutil.copytree(tmp_path / "taught", tmp_path / "untaught", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "untaught/training/large")
+        with pytest.raises(UsageError, match=message):
+            check_training(configure(pupil, teacher | changes), images, tmp_path / "untaught")
+    # Version 0.2 kept no more of a teacher.
+    kept = tmp_path / "untaught/training/unet/settings.json"
+    known = json.loads(kept.read_text())
+    of_teacher = {key for key in known if key.startswith("its teacher's ")}
+    kept.write_text(json.dumps({key: known[key] for key in known.keys() - of_teacher | {"its teacher's steps"}}))
+    check_training(configure(pupil, teacher), images, tmp_path / "untaught")
     with pytest.raises(UsageError, match="trained with seed 0, not 1"):
         check_training(configure({"steps": 20}, seed=1), images, out)
     other = load_images(tmp_path / "data", (1, 8, 8), ["right", "left"])

@@ -139,6 +139,7 @@ def test_a_wrong_configuration_is_refused(configure, changes, message):
         ({"sample_shape": 8}, "expected a list"),
         ({"labels": ["left", "left"]}, "a name twice"),
         ({"scheduler": {"num_train_timesteps": 100, "beta_start": "low"}}, "scheduler"),
+        ({"scheduler": {"num_train_timesteps": 10, "trained_betas": [[0.1], [0.1, 0.2]]}}, "scheduler"),
         ({"seed": "one"}, "expected a whole number"),
         ({"seed": -1}, "seed is -1, expected 0 or more"),
     ],
