@@ -318,10 +318,11 @@ def _say(report: dict[str, Any], device: str) -> None:
         click.echo(f"Evaluations per image: {', '.join(calls)}")
     look = f"import pyarrow.parquet as pq; print(pq.read_table({f'{out}/data'!r}))"
     if "://" in out:
-        # pyarrow alone does not know every kind of URL; and threads of its that read by Python's file systems now and
-        # then end the interpreter with an abort.
+        # pyarrow alone does not know every kind of URL; and where a thread of its still holds an object of Python's at
+        # the interpreter's end, that aborts.
         look = f"import pyarrow, pyarrow.parquet as pq, upath; data = upath.UPath({f'{out}/data'!r}); "
-        look += "tables = (pq.read_table(pyarrow.BufferReader(f.read_bytes())) for f in sorted(data.iterdir())); "
+        look += "files = (pyarrow.BufferReader(f.read_bytes()) for f in sorted(data.iterdir())); "
+        look += "tables = (pq.ParquetFile(f, pre_buffer=False).read(use_threads=False) for f in files); "
         look += "print(pyarrow.concat_tables(tables))"
     # Nothing in the line but the path needs the other kind of quotes.
     quoted = f'"{look}"' if shlex.quote(out) == out else shlex.quote(look)
