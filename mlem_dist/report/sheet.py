@@ -27,9 +27,10 @@ def contact_sheet(out: Location) -> Image.Image:
     for path in sorted(finished_shards(out, manifest)):
         try:
             with reached(out), (out / path).open("rb") as opened:
-                file = pq.ParquetFile(opened)
-                groups = (file.read_row_group(group).to_pylist() for group in range(file.num_row_groups))
-                for i, record in chain.from_iterable(map(enumerate, groups)):
+                # A thread of pyarrow's that reads by Python can abort the interpreter's end.
+                file = pq.ParquetFile(opened, pre_buffer=False)
+                groups = (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
+                for i, record in chain.from_iterable(enumerate(group.to_pylist()) for group in groups):
                     row = classes.index(record["label"]) if manifest.labels else i % len(classes)
                     if len(rows[row]) < COLUMNS:
                         rows[row].append(record["image"]["bytes"])
