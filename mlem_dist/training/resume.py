@@ -148,9 +148,11 @@ def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], 
         raise UsageError(f"checkpoint {path} cannot be read ({error}); restore it, {away}") from None
     if (folder / SETTINGS).exists():
         was = json.loads((folder / SETTINGS).read_text())
-        # Versions before 0.3 kept less of a teacher.
-        unknown = {key for key in wanted if key.startswith(TEACHER)} if TEACHER + "patch" not in was else set()
-        for key in sorted({*was, *wanted} - {*FREE, *(unknown - was.keys())}):
+        skipped = set(FREE)
+        if TEACHER + "patch" not in was:
+            # Versions before 0.3 kept less of a teacher.
+            skipped |= {key for key in wanted.keys() - was.keys() if key.startswith(TEACHER)}
+        for key in sorted({*was, *wanted} - skipped):
             if was.get(key) != wanted.get(key):
                 raise UsageError(
                     f"level {level.name!r}: its checkpoint was trained with {key} {was.get(key)}, not "

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 from torch import nn
 
 from mlem_dist.ladder.ladder import WIDE
@@ -149,6 +150,28 @@ def test_levels_cost_more_and_err_less_from_one_to_the_next(fashion):
     assert fashion.cost("cpu")[-1] > 25 * fashion.cost("cpu")[1]
     assert fashion.levels[0].kind == "gaussian"
     assert [level.kind for level in fashion.levels[1:]] == ["unet"] * (len(errors) - 1)
+
+
+def test_a_basis_stored_in_half_precision_is_orthonormal_again(fashion):
+    """Its columns are, by whatever number of threads, and those that are zero stay so."""
+    threads, found = torch.get_num_threads(), []
+    stored = load_file(fashion.folder / fashion.levels[0].path)["basis"]
+    classes, d, rank = stored.shape
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            level = GaussianLevel(classes, d, rank + 1, fashion.alpha_bar)
+            level.basis[:, :, 1:] = stored
+            level.orthonormalise()
+            found.append(level.basis)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    assert not found[0][:, :, 0].any()
+    basis = found[0][:, :, 1:].double()
+    assert (basis - stored).abs().max() < 1e-3
+    off = [(columns.mT @ columns - torch.eye(rank)).abs().max() for columns in (basis, stored.double())]
+    assert off[0] < 1e-6 < 1e-5 < off[1]
 
 
 def test_the_gaussian_level_by_the_kernels_of_a_gpu_is_the_same(fashion):

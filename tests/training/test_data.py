@@ -180,9 +180,8 @@ def test_bad_data_is_refused_with_its_name(tmp_path, data):
     pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "hub/train.parquet")
     with pytest.raises(UsageError, match=r"has the columns picture \(binary\), expected `image`"):
         load_images(tmp_path / "hub", (1, 8, 8), None)
-    whole = io.BytesIO()
-    Image.new("L", (8, 8)).save(whole, "PNG")
-    pq.write_table(pa.table({"image": [whole.getvalue()] * 100}), tmp_path / "hub/train.parquet")
+    picture = png(torch.zeros(8, 8, dtype=torch.uint8))
+    pq.write_table(pa.table({"image": [picture] * 100}), tmp_path / "hub/train.parquet")
     written = bytearray((tmp_path / "hub/train.parquet").read_bytes())
     written[20:60] = bytes(40)
     (tmp_path / "hub/train.parquet").write_bytes(written)
@@ -192,7 +191,7 @@ def test_bad_data_is_refused_with_its_name(tmp_path, data):
     packed = path.read_bytes()
     path.write_bytes(packed[:100] + bytes(50) + packed[150:])
     with pytest.raises(UsageError, match="not a complete IDX file"):
-        load_images(data, (1, 6, 6), ["left", "right"])
+        load_images(data, (1, 6, 6), NAMES)
     path.write_bytes(gzip.compress(gzip.decompress(packed)[:-1]))
     with pytest.raises(UsageError, match="not a complete IDX file"):
         load_images(data, (1, 8, 8), NAMES)
