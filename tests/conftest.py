@@ -1,7 +1,7 @@
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,24 @@ def fashion() -> Ladder:
 
 
 @pytest.fixture(scope="session")
-def three(fashion: Ladder, tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+def part_of() -> Callable[..., Path]:
+    """A function that copies some levels of a ladder, by their numbers, to a folder; not what was measured of all."""
+
+    def copy(ladder: Ladder, numbers: Sequence[int], folder: Path) -> Path:
+        measured = shutil.ignore_patterns("calibration.json", "plan-*", "frontier-*", "*.png")
+        shutil.copytree(ladder.folder, folder, ignore=measured)
+        raw = json.loads((folder / "ladder.json").read_text())
+        raw["levels"] = [raw["levels"][number - 1] for number in numbers]
+        (folder / "ladder.json").write_text(json.dumps(raw))
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def three(fashion: Ladder, part_of, tmp_path_factory: pytest.TempPathFactory) -> Ladder:
     """Three levels of it, small and wide UNets among them: fewer processes to start, and less to compute."""
-    folder = tmp_path_factory.mktemp("ladders") / "three"
-    shutil.copytree(fashion.folder, folder, ignore=shutil.ignore_patterns("calibration.json", "plan-*.json", "*.png"))
-    raw = json.loads((folder / "ladder.json").read_text())
-    raw |= {"name": "three", "levels": [raw["levels"][k] for k in (0, 1, 3)]}
-    (folder / "ladder.json").write_text(json.dumps(raw))
-    return Ladder.load(folder)
+    return Ladder.load(part_of(fashion, (1, 2, 4), tmp_path_factory.mktemp("ladders") / "three"))
 
 
 @pytest.fixture(scope="session")

@@ -12,25 +12,16 @@ from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.tuning.calibrate import calibrate, store
 
 
-def lowest(levels: int, of: Ladder, folder: Path) -> Path:
-    """The lowest levels of a ladder in a folder of their own, without what was measured of more."""
-    measured = shutil.ignore_patterns("calibration.json", "plan-*", "frontier-*", "*.png")
-    shutil.copytree(of.folder, folder, ignore=measured)
-    raw = json.loads((folder / "ladder.json").read_text())
-    (folder / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:levels]}))
-    return folder
-
-
 @pytest.fixture
-def small(tmp_path, fashion) -> Path:
+def small(tmp_path, fashion, part_of) -> Path:
     """The two lowest levels of the bundled ladder."""
-    return lowest(2, fashion, tmp_path / "small")
+    return part_of(fashion, (1, 2), tmp_path / "small")
 
 
 @pytest.fixture(scope="session")
-def calibration(tmp_path_factory, fashion) -> Path:
+def calibration(tmp_path_factory, fashion, part_of) -> Path:
     """The same, calibrated on noise: the effects of its increments do not need real images."""
-    small = lowest(2, fashion, tmp_path_factory.mktemp("calibrated") / "small")
+    small = part_of(fashion, (1, 2), tmp_path_factory.mktemp("calibrated") / "small")
     ladder = Ladder.load(small)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (40, *ladder.sample_shape), dtype=torch.uint8, generator=generator)
@@ -45,9 +36,9 @@ def calibrated(tmp_path, calibration) -> Path:
 
 
 @pytest.fixture(scope="session")
-def three(tmp_path_factory, fashion) -> Ladder:
+def lowest(tmp_path_factory, fashion, part_of) -> Ladder:
     """The three lowest levels of the bundled ladder."""
-    return Ladder.load(lowest(3, fashion, tmp_path_factory.mktemp("lowest") / "three"))
+    return Ladder.load(part_of(fashion, (1, 2, 3), tmp_path_factory.mktemp("ladders") / "lowest"))
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ def judge(ladder: Ladder, seed: int) -> Judge:
 
 
 @pytest.fixture(scope="module")
-def fitter(three):
-    return Fitter(judge(three, 0))
+def fitter(lowest):
+    return Fitter(judge(lowest, 0))
 
 
 @pytest.mark.parametrize("times", [Times(1, 4, 1), Times(2, 3, 2, 0.5)])
@@ -57,12 +57,12 @@ def test_a_fit_with_an_evaluation_at_every_step_is_the_best_level(fitter):
         assert fitter.fit(rungs, np.ones((len(rungs), STEPS), dtype=bool)).error < 1e-6
 
 
-def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(three, fitter):
-    judging = judge(three, 1)
+def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(lowest, fitter):
+    judging = judge(lowest, 1)
     told = []
     plan = fitter.search(6, lambda done, total: told.append((done, total))).plan()
-    cost = three.cost("cpu")
-    default = make_recipe(three, cost, "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
+    cost = lowest.cost("cpu")
+    default = make_recipe(lowest, cost, "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
     assert 4 < plan.nfe(cost) <= 6
     found, of_default = judging.errors([plan, default]).mean(1)
     assert found < 0.7 * of_default
@@ -124,9 +124,9 @@ def test_a_path_is_of_as_many_samples_as_there_is_memory_for():
     assert fitting_samples((3, 512, 512), 1000, 256, 32) == 32
 
 
-def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(three, fitter):
+def test_a_larger_budget_than_was_searched_for_is_spent_and_errs_less(lowest, fitter):
     small, large = fitter.search(LARGEST), fitter.search(1.6 * LARGEST)
-    cost = three.cost("cpu")
+    cost = lowest.cost("cpu")
     assert LARGEST < large.plan().nfe(cost) <= 1.6 * LARGEST
     assert large.error < 0.7 * small.error
 

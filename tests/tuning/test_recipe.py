@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from mlem_dist.ladder.calibration import store_entry
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.tuning.recipe import NeymanRule, make_recipe
 
@@ -19,6 +20,12 @@ def test_what_is_not_chosen_is_the_default_of_the_solver(fashion, solver, increm
     assert expected_cost(recipe.probabilities, cost[rungs - 1], collapse) / cost[-1] == pytest.approx(5)
 
 
+@pytest.fixture
+def ladder(tmp_path, fashion, part_of):
+    """The three lowest levels of the bundled ladder, to store effects in."""
+    return Ladder.load(part_of(fashion, (1, 2, 3), tmp_path / "ladder"))
+
+
 def store(ladder, **effects):
     """Products of increments that are independent of each other, from the effects (K, N) of each solver."""
     t = np.linspace(999, 9, 20).astype(int).tolist()
@@ -29,27 +36,27 @@ def store(ladder, **effects):
     store_entry(ladder.folder, ladder, "cpu/any", {"solvers": solvers})
 
 
-def test_the_rungs_are_those_that_are_worth_their_cost(three):
+def test_the_rungs_are_those_that_are_worth_their_cost(ladder):
     flat = np.ones(20)
     # What the second level adds over the first is nothing, and the third's increment over it everything; or the other
     # way round.
     for effects, rungs in (((1.0, 1e-6, 1.0), (1, 3)), ((1.0, 1.0, 1e-3), (1, 2, 3))):
-        store(three, ddpm=[e * flat for e in effects], ddim=[e * flat for e in effects])
-        assert make_recipe(three, three.cost("cpu"), "ddpm", 50, 5).rungs == rungs
+        store(ladder, ddpm=[e * flat for e in effects], ddim=[e * flat for e in effects])
+        assert make_recipe(ladder, ladder.cost("cpu"), "ddpm", 50, 5).rungs == rungs
 
 
-def test_each_solver_goes_by_its_own_effects(three):
+def test_each_solver_goes_by_its_own_effects(ladder):
     """Along the SDE increments matter at the end, along the ODE at the beginning."""
     rise = np.linspace(0.01, 1, 20)
-    store(three, ddpm=[rise] * 3, ddim=[rise[::-1]] * 3)
+    store(ladder, ddpm=[rise] * 3, ddim=[rise[::-1]] * 3)
     for solver, late in (("ddpm", True), ("ddim", False), ("dpm++", False)):
-        p = make_recipe(three, three.cost("cpu"), solver, 50, 5).probabilities[-1]
+        p = make_recipe(ladder, ladder.cost("cpu"), solver, 50, 5).probabilities[-1]
         assert (p[25:].sum() > p[:25].sum()) == late
 
 
-def test_probabilities_are_the_rules_times_a_density(three):
-    store(three, ddpm=[np.ones(20)] * 3, ddim=[np.ones(20)] * 3)
-    rule = NeymanRule(three, three.cost("cpu"), "ddim", 50)
+def test_probabilities_are_the_rules_times_a_density(ladder):
+    store(ladder, ddpm=[np.ones(20)] * 3, ddim=[np.ones(20)] * 3)
+    rule = NeymanRule(ladder, ladder.cost("cpu"), "ddim", 50)
     density = np.stack([np.ones(50), np.linspace(1, 3, 50)])
     p = rule.probabilities(2, (1, 3), density)[1]
     assert p.max() < 1

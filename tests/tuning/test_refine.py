@@ -15,8 +15,8 @@ def fitter_of(ladder: Ladder, seed: int, blocks: int) -> Fitter:
 
 
 @pytest.fixture(scope="module")
-def fitter(three):
-    return fitter_of(three, 0, 1)
+def fitter(lowest):
+    return fitter_of(lowest, 0, 1)
 
 
 def factors_of(fit: Fit) -> np.ndarray:
@@ -48,8 +48,8 @@ def test_derivatives_are_those_of_the_plans_end(fitter):
     assert np.linalg.norm((mean - squares) / np.outer(scale, scale)) < 0.1 * len(factors)
 
 
-def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(three):
-    fitter, judging = fitter_of(three, 0, 6), Judge(three, "ddim", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2)
+def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(lowest):
+    fitter, judging = fitter_of(lowest, 0, 6), Judge(lowest, "ddim", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2)
     fit = fitter.fit((1, 2, 3), Times(2, 4, 2).fire(fitter.log_snr))
     told = []
     refined = refine(fitter, fit, lambda done, total: told.append((done, total)))
@@ -76,12 +76,12 @@ def test_steps_that_make_it_worse_are_not_kept(fitter, monkeypatch):
     assert refined.error == pytest.approx(fit.error, rel=1e-3)
 
 
-def test_small_budgets_are_refined(three, fitter):
+def test_small_budgets_are_refined(lowest, fitter):
     told = []
     few, many = (
         fitted_plan(fitter, nfe, lambda *_: None, lambda *done, nfe=nfe: told.append((nfe, *done))) for nfe in (4, 12)
     )
     assert {nfe for nfe, *_ in told} == {4}
-    cost = three.cost("cpu")
+    cost = lowest.cost("cpu")
     assert few.nfe(cost) <= 4 < many.nfe(cost) <= 12
     assert fitter.judge.errors([few]).mean() < fitter.search(4).error
