@@ -35,7 +35,7 @@ def part_of() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def three(fashion: Ladder, part_of, tmp_path_factory: pytest.TempPathFactory) -> Ladder:
-    """Three levels of it, small and wide UNets among them: fewer processes to start, and less to compute."""
+    """Three levels of the bundled ladder, a small and a wide UNet among them: fewer processes, and less to compute."""
     return Ladder.load(part_of(fashion, (1, 2, 4), tmp_path_factory.mktemp("ladders") / "three"))
 
 
