@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -18,6 +19,7 @@ from mlem_dist import __version__
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import check_writable
+from mlem_dist.machine import available_cores, keep_streams
 
 if TYPE_CHECKING:
     from mlem_dist.dataset.store import Location
@@ -39,11 +41,40 @@ def number(value: Any) -> int:
     )
 
 
+def given(value: str) -> str:
+    """A name or path; an empty one is that of a variable that is not set."""
+    if not value:
+        raise click.BadParameter("it is empty, expected a name or path; is a variable not set?")
+    return value
+
+
+def source(value: str) -> Path:
+    """A path to read from."""
+    return Path(given(value))
+
+
+def target(value: str) -> Path:
+    """A path to write to."""
+    path = source(value)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not path.is_absolute():
+        raise click.BadParameter(
+            f"{value!r} is a relative path, and a Ray job runs in a folder of Ray's, which it removes; expected an "
+            "absolute path or a URL"
+        )
+    return path
+
+
 def location(value: str) -> Location:
     """A path, or the URL of a folder in an object store."""
     from mlem_dist.dataset.store import parse_location
 
-    return parse_location(value)
+    return parse_location(given(value))
+
+
+def target_location(value: str) -> Location:
+    """As `location`, to write to."""
+    place = location(value)
+    return target(value) if place == Path(value) else place
 
 
 @click.group(
@@ -118,7 +149,13 @@ def _plan_options(command: Any) -> Any:
     )(command)
     command = _budget_options(command)
     return click.option(
-        "--ladder", "ladder_name", default="fashion", show_default=True, help="Bundled name or folder."
+        "--ladder",
+        "ladder_name",
+        type=given,
+        metavar="NAME",
+        default="fashion",
+        show_default=True,
+        help="Bundled name or folder.",
     )(command)
 
 
@@ -126,14 +163,14 @@ def _plan_options(command: Any) -> Any:
 @click.option("--num", type=number, required=True, help="Images: 1000, 1e6, 1_000_000.")
 @click.option(
     "--out",
-    type=location,
+    type=target_location,
     metavar="FOLDER",
     required=True,
     help="Dataset folder, or its URL, such as s3://BUCKET/NAME; a rerun finishes it.",
 )
 @_plan_options
 @click.option(
-    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of `mlem-dist draw` or `tune`, for all blocks."
+    "--plan", "plan_file", type=source, metavar="FILE", help="A plan of `mlem-dist draw` or `tune`, for all blocks."
 )
 @click.option(
     "--precision",
@@ -283,7 +320,7 @@ def generate(
         from mlem_dist.runtime.inline import run_inline
 
         # A GPU does one block after another.
-        most = 1 if device == "cuda" else _cores()
+        most = 1 if device == "cuda" else available_cores()
         # Those of a cluster are no matter where nothing is to be made.
         if engine == "inline" and devices and devices > most:
             raise UsageError(f"--devices {devices}: --engine inline has {most} here; lower it or leave it out")
@@ -332,7 +369,7 @@ def _say(report: dict[str, Any], device: str) -> None:
 
 @cli.command()
 @_plan_options
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="JSON file to write.")
+@click.option("--out", type=target, metavar="PATH", required=True, help="JSON file to write.")
 def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) -> None:
     """Draw one plan and keep it, for `generate --plan`."""
     from mlem_dist.ladder.ladder import Ladder
@@ -350,11 +387,16 @@ def draw(out: Path, ladder_name: str, seed: int, device: str, **choices: Any) ->
 
 @cli.command()
 @click.argument("out", type=location)
-def show(out: Location) -> None:
-    """Make the contact sheet OUT/preview.png of a dataset."""
+@click.option("--out", "picture", type=target, metavar="FILE", help="PNG to write.  [default: OUT/preview.png]")
+def show(out: Location, picture: Path | None) -> None:
+    """Make the contact sheet of a dataset."""
     from mlem_dist.report.sheet import save_contact_sheet
 
-    click.echo(f"Wrote {save_contact_sheet(out)}")
+    if picture is not None:
+        if picture.suffix.lower() != ".png":
+            raise UsageError(f"--out {picture}: expected a name that ends in .png")
+        _check_new(picture)
+    click.echo(f"Wrote {save_contact_sheet(out, picture)}")
 
 
 @cli.command()
@@ -389,7 +431,7 @@ def ladder(context: click.Context) -> None:
 
 
 @ladder.command("show")
-@click.argument("name")
+@click.argument("name", type=given)
 def ladder_show(name: str) -> None:
     """Print the levels of a ladder, by bundled name or folder."""
     from mlem_dist.ladder.ladder import Ladder
@@ -399,7 +441,7 @@ def ladder_show(name: str) -> None:
 
 
 @ladder.command("measure")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=source)
 def ladder_measure(folder: Path) -> None:
     """Measure the cost of each level on this machine and store it in FOLDER/ladder.json."""
     from mlem_dist.ladder.ladder import Ladder
@@ -413,9 +455,9 @@ DATA_HELP = "Folder of images: IDX files, Parquet or pictures; see the docs."
 
 
 @cli.command()
-@click.option("--data", type=click.Path(path_type=Path), required=True, help=DATA_HELP)
-@click.option("--config", "config_file", type=click.Path(path_type=Path), required=True, help="YAML; see the docs.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Ladder folder; a rerun goes on.")
+@click.option("--data", type=source, metavar="FOLDER", required=True, help=DATA_HELP)
+@click.option("--config", "config_file", type=source, metavar="FILE", required=True, help="YAML; see the docs.")
+@click.option("--out", type=target, metavar="PATH", required=True, help="Ladder folder; a rerun goes on.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
@@ -456,11 +498,11 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
 
 
 @cli.command()
-@click.argument("name", metavar="LADDER")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help=DATA_HELP)
+@click.argument("name", type=given, metavar="LADDER")
+@click.option("--data", type=source, metavar="FOLDER", required=True, help=DATA_HELP)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for calibration.json and figures.  [default: the ladder's]"
+    "--out", type=target, metavar="PATH", help="Folder for calibration.json and figures.  [default: the ladder's]"
 )
 @click.option("--compile", "compiled", is_flag=True, help="Time UNets by torch.compile as well; takes minutes.")
 def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bool) -> None:
@@ -502,12 +544,12 @@ def numbers(value: str) -> tuple[float, ...]:
 
 
 @cli.command()
-@click.argument("name", metavar="LADDER")
+@click.argument("name", type=given, metavar="LADDER")
 @click.option("--nfe", type=numbers, default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
 @click.option("--solver", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
 @click.option("--steps", type=number, default=250, show_default=True, help="Base steps, as for generate.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder; a rerun goes on.")
+@click.option("--out", type=target, metavar="PATH", required=True, help="Folder; a rerun goes on.")
 def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str, out: Path) -> None:
     """Find plans for LADDER: try ways to spend each budget, and judge them on other noises.
 
@@ -528,7 +570,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     device = _local_device(device, False)
     frontier = open_frontier(ladder, solver, steps, device, out)
     with parts_bar() as progress:
-        rows = list(search(ladder, device, nfe, frontier, _cores() if device == "cpu" else 1, progress))
+        rows = list(search(ladder, device, nfe, frontier, available_cores() if device == "cpu" else 1, progress))
     figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
     click.echo(frontier_table(rows))
     plans = [str(plan_path(out, solver, budget)) for budget in nfe]
@@ -536,7 +578,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
 
 
 @cli.command()
-@click.argument("ladder_name", metavar="LADDER")
+@click.argument("ladder_name", type=given, metavar="LADDER")
 @click.option("--num", type=number, required=True, help="Images: 1e6, 1e9.")
 @click.option(
     "--pool-devices",
@@ -553,7 +595,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
 @_budget_options
 @click.option("--block-size", type=number, help="As for generate.  [default: 100; on GPUs 500]")
 @click.option("--shard-size", type=number, default=2000, show_default=True, help="As for generate.")
-@click.option("--out", type=click.Path(path_type=Path), help="A PNG: when each actor of a cell is at work.")
+@click.option("--out", type=target, metavar="PATH", help="A PNG: when each actor of a cell is at work.")
 @click.option("--json", "as_json", is_flag=True, help="Print the forecast as JSON.")
 def plan(
     ladder_name: str,
@@ -669,17 +711,15 @@ def _terminated(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
-
-
 def main() -> NoReturn:
     """Run the command line: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 Ctrl-C, 143 SIGTERM."""
+    keep_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        code = cli.main(standalone_mode=False) or 0
+        # What cannot be written is known here, and not when the interpreter ends.
+        sys.stdout.flush()
+        sys.exit(code)
     except (click.ClickException, UsageError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"Error: {message}", err=True)
@@ -694,3 +734,7 @@ def main() -> NoReturn:
             raise
         click.echo(f"Error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

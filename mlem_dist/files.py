@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -15,6 +16,35 @@ from mlem_dist.errors import UsageError
 
 if TYPE_CHECKING:
     from upath import UPath
+
+
+SYSTEM_NAMES = (
+    ".DS_Store",
+    ".Trash-*",
+    ".fuse_hidden*",
+    ".gitignore",
+    ".gitkeep",
+    ".nfs*",
+    ".snapshot",
+    ".snapshots",
+    ".stfolder",
+    "System Volume Information",
+    "Thumbs.db",
+    "desktop.ini",
+    "lost+found",
+)
+"""Names, as patterns, of what file systems, desktops and version control put into a folder that is otherwise empty."""
+
+
+def own_names(names: Iterable[str]) -> list[str]:
+    """The names that somebody has put into a folder, in order, without `SYSTEM_NAMES`."""
+    return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in SYSTEM_NAMES))
+
+
+def listing(names: Iterable[str], most: int = 3) -> str:
+    """The first few of some names, for a message."""
+    every = list(names)
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
 
 
 def check_writable(out: Path) -> None:
@@ -102,11 +132,11 @@ def read_object(path: Path | UPath, what: str) -> dict[str, Any]:
         UsageError: it is missing, unreadable, or holds no JSON object.
     """
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{what} {path} is missing") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{what} {path} cannot be read: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UsageError(f"{what} {path} is not a JSON object")
-    return found
+    return content

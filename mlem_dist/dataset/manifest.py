@@ -15,7 +15,7 @@ from mlem_dist.dataset.schema import features
 from mlem_dist.dataset.shards import WORK, Shard, marked_shards, whole_shards
 from mlem_dist.dataset.store import Location, check_location, listed, publish, reached, remove_folder
 from mlem_dist.errors import UsageError
-from mlem_dist.files import read_object
+from mlem_dist.files import listing, own_names, read_object
 
 SCHEMA_VERSION = 1
 NAME, CARD = "mlem.json", "README.md"
@@ -100,12 +100,14 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
         OSError: as `listed`.
     """
     try:
-        there = listed(out).keys() - {WORK}
+        there = [name for name in own_names(listed(out)) if name != WORK]
     except OSError:
         check_location(out)
         raise
     if there and NAME not in there:
-        raise UsageError(f"--out {out} holds something else (no {NAME}); choose an empty or new folder")
+        raise UsageError(
+            f"--out {out} holds something else ({listing(there)}) and no {NAME}; choose an empty or new folder"
+        )
     manifest = read_manifest(out) if there else None
     if manifest and (keys := changed(manifest, config)):
         changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)

@@ -25,7 +25,7 @@ def device_key(device: str) -> str:
     if device == "cuda":
         return f"cuda/{torch.cuda.get_device_name()}"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

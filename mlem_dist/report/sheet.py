@@ -1,7 +1,9 @@
 """Contact sheets."""
 
 import io
+import os
 from itertools import chain
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,9 +56,18 @@ def contact_sheet(out: Location) -> Image.Image:
     return sheet
 
 
-def save_contact_sheet(out: Location) -> Location:
-    """Write the contact sheet of a dataset to `preview.png` in its folder, and return that path."""
-    path, buffer = out / "preview.png", io.BytesIO()
+def save_contact_sheet(out: Location, picture: Path | None = None) -> Location:
+    """Write the contact sheet of a dataset as a PNG file, `preview.png` in its folder by default, and return its path.
+
+    Raises:
+        UsageError: as `contact_sheet`, or the dataset's folder cannot be written.
+    """
+    path = picture or out / "preview.png"
+    if isinstance(path, Path) and not os.access(path.parent, os.W_OK):
+        raise UsageError(
+            f"{path.parent} cannot be written; choose another place for the contact sheet by --out FILE.png"
+        )
+    buffer = io.BytesIO()
     contact_sheet(out).save(buffer, "PNG")
-    publish(path, buffer.getvalue(), out)
+    publish(path, buffer.getvalue(), path.parent)
     return path

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
 from mlem_dist.errors import UsageError
+from mlem_dist.files import check_writable
+from mlem_dist.machine import available_cores, require_open_files
 from mlem_dist.runtime.placement import Devices
 
+logger = logging.getLogger(__name__)
+
 ANSWER_SECONDS = 10
+
+OPEN_FILES = 112
+"""Open files that a Ray without workers needs."""
+
+OPEN_FILES_PER_CORE = 8
+"""Further open files that it needs for the workers of each core."""
+
+TEMP_BYTES = 36
+"""Longest name of a folder for Ray's temporary files, in bytes: it makes names of 70 more for its sockets there, and a
+socket's name has 107 at most."""
+
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+TEMP_VARIABLES = ("RAY_TMPDIR", "TMPDIR")
+TEMP_FOLDERS = ("/tmp", "/var/tmp")
 
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 ACCELERATOR = "ray.io/accelerator-type"
@@ -46,13 +69,15 @@ def connect(address: str | None) -> None:
     """Connect to the Ray at `address`, to the one that RAY_ADDRESS names, as in a Ray job, or start one here.
 
     Raises:
-        UsageError: nothing answers at the address within some seconds.
+        UsageError: nothing answers at the address within some seconds, or this machine allows fewer open files than Ray
+            needs, or has no folder for its temporary files.
+        RuntimeError: Ray cannot be started here.
     """
     address = _resolved(address)
     if address == "local":
-        for name, value in AT_REST.items():
-            os.environ.setdefault(name, value)
+        local = _local_options()
     else:
+        local = {}
         _check_answer(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -61,11 +86,80 @@ def connect(address: str | None) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
+            job_config=_job_config(),
+            **local,
         )
-    except (ConnectionError, RayError) as error:
-        raise UsageError(f"no Ray answers at {address}: {' '.join(str(error).split())}") from None
-    # ray.init has put its own in place.
-    signal.signal(signal.SIGTERM, handler)
+    # Ray raises bare exceptions, too.
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, ConnectionError | RayError) and address != "local":
+            raise UsageError(f"no Ray answers at {address}: {said}") from None
+        if address != "local":
+            raise
+        raise RuntimeError(
+            f"Ray does not start on this machine ({said}); its logs are in {_temp_folder()}/session_latest/logs; "
+            "--engine inline generates without Ray"
+        ) from None
+    finally:
+        # ray.init has put its own in place.
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _job_config() -> JobConfig:
+    """The import path of workers: their node's, with the current folder only where this process imports from it, too.
+
+    Left to itself, Ray lets workers import first of all from the folder in which the driver was started, and so other
+    code than the driver does, where a checkout or a file named like a library lies there.
+    """
+    here = str(Path.cwd())
+    path = [here] if {"", here} & {*sys.path} else []
+    return JobConfig(_client_job=True, _py_driver_sys_path=path)
+
+
+def _local_options() -> dict[str, Any]:
+    """Arguments of `ray.init` for a Ray that is started here, after its environment is made ready."""
+    cores = available_cores()
+    require_open_files(OPEN_FILES + OPEN_FILES_PER_CORE * cores, "Ray")
+    for name, value in AT_REST.items():
+        os.environ.setdefault(name, value)
+    _provide_token()
+    return {"num_cpus": cores, "_temp_dir": _temp_folder()}
+
+
+def _provide_token() -> None:
+    """Give Ray a token for this process and its children, where the home folder cannot hold the one that Ray writes."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {*TOKEN_VARIABLES} & os.environ.keys():
+        return
+    try:
+        folder = Path.home() / ".ray"
+        if not os.access(folder / "auth_token", os.R_OK):
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+    # Without a home there is a RuntimeError.
+    except (OSError, RuntimeError):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _temp_folder() -> str:
+    """A folder for Ray's temporary files: the usual one, or one whose name is short enough for Ray's sockets.
+
+    Raises:
+        UsageError: there is none that can be written.
+    """
+    usual = next(filter(None, map(os.environ.get, TEMP_VARIABLES)), TEMP_FOLDERS[0])
+    for folder in (usual, *TEMP_FOLDERS):
+        try:
+            check_writable(Path(folder, "ray"))
+        except UsageError:
+            continue
+        if len(os.fsencode(folder)) <= TEMP_BYTES:
+            if folder != usual:
+                logger.warning("Ray's temporary files are in %s/ray: %s is not writable, or too long", folder, usual)
+            return f"{folder}/ray"
+    raise UsageError(
+        f"Ray needs a folder for its temporary files that can be written and has a name of at most {TEMP_BYTES} bytes; "
+        f"{', '.join(dict.fromkeys((usual, *TEMP_FOLDERS)))} are not; set {TEMP_VARIABLES[0]}"
+    )
 
 
 def disconnect() -> None:
@@ -86,7 +180,7 @@ def _check_answer(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS / 2).close()
         # Something listens, but ray.init would wait for minutes if it is not a Ray head.
-        check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+        check = [sys.executable, "-P", "-m", "ray.scripts.scripts", "health-check", "--address", address]
         done = subprocess.run(check, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
         healthy, why = done.returncode == 0, done.stderr
     except (OSError, OverflowError, subprocess.TimeoutExpired):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +34,18 @@ SAMPLED_BLOCKS = 16
 def versions() -> dict[str, str]:
     """The versions that decide bytes."""
     libraries = {name: version(name) for name in ("torch", "numpy", "pyarrow")}
-    return {"mlem_dist": __version__, "python": platform.python_version()} | libraries
+    own = {"mlem_dist": __version__, "mlem_dist's source": _source_digest()}
+    return own | {"python": platform.python_version()} | libraries
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    """SHA-256 of this package's source, shortened: a checkout may have changed since the version that it names."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parents[1]
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,6 @@ def _saved(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """What `_store` has written of a level of the `wanted` settings, if all of it is still in `folder`."""
     if not (folder / ENTRY).exists():
         return None
-    saved: dict[str, Any] = json.loads((folder / ENTRY).read_text())
+    saved: dict[str, Any] = json.loads((folder / ENTRY).read_bytes())
     there = all((folder / file).exists() for file in saved["level"]["sha256"])
     return saved if there and saved["settings"] == wanted else None

@@ -93,7 +93,7 @@ def read_config(path: Path) -> TrainConfig:
         UsageError: the file is missing, is not YAML, or has unknown, missing or wrong keys.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UsageError(f"training configuration {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -76,7 +76,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a loss log, without one that a kill has cut off; none if there is no log."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 class _State:
@@ -178,7 +178,7 @@ def train_unet(
         return _batch(images, config.seed, level, len(a), step)
 
     # The next batch is made while this one is learnt from.
-    with log_file.open("a") as log, ThreadPoolExecutor(1) as maker:
+    with log_file.open("a", encoding="utf-8") as log, ThreadPoolExecutor(1) as maker:
         coming = maker.submit(batch, start)
         for step in range(start, level.steps):
             x0, label, noise, t = (value.to(device) for value in coming.result())

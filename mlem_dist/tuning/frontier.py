@@ -51,7 +51,7 @@ class Frontier:
         if not path.exists():
             return
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_bytes())
             rows = raw.pop("rows")
             self.rows = [Row(r["family"], r["label"], r["seconds"], np.array(r["errors"])) for r in rows]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
