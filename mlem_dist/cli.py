@@ -23,6 +23,7 @@ from mlem_dist.machine import available_cores, keep_streams
 
 if TYPE_CHECKING:
     from mlem_dist.dataset.store import Location
+    from mlem_dist.training.data import Images
 
 DEFAULT_NFE = 10.0
 _stop_code, _stop_note = 130, ""
@@ -302,6 +303,8 @@ def generate(
             if (now := job.versions.get(name)) != was:
                 click.echo(f"It was begun with {name} {was}; with {now} the rest may be rounded otherwise.", err=True)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
+    if todo:
+        ladder.check_models()
     if engine == "ray" and todo:
         if not remote:
             cluster.connect(address)
@@ -448,7 +451,9 @@ def ladder_measure(folder: Path) -> None:
     from mlem_dist.ladder.measure import measure_costs
     from mlem_dist.report.tables import ladder_table
 
-    click.echo(ladder_table(measure_costs(Ladder.load(folder))))
+    ladder = Ladder.load(folder)
+    ladder.check_models()
+    click.echo(ladder_table(measure_costs(ladder)))
 
 
 DATA_HELP = "Folder of images: IDX files, Parquet or pictures; see the docs."
@@ -470,7 +475,6 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
     from mlem_dist.report.tables import ladder_table
     from mlem_dist.runtime import cluster
     from mlem_dist.training.config import read_config
-    from mlem_dist.training.data import load_images
     from mlem_dist.training.resume import WORK, check_training
     from mlem_dist.training.tasks import train_on_ray
 
@@ -479,9 +483,7 @@ def train(data: Path, config_file: Path, out: Path, device: str, address: str | 
     config = read_config(config_file)
     remote = cluster.is_remote(address)
     device = _local_device(device, remote)
-    images = load_images(data, config.sample_shape, config.labels)
-    if images.resized:
-        click.echo(f"{images.resized:,} images are larger than the samples: cropped and scaled down.", err=True)
+    images = _images(data, config)
     if check_training(config, images, out):
         click.echo(f"{out} is finished already.")
     else:
@@ -515,7 +517,6 @@ def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bo
     from mlem_dist.report.figures import save_figures
     from mlem_dist.report.progress import parts_bar
     from mlem_dist.report.tables import calibration_table
-    from mlem_dist.training.data import load_images
     from mlem_dist.tuning.calibrate import calibrate as measure
     from mlem_dist.tuning.calibrate import store
 
@@ -524,12 +525,25 @@ def calibrate(name: str, data: Path, device: str, out: Path | None, compiled: bo
     device = _local_device(device, False)
     folder = ladder.folder if out is None else out
     replaced = device_key(device) in stored(folder, ladder)
-    images = load_images(data, ladder.sample_shape, ladder.labels)
+    ladder.check_models()
+    images = _images(data, ladder)
     with parts_bar() as progress:
         calibration = measure(ladder, images.test, images.test_label, device, progress, compiled=compiled)
     click.echo(calibration_table(ladder, calibration))
     written = [store(folder, ladder, calibration), *save_figures(folder, ladder, calibration)]
     click.echo(f"Wrote {', '.join(map(str, written))}" + (f"; replaced {calibration.device}" if replaced else ""))
+
+
+def _images(data: Path, of: Any) -> Images:
+    """The image dataset in a folder for a ladder or the configuration of one, with a word on what is not as it lies."""
+    from mlem_dist.training.data import load_images
+
+    images = load_images(data, of.sample_shape, of.labels)
+    if images.resized:
+        click.echo(f"{images.resized:,} images are larger than the samples: cropped and scaled down.", err=True)
+    if images.skipped:
+        click.echo(f"{images.skipped:,} files are no pictures: passed over.", err=True)
+    return images
 
 
 def numbers(value: str) -> tuple[float, ...]:
@@ -567,6 +581,7 @@ def tune(name: str, nfe: tuple[float, ...], solver: str, steps: int, device: str
     require("matplotlib", "figures")
     _on_stop("Plans that are found and judged are kept; the same command goes on from there.")
     ladder = Ladder.load(name)
+    ladder.check_models()
     device = _local_device(device, False)
     frontier = open_frontier(ladder, solver, steps, device, out)
     with parts_bar() as progress:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 SYSTEM_NAMES = (
+    "$RECYCLE.BIN",
     ".DS_Store",
     ".Trash-*",
     ".fuse_hidden*",
@@ -28,8 +29,10 @@ SYSTEM_NAMES = (
     ".snapshot",
     ".snapshots",
     ".stfolder",
+    "@eaDir",
     "System Volume Information",
     "Thumbs.db",
+    "__MACOSX",
     "desktop.ini",
     "lost+found",
 )
@@ -41,7 +44,7 @@ def own_names(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in SYSTEM_NAMES))
 
 
-def listing(names: Iterable[str], most: int = 3) -> str:
+def listing(names: Iterable[str], most: int = 10) -> str:
     """The first few of some names, for a message."""
     every = list(names)
     return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

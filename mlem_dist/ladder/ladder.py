@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -26,13 +27,25 @@ from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text, file_digest, read_object, replace_file
-from mlem_dist.ladder.levels import PREDICTIONS, GaussianLevel, UNetLevel
+from mlem_dist.ladder.levels import (
+    PREDICTIONS,
+    GaussianLevel,
+    UNetLevel,
+    check_condition,
+    on_meta,
+    quiet_diffusers,
+)
 from mlem_dist.ladder.schedule import alpha_bar
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(str(files("mlem_dist.ladder")))
 LADDER = "ladder.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)?\.json)$")
+"""Names of files that may hold weights, or the names of such files."""
 
 WIDE = 64
 """Channels of a UNet's widest block from which CPUs compute it 1.0 to 1.3 times as fast with channels last (layout.py
@@ -144,6 +157,8 @@ class Ladder:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.folder / SCHEDULER}: {error}") from None
         for level in self.levels:
+            if level.kind == "unet":
+                _check_model_folder(level, self.folder / level.path)
             for name in level.sha256:
                 _check_there(self.folder, name)
             for name in self._files(level):
@@ -152,7 +167,7 @@ class Ladder:
                         f"{self.folder / LADDER}: sha256 of level {level.name!r} lacks {name}, by which a change of it "
                         "would be noticed; add it"
                     )
-            self._check_shape(level)
+            self._check_level(level)
         for device in {device for level in self.levels for device in level.seconds}:
             if any(level.seconds.get(device, 0) <= 0 for level in self.levels):
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
@@ -169,49 +184,74 @@ class Ladder:
         for name, digest in level.sha256.items():
             _check_digest(self.folder, name, digest)
 
-    def _check_shape(self, level: Level) -> None:
+    def _check_level(self, level: Level) -> None:
         """Refuse a level that is not made for this ladder's sample shape and labels."""
-        channels, height, width = self.sample_shape
         if level.kind == "gaussian":
-            expected: Any = [max(1, len(self.labels)), math.prod(self.sample_shape)]
-            found: Any = _shape(self.folder / level.path, "mean")
+            shape = [max(1, len(self.labels)), math.prod(self.sample_shape)]
+            self._check_fit(level, {"mean": _shape(self.folder / level.path, "mean")}, {"mean": shape})
         elif level.kind == "unet":
-            if level.prediction not in PREDICTIONS:
-                raise UsageError(
-                    f"level {level.name!r}: prediction is {level.prediction!r}, "
-                    f"expected one of {', '.join(PREDICTIONS)}"
-                )
-            if level.prediction == "residual" and (
-                self.levels[0].kind != "gaussian" or self.value_range != (-1.0, 1.0)
-            ):
-                raise UsageError(
-                    f"level {level.name!r}: prediction residual needs a Gaussian as first level and the value range "
-                    f"[-1, 1], got {self.levels[0].kind} and {list(self.value_range)}"
-                )
-            if height % level.patch or width % level.patch:
-                raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
-            config = read_object(self.folder / level.path / "config.json", "model configuration")
-            if config.get("_class_name") != "UNet2DModel":
-                raise UsageError(
-                    f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel"
-                )
-            size = config.get("sample_size")
-            inner = channels * level.patch**2
-            seen = 2 * inner if level.prediction == "residual" else inner
-            expected = [seen, inner, height // level.patch, width // level.patch, len(self.labels) or None]
-            found = [
-                config.get("in_channels"),
-                config.get("out_channels"),
-                *(size if isinstance(size, list) else [size, size]),
-                config.get("num_class_embeds"),
-            ]
+            self._check_unet(level)
         else:
             raise UsageError(f"level {level.name!r}: kind is {level.kind!r}, expected gaussian or unet")
-        if found != expected:
+
+    def _check_unet(self, level: Level) -> None:
+        channels, height, width = self.sample_shape
+        if level.prediction not in PREDICTIONS:
             raise UsageError(
-                f"level {level.name!r} does not fit the ladder's sample shape {self.sample_shape} and "
-                f"{len(self.labels)} labels: it has {found}, expected {expected}"
+                f"level {level.name!r}: prediction is {level.prediction!r}, expected one of {', '.join(PREDICTIONS)}"
             )
+        if level.prediction == "residual" and (self.levels[0].kind != "gaussian" or self.value_range != (-1.0, 1.0)):
+            raise UsageError(
+                f"level {level.name!r}: prediction residual needs a Gaussian as first level and the value range "
+                f"[-1, 1], got {self.levels[0].kind} and {list(self.value_range)}"
+            )
+        if height % level.patch or width % level.patch:
+            raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
+        config = self._config(level)
+        if config.get("_class_name") != "UNet2DModel":
+            raise UsageError(f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel")
+        size = config.get("sample_size")
+        inner = channels * level.patch**2
+        expected = {
+            "in_channels": 2 * inner if level.prediction == "residual" else inner,
+            "out_channels": inner,
+            "sample_size": [height // level.patch, width // level.patch],
+            "num_class_embeds": len(self.labels) or None,
+        }
+        self._check_fit(level, config | {"sample_size": size if isinstance(size, list) else [size, size]}, expected)
+        check_condition(level.name, config, len(self.alpha_bar))
+
+    def _check_fit(self, level: Level, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        for key, value in expected.items():
+            if given.get(key) != value:
+                raise UsageError(
+                    f"level {level.name!r} does not fit the ladder's sample shape {self.sample_shape} and "
+                    f"{len(self.labels)} labels: its {key} is {given.get(key)}, expected {value}"
+                )
+
+    def _config(self, level: Level) -> dict[str, Any]:
+        """The configuration of a UNet level's model."""
+        return read_object(self.folder / level.path / "config.json", "model configuration")
+
+    def check_models(self) -> None:
+        """Refuse a UNet that cannot be built, or not for samples of this shape, before anything is written of a run.
+
+        Imports diffusers, which takes seconds. Those of the bundled ladders are known to be well.
+
+        Raises:
+            UsageError: by the level's name, with diffusers' reason.
+        """
+        for level in self.levels:
+            if level.kind == "unet" and self.folder.parent != PACKAGE:
+                on_meta(level.name, self.sample_shape, level.patch, partial(self._untrained, level))
+
+    def _untrained(self, level: Level) -> UNetLevel:
+        """A UNet level by its configuration alone."""
+        from diffusers import UNet2DModel
+
+        gaussian = GaussianLevel(1, 1, 1, self.alpha_bar) if level.prediction == "residual" else None
+        model = UNet2DModel.from_config(self._config(level))
+        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian)
 
     @property
     def source(self) -> str:
@@ -317,14 +357,15 @@ class Ladder:
     def _load_unet(self, level: Level, device: torch.device | str, precision: str) -> nn.Module:
         from diffusers import UNet2DModel
 
-        model, info = UNet2DModel.from_pretrained(
-            self.folder / level.path,
-            torch_dtype=getattr(torch, precision),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        with quiet_diffusers():
+            model, info = UNet2DModel.from_pretrained(
+                self.folder / level.path,
+                torch_dtype=getattr(torch, precision),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
         # Diffusers only warns, and leaves at random what it has not found.
         for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
             if names:
@@ -375,7 +416,7 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
         kind, path, patch, prediction = "unet", name, module.patch, module.prediction
         model: Any = module.model
         model.save_config(folder / path)
-        weights = folder / path / "diffusion_pytorch_model.safetensors"
+        weights = folder / path / WEIGHTS
         save_tensors(weights, state, {"format": "pt"})
         written = [folder / path / "config.json", weights]
     else:
@@ -468,6 +509,52 @@ def _shape(path: Path, name: str) -> list[int] | None:
             return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
+
+
+def _check_model_folder(level: Level, path: Path) -> None:
+    """Refuse the folder of a UNet level that has no weights which diffusers would read from safetensors.
+
+    Raises:
+        UsageError: it is that of a whole pipeline, has weights of another name or format only, or lacks shards.
+    """
+    if (path / "model_index.json").is_file() and not (path / "config.json").exists():
+        parts = read_object(path / "model_index.json", "pipeline").items()
+        unets = [f"{level.path}/{key}" for key, value in parts if isinstance(value, list) and "UNet2DModel" in value]
+        way_out = f"set the level's path to {' or '.join(unets)}" if unets else "choose one that has such a part"
+        raise UsageError(
+            f"level {level.name!r}: {path} is the folder of a whole pipeline, expected that of a UNet2DModel; {way_out}"
+        )
+    if path.is_file():
+        raise UsageError(f"level {level.name!r}: its path {path} is a file, expected the folder of a UNet2DModel")
+    if (path / INDEX).is_file():
+        _check_shards(level, path)
+    elif path.is_dir() and not (path / WEIGHTS).is_file():
+        others = sorted(file.name for file in path.iterdir() if WEIGHT_FILE.search(file.name))
+        raise UsageError(f"level {level.name!r}: {path} lacks {WEIGHTS}; {_remedy(path, others)}")
+
+
+def _check_shards(level: Level, path: Path) -> None:
+    index = read_object(path / INDEX, "index of weights").get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise UsageError(f"level {level.name!r}: {path / INDEX} has no weight_map; restore it")
+    for shard in sorted(set(map(str, index.values()))):
+        if not (path / shard).is_file():
+            raise UsageError(f"level {level.name!r}: {path / INDEX} names {shard}, which is not there; restore it")
+
+
+def _remedy(path: Path, others: Sequence[str]) -> str:
+    """What to do where `path` has only `others` for weights."""
+    tensors = [name for name in others if name.endswith(".safetensors")]
+    if any("-of-" in name for name in tensors):
+        return f"its shards are found by {INDEX}; restore that, or rename the index of a variant to it"
+    if len(tensors) == 1:
+        return f"rename {tensors[0]} to that, also in the level's sha256; half precision is fine"
+    if tensors or not others:
+        return "restore it or train the ladder again"
+    return (
+        f"{', '.join(others)} is not read; convert it by `model = UNet2DModel.from_pretrained({str(path)!r}, "
+        f"use_safetensors=False)` and `model.save_pretrained({str(path)!r})`"
+    )
 
 
 def _check_there(folder: Path, name: str) -> None:

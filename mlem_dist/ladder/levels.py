@@ -1,7 +1,10 @@
 """Levels: approximators of one drift, each a torch module that predicts the noise of a sample."""
 
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import ERROR
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from mlem_dist.errors import UsageError
 from mlem_dist.solver.closed_form import AffineDrift
 
 PREDICTIONS = ("epsilon", "v_prediction", "residual")
@@ -18,6 +22,8 @@ CHUNK_BYTES = 2**28
 
 FIT_ROWS = 4096
 """Samples that a covariance is summed up from at a time."""
+
+_quiet = threading.Lock()
 
 
 def _rows(x0: Tensor, index: Tensor, in_range: Callable[[Tensor], Tensor]) -> Tensor:
@@ -215,3 +221,71 @@ def new_unet_level(
         **model,
     )
     return UNetLevel(unet, patch, prediction, alpha_bar, gaussian)
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silence progress bars and warnings of diffusers in this process, not its errors; one thread at a time."""
+    from diffusers.utils import logging
+
+    with _quiet:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity(max(verbosity, ERROR))
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+
+
+def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Callable[[], UNetLevel]) -> UNetLevel:
+    """The level `name` as `build` makes it, without memory for its weights, after samples have passed through it.
+
+    Raises:
+        UsageError: it cannot be built, not for samples of this shape, or wants another condition than a ladder's.
+    """
+    try:
+        with quiet_diffusers(), torch.device("meta"), torch.no_grad():
+            level = build()
+            config: Any = level.model.config
+            check_condition(name, config, len(level.alpha_bar))
+            # More than one sample, to which alone a condition of a wrong shape would be broadcast.
+            x, t = torch.empty(2, *sample_shape), torch.zeros(2, dtype=torch.int64)
+            level(x, t, t, x)
+    except UsageError:
+        raise
+    # Diffusers refuses wrong arguments with all kinds of errors, many of them only when a sample passes.
+    except Exception as error:
+        size = "x".join(map(str, sample_shape))
+        raise UsageError(
+            f"level {name!r}: its model cannot be used for samples of {size} with patch {patch}: "
+            f"{' '.join(str(error).split())}"
+        ) from None
+    return level
+
+
+def check_condition(name: str, config: Mapping[str, Any], timesteps: int) -> None:
+    """Refuse a `UNet2DModel` that wants to be told something else than one of `timesteps` and a class, if any.
+
+    Raises:
+        UsageError: by the level's name and the key of its model's `config`.
+    """
+    classes = config.get("num_class_embeds")
+    if (kind := config.get("class_embed_type")) not in (None, "timestep" if classes else None):
+        raise UsageError(
+            f"level {name!r}: class_embed_type of its model is {kind!r}, expected null: a ladder gives a model the "
+            f"timestep and {'the number of a class' if classes else 'no class'}; take a model that needs nothing else"
+        )
+    if (kind := config.get("time_embedding_type")) == "fourier":
+        raise UsageError(
+            f"level {name!r}: time_embedding_type of its model is {kind!r}, expected positional: a ladder gives a "
+            "model timesteps, not levels of noise; take a model that was trained on timesteps"
+        )
+    known = config.get("num_train_timesteps")
+    if kind == "learned" and not (isinstance(known, int) and known >= timesteps):
+        raise UsageError(
+            f"level {name!r}: num_train_timesteps of its model is {known}, expected at least the {timesteps} of the "
+            "noise schedule; take that with which the model was trained"
+        )

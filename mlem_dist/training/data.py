@@ -6,11 +6,15 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import re
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,34 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_text
+from mlem_dist.files import check_text, listing, own_names
+
+TRAIN = "train"
 
 HELD_OUT = ("test", "validation")
-"""What the held-out part of a dataset is called, in this order of preference."""
+"""Kinds of held-out parts of a dataset, in order of preference."""
+
+KINDS = frozenset({TRAIN, *HELD_OUT})
+"""Kinds of parts of a dataset."""
+
+PART_NAMES = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("validation", "validate", "valid", "val", "dev", "eval", "evaluation"), "validation"),
+}
+"""Names of parts of a dataset, in lower case, with the kind of each."""
+
+NOT_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "PDF"})
+"""Formats that Pillow has names for and that hold no pictures, or none that it can read."""
+
+UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})
+"""Suffixes of pictures that Pillow may be unable to read: such files are refused then, not skipped."""
 
 HELD_OUT_SHARE = 0.1
 MOST_HELD_OUT = 10_000
+
+FIRST_MODES = {"LAB": "RGB", "La": "LA"}
+"""Modes of pixels that Pillow does not convert to grey, with the mode through which it does."""
 
 BATCH = 1000
 """So many encoded images of a Parquet file are in memory at a time."""
@@ -43,6 +68,7 @@ class Images:
     Attributes:
         labels: class names; empty if the images are to be taken without their classes.
         resized: how many were larger than the sample shape and have been cropped and scaled down.
+        skipped: how many files lay among the pictures and are none.
     """
 
     train: Tensor
@@ -51,6 +77,7 @@ class Images:
     test_label: Tensor
     labels: tuple[str, ...] = ()
     resized: int = 0
+    skipped: int = 0
 
     @cached_property
     def digest(self) -> str:
@@ -63,16 +90,32 @@ class Images:
 
 @dataclass(frozen=True)
 class _Part:
-    """Images as uint8 (n, C, H, W), how many were resized, and their labels int64 (n,), if they have any."""
+    """One part of a dataset: images as uint8 (n, C, H, W), and their labels int64 (n,), if they have any.
+
+    Attributes:
+        resized: how many images were resized.
+        skipped: how many files among the pictures are none.
+        sources: the files that the labels are read from, each with its number of rows.
+    """
 
     pixels: np.ndarray
     resized: int
     label: np.ndarray | None
+    skipped: int = 0
+    sources: tuple[tuple[Path, int], ...] = ()
+
+    def origin(self, row: int) -> str:
+        """The file that the label of an image is read from, and the row in it."""
+        for file, rows in self.sources:
+            if row < rows:
+                return f"{file}: row {row}"
+            row -= rows
+        raise IndexError(row)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a reader found: one part or two, and the names of the classes, if they have names."""
+class _Dataset:
+    """What a reader returns: one part or two, and the names of the classes, if they have names."""
 
     train: _Part
     test: _Part | None
@@ -83,13 +126,18 @@ def load_images(folder: Path, sample_shape: Shape, labels: Sequence[str] | None)
     """Read the image dataset in `folder`, in whichever of these forms it lies there:
 
     - the four IDX files of MNIST, plain or gzipped;
-    - Parquet files, in `folder` or `folder`/data, with a column `image` (encoded files as binary, or as Hugging Face's
-      struct of bytes and path) and, if there are classes, an integer column `label`; files named test* or validation*
-      are the held-out part;
-    - pictures in one folder per class, or directly in `folder` if there are no classes; or that in `folder`/train,
-      with a held-out part of the same form in `folder`/test or `folder`/validation.
+    - Parquet files, in `folder`/data, else in `folder`, else in one folder further down, with a column `image` (encoded
+      files as binary, or as Hugging Face's struct of bytes and path) and, if there are classes, an integer column
+      `label`; a word in the file's name or in that of a folder on the way says which part it belongs to;
+    - pictures in one folder per class, or directly in `folder` if there are no classes; or that in folders that are the
+      parts of the dataset by their names.
 
-    Where no part is held out, a tenth of the images, at most 10,000, the same ones at every call, become that part.
+    `PART_NAMES` has the names of parts, in any case. The test part is the held-out one, else the validation part; where
+    the training part has classes and a held-out part has none, or the label -1 throughout, that part is passed over.
+    Where no part is left to be held out, a tenth of the images, at most 10,000, the same ones at every call, become it.
+
+    Hidden files and folders are passed over at every depth, links to files and folders followed. Among pictures, files
+    that neither have a picture's suffix nor begin as one are skipped.
 
     Pictures are turned upright and made grey (C = 1) or RGB (C = 3; transparency is dropped). Smaller ones than the
     sample shape are zero-padded to it, larger ones cropped to its aspect ratio around the centre and scaled down.
@@ -97,72 +145,134 @@ def load_images(folder: Path, sample_shape: Shape, labels: Sequence[str] | None)
     `labels` are the class names in the order wanted, none to ignore the classes, or None to take the dataset's.
 
     Raises:
-        UsageError: there is no such data, a file is not what it should be, or its classes are not `labels`.
+        UsageError: there is no such data, a file is not what it should be, its parts cannot be told from its classes,
+            or its classes are not `labels`.
     """
     if not folder.is_dir():
         raise UsageError(f"no training data: {folder} is not a folder")
-    parquet = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
-    if any(folder.glob("*-idx3-ubyte*")):
-        found = _read_idx(folder, sample_shape)
-    elif parquet:
-        found = _read_parquet(parquet, sample_shape)
-    else:
-        found = _read_pictures(folder, sample_shape)
-    return _assemble(found, labels, folder)
+    classes = labels is None or len(labels) > 0
+    with warnings.catch_warnings():
+        # Of pictures that it reads nevertheless.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        if any("-idx3-ubyte" in path.name for path in _visible(folder)[0]):
+            dataset = _read_idx(folder, sample_shape)
+        elif files := _parquet_files(folder):
+            dataset = _read_parquet(folder, files, sample_shape, classes)
+        else:
+            dataset = _read_pictures(folder, sample_shape, classes)
+    return _assemble(dataset, labels, folder)
 
 
-def _assemble(found: _Found, labels: Sequence[str] | None, source: Path) -> Images:
+def _assemble(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> Images:
     """Hold a part out if there is none, and number the classes as `labels` does."""
-    train = found.train
-    if found.test is None:
+    train = dataset.train
+    if dataset.test is None:
         n = len(train.pixels)
         rows = np.random.default_rng(0).permutation(n)
         cut = min(max(1, int(n * HELD_OUT_SHARE)), MOST_HELD_OUT)
         test, train = _rows(train, np.sort(rows[:cut])), _rows(train, np.sort(rows[cut:]))
     else:
-        test = found.test
+        test = dataset.test
     if not len(train.pixels):
         raise UsageError(f"no training data: {source} has only {len(test.pixels)} image; add more")
-    resized = found.train.resized + (found.test.resized if found.test else 0)
-    names, number = _classes(found, labels, source)
+    read = [part for part in (dataset.train, dataset.test) if part is not None]
+    names, number = _classes(dataset, labels, source)
     tensors: list[Tensor] = []
     for part in (train, test):
         label = np.zeros(len(part.pixels), np.int64) if part.label is None or not names else number[part.label]
         tensors += [torch.from_numpy(part.pixels), torch.from_numpy(label)]
-    return Images(tensors[0], tensors[1], tensors[2], tensors[3], names, resized)
+    resized, skipped = sum(part.resized for part in read), sum(part.skipped for part in read)
+    return Images(tensors[0], tensors[1], tensors[2], tensors[3], names, resized, skipped)
 
 
 def _rows(part: _Part, rows: np.ndarray) -> _Part:
     return _Part(part.pixels[rows], 0, None if part.label is None else part.label[rows])
 
 
-def _classes(found: _Found, labels: Sequence[str] | None, source: Path) -> tuple[tuple[str, ...], np.ndarray]:
+def _classes(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> tuple[tuple[str, ...], np.ndarray]:
     """The class names, and each of the dataset's class numbers in their order."""
-    present = [part.label for part in (found.train, found.test) if part is not None and part.label is not None]
-    if not present or (labels is not None and not labels):
+    parts = [(part, part.label) for part in (dataset.train, dataset.test) if part and part.label is not None]
+    if not parts or (labels is not None and not labels):
         if labels:
             raise UsageError(
-                f"{source} has no classes, the configuration has the labels {_listed(labels)}; leave `labels` out"
+                f"{source} has no classes, the configuration has the labels {listing(labels)}; leave `labels` out"
             )
         return (), np.zeros(0, np.int64)
-    low, high = min(int(label.min()) for label in present), max(int(label.max()) for label in present)
-    names = found.names or tuple(map(str, labels if labels is not None else range(high + 1)))
-    if low < 0 or high >= len(names):
-        raise UsageError(f"{source}: label {low if low < 0 else high} is out of range for {len(names)} labels")
+    high = max(int(label.max()) for _, label in parts)
+    names = dataset.names or tuple(map(str, labels if labels is not None else range(high + 1)))
+    for part, label in parts:
+        wrong = np.flatnonzero((label < 0) | (label >= len(names)))
+        if len(wrong):
+            raise UsageError(
+                f"{part.origin(int(wrong[0]))}: label {label[wrong[0]]} is out of range for {len(names)} labels; "
+                "correct the labels there or the configuration's `labels`, which are [] to train without classes"
+            )
     check_text(names, str(source))
     if labels is None:
         return names, np.arange(len(names))
     wanted = tuple(map(str, labels))
     if set(wanted) != set(names):
         raise UsageError(
-            f"{source} has the classes {_listed(names)}, the configuration has the labels {_listed(wanted)}; "
+            f"{source} has the classes {listing(names)}, the configuration has the labels {listing(wanted)}; "
             "make them equal, or leave `labels` out to take those of the data"
         )
     return wanted, np.array([wanted.index(name) for name in names])
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+def _names(folders: Sequence[Path]) -> str:
+    return listing([folder.name for folder in folders])
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """The files and folders in a folder, and links to such, by name; hidden ones and those of systems are left out."""
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        lost = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
+        taken = [entry for entry in entries if entry.is_file() or (entry.is_dir() and own_names([entry.name]))]
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from None
+    if lost:
+        raise UsageError(f"{lost[0]} is a link to nothing; mend or remove it")
+    return taken
+
+
+def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files and the folders in a folder, by name; see `_entries`."""
+    entries = _entries(folder)
+    return [folder / entry.name for entry in entries if entry.is_file()], [
+        folder / entry.name for entry in entries if entry.is_dir()
+    ]
+
+
+def _files_below(folder: Path, above: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
+    """The files in a folder and in those in it, at every depth, by path; `above` are the folders that it lies in."""
+    status = folder.stat()
+    if any(os.path.samestat(status, other) for other in above):
+        raise UsageError(f"{folder} is a link to a folder that it lies in; remove it")
+    for entry in _entries(folder):
+        if entry.is_file():
+            yield folder / entry.name
+        else:
+            yield from _files_below(folder / entry.name, (*above, status))
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """The words of a name, in lower case; one that names a part of a dataset as that part's kind."""
+
+    def word(text: str) -> str:
+        plain = text.casefold()
+        return PART_NAMES.get(re.sub("(set|data|images)$", "", plain), plain)
+
+    # Digits and signs separate words and, in what names no part as it is, a capital after a small letter: trainA.
+    runs: list[str] = re.findall(r"[^\W\d_]+", name)
+    parts = [[run] if word(run) in KINDS else re.split("(?<=[a-z])(?=[A-Z])", run) for run in runs]
+    return tuple(word(text) for part in parts for text in part)
+
+
+def _kinds(names: Sequence[str]) -> set[str]:
+    """The kinds of the parts of a dataset that any word in these names says."""
+    return {word for name in names for word in _words(name)} & KINDS
 
 
 def _pad(pixels: np.ndarray, sample_shape: Shape) -> np.ndarray:
@@ -175,7 +285,10 @@ def _pad(pixels: np.ndarray, sample_shape: Shape) -> np.ndarray:
 def _fit(image: Image.Image, sample_shape: Shape) -> tuple[np.ndarray, bool]:
     """A picture as uint8 (C, H, W), and whether it was resized."""
     channels, height, width = sample_shape
-    image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    image = ImageOps.exif_transpose(image)
+    if first := FIRST_MODES.get(image.mode):
+        image = image.convert(first)
+    image = image.convert("L" if channels == 1 else "RGB")
     larger = image.width > width or image.height > height
     if larger:
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -183,40 +296,83 @@ def _fit(image: Image.Image, sample_shape: Shape) -> tuple[np.ndarray, bool]:
     return _pad(pixels.transpose(2, 0, 1), sample_shape), larger
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats of pictures that Pillow reads here."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_PICTURES)
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """The suffixes of pictures, in lower case."""
+    known = Image.registered_extensions()
+    return UNREAD_SUFFIXES | {suffix for suffix, name in known.items() if name not in NOT_PICTURES}
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its suffix or, with another suffix or none, by its first bytes."""
+    if path.suffix.lower() in _suffixes():
+        return True
+    with path.open("rb") as file:
+        try:
+            Image.open(file, formats=_formats())
+        except Image.DecompressionBombError:
+            return True
+        except (OSError, SyntaxError, ValueError, EOFError):
+            return False
+    return True
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Whether a folder has pictures in it, at any depth."""
+    return any(map(_is_picture, _files_below(folder)))
+
+
 def _decode(data: bytes, name: str, sample_shape: Shape) -> tuple[np.ndarray, bool]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.mode.startswith(("I", "F")):
                 raise UsageError(f"{name} has pixels of more than 8 bits (mode {image.mode}); convert it to 8 bits")
             return _fit(image, sample_shape)
     except UsageError:
         raise
     except UnidentifiedImageError:
-        raise UsageError(f"{name} is not an image of a known format; remove or replace it") from None
+        raise UsageError(
+            f"{name} is not an image of a format and mode that can be read; convert or remove it"
+        ) from None
+    except Image.DecompressionBombError as error:
+        size = str(error).partition(",")[0]
+        raise UsageError(f"{name} is of a size that cannot be taken ({size}); scale it down or remove it") from None
     # What Pillow raises for broken files.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UsageError(f"{name} is a broken image ({error}); remove or replace it") from None
 
 
-def _idx(folder: Path, stem: str) -> np.ndarray:
+def _idx_file(folder: Path, stem: str) -> Path:
     for path in (folder / stem, folder / f"{stem}.gz"):
         if path.is_file():
-            try:
-                raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-                dims = raw[3]
-                shape = np.frombuffer(raw, ">u4", dims, 4)
-            except (OSError, EOFError, IndexError, ValueError, zlib.error):
-                raise UsageError(f"{path} is not a complete IDX file of bytes") from None
-            if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * dims + int(shape.prod(dtype=np.int64)):
-                raise UsageError(f"{path} is not a complete IDX file of bytes")
-            return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+            return path
     raise UsageError(f"no training data: {folder} has neither {stem} nor {stem}.gz (the four IDX files of MNIST)")
 
 
-def _read_idx(folder: Path, sample_shape: Shape) -> _Found:
+def _idx(path: Path) -> np.ndarray:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        dims = raw[3]
+        shape = np.frombuffer(raw, ">u4", dims, 4)
+    except (OSError, EOFError, IndexError, ValueError, zlib.error):
+        raise UsageError(f"{path} is not a complete IDX file of bytes") from None
+    if raw[:3] != b"\0\0\x08" or len(raw) != 4 + 4 * dims + int(shape.prod(dtype=np.int64)):
+        raise UsageError(f"{path} is not a complete IDX file of bytes")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def _read_idx(folder: Path, sample_shape: Shape) -> _Dataset:
     parts = []
     for name in ("train", "t10k"):
-        images, label = _idx(folder, f"{name}-images-idx3-ubyte"), _idx(folder, f"{name}-labels-idx1-ubyte")
+        file = _idx_file(folder, f"{name}-labels-idx1-ubyte")
+        images, label = _idx(_idx_file(folder, f"{name}-images-idx3-ubyte")), _idx(file)
         if images.ndim != 3 or label.shape != images.shape[:1] or not images.size:
             raise UsageError(
                 f"{folder}: {name} has images {images.shape} and labels {label.shape}, expected as many of each"
@@ -226,21 +382,90 @@ def _read_idx(folder: Path, sample_shape: Shape) -> _Found:
             pixels = np.stack([_fit(Image.fromarray(image), sample_shape)[0] for image in images])
         else:
             pixels = _pad(images[:, None].repeat(sample_shape[0], axis=1), sample_shape)
-        parts.append(_Part(pixels, larger * len(images), label.astype(np.int64)))
-    return _Found(parts[0], parts[1], None)
+        resized = larger * len(images)
+        parts.append(_Part(pixels, resized, label.astype(np.int64), sources=((file, len(label)),)))
+    return _Dataset(parts[0], parts[1], None)
 
 
-def _read_parquet(files: Sequence[Path], sample_shape: Shape) -> _Found:
-    test = next((held for name in HELD_OUT if (held := [file for file in files if file.name.startswith(name)])), [])
-    train = [file for file in files if not file.name.startswith(HELD_OUT)]
-    if not train:
-        raise UsageError(f"no training data: every Parquet file in {files[0].parent} is a held-out one by its name")
-    schemas = [_schema(file) for file in train + test]
-    labelled = {"label" in schema.names for schema in schemas}
-    if len(labelled) > 1:
-        raise UsageError(f"some Parquet files in {files[0].parent} have a column `label` and others have none")
-    parts = [_parquet_part(part, labelled == {True}, sample_shape) for part in (train, test) if part]
-    return _Found(parts[0], parts[1] if test else None, _class_names(schemas[0]) if labelled == {True} else None)
+def _parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a dataset; none if there are none or they only describe pictures."""
+    configs: dict[Path, list[Path]] = {}
+    for base in (folder / "data", folder):
+        configs = _configs(base) if base.is_dir() else {}
+        if base in configs:
+            configs = {base: configs[base]}
+            break
+    files = [file for group in configs.values() for file in group]
+    if files and all(map(_describes, files)) and _has_pictures(folder):
+        return []
+    if len(configs) > 1:
+        raise UsageError(
+            f"{folder} has Parquet files of several datasets, in {listing(list(map(str, configs)))}; "
+            "give one of these folders instead"
+        )
+    return files
+
+
+def _configs(base: Path) -> dict[Path, list[Path]]:
+    """The Parquet files in a folder at every depth, by the folder that holds their dataset: above that of a part."""
+    configs: dict[Path, list[Path]] = {}
+    for file in _files_below(base):
+        if file.suffix.lower() == ".parquet":
+            folders = file.relative_to(base).parts[:-1]
+            dataset = base.joinpath(*takewhile(lambda name: not _kinds([name]), folders))
+            configs.setdefault(dataset, []).append(file)
+    return configs
+
+
+def _describes(file: Path) -> bool:
+    """Whether a Parquet file is a table without pictures."""
+    try:
+        return "image" not in pq.read_schema(file).names
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _parquet_parts(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each part of a dataset, by kind; those whose part nothing says are of the training part."""
+    parts: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
+    for file in files:
+        kinds = sorted(_kinds(file.relative_to(folder).parts))
+        if len(kinds) > 1:
+            raise UsageError(f"{file} is by its name of several parts of a dataset, {', '.join(kinds)}; rename it")
+        (parts.setdefault(kinds[0], []) if kinds else unnamed).append(file)
+    if unnamed and TRAIN in parts:
+        raise UsageError(
+            f"{parts[TRAIN][0]} is of the training part of a dataset by its name and {unnamed[0]} of none; "
+            "rename or remove either"
+        )
+    parts.setdefault(TRAIN, unnamed)
+    if not parts[TRAIN]:
+        raise UsageError(
+            f"no training data: every Parquet file in {folder} is of a held-out part by its name, as {files[0]}; "
+            "rename one for training to train.parquet"
+        )
+    return parts
+
+
+def _read_parquet(folder: Path, files: Sequence[Path], sample_shape: Shape, classes: bool) -> _Dataset:
+    parts = _parquet_parts(folder, files)
+    train = parts[TRAIN]
+    schemas = [_schema(file) for file in train]
+    labelled = classes and any("label" in schema.names for schema in schemas)
+    wanted = (parts[kind] for kind in HELD_OUT if kind in parts)
+    test = next((part for part in wanted if not (labelled and _unlabelled(part))), [])
+    schemas += [_schema(file) for file in test]
+    if classes and len({"label" in schema.names for schema in schemas}) > 1:
+        raise UsageError(
+            f"some Parquet files in {folder} have a column `label` and others have none; "
+            "add it, or train without classes (`labels: []`)"
+        )
+    return _Dataset(
+        _parquet_part(train, labelled, sample_shape),
+        _parquet_part(test, labelled, sample_shape) if test else None,
+        _class_names(schemas[0]) if labelled else None,
+    )
 
 
 def _schema(file: Path) -> pa.Schema:
@@ -256,8 +481,9 @@ def _schema(file: Path) -> pa.Schema:
         raise UsageError(
             f"{file} has the columns {columns}, expected `image`: encoded pictures, as binary or a struct with `bytes`"
         )
-    if "label" in schema.names and not pa.types.is_integer(schema.field("label").type):
-        raise UsageError(f"{file}: the column `label` is {schema.field('label').type}, expected integers")
+    label = schema.field("label").type if "label" in schema.names else pa.null()
+    if not (pa.types.is_integer(label) or pa.types.is_null(label)):
+        raise UsageError(f"{file}: the column `label` is {label}, expected integers")
     return schema
 
 
@@ -268,10 +494,26 @@ def _class_names(schema: pa.Schema) -> tuple[str, ...] | None:
     return tuple(names) if names else None
 
 
+def _unlabelled(files: Sequence[Path]) -> bool:
+    """Whether the images of a part have no labels, or only -1, as Hugging Face's test parts do."""
+    return all("label" not in _schema(file).names or set(_labels(file)) <= {None, -1} for file in files)
+
+
+def _labels(file: Path) -> list[int | None]:
+    try:
+        labels: list[int | None] = pq.ParquetFile(file).read(["label"])["label"].to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(
+            f"{file}: its column `label` cannot be read: {' '.join(str(error).split())}; replace it"
+        ) from None
+    return labels
+
+
 def _parquet_part(files: Sequence[Path], labelled: bool, sample_shape: Shape) -> _Part:
     columns = ["image", "label"] if labelled else ["image"]
     images: list[tuple[np.ndarray, bool]] = []
     label: list[int] = []
+    sources: list[tuple[Path, int]] = []
 
     def read(numbered: tuple[int, dict[str, Any]]) -> tuple[np.ndarray, bool]:
         row, record = numbered
@@ -293,59 +535,129 @@ def _parquet_part(files: Sequence[Path], labelled: bool, sample_shape: Shape) ->
                 raise UsageError(
                     f"{file} cannot be read beyond row {row}: {' '.join(str(error).split())}; replace it"
                 ) from None
+            sources.append((file, row))
     if not images:
         raise UsageError(f"no training data: {', '.join(map(str, files))} has no rows")
     pixels, resized = zip(*images, strict=True)
-    return _Part(np.stack(pixels), sum(resized), np.array(label, np.int64) if labelled else None)
+    numbers = np.array(label, np.int64) if labelled else None
+    return _Part(np.stack(pixels), sum(resized), numbers, sources=tuple(sources))
 
 
-def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files and the folders in a folder, by name, without hidden ones."""
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    return [path for path in found if path.is_file()], [path for path in found if path.is_dir()]
+def _named_parts(folders: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The folders that are parts of a dataset by their names, with the kind of each.
+
+    These are `Train`, `val2017` and, if there is another part of that name, `birds_train` and `birds_test`:
+    `bullet_train` alone is a class.
+    """
+    alike: dict[tuple[str, ...], list[tuple[str, Path]]] = {}
+    for folder in folders:
+        words = _words(folder.name)
+        kinds = _kinds([folder.name])
+        if len(kinds) == 1:
+            alike.setdefault(tuple(word for word in words if word not in kinds), []).append((kinds.pop(), folder))
+    return [
+        named
+        for others, group in alike.items()
+        if not others or len({kind for kind, _ in group}) > 1
+        for named in group
+    ]
 
 
-def _read_pictures(folder: Path, sample_shape: Shape) -> _Found:
+def _part_folders(folder: Path) -> dict[str, Path]:
+    """The parts of a dataset of pictures, by kind; none if its folders are classes."""
     _, folders = _visible(folder)
-    names = {path.name for path in folders}
-    if "train" not in names or not names <= {"train", *HELD_OUT}:
-        part, classes = _picture_part(folder, sample_shape)
-        return _Found(part, None, classes)
-    train, classes = _picture_part(folder / "train", sample_shape)
-    held = next((name for name in HELD_OUT if name in names), None)
-    if held is None:
-        return _Found(train, None, classes)
-    test, others = _picture_part(folder / held, sample_shape)
-    if others != classes:
+    named = _named_parts(folders)
+    parts = dict(named)
+    listed = _names([path for _, path in named])
+    if len(parts) < len(named):
+        raise UsageError(f"{folder} has several folders for the same part of a dataset by name, {listed}; join them")
+    rest = [path for path in folders if named and path not in parts.values() and _has_pictures(path)]
+    if rest:
         raise UsageError(
-            f"{folder / held} has the classes {_listed(others or ['none'])}, expected those of {folder / 'train'}: "
-            f"{_listed(classes or ['none'])}"
+            f"{folder} has folders named as parts of a dataset, {listed}, and others with pictures, {_names(rest)}; "
+            f"move the others elsewhere or, if all are classes, all into a folder {TRAIN}"
         )
-    return _Found(train, test, classes)
+    if parts and TRAIN not in parts:
+        raise UsageError(
+            f"no training data: {folder} has only held-out parts by name, {listed}; "
+            f"rename the folder to train on to {TRAIN}"
+        )
+    return parts
 
 
-def _picture_part(folder: Path, sample_shape: Shape) -> tuple[_Part, tuple[str, ...] | None]:
-    """The pictures of a folder, and their classes if they lie in class folders."""
-    files, folders = _visible(folder)
-    if folders:
-        # Files beside the class folders may describe the dataset; pictures there would be left out silently.
-        if stray := [path for path in files if path.suffix.lower() in Image.registered_extensions()]:
-            raise UsageError(f"{stray[0]} lies beside the class folders of {folder}; move it into one of them")
-        groups = [
-            [path for path in sorted(group.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-            for group in folders
-        ]
-        if empty := [group for group, paths in zip(folders, groups, strict=True) if not paths]:
-            raise UsageError(f"no training data in the class folder {empty[0]}; add pictures or remove it")
-    else:
-        groups = [files]
-        if not files:
+def _read_pictures(folder: Path, sample_shape: Shape, classes: bool) -> _Dataset:
+    parts = _part_folders(folder)
+    train, names = _picture_part(parts.get(TRAIN, folder), sample_shape, classes)
+    for kind in HELD_OUT:
+        held = parts.get(kind)
+        # Pictures without classes are of no use beside those with them.
+        if held is None or (names and not _visible(held)[1]):
+            continue
+        test, others = _picture_part(held, sample_shape, classes)
+        if others != names:
             raise UsageError(
-                f"no training data: {folder} has no pictures, no Parquet files and not the four IDX files of MNIST"
+                f"{held} has the classes {listing(others or ['none'])}, expected those of {parts[TRAIN]}: "
+                f"{listing(names or ['none'])}"
             )
-    paths = [path for group in groups for path in group]
+        return _Dataset(train, test, names)
+    return _Dataset(train, None, names)
+
+
+def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Part, tuple[str, ...] | None]:
+    """The pictures of a folder, and their classes if these are wanted and the pictures lie in class folders."""
+    beside, folders = _visible(folder)
+    groups = [list(_files_below(group)) for group in folders]
+    if folders:
+        _check_classes(folder, beside, folders, groups)
+    else:
+        beside, groups = [], [beside]
     with ThreadPoolExecutor() as pool:
+        pictures = [
+            [file for file, taken in zip(files, pool.map(_is_picture, files), strict=True) if taken] for files in groups
+        ]
+        for place, files, taken in zip(folders or [folder], groups, pictures, strict=True):
+            if not taken:
+                others = f" (files in it that are no pictures: {len(files)})" if files else ""
+                raise UsageError(
+                    f"no training data in the class folder {place}{others}; add pictures or remove it"
+                    if folders
+                    else f"no training data: {place} has no pictures, no Parquet files and not the four IDX files of "
+                    f"MNIST{others}"
+                )
+        paths = [file for files in pictures for file in files]
         images = pool.map(lambda path: _decode(path.read_bytes(), str(path), sample_shape), paths)
         pixels, resized = zip(*images, strict=True)
-    label = np.repeat(np.arange(len(groups)), list(map(len, groups))) if folders else None
-    return _Part(np.stack(pixels), sum(resized), label), tuple(group.name for group in folders) if folders else None
+    skipped = len(beside) + sum(map(len, groups)) - len(paths)
+    if not folders or not classes:
+        return _Part(np.stack(pixels), sum(resized), None, skipped), None
+    label = np.repeat(np.arange(len(pictures)), list(map(len, pictures)))
+    return _Part(np.stack(pixels), sum(resized), label, skipped), tuple(path.name for path in folders)
+
+
+def _check_classes(
+    folder: Path, beside: Sequence[Path], folders: Sequence[Path], groups: Sequence[Sequence[Path]]
+) -> None:
+    """Refuse pictures beside class folders, and parts of a dataset as class folders or in them.
+
+    Args:
+        folder: the folder that the class folders lie in.
+        beside: the files beside them.
+        folders: the class folders.
+        groups: the files in each.
+    """
+    # Other files there may describe the dataset; pictures would be left out silently.
+    if stray := next(filter(_is_picture, beside), None):
+        raise UsageError(f"{stray} lies beside the class folders of {folder}; move it into one of them")
+    if len(_named_parts(folders)) == len(folders):
+        raise UsageError(
+            f"{folder} has no class folders but {_names(folders)}, parts of a dataset by their names; "
+            "move what is in them up, or rename them if they are classes"
+        )
+    for group, files in zip(folders, groups, strict=True):
+        parents = {file.parent for file in files}
+        inner = {path for parent in parents for path in (parent, *parent.parents) if group in path.parents}
+        if held := sorted(path for path in inner if _words(path.name) in {(kind,) for kind in HELD_OUT}):
+            raise UsageError(
+                f"{held[0]}, by its name a held-out part of a dataset, is in the class folder {group}; "
+                f"move it out, or give {held[0].parent} instead if that is the dataset"
+            )

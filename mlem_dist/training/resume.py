@@ -10,6 +10,7 @@ OUT/training/stale-DIGEST/                    what was measured of the ladder th
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable, replace_file
+from mlem_dist.files import check_writable, listing, own_names, replace_file
 from mlem_dist.ladder.ladder import LADDER, Ladder
-from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
+from mlem_dist.ladder.levels import GaussianLevel, new_unet_level, on_meta
 from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -73,8 +74,10 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
             a checkpoint is unreadable, or was trained with other settings.
     """
     check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / WORK).is_dir():
-        what = "a finished ladder without its training state" if (out / LADDER).exists() else "something else"
+    there = own_names(path.name for path in out.iterdir()) if out.is_dir() else []
+    if there and WORK not in there:
+        ladder = LADDER in there
+        what = "a finished ladder without its training state" if ladder else f"something else ({listing(there)})"
         raise UsageError(f"--out {out} holds {what}; choose an empty or new folder")
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if min(count) < 2:
@@ -88,7 +91,7 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
     if not (out / LADDER).exists() or not (out / WORK / FINISHED).exists():
         return False
     Ladder.load(out)
-    finished: dict[str, Any] = json.loads((out / WORK / FINISHED).read_text())
+    finished: dict[str, Any] = json.loads((out / WORK / FINISHED).read_bytes())
     return finished == ladder_settings(config, images)
 
 
@@ -116,23 +119,10 @@ def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module
     Raises:
         UsageError: it cannot be built, or not for samples of this shape.
     """
-    a = alpha_bar(config.scheduler)
-    try:
-        with torch.device("meta"):
-            gaussian = GaussianLevel(1, 1, 1, a) if level.prediction == "residual" else None
-            unet: Any = new_unet_level(
-                config.sample_shape, classes, level.patch, level.prediction, a, level.model, gaussian
-            ).model
-            x = torch.empty(1, unet.config.in_channels, *unet.config.sample_size)
-            unet(x, 0, class_labels=torch.zeros(1, dtype=torch.int64) if classes else None)
-    # Diffusers refuses wrong arguments with all kinds of errors, many of them only when a sample passes.
-    except Exception as error:
-        size = "x".join(map(str, config.sample_shape))
-        raise UsageError(
-            f"level {level.name!r}: its model cannot be used for samples of {size} with patch {level.patch}: "
-            f"{' '.join(str(error).split())}"
-        ) from None
-    return unet
+    a, shape, patch = alpha_bar(config.scheduler), config.sample_shape, level.patch
+    gaussian = GaussianLevel(1, 1, 1, a) if level.prediction == "residual" else None
+    build = partial(new_unet_level, shape, classes, patch, level.prediction, a, level.model, gaussian)
+    return on_meta(level.name, shape, patch, build).model
 
 
 def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], unet: nn.Module) -> None:
@@ -147,7 +137,7 @@ def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], 
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error}); restore it, {away}") from None
     if (folder / SETTINGS).exists():
-        was = json.loads((folder / SETTINGS).read_text())
+        was = json.loads((folder / SETTINGS).read_bytes())
         skipped = set(FREE)
         if TEACHER + "patch" not in was:
             # Versions before 0.3 kept less of a teacher.
