@@ -1,13 +1,18 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from commands import SCRIPT, assert_refused
 
+from mlem_dist.cli import main
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime.job import Job
 from mlem_dist.solver.plan import Plan, Recipe
@@ -89,3 +94,28 @@ def write_data(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def here(monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """As `command`, in this process: one of its own takes seconds to start."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+        handler = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        signal.signal(signal.SIGTERM, handler)
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refuses(here) -> Callable[..., None]:
+    """A function that gives a command to this process and expects one sentence."""
+
+    def check(*arguments: str, message: str) -> None:
+        assert_refused(here(*arguments), message)
+
+    return check

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_cli import SCRIPT, SMALL, assert_refused, here, refuses, tree  # noqa: F401
+from commands import HANGS, SCRIPT, SMALL, assert_refused, tree
 
 import mlem_dist
 from mlem_dist import machine
@@ -21,7 +21,6 @@ from mlem_dist.runtime import cluster
 from mlem_dist.runtime.job import versions
 
 INLINE = ["generate", "--engine", "inline", "--num", "16", *SMALL]
-TIMEOUT = 600
 
 
 def run(
@@ -39,7 +38,7 @@ def run(
         preexec_fn=before,
         text=True,
         encoding="utf-8",
-        timeout=TIMEOUT,
+        timeout=HANGS,
         check=False,
         **streams,
     )
@@ -47,12 +46,14 @@ def run(
 
 def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three):
     """In a folder with other code of the same names, where the machine lends one core and no place but /tmp."""
-    here = tmp_path / "here"
-    shutil.copytree(Path(mlem_dist.__file__).parent, here / "mlem_dist", ignore=shutil.ignore_patterns("*.safetensors"))
-    shards = here / "mlem_dist/dataset/shards.py"
+    folder = tmp_path / "folder"
+    shutil.copytree(
+        Path(mlem_dist.__file__).parent, folder / "mlem_dist", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    shards = folder / "mlem_dist/dataset/shards.py"
     shards.write_text(shards.read_text().replace("for image in images:", "for image in 255 - images:"))
     for name in ("numpy", "torch", "PIL", "tqdm", "queue", "ray"):
-        (here / f"{name}.py").write_text("raise SystemExit('of the current folder')\n")
+        (folder / f"{name}.py").write_text("raise SystemExit('of the current folder')\n")
     narrow = {"HOME": "/proc/no/home", "TMPDIR": str(tmp_path / ("long" * 20))}
     core = min(os.sched_getaffinity(0))
     arguments = ["--ladder", str(three.folder), "--num", "32", *SMALL]
@@ -60,7 +61,7 @@ def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three):
         *("generate", *arguments, "--out", str(tmp_path / "ray")),
         env=narrow,
         before=lambda: os.sched_setaffinity(0, {core}),
-        cwd=here,
+        cwd=folder,
     )
     assert made.returncode == 0, made.stderr
     assert "images/s on 1 CPU cores" in made.stdout

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -258,14 +259,17 @@ def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
     ):
         with pytest.raises(UsageError, match=message):
             check_out(parse_location(text), {})
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     out = parse_location(f"s3://{BUCKET}/x")
-    out.fs.clear_instance_cache()
-    for refused in (lambda out: check_out(out, {}), read_manifest):
-        with pytest.raises(UsageError, match="cannot be reached: Could not connect"):
-            refused(parse_location(f"s3://{BUCKET}/x"))
-    out.fs.clear_instance_cache()
+    with socket.socket() as closed:
+        # Nobody else can listen there.
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        out.fs.clear_instance_cache()
+        for refused in (lambda out: check_out(out, {}), read_manifest):
+            with pytest.raises(UsageError, match="cannot be reached: Could not connect"):
+                refused(parse_location(f"s3://{BUCKET}/x"))
+        out.fs.clear_instance_cache()
 
 
 def test_a_file_url_is_a_path(tmp_path):

@@ -1,10 +1,13 @@
 import asyncio
 import os
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.batching import Batcher
@@ -37,6 +40,21 @@ class Actor:
         self.left -= 1
         if not self.left:
             os._exit(1)
+        return Work(0.5, {1: 1}), 2 * x
+
+
+@ray.remote(num_cpus=0)
+class Gated:
+    """Is ready when a file is there."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+
+    def prepare(self) -> None:
+        while not self.gate.exists():
+            time.sleep(0.01)
+
+    def double(self, x: np.ndarray) -> tuple[Work, np.ndarray]:
         return Work(0.5, {1: 1}), 2 * x
 
 
@@ -95,20 +113,40 @@ def test_a_lost_node_does_not_break_the_pool():
     asyncio.run(main())
 
 
-def test_a_call_outlives_the_idle_actors_of_a_lost_node():
-    """It is given to one dead actor after the other, as nobody has noticed that they are."""
+async def death(actor) -> None:
+    """Return when whoever calls an actor is told that it has died."""
+    while True:
+        try:
+            await actor.prepare.remote()
+        except ActorDiedError:
+            return
+        except ActorUnavailableError:
+            pass
+
+
+def test_a_call_outlives_the_idle_actors_of_a_lost_node(tmp_path):
+    """It is given to one dead actor after the other, as the pool has not noticed that they are."""
+    gate = tmp_path / "gate"
+    first = [Actor.remote(1000) for _ in range(6)]
+    left = list(first)
 
     async def main():
-        pool = make_pool(6)
+        pool = Pool("p", [Seat(0, 1.0)] * 6, 2, lambda seat: left.pop() if left else Gated.remote(gate))
         await pool.start()
         await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(12)))
         assert all(member.worked for member in pool.members)
-        for member in pool.members:
-            ray.kill(member.actor)
-        await asyncio.sleep(1)
-        _, (payload,) = await pool.call("double", np.ones(3))
+        for actor in first:
+            ray.kill(actor)
+        for actor in first:
+            await death(actor)
+        call = asyncio.create_task(pool.call("double", np.ones(3)))
+        while pool.progress().deaths < 6 and not call.done():
+            await asyncio.sleep(0.01)
+        # No actor takes the place of one of them before.
+        gate.touch()
+        _, (payload,) = await call
         assert ray.get(payload).sum() == 6
-        assert pool.progress().deaths > 4
+        assert pool.progress().deaths == 6
 
     asyncio.run(main())
 
@@ -174,7 +212,8 @@ def test_a_seat_that_leaves_finishes_its_calls_and_one_that_joins_takes_some():
         pool = make_pool(2)
         await pool.start()
         calls = [asyncio.create_task(pool.call("double", np.full(3, i))) for i in range(40)]
-        await asyncio.sleep(0.01)
+        # All of them begin at once, and four of them have an actor then.
+        await asyncio.sleep(0)
         await pool.leave(Seat(0, 1.0))
         assert pool.alive == 1
         assert await pool.join(Seat(1, 0.5))
