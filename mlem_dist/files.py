@@ -51,7 +51,7 @@ def listing(names: Iterable[str], most: int = 10) -> str:
 
 
 def check_writable(out: Path) -> None:
-    """Refuse an `--out` that is not, and cannot become, a folder that this process may write. Touches nothing.
+    """Refuse an `out` that is not, and cannot become, a folder that this process may write. Touches nothing.
 
     Raises:
         UsageError: it is a file, or it or the folder that would hold it is not writable.
@@ -59,12 +59,12 @@ def check_writable(out: Path) -> None:
     try:
         if (out.exists() or out.is_symlink()) and not out.is_dir():
             what = "a file" if out.exists() else "a link to nothing"
-            raise UsageError(f"--out {out} is {what}, expected a folder; choose another path")
+            raise UsageError(f"`out` {out} is {what}, expected a folder; choose another path")
         parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}; choose another path") from None
+        raise UsageError(f"`out` {out} cannot be written: {error.strerror}; choose another path") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-        raise UsageError(f"--out {out} cannot be written: {parent} is not a writable folder; choose another path")
+        raise UsageError(f"`out` {out} cannot be written: {parent} is not a writable folder; choose another path")
 
 
 def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work: Path | None = None) -> None:

@@ -13,8 +13,8 @@ import ray
 from commands import SCRIPT, assert_refused
 
 from mlem_dist.cli import main
+from mlem_dist.engine.job import Job
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.job import Job
 from mlem_dist.solver.plan import Plan, Recipe
 
 

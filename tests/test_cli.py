@@ -23,16 +23,16 @@ from mlem_dist.training.data import load_images
 HALF = """
 import time
 from mlem_dist.cli import main
-from mlem_dist.runtime import driver
+from mlem_dist.runtime import run
 
-run_ray = driver.run_ray
+run_ray = run.run_ray
 
 def half(job, ladder, out, shards, *others):
     yield from run_ray(job, ladder, out, shards[: len(shards) // 2], *others)
     while True:
         time.sleep(1)
 
-driver.run_ray = half
+run.run_ray = half
 main()
 """
 """The command line, but that a run comes to the first half of its shards only, and never ends."""

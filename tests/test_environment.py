@@ -16,9 +16,9 @@ from commands import HANGS, SCRIPT, SMALL, assert_refused, tree
 
 import mlem_dist
 from mlem_dist import machine
+from mlem_dist.engine.job import versions
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime import cluster
-from mlem_dist.runtime.job import versions
 
 INLINE = ["generate", "--engine", "inline", "--num", "16", *SMALL]
 
@@ -74,7 +74,7 @@ def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three):
 def test_another_source_of_the_same_version_is_noticed(tmp_path):
     """The digest that every node compares is that of the code which runs there."""
     digests = []
-    code = 'from mlem_dist.runtime.job import versions; print(versions()["mlem_dist\'s source"])'
+    code = 'from mlem_dist.engine.job import versions; print(versions()["mlem_dist\'s source"])'
     for line in ("", "\n# changed\n"):
         shutil.copytree(Path(mlem_dist.__file__).parent, tmp_path / "mlem_dist", dirs_exist_ok=True)
         with (tmp_path / "mlem_dist/dataset/shards.py").open("a") as file:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.levels import GaussianLevel
 from mlem_dist.ladder.measure import denoising_errors
+from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.integrate import block_noise
 from mlem_dist.solver.steps import ETA, step_table
 from mlem_dist.training.config import LevelConfig, TrainConfig

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, read_plan, single_level, switched
-from mlem_dist.tuning.choose import plan_path
-from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tune import FAMILIES, JUDGING_SEED
+from mlem_dist.tuning.tuned_plans import plan_path
 
 STEPS = 250
 DRAWN = FAMILIES | {"ML-EM, systematic": {"increments": "impulse"}}

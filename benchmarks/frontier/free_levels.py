@@ -15,9 +15,9 @@ import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import held, on_levels, systematic
-from mlem_dist.tuning.fit import Times
-from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.recipe import NeymanRule
+from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.least_squares import Times
+from mlem_dist.tuning.recipes import NeymanRule
 from mlem_dist.tuning.tune import JUDGING_SEED
 
 STEPS, CALLS, BEGIN = 250, (10, 15, 20, 30, 40), 0.3

@@ -18,20 +18,20 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from learn import Logistic, fit_logistic, learn, scaled, with_budget
 from torch import Tensor
 
-from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.graphs import as_run
 from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
-from mlem_dist.tuning.fit import Fitter
+from mlem_dist.tuning.comparison import Judge, Verdict
 from mlem_dist.tuning.frontier import Frontier
-from mlem_dist.tuning.judge import Judge, Verdict
-from mlem_dist.tuning.learn import Logistic, fit_logistic, learn, scaled, with_budget
-from mlem_dist.tuning.recipe import make_recipe
-from mlem_dist.tuning.refine import fitted_plan
+from mlem_dist.tuning.least_squares import Fitter
+from mlem_dist.tuning.recipes import make_recipe
+from mlem_dist.tuning.refinement import fitted_plan
 from mlem_dist.tuning.tune import (
     CHOOSING_SEED,
     DRAWS,

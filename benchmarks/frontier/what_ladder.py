@@ -14,7 +14,7 @@ import numpy as np
 
 from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.allocate import nfe_at_error, rung_sets
+from mlem_dist.tuning.neyman import nfe_at_error, rung_sets
 
 SMALLER = (1, 1 / 2, 1 / 4, 1 / 8)
 CHEAPER = (1, 3, 10)

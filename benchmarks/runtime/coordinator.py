@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from processes import SCRIPT, cpu_seconds
 
-from mlem_dist.ladder.ladder import save_ladder, save_level
-from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.models.gaussian import GaussianLevel
 
 SIDE, CLASSES, LEVELS = 4, 10, 3
 

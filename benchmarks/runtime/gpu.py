@@ -19,16 +19,16 @@ import torch
 from ideal import own_seconds
 from processes import generated
 
-from mlem_dist.ladder.graphs import as_run
+from mlem_dist.capacity.placement import Devices, parse_placement
+from mlem_dist.capacity.planner import Kind, Layout, costs_of, forecast, overheads_of
+from mlem_dist.engine.blocks import Blocks
+from mlem_dist.engine.job import PRECISIONS, Job
+from mlem_dist.engine.worker import Levels
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.blocks import Blocks
-from mlem_dist.runtime.job import PRECISIONS, Job
-from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import Kind, Layout, costs_of, forecast, overheads_of
-from mlem_dist.runtime.worker import Levels
+from mlem_dist.models.graphs import as_run
 from mlem_dist.solver.integrate import integrate
-from mlem_dist.tuning.choose import tuned_plan
+from mlem_dist.tuning.tuned_plans import tuned_plan
 
 STEPS, REPEATS = 250, 20
 TURNS, TURN_SECONDS = 3, 3.0
@@ -132,7 +132,7 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
                 row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
                 costs = costs_of(ladder, level_seconds(ladder, precision, batch))
                 every = [range(1, len(ladder.levels) + 1)]
-                yield row | {"levels_ms": own_seconds(job, every, costs, job.expected_calls()) * batch * 1e3}
+                yield row | {"levels_ms": own_seconds(job, every, costs, job.workload.expected_calls()) * batch * 1e3}
 
 
 def turn_rows(ladder: Ladder, batch: int) -> Iterator[dict[str, Any]]:
@@ -189,7 +189,7 @@ def run_row(
     row["of_ideal"] = report["images_per_second"] * own
     if placement:
         kind = Kind("gpu", Devices("cuda", 1), costs, overheads_of("cuda", ladder.sample_shape))
-        told = forecast(job, Layout(pools, (kind,) * len(pools)))
+        told = forecast(job.workload, Layout(pools, (kind,) * len(pools)))
         row["forecast_of_measured"] = num / told.seconds / report["images_per_second"]
         moved = sum(pool["moved"] for pool in report["pools"])
         state = next(one for one in transfers if one["batch"] == block_size)

@@ -16,12 +16,12 @@ import numpy as np
 from processes import generated
 from ray.cluster_utils import Cluster
 
+from mlem_dist.capacity.placement import Devices, parse_placement
+from mlem_dist.capacity.planner import OVERHEADS, Kind, Layout, costs_of, forecast
+from mlem_dist.engine.job import Job
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, costs_of, forecast
-from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.recipes import make_recipe
 
 STEPS, BLOCK, SHARD = 250, 50, 500
 PLACEMENTS = ("1-6@size=large", "1-5@size=small,6@size=large")
@@ -55,7 +55,7 @@ def main(num: int, nfe: float, out: Path) -> None:
         for placement in PLACEMENTS:
             parsed = parse_placement(placement, len(ladder.levels))
             kinds = {name: Kind(name, Devices("cpu", 1), costs, OVERHEADS["cpu"]) for name in parsed.kinds}
-            found = forecast(job, Layout(parsed.pools, tuple(kinds[name] for name in parsed.kinds)))
+            found = forecast(job.workload, Layout(parsed.pools, tuple(kinds[name] for name in parsed.kinds)))
             rate = measured(cluster.address, placement, num, nfe)
             rows.append({"placement": placement, "measured": rate, "forecast": num / found.seconds})
             print(rows[-1], flush=True)

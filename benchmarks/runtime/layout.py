@@ -23,10 +23,10 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import WIDE, Ladder
-from mlem_dist.ladder.levels import UNetLevel
-from mlem_dist.ladder.memory import keep_memory
-from mlem_dist.tuning.choose import tuned_budgets, tuned_plan
-from mlem_dist.tuning.judge import BLOCK, Judge
+from mlem_dist.models.memory import keep_memory
+from mlem_dist.models.unet import UNetLevel
+from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 LADDER, SOLVER, STEPS, SEED = "fashion", "ddim", 250, 1
 BLOCKS = [(16, 24, 32), (32, 32, 32), (32, 48, 64), (64, 64, 64), (48, 64, 96), (64, 128, 128), (128, 256, 256)]

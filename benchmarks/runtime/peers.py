@@ -36,7 +36,7 @@ class Sampler:
         from mlem_dist.ladder.ladder import Ladder
         from mlem_dist.solver.closed_form import ClosedForm
         from mlem_dist.solver.steps import solver_table
-        from mlem_dist.tuning.choose import tuned_plan
+        from mlem_dist.tuning.tuned_plans import tuned_plan
 
         torch.set_num_threads(1)
         ladder = Ladder.load(LADDER)

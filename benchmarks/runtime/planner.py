@@ -27,17 +27,17 @@ from processes import generated
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
+from mlem_dist.capacity.placement import Devices, parse_placement
+from mlem_dist.capacity.planner import OVERHEADS, Kind, Layout, costs_of, forecast
+from mlem_dist.engine.blocks import Blocks
+from mlem_dist.engine.job import Job
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.blocks import Blocks
 from mlem_dist.runtime.cluster import AT_REST
-from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import OVERHEADS, Kind, Layout, costs_of, forecast
 from mlem_dist.solver.integrate import Drift, integrate
 from mlem_dist.solver.plan import Plan, Recipe
-from mlem_dist.tuning.choose import tuned_plan
-from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.recipes import make_recipe
+from mlem_dist.tuning.tuned_plans import tuned_plan
 
 STEPS, SHARD, CORES = 250, 600, 2
 SETTLED_SECONDS = 20
@@ -163,7 +163,7 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     for name, share in (("forecast_of_free_cores", 0.0), ("forecast", taken / CORES if devices == CORES else 0.0)):
         costs = costs_of(ladder, np.array(row["cost"]) / (1 - share))
         kind = Kind("cpu", Devices("cpu", devices), costs, OVERHEADS["cpu"])
-        row[name] = num / forecast(job, Layout(pools, (kind,) * len(pools))).seconds
+        row[name] = num / forecast(job.workload, Layout(pools, (kind,) * len(pools))).seconds
         row[f"ratio{name.removeprefix('forecast')}"] = row[name] / row["measured"]
     calls = np.array(list(row["calls_per_sample"].values()))
     alone = np.array(row["cost"])
@@ -196,7 +196,7 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
                     kind = Kind(device, Devices(device, devices), costs_of(ladder, cost / speed), OVERHEADS[device])
                     job = make_job(ladder, cost, "ddpm", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
-                    found = forecast(job, Layout(pools, (kind,) * len(pools)), cell)
+                    found = forecast(job.workload, Layout(pools, (kind,) * len(pools)), cell)
                     row = {"devices": devices, "kind": name, "placement": placement, "cell": cell}
                     row |= {"cell_devices": found.cell_devices}
                     row |= {"images_per_second": found.images_per_second, "efficiency": found.efficiency}

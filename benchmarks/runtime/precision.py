@@ -15,10 +15,10 @@ from typing import Any
 import click
 from processes import generated
 
+from mlem_dist.engine.job import PRECISIONS
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.job import PRECISIONS
-from mlem_dist.tuning.choose import tuned_budgets, tuned_plan
-from mlem_dist.tuning.judge import Judge
+from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
 

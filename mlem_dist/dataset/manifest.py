@@ -106,16 +106,21 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
         raise
     if there and NAME not in there:
         raise UsageError(
-            f"--out {out} holds something else ({listing(there)}) and no {NAME}; choose an empty or new folder"
+            f"`out` {out} holds something else ({listing(there)}) and no {NAME}; choose an empty or new folder"
         )
     manifest = read_manifest(out) if there else None
     if manifest and (keys := changed(manifest, config)):
         changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)
-        raise UsageError(f"--out {out} holds a run of another configuration ({changes}); choose another folder")
+        raise UsageError(f"`out` {out} holds a run of another configuration ({changes}); choose another folder")
     # A finished one may have become read-only.
     if not (manifest and manifest.shards):
         check_location(out)
     return manifest
+
+
+def recorded_shards(out: Location, manifest: Manifest) -> list[Shard]:
+    """The shards that a run has written, as its manifest has them or, until it is finished, its markers."""
+    return [*manifest.shards] or marked_shards(out, manifest.fingerprint)
 
 
 def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
@@ -184,7 +189,7 @@ def _card_features(labels: Sequence[str]) -> list[dict[str, Any]]:
 def _change(key: str, was: Any, now: Any) -> str:
     if key == "plan":
         return (
-            "the plan is another one: it follows from --nfe, --probabilities, --draw, --increments or --plan, and from "
+            "the plan is another one: it follows from `nfe`, `probabilities`, `draw`, `increments` or `plan`, and from "
             "what `ladder measure`, `calibrate` and `tune` have found"
         )
     return f"{key} was {_short(was)}, now {_short(now)}"

@@ -43,7 +43,7 @@ def parse_location(text: str) -> Location:
         UsageError: the URL is of another kind than those of `PACKAGES` and file, names no bucket or has a part that a
             folder cannot have; or its package is not installed.
     """
-    check_text([text], "--out")
+    check_text([text], "`out`")
     kind, is_url, place = text.partition("://")
     kind, parts = kind.lower(), place.rstrip("/").split("/")
     if not is_url:
@@ -75,7 +75,7 @@ def parse_location(text: str) -> Location:
 
 
 def check_location(out: Location) -> None:
-    """Refuse an `--out` that is not, and cannot become, a folder that this process may write. Touches nothing.
+    """Refuse an `out` that is not, and cannot become, a folder that this process may write. Touches nothing.
 
     Raises:
         UsageError: as `check_writable`, or the object store does not answer, has no such bucket or refuses to list it.
@@ -89,9 +89,9 @@ def check_location(out: Location) -> None:
                 with suppress(PermissionError):
                     out.fs.info(out.drive)
     except FileNotFoundError:
-        raise UsageError(f"--out {out}: there is no bucket {out.drive}; make it, or choose another place") from None
+        raise UsageError(f"`out` {out}: there is no bucket {out.drive}; make it, or choose another place") from None
     except StoreError as error:
-        raise UsageError(f"--out {error}") from None
+        raise UsageError(f"`out` {error}") from None
 
 
 @contextmanager

@@ -50,13 +50,13 @@ def _read(path: Path, ladder: Ladder) -> dict[str, Any]:
     try:
         version, digest, devices = raw["schema_version"], raw["ladder"], dict(raw["devices"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a calibration ({error}); move it away or choose another --out") from None
+        raise UsageError(f"{path} is not a calibration ({error}); move it away or choose another `out`") from None
     if version != SCHEMA_VERSION:
-        raise UsageError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; choose another --out")
+        raise UsageError(f"{path}: schema_version is {version!r}, expected {SCHEMA_VERSION}; choose another `out`")
     if digest != ladder.digest:
         raise UsageError(
             f"{path} belongs to another ladder: its digest is {str(digest)[:12]}, that of {ladder.name!r} is "
-            f"{ladder.digest[:12]}; move the file away or choose another --out"
+            f"{ladder.digest[:12]}; move the file away or choose another `out`"
         )
     return devices
 

@@ -22,20 +22,15 @@ from typing import Any, get_origin, get_type_hints
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_text, file_digest, read_object, replace_file
-from mlem_dist.ladder.levels import (
-    PREDICTIONS,
-    GaussianLevel,
-    UNetLevel,
-    check_condition,
-    on_meta,
-    quiet_diffusers,
-)
-from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.files import check_text, file_digest, read_object
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.models.unet import PREDICTIONS, UNetLevel, check_condition, on_meta
+from mlem_dist.solver.schedule import alpha_bar
 
 SCHEMA_VERSION = 1
 PACKAGE = Path(str(files("mlem_dist.ladder")))
@@ -382,79 +377,6 @@ def bundled() -> Iterator[str]:
     for folder in PACKAGE.iterdir():
         if (folder / LADDER).is_file():
             yield folder.name
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, complete or not at all, that may be read by those who may read any new file.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-
-    def write(temporary: Path) -> None:
-        # Safetensors would make it the user's own.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
-        temporary.chmod(mode)
-
-    replace_file(path, write)
-
-
-def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
-    """Write a level's weights, as `dtype`, into a ladder folder, and return its entry."""
-    stored = module.model if isinstance(module, UNetLevel) else module
-    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in stored.state_dict().items()}
-    if isinstance(module, GaussianLevel):
-        kind, path, patch, prediction = "gaussian", f"{name}.safetensors", 1, "epsilon"
-        save_tensors(folder / path, state)
-        written = [folder / path]
-    elif isinstance(module, UNetLevel):
-        kind, path, patch, prediction = "unet", name, module.patch, module.prediction
-        model: Any = module.model
-        model.save_config(folder / path)
-        weights = folder / path / WEIGHTS
-        save_tensors(weights, state, {"format": "pt"})
-        written = [folder / path / "config.json", weights]
-    else:
-        raise TypeError(f"no ladder format for a {type(module).__name__}")
-    return Level(
-        name=name,
-        kind=kind,
-        path=path,
-        patch=patch,
-        prediction=prediction,
-        parameters=sum(value.numel() for value in state.values()),
-        sha256={file.relative_to(folder).as_posix(): file_digest(file) for file in written},
-    )
-
-
-def save_ladder(
-    folder: Path,
-    name: str,
-    sample_shape: Sequence[int],
-    labels: Sequence[str],
-    scheduler: dict[str, Any],
-    levels: Sequence[Level],
-) -> Ladder:
-    """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
-    config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
-    replace_file(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
-    raw = {
-        "schema_version": SCHEMA_VERSION,
-        "name": name,
-        "sample_shape": list(sample_shape),
-        "value_range": [-1.0, 1.0],
-        "labels": list(labels),
-        "parametrisation": "epsilon",
-        "scheduler_sha256": file_digest(folder / SCHEDULER),
-        "levels": [level.__dict__ for level in levels],
-    }
-    replace_file(folder / LADDER, json.dumps(raw, indent=2) + "\n")
-    return Ladder.load(folder)
 
 
 def _find(source: str | Path) -> Path:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.files import read_object, replace_file
-from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import LADDER, Ladder
-from mlem_dist.ladder.memory import keep_memory
+from mlem_dist.models.graphs import as_run
+from mlem_dist.models.memory import keep_memory
+from mlem_dist.models.pixels import to_range
+from mlem_dist.solver.schedule import add_noise
 
 WARM, REPEATS = 2, 7
 """Evaluations before those that are timed, and those."""
@@ -73,18 +75,6 @@ def measure_costs(ladder: Ladder) -> Ladder:
         entry["seconds"] = entry.get("seconds", {}) | seconds
     replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
     return Ladder.load(ladder.folder)
-
-
-def to_range(images: Tensor, value_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """uint8 images as float32 in a ladder's value range."""
-    low, high = value_range
-    return images.float() / (255 / (high - low)) + low
-
-
-def add_noise(x0: Tensor, noise: Tensor, t: Tensor, a: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise, at timesteps t (B,) of the schedule a (T,)."""
-    at = a[t][:, None, None, None]
-    return at.sqrt() * x0 + (1 - at).sqrt() * noise
 
 
 @torch.inference_mode()

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlem_dist.capacity.planner import Capacity
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.runtime.planner import Capacity
-from mlem_dist.training.train import LOG, read_log
 from mlem_dist.tuning.calibrate import Calibration
 from mlem_dist.tuning.frontier import Frontier, lower_envelope
 from mlem_dist.tuning.gamma import Reading
@@ -132,12 +131,11 @@ def save_timeline(found: Capacity, path: Path) -> Path:
     return _save(figure, path)
 
 
-def save_loss_curves(folder: Path, levels: Mapping[str, Path]) -> Path:
-    """Write `folder`/loss.png from the logs in each level's training folder, and return its path."""
+def save_loss_curves(folder: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Write `folder`/loss.png from the lines of each level's training log, and return its path."""
     figure = _figure("training", 1, 2, 4.4, sharex=True)
     left, right = figure.axes
-    for name, place in levels.items():
-        log = read_log(place / LOG)
+    for name, log in logs.items():
         held_out = [line for line in log if "denoising_error" in line]
         left.plot([line["step"] for line in log], [line["loss"] for line in log], label=name)
         right.plot(

@@ -65,7 +65,7 @@ def save_contact_sheet(out: Location, picture: Path | None = None) -> Location:
     path = picture or out / "preview.png"
     if isinstance(path, Path) and not os.access(path.parent, os.W_OK):
         raise UsageError(
-            f"{path.parent} cannot be written; choose another place for the contact sheet by --out FILE.png"
+            f"{path.parent} cannot be written; choose another place for the contact sheet by `out` FILE.png"
         )
     buffer = io.BytesIO()
     contact_sheet(out).save(buffer, "PNG")

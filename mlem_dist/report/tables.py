@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from mlem_dist.capacity.placement import pools_text
+from mlem_dist.capacity.planner import Capacity, Forecast
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schedule import BANDS
-from mlem_dist.runtime.placement import pools_text
-from mlem_dist.runtime.planner import Capacity, Forecast
+from mlem_dist.solver.schedule import BANDS
 from mlem_dist.tuning.calibrate import Calibration
 from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading

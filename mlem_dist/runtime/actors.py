@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlem_dist.runtime.imports import hide_unused
-from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.progress import Work
-from mlem_dist.runtime.segments import Ask, SegmentEnd
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.program import Ask, SegmentEnd
+from mlem_dist.engine.progress import Work
+from mlem_dist.models.imports import hide_unused
 
 if TYPE_CHECKING:
-    from mlem_dist.runtime.worker import LevelWorker, TrajectoryWorker
+    from mlem_dist.engine.worker import LevelWorker, TrajectoryWorker
 
 
 class LevelActor:
@@ -25,7 +25,7 @@ class LevelActor:
         self.about = job, pools, pool
 
     def _worker(self) -> LevelWorker:
-        from mlem_dist.runtime.worker import LevelWorker
+        from mlem_dist.engine.worker import LevelWorker
 
         return LevelWorker(*self.about)
 
@@ -47,7 +47,7 @@ class TrajectoryActor(LevelActor):
     worker: TrajectoryWorker
 
     def _worker(self) -> TrajectoryWorker:
-        from mlem_dist.runtime.worker import TrajectoryWorker
+        from mlem_dist.engine.worker import TrajectoryWorker
 
         return TrajectoryWorker(*self.about)
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import ray
 
-from mlem_dist.runtime.placement import Together
+from mlem_dist.engine.program import Ask, Together
 from mlem_dist.runtime.pool import Pool
-from mlem_dist.runtime.segments import Ask
 
 WAIT_SECONDS = 0.02
 """At most so long the first ask of a call waits for others."""

@@ -14,25 +14,22 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
+from mlem_dist.capacity.policies import AHEAD
 from mlem_dist.dataset.manifest import read_manifest
 from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
 from mlem_dist.dataset.store import Location
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.progress import WAITS, PoolProgress, Progress
 from mlem_dist.runtime.cluster import check_alive
-from mlem_dist.runtime.job import Job
 from mlem_dist.runtime.pool import DEATHS, PoolError, cause
-from mlem_dist.runtime.progress import WAITS, PoolProgress, Progress
 
 logger = logging.getLogger(__name__)
 
 TRIES = 4
-AHEAD = 6
-"""Blocks per device that a coordinator has to begin, so that it never waits for the driver."""
 
 STUCK_SECONDS = 60
 """How long a cell waits for an actor before others make its shards, if they have nothing else to do."""
 
-POLL_SECONDS = 0.5
-"""How long the driver waits between two rounds over the cells."""
 
 ANSWER_SECONDS = 0.1
 """How long a round waits for the answer of one cell; a later round takes up what comes after that."""
@@ -45,9 +42,10 @@ class Cell:
         create: makes a coordinator.
         devices: how many the cell has.
         job, out: the dataset.
+        began: the time of the monotonic clock from which the times of its progress count.
     """
 
-    def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Location) -> None:
+    def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Location, began: float) -> None:
         self.devices, self.job, self.out = devices, job, out
         self._in_a_row = 0
         self.finished = False
@@ -56,7 +54,7 @@ class Cell:
         self._open: dict[int, None] = {}
         self._samples = self._blocks = 0
         self._past: Progress | None = None
-        self._began = time.monotonic()
+        self._began = began
         self._begin()
 
     def _begin(self) -> None:

@@ -18,10 +18,10 @@ import ray
 from ray.exceptions import RayError
 from ray.job_config import JobConfig
 
+from mlem_dist.capacity.placement import Devices
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.machine import available_cores, require_open_files
-from mlem_dist.runtime.placement import Devices
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def connect(address: str | None) -> None:
             raise
         raise RuntimeError(
             f"Ray does not start on this machine ({said}); its logs are in {_temp_folder()}/session_latest/logs; "
-            "--engine inline generates without Ray"
+            "`engine` inline generates without Ray"
         ) from None
     finally:
         # ray.init has put its own in place.
@@ -174,7 +174,7 @@ def _check_answer(address: str) -> None:
     host = host.strip("[]")
     if "://" in address or not host or not port.isdigit():
         raise UsageError(
-            f"--address or RAY_ADDRESS {address!r}: expected HOST:PORT of a Ray head, auto or local; from outside a "
+            f"`address` or RAY_ADDRESS {address!r}: expected HOST:PORT of a Ray head, auto or local; from outside a "
             "cluster use `ray job submit`"
         )
     try:
@@ -189,8 +189,8 @@ def _check_answer(address: str) -> None:
         # As when its Ray is of another version.
         said = next((f" ({line.strip()})" for line in why.splitlines()[::-1] if "ersion" in line), "")
         raise UsageError(
-            f"no Ray head answers at --address or RAY_ADDRESS {address}{said}; start one with `ray start --head`, "
-            "export RAY_AUTH_MODE=token if it uses tokens, or take --address local"
+            f"no Ray head answers at `address` or RAY_ADDRESS {address}{said}; start one with `ray start --head`, "
+            "export RAY_AUTH_MODE=token if it uses tokens, or take `address` local"
         )
 
 
@@ -225,9 +225,9 @@ def count_devices(device: str, wanted: int | None) -> int:
     found = _count(resource, {})
     if found < (wanted or 1):
         if found:
-            way = "lower --devices"
+            way = "lower `devices`"
         else:
-            way = "use --device cpu or a cluster with GPUs" if device == "cuda" else "start nodes that have some"
+            way = "use `device` cpu or a cluster with GPUs" if device == "cuda" else "start nodes that have some"
         raise UsageError(f"{wanted or 1} {resource}s are needed and Ray has {found}; {way}")
     return wanted or found
 
@@ -250,14 +250,14 @@ def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
         if not count:
             known = sorted({f"{key}={value}" for node in live_nodes() for key, value in node["Labels"].items()})
             raise UsageError(
-                f"--placement: no node has a {RESOURCES[type_]} and is of kind {kind!r}; expected cpu, an accelerator "
+                f"`placement`: no node has a {RESOURCES[type_]} and is of kind {kind!r}; expected cpu, an accelerator "
                 f"such as L4, or a node label, of which there are {', '.join(known)}"
             )
         found.append(Devices(type_, count, labels))
     for node in live_nodes():
         here = {one for one in found if _has(node, dict(one.labels)) and node["Resources"].get(RESOURCES[one.type], 0)}
         if len({one.type for one in here}) < len(here):
-            raise UsageError("--placement: two of its kinds are on one node, whose devices would count twice")
+            raise UsageError("`placement`: two of its kinds are on one node, whose devices would count twice")
     return found
 
 

@@ -15,49 +15,20 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from mlem_dist.capacity.placement import Devices, Seat
+from mlem_dist.capacity.policies import SLOTS, Load, Move, choose_move, trajectory_depth
 from mlem_dist.dataset.store import Location
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.program import Ask, SegmentEnd
+from mlem_dist.engine.progress import WAITS, Progress
+from mlem_dist.engine.writer import Writer
 from mlem_dist.runtime.actors import LevelActor, TrajectoryActor
-from mlem_dist.runtime.balance import Load, Move, choose_move
 from mlem_dist.runtime.batching import Batcher
-from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import Devices, Seat
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
-from mlem_dist.runtime.progress import WAITS, Progress
-from mlem_dist.runtime.segments import Ask, SegmentEnd
-from mlem_dist.runtime.writer import Writer
-
-# Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
-SLOTS = 2
-BLOCKS_PER_DEVICE = {"cpu": 3, "cuda": 8}
-"""In flight where pools share the work, by device type: on a GPU the way to another pool is long beside the work."""
-
-FLIGHT_BYTES = 2**28
-"""Of the states of a device's blocks in flight, which also hold values of other pools; two blocks there are always."""
 
 WINDOW_SECONDS, WINDOW_CALLS = 2, 4
-WRITER_SHARE = 0.7
 
 logger = logging.getLogger(__name__)
-
-
-def trajectory_depth(devices: Sequence[str], actors: int, pools: int, block_bytes: int) -> int:
-    """Blocks in flight per trajectory actor: enough that no device waits for one; more would only finish later.
-
-    Args:
-        devices: the type of each.
-        actors: that hold trajectories.
-        pools: that share the work.
-        block_bytes: of a block's state.
-    """
-    if pools == 1:
-        return SLOTS
-    most = max(SLOTS, FLIGHT_BYTES // block_bytes)
-    return max(SLOTS, -(-sum(min(BLOCKS_PER_DEVICE[kind], most) for kind in devices) // actors))
-
-
-def writer_count(images_per_second: float, seconds: float) -> int:
-    """Writers for so many images per second, each written in `seconds`; they are busy for 70 % of the time at most."""
-    return 1 + int(images_per_second * seconds / WRITER_SHARE)
 
 
 def lost(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from mlem_dist.runtime.progress import PoolProgress, Work
+from mlem_dist.engine.progress import PoolProgress, Work
 
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 

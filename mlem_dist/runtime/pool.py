@@ -23,10 +23,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from mlem_dist.capacity.placement import Seat
+from mlem_dist.engine.progress import PoolProgress, Work
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.metrics import PoolMetrics
-from mlem_dist.runtime.placement import Seat
-from mlem_dist.runtime.progress import PoolProgress, Work
 
 # Only the first two are RayActorErrors; all mean that the actor cannot be counted on.
 DEATHS = (ActorDiedError, ActorUnavailableError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)

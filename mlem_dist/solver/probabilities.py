@@ -1,11 +1,11 @@
 """How likely each level's increment is drawn at each step: p, float64 (K, N) with p_1 = 1, scaled to a budget."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.solver.bisection import last_below
 
 Rule = Literal["constant", "inverse-cost", "theory", "log-snr"]
 
@@ -72,17 +72,10 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
     if nfe < spent(0) * (1 - 1e-9):
         payable = 0 if collapse else int(nfe / float(cost[0] / cost[-1]))
         raise UsageError(
-            f"--nfe {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
-            "raise --nfe" + (f" or lower --steps to {payable}" if payable else "")
+            f"`nfe` {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
+            "raise `nfe`" + (f" or lower `steps` to {payable}" if payable else "")
         )
     worth = weights[1:][weights[1:] > 0]
     if not worth.size:
         return probabilities(0)
     return probabilities(last_below(lambda scale: spent(scale) < nfe, 0.0, 1 / worth.min()))
-
-
-def last_below(below: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest number at which `below` holds, from `low` on, where it does, to `high`, where it does not."""
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if below(middle) else (low, middle)
-    return low

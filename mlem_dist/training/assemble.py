@@ -16,10 +16,12 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
-from mlem_dist.ladder.ladder import LADDER, Ladder, Level, save_ladder, save_level
-from mlem_dist.ladder.levels import GaussianLevel, UNetLevel
+from mlem_dist.ladder.ladder import LADDER, Ladder, Level
 from mlem_dist.ladder.measure import measure_costs
-from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.unet import UNetLevel
+from mlem_dist.solver.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.resume import (

@@ -9,7 +9,7 @@ import yaml
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
-from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.solver.schedule import alpha_bar
 
 RESERVED = ("training", "scheduler")
 """Folders of a ladder that are no level's."""

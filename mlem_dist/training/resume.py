@@ -21,8 +21,9 @@ from torch import nn
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, listing, own_names, replace_file
 from mlem_dist.ladder.ladder import LADDER, Ladder
-from mlem_dist.ladder.levels import GaussianLevel, new_unet_level, on_meta
-from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.unet import new_unet_level, on_meta
+from mlem_dist.solver.schedule import alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.train import CHECKPOINT
@@ -78,7 +79,7 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
     if there and WORK not in there:
         ladder = LADDER in there
         what = "a finished ladder without its training state" if ladder else f"something else ({listing(there)})"
-        raise UsageError(f"--out {out} holds {what}; choose an empty or new folder")
+        raise UsageError(f"`out` {out} holds {what}; choose an empty or new folder")
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if min(count) < 2:
         poor = count.index(min(count))

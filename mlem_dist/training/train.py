@@ -16,10 +16,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlem_dist.files import replace_file
-from mlem_dist.ladder.ladder import save_tensors
-from mlem_dist.ladder.levels import GaussianLevel, UNetLevel, new_unet_level
-from mlem_dist.ladder.measure import add_noise, denoising_errors, to_range
-from mlem_dist.ladder.schedule import BANDS, alpha_bar
+from mlem_dist.ladder.measure import denoising_errors
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.pixels import to_range
+from mlem_dist.models.unet import UNetLevel, new_unet_level
+from mlem_dist.models.weights import save_tensors
+from mlem_dist.solver.schedule import BANDS, add_noise, alpha_bar
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import device_key, store_entry
-from mlem_dist.ladder.graphs import as_run
 from mlem_dist.ladder.ladder import Ladder, Level
 from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
-from mlem_dist.ladder.schedule import BANDS
+from mlem_dist.models.graphs import as_run
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.schedule import BANDS
 from mlem_dist.solver.steps import ETA, StepTable, step_table
-from mlem_dist.tuning.allocate import nfe_at_error, rung_sets
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
+from mlem_dist.tuning.neyman import nfe_at_error, rung_sets
 from mlem_dist.tuning.tell import TellStage
 
 BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}

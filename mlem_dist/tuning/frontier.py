@@ -12,7 +12,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, replace_file
-from mlem_dist.tuning.judge import Verdict
+from mlem_dist.tuning.comparison import Verdict
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Frontier:
             rows = raw.pop("rows")
             self.rows = [Row(r["family"], r["label"], r["seconds"], np.array(r["errors"])) for r in rows]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is not a frontier ({error}); move it away or choose another --out") from None
+            raise UsageError(f"{path} is not a frontier ({error}); move it away or choose another `out`") from None
         for key in sorted(raw.keys() | about.keys()):
             if raw.get(key) != about.get(key):
                 raise UsageError(
                     f"{path} is of another {key}: {str(raw.get(key))[:40]}, not {str(about.get(key))[:40]}; "
-                    "move it away, or choose another --out"
+                    "move it away, or choose another `out`"
                 )
 
     def find(self, family: str, label: str) -> Row | None:

@@ -15,14 +15,14 @@ from mlem_dist.files import file_digest
 from mlem_dist.ladder.calibration import NAME
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
-from mlem_dist.tuning.choose import plan_path
-from mlem_dist.tuning.fit import Fitter, fitting_samples
+from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.evolution import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
 from mlem_dist.tuning.frontier import Frontier, Row
-from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.optimise import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
-from mlem_dist.tuning.recipe import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
-from mlem_dist.tuning.refine import fitted_plan
+from mlem_dist.tuning.least_squares import Fitter, fitting_samples
+from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
+from mlem_dist.tuning.refinement import fitted_plan
 from mlem_dist.tuning.tell import Tell, TellStage
+from mlem_dist.tuning.tuned_plans import plan_path
 
 CHOOSING_SEED, JUDGING_SEED, FITTING_SEED = 0, 1, 2
 CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 32, 64, 256
@@ -185,7 +185,7 @@ def _least(values: np.ndarray) -> int:
     """The index of the least finite value."""
     finite = np.isfinite(values)
     if not finite.any():
-        raise UsageError("no plan that was tried ends in finite numbers on this ladder; raise --nfe")
+        raise UsageError("no plan that was tried ends in finite numbers on this ladder; raise `nfe`")
     return int(np.where(finite, values, np.inf).argmin())
 
 

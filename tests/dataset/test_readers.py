@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from mlem_dist.dataset.shards import encode_png
-from mlem_dist.runtime.generate import complete, open_dataset
-from mlem_dist.runtime.inline import run_inline
-from mlem_dist.runtime.job import Job
+from mlem_dist.engine.completion import complete, open_dataset
+from mlem_dist.engine.inline import run_inline
+from mlem_dist.engine.job import Job
 from mlem_dist.solver.plan import Recipe
 
 

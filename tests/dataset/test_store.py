@@ -20,10 +20,10 @@ from s3fs import S3FileSystem
 from mlem_dist.dataset.manifest import Manifest, check_out, read_manifest
 from mlem_dist.dataset.shards import damage, foreign, marked_shards
 from mlem_dist.dataset.store import Location, StoreError, check_location, parse_location
+from mlem_dist.engine.completion import complete, open_dataset
+from mlem_dist.engine.inline import run_inline
 from mlem_dist.errors import UsageError
 from mlem_dist.report.sheet import save_contact_sheet
-from mlem_dist.runtime.generate import complete, open_dataset
-from mlem_dist.runtime.inline import run_inline
 from mlem_dist.solver.plan import single_level
 
 LOST = EndpointConnectionError(endpoint_url="http://nowhere")
@@ -213,7 +213,7 @@ def test_who_may_see_no_more_of_a_bucket_than_the_folder_may_write_there(server,
     failing("head_bucket", "", PermissionError("Forbidden"))
     check_location(out)
     failing("list_objects_v2", "mine", PermissionError("Forbidden"))
-    with pytest.raises(UsageError, match=f"--out {out} cannot be reached: Forbidden"):
+    with pytest.raises(UsageError, match=f"`out` {out} cannot be reached: Forbidden"):
         check_location(out)
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from mlem_dist.ladder.graphs import Graphed
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.graphs import Graphed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

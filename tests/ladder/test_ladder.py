@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.ladder import Ladder, bundled, save_ladder, save_level, save_tensors
-from mlem_dist.ladder.levels import GaussianLevel
+from mlem_dist.ladder.ladder import Ladder, bundled
 from mlem_dist.ladder.measure import denoising_errors
+from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.weights import save_tensors
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mlem_dist.ladder.ladder import WIDE
-from mlem_dist.ladder.levels import FIT_ROWS, GaussianLevel, UNetLevel, new_unet_level
-from mlem_dist.ladder.measure import add_noise
+from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
+from mlem_dist.models.unet import UNetLevel, new_unet_level
 from mlem_dist.solver.integrate import evaluate
 from mlem_dist.solver.plan import Increment
+from mlem_dist.solver.schedule import add_noise
 
 
 def test_the_gaussian_level_is_the_exact_posterior_mean():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.schedule import DEFAULTS, SAMPLING, SCHEDULERS, alpha_bar
+from mlem_dist.solver.schedule import DEFAULTS, SAMPLING, SCHEDULERS, alpha_bar
 
 
 @pytest.fixture

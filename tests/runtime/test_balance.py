@@ -1,5 +1,5 @@
-from mlem_dist.runtime.balance import Load, Move, choose_move
-from mlem_dist.runtime.placement import Devices, Seat
+from mlem_dist.capacity.placement import Devices, Seat
+from mlem_dist.capacity.policies import Load, Move, choose_move
 
 CPU, GPU = Devices("cpu", 4), Devices("cuda", 4)
 A, B, C, D = (Seat(device, 1.0) for device in range(4))

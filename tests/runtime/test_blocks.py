@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mlem_dist.runtime.blocks import Blocks, NonFiniteError
+from mlem_dist.engine.blocks import Blocks, NonFiniteError
 
 
 def test_the_samples_of_a_block_have_the_classes_of_their_rows(fashion, make_job):

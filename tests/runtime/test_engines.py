@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from mlem_dist.capacity import policies, timing
+from mlem_dist.capacity.placement import Devices, parse_placement
+from mlem_dist.capacity.planner import Layout, seat_loads
+from mlem_dist.engine import completion
+from mlem_dist.engine.blocks import Blocks, NonFiniteError
+from mlem_dist.engine.completion import complete, open_dataset
+from mlem_dist.engine.inline import run_inline
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime import arrange, balance, batching, cells, cluster, driver, generate, worker
-from mlem_dist.runtime.blocks import Blocks, NonFiniteError
+from mlem_dist.runtime import arrangement, batching, cells, cluster, run
 from mlem_dist.runtime.coordinator import Coordinator
-from mlem_dist.runtime.driver import run_ray
-from mlem_dist.runtime.generate import complete, open_dataset
-from mlem_dist.runtime.inline import run_inline
-from mlem_dist.runtime.placement import Devices, parse_placement
-from mlem_dist.runtime.planner import Layout, seat_loads
+from mlem_dist.runtime.run import run_ray
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.plan import Recipe, held, on_levels, single_level
 
@@ -45,8 +47,10 @@ def make_inline(job, ladder, out, devices=1):
 
 def arranged(ladder, pools, there, cost=None, **about):
     """By the ladder's costs, or others."""
-    kinds = {one: arrange.cluster_kind(one, ladder, ladder.cost(one.type) if cost is None else cost) for one in there}
-    return arrange.Arrangement(Layout(tuple(pools), tuple(kinds[one] for one in there)), **about)
+    kinds = {
+        one: arrangement.cluster_kind(one, ladder, ladder.cost(one.type) if cost is None else cost) for one in there
+    }
+    return arrangement.Arrangement(Layout(tuple(pools), tuple(kinds[one] for one in there)), **about)
 
 
 def make_ray(job, ladder, out, devices, placement="pools", watch=lambda progress: None, coalesce=1, **about):
@@ -154,7 +158,7 @@ def test_the_levels_of_the_plan_are_timed_on_a_device(three, small_job, remote):
     absurd = replace(three, levels=tuple(replace(level, seconds={"cpu": 1e6}) for level in three.levels))
     two = on_levels(held(np.ones((2, 12), dtype=bool)), (1, len(three.levels)))
     job, devices = small_job(two), Devices("cpu", 3, (("site", "here"),))
-    cost = arrange.measured_cost(job, absurd, devices, [1, len(three.levels)], remote)
+    cost = arrangement.measured_cost(job, absurd, devices, [1, len(three.levels)], remote)
     assert (cost[[0, -1]] > 0).all()
     assert (cost[[0, -1]] < 1e6).all()
     assert (cost[1:-1] == 1e6).all()
@@ -162,24 +166,24 @@ def test_the_levels_of_the_plan_are_timed_on_a_device(three, small_job, remote):
 
 def test_each_level_has_its_own_time(three, small_job, monkeypatch):
     """By a clock that says the number of the level that is timed."""
-    monkeypatch.setattr(worker, "Levels", lambda *about: {k: k for k in range(1, 4)})
-    monkeypatch.setattr(worker, "seconds_per_sample", lambda level, *about, **counts: level)
-    cost = arrange.measured_cost(small_job(), three, Devices("cpu", 3), [3, 1], remote=False)
+    monkeypatch.setattr(timing, "Levels", lambda *about: {k: k for k in range(1, 4)})
+    monkeypatch.setattr(timing, "seconds_per_sample", lambda level, *about, **counts: level)
+    cost = arrangement.measured_cost(small_job(), three, Devices("cpu", 3), [3, 1], remote=False)
     assert cost.tolist() == [1, three.cost("cpu")[1], 3]
 
 
 def test_levels_on_cpu_cores_are_timed_there_in_a_job_of_gpus(three, small_job):
-    cost = arrange.measured_cost(small_job(device="cuda"), three, Devices("cpu", 3), [1], remote=False)
+    cost = arrangement.measured_cost(small_job(device="cuda"), three, Devices("cpu", 3), [1], remote=False)
     assert 0 < cost[0] < 1
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_nothing_is_timed_where_no_device_is_free(three, small_job, monkeypatch):
-    monkeypatch.setattr(arrange, "DEVICE_SECONDS", 0.1)
+    monkeypatch.setattr(arrangement, "DEVICE_SECONDS", 0.1)
     holder = placement_group([{"CPU": 3}])
     ray.get(holder.ready())
     try:
-        cost = arrange.measured_cost(small_job(), three, Devices("cpu", 3), [1], remote=True)
+        cost = arrangement.measured_cost(small_job(), three, Devices("cpu", 3), [1], remote=True)
     finally:
         remove_placement_group(holder)
     assert cost is None
@@ -187,8 +191,8 @@ def test_nothing_is_timed_where_no_device_is_free(three, small_job, monkeypatch)
 
 def test_timing_takes_a_small_part_of_a_run(three, small_job):
     few, many, large = small_job(num=1000), small_job(num=10**6), small_job(num=10**6, block_size=2000, shard_size=2000)
-    assert [arrange.is_long(job, three, [Devices("cpu", 2)]) for job in (few, many, large)] == [False, True, True]
-    assert not arrange.is_long(large, three, [Devices("cpu", 2000)])
+    assert [arrangement.is_long(job, three, [Devices("cpu", 2)]) for job in (few, many, large)] == [False, True, True]
+    assert not arrangement.is_long(large, three, [Devices("cpu", 2000)])
 
 
 def test_a_node_with_another_version_is_bad_input(three, small_job):
@@ -201,7 +205,7 @@ def test_a_node_with_another_version_is_bad_input(three, small_job):
 @pytest.mark.usefixtures("local_ray")
 def test_a_ladder_that_a_device_does_not_find_is_bad_input(three, small_job):
     with pytest.raises(UsageError, match="nowhere"):
-        arrange.measured_cost(small_job(ladder="nowhere"), three, Devices("cpu", 3), [1], remote=True)
+        arrangement.measured_cost(small_job(ladder="nowhere"), three, Devices("cpu", 3), [1], remote=True)
 
 
 def coordinator_with(module, name, value):
@@ -219,7 +223,7 @@ def coordinator_with(module, name, value):
 @pytest.mark.usefixtures("local_ray")
 def test_coalesced_blocks_are_equal_to_rounding(three, small_job, reference_cache, tmp_path, monkeypatch):
     # A call is made when it is full, or no more asks can come.
-    monkeypatch.setattr(driver, "Coordinator", coordinator_with(batching, "WAIT_SECONDS", 1e6))
+    monkeypatch.setattr(run, "Coordinator", coordinator_with(batching, "WAIT_SECONDS", 1e6))
     levels = len(three.levels)
     # Several asks are under way at a time only if an actor has several blocks.
     job = small_job(Recipe(np.repeat([[1.0]] + [[0.5]] * (levels - 1), 12, axis=1), "quantiles", "held"))
@@ -371,7 +375,7 @@ def test_two_runs_of_one_command_end_with_one_dataset(three, small_job, tmp_path
 
 def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(three, small_job, tmp_path, monkeypatch):
     job, out = small_job(), tmp_path / "out"
-    real = generate.open_dataset
+    real = completion.open_dataset
     late = real(job, three, out)
 
     def overtaken(*arguments):
@@ -383,7 +387,7 @@ def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(three, smal
         return found
 
     finished = []
-    monkeypatch.setattr(generate, "open_dataset", overtaken)
+    monkeypatch.setattr(completion, "open_dataset", overtaken)
     list(complete(late, three, lambda shards: run_inline(job, three, out, shards, 1)))
     assert real(job, three, out).missing == ()
     assert len(real(job, three, out).manifest.shards) == job.shards
@@ -402,7 +406,7 @@ def test_a_killed_coordinator_costs_no_sample(three, long_job, reference_cache, 
     """Two cells of one device each; one of them loses its coordinator, and its actors with it."""
     # Every round takes up what it asks for, so that a snapshot is of after the one before.
     monkeypatch.setattr(cells, "ANSWER_SECONDS", 1e6)
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(run, "POLL_SECONDS", 0.02)
     killed, waiting, sampling = [], [], []
 
     def kill(progress):
@@ -430,7 +434,7 @@ def test_a_killed_coordinator_costs_no_sample(three, long_job, reference_cache, 
 def test_a_pool_that_holds_up_the_others_takes_an_actor(three, small_job, tmp_path, monkeypatch):
     """The large levels are said to cost nothing, so that they get one actor, and the trajectories all devices."""
     # The busiest pool is full, however little of the machine other programs leave to it.
-    monkeypatch.setattr(driver, "Coordinator", coordinator_with(balance, "FULL", 0.02))
+    monkeypatch.setattr(run, "Coordinator", coordinator_with(policies, "FULL", 0.02))
     levels = len(three.levels)
     # More than any machine makes meanwhile.
     job = small_job(num=10**6, steps=40, shard_size=32)

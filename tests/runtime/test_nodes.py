@@ -9,8 +9,8 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from mlem_dist.runtime.generate import complete, open_dataset
-from mlem_dist.runtime.inline import run_inline
+from mlem_dist.engine.completion import complete, open_dataset
+from mlem_dist.engine.inline import run_inline
 from mlem_dist.solver.plan import held, on_levels
 
 DRIVER = """
@@ -19,10 +19,10 @@ from pathlib import Path
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.runtime import cells, cluster
-from mlem_dist.runtime.arrange import arrange
-from mlem_dist.runtime.driver import run_ray
-from mlem_dist.runtime.generate import complete, open_dataset
-from mlem_dist.runtime.placement import parse_placement
+from mlem_dist.runtime.arrangement import arrange
+from mlem_dist.runtime.run import run_ray
+from mlem_dist.engine.completion import complete, open_dataset
+from mlem_dist.capacity.placement import parse_placement
 
 address, job, out = sys.argv[1], pickle.loads(bytes.fromhex(sys.argv[2])), Path(sys.argv[3])
 cluster.connect(address)

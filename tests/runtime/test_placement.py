@@ -1,19 +1,9 @@
 import numpy as np
 import pytest
 
+from mlem_dist.capacity.placement import LEAST_SHARE, Costs, Placement, allot, allot_kinds, level_loads, parse_placement
+from mlem_dist.engine.program import called, divide, evaluations
 from mlem_dist.errors import UsageError
-from mlem_dist.runtime.placement import (
-    LEAST_SHARE,
-    Costs,
-    Placement,
-    allot,
-    allot_kinds,
-    called,
-    divide,
-    evaluations,
-    level_loads,
-    parse_placement,
-)
 from mlem_dist.solver.plan import Increment, Recipe
 
 
@@ -54,12 +44,12 @@ def test_a_level_that_is_hardly_ever_drawn_has_a_seat(make_job):
     p = np.array([[1.0] * 12, [0.5] * 12, [0.0] * 11 + [1e-9]])
     costs = 2 * [Costs(*2 * [np.array([1.0, 2.0, 4.0])])]
     job = make_job(Recipe(p, "systematic", "held"))
-    assert not job.expected_calls()[2]
-    load = level_loads(evaluations(job), [range(1, 3), range(3, 4)], costs).sum(1)
+    assert not job.workload.expected_calls()[2]
+    load = level_loads(evaluations(job.workload), [range(1, 3), range(3, 4)], costs).sum(1)
     assert 0 < load[1] < 1e-6 * load[0]
     assert all(allot(load, 4))
     p[2] = 0
-    never = evaluations(make_job(Recipe(p, "systematic", "held")))
+    never = evaluations(make_job(Recipe(p, "systematic", "held")).workload)
     assert not level_loads(never, [range(1, 3), range(3, 4)], costs)[1].any()
 
 

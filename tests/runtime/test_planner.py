@@ -6,20 +6,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlem_dist.cli import cli
-from mlem_dist.errors import UsageError
-from mlem_dist.runtime.coordinator import trajectory_depth
-from mlem_dist.runtime.job import Job
-from mlem_dist.runtime.placement import (
-    WEIGHT_SHARE,
-    Costs,
-    Devices,
-    evaluations,
-    level_loads,
-    levels_of,
-    parse_placement,
-)
-from mlem_dist.runtime.planner import (
+from mlem_dist.capacity.placement import WEIGHT_SHARE, Costs, Devices, level_loads, parse_placement
+from mlem_dist.capacity.planner import (
     Kind,
     Layout,
     candidates,
@@ -30,7 +18,12 @@ from mlem_dist.runtime.planner import (
     read_kinds,
     seat_loads,
 )
-from mlem_dist.runtime.simulate import CellSimulation, Overheads, Seat, pool_seconds, segments
+from mlem_dist.capacity.policies import trajectory_depth
+from mlem_dist.capacity.simulation import CellSimulation, Overheads, Seat, pool_seconds, timed_segments
+from mlem_dist.cli import cli
+from mlem_dist.engine.job import Workload
+from mlem_dist.engine.program import Program, evaluations, levels_of
+from mlem_dist.errors import UsageError
 from mlem_dist.solver.plan import Recipe, held, on_levels
 
 NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, sliced=1, shared=False, state=4)
@@ -42,8 +35,13 @@ GIB = 2.0**30
 
 
 @pytest.fixture
-def job(make_job):
-    return make_job(FOUR, num=64_000, block_size=8, shard_size=80)
+def make_workload(make_job):
+    return lambda *plan, **changes: make_job(*plan, **changes).workload
+
+
+@pytest.fixture
+def workload(make_workload):
+    return make_workload(FOUR, num=64_000, block_size=8, shard_size=80)
 
 
 def kind(count: int, name: str = "gpu", cost: np.ndarray = COST, memory: float = np.inf, **overheads) -> Kind:
@@ -56,66 +54,72 @@ def layout(one: Kind, placement: str = "together") -> Layout:
 
 
 @pytest.mark.parametrize("collapse", [False, True])
-def test_the_segments_of_plans_hold_the_loads_of_the_pools(make_job, collapse):
-    job = make_job(replace(FOUR, collapse=collapse), block_size=8, shard_size=80)
+def test_the_segments_of_plans_hold_the_loads_of_the_pools(make_workload, collapse):
+    workload = make_workload(replace(FOUR, collapse=collapse), block_size=8, shard_size=80)
     for pools in ((range(1, 5),), POOLS, tuple(range(k, k + 1) for k in range(1, 5))):
-        programs = [segments(job.block_plan(block), pools, [COSTS] * len(pools)) for block in range(16)]
+        programs = [
+            timed_segments(Program(workload.block_plan(block), pools), [COSTS] * len(pools)) for block in range(16)
+        ]
         seconds = np.mean([pool_seconds(program, len(pools)) for program in programs], axis=0)
-        np.testing.assert_allclose(seconds, level_loads(evaluations(job), pools, [COSTS] * len(pools)).sum(1))
+        np.testing.assert_allclose(seconds, level_loads(evaluations(workload), pools, [COSTS] * len(pools)).sum(1))
         # A run in closed form takes the time of a call of level 1, which is at every step otherwise.
-        runs = np.mean([[len(plan.runs), sum(bool(run.base) for run in plan.runs)] for plan in job.first_plans], axis=0)
+        runs = np.mean(
+            [[len(plan.runs), sum(bool(run.base) for run in plan.runs)] for plan in workload.first_plans], axis=0
+        )
         assert seconds.sum() >= COST[0] * (runs[1] if collapse else 12)
 
 
-def test_no_forecast_is_better_than_the_levels_own_time(make_job):
+def test_no_forecast_is_better_than_the_levels_own_time(make_workload):
     """Of the first block, which does not call the best level; of the first sixteen some do."""
     rare = Recipe(np.array([[1.0] * 12, [0.1] * 12, [0.02] * 12, [0.01] * 12]), "independent", "held")
-    job = make_job(rare, num=8, block_size=8, shard_size=8)
-    assert not job.block_plan(0).calls[3].any()
-    assert job.expected_calls()[3] > 0
-    assert forecast(job, layout(kind(1))).efficiency == pytest.approx(1)
+    workload = make_workload(rare, num=8, block_size=8, shard_size=8)
+    assert not workload.block_plan(0).calls[3].any()
+    assert workload.expected_calls()[3] > 0
+    assert forecast(workload, layout(kind(1))).efficiency == pytest.approx(1)
 
 
 @pytest.mark.parametrize("devices", [1, 3, 16])
-def test_without_overheads_devices_that_hold_all_levels_are_always_busy(job, devices):
-    found = forecast(job, layout(kind(devices)))
+def test_without_overheads_devices_that_hold_all_levels_are_always_busy(workload, devices):
+    found = forecast(workload, layout(kind(devices)))
     assert found.efficiency == pytest.approx(1, abs=0.02)
     assert found.pools[0].busy == pytest.approx(1, abs=0.02)
-    assert found.seconds == pytest.approx(job.num / found.ideal, rel=0.02)
+    assert found.seconds == pytest.approx(workload.num / found.ideal, rel=0.02)
     assert found.level_seconds.sum() == pytest.approx(devices / found.ideal, rel=0.01)
 
 
-def rate(job, one: Kind, placement: str = "together", cell_devices: int | None = None) -> float:
-    return forecast(job, layout(one, placement), cell_devices).images_per_second
+def rate(workload, one: Kind, placement: str = "together", cell_devices: int | None = None) -> float:
+    return forecast(workload, layout(one, placement), cell_devices).images_per_second
 
 
-def test_every_overhead_slows_a_cell_down_by_its_size(job):
+def test_every_overhead_slows_a_cell_down_by_its_size(workload):
     """One of them at a time, by hand."""
-    load = level_loads(evaluations(job), [range(1, 5)], [COSTS]).sum()
+    load = level_loads(evaluations(workload), [range(1, 5)], [COSTS]).sum()
     # Two cores that also write.
-    assert rate(job, kind(2, write=load, shared=True)) == pytest.approx(2 / (2 * load), rel=0.03)
-    assert rate(job, kind(1, slowdown=1.5)) == pytest.approx(1 / load / 1.5, rel=0.02)
+    assert rate(workload, kind(2, write=load, shared=True)) == pytest.approx(2 / (2 * load), rel=0.03)
+    assert rate(workload, kind(1, slowdown=1.5)) == pytest.approx(1 / load / 1.5, rel=0.02)
     # One call per block of eight, and the device idle only while both blocks in flight are on their way.
-    assert rate(job, kind(1, call=8 * load)) == pytest.approx(1 / load / 2, rel=0.02)
-    assert rate(job, kind(1, latency=1.0)) == pytest.approx(2 * 8 / (1 + 8 * load), rel=0.1)
+    assert rate(workload, kind(1, call=8 * load)) == pytest.approx(1 / load / 2, rel=0.02)
+    assert rate(workload, kind(1, latency=1.0)) == pytest.approx(2 * 8 / (1 + 8 * load), rel=0.1)
     # Four cells of one device, each of which is given a shard of ten blocks a round.
-    assert rate(job, kind(4, poll=1.0), "together", 1) == pytest.approx(4 * 80 / (0.5 + 4), rel=0.05)
+    assert rate(workload, kind(4, poll=1.0), "together", 1) == pytest.approx(4 * 80 / (0.5 + 4), rel=0.05)
 
 
-def test_a_gpu_works_for_other_actors_while_one_makes_its_call(job):
+def test_a_gpu_works_for_other_actors_while_one_makes_its_call(workload):
     """Two actors on one GPU, which takes turns; a core does one thing at a time."""
     cost = np.array([1.0, 1, 2, 4]) * 1e-3
-    programs = [segments(job.block_plan(block), POOLS, [Costs(cost, cost)] * 2) for block in range(16)]
+    programs = [
+        timed_segments(Program(workload.block_plan(block), POOLS), [Costs(cost, cost)] * 2) for block in range(16)
+    ]
     loads = np.mean([pool_seconds(program, 2) for program in programs], axis=0)
     load = loads.sum()
     calls = np.mean([len(program) + sum(len(one.asks) for one in program) for program in programs])
     call = 8 * load / calls / 3
     core = kind(1, cost=cost, call=call, shared=True)
-    assert rate(job, core, "1-2,3-4") == pytest.approx(1 / load / (1 + 1 / 3), rel=0.02)
-    assert rate(job, kind(1, cost=cost, call=call), "1-2,3-4") == pytest.approx(1 / load, rel=0.05)
+    assert rate(workload, core, "1-2,3-4") == pytest.approx(1 / load / (1 + 1 / 3), rel=0.02)
+    assert rate(workload, kind(1, cost=cost, call=call), "1-2,3-4") == pytest.approx(1 / load, rel=0.05)
     slicing = kind(1, cost=cost, sliced=1.5)
-    assert rate(job, slicing, "1-2,3-4") == pytest.approx(1 / load / 1.5, rel=0.02)
-    assert rate(job, slicing) == pytest.approx(1 / load, rel=0.05)
+    assert rate(workload, slicing, "1-2,3-4") == pytest.approx(1 / load / 1.5, rel=0.02)
+    assert rate(workload, slicing) == pytest.approx(1 / load, rel=0.05)
 
 
 def test_blocks_in_flight_are_bounded_by_memory():
@@ -138,14 +142,14 @@ def test_cells_divide_the_devices_as_evenly_as_they_can():
     assert pair.cells(2) == [[5, 1], [4, 1]]
 
 
-def test_an_uneven_cell_stands_for_its_part(job):
+def test_an_uneven_cell_stands_for_its_part(workload):
     for devices, cell in ((3, 2), (5, 2), (7, 4)):
-        assert forecast(job, layout(kind(devices)), cell).efficiency == pytest.approx(1, abs=0.03)
+        assert forecast(workload, layout(kind(devices)), cell).efficiency == pytest.approx(1, abs=0.03)
 
 
-def test_one_more_of_many_brings_its_share(job):
-    best = plan_capacity(job, np.full(4, 1.0), [kind(64)])[0]
-    assert marginal(job, best)["gpu"] == pytest.approx(best.images_per_second / 64, rel=0.2)
+def test_one_more_of_many_brings_its_share(workload):
+    best = plan_capacity(workload, np.full(4, 1.0), [kind(64)])[0]
+    assert marginal(workload, best)["gpu"] == pytest.approx(best.images_per_second / 64, rel=0.2)
 
 
 def test_memory_is_given_in_gib(fashion):
@@ -159,20 +163,20 @@ def test_memory_is_given_in_gib(fashion):
     )
 
 
-def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(job):
+def test_seats_are_shared_out_by_what_pools_are_simulated_to_take(workload):
     overheads = replace(NOTHING, call=2e-3, trip=5e-3, slowdown=1.1)
     one = Kind("gpu", Devices("cuda", 2), COSTS, overheads)
-    seated = seat_loads(job, Layout(POOLS, (one, one)))
-    assert (seated > level_loads(evaluations(job), POOLS, [COSTS, COSTS]).sum(1) * 1.1).all()
-    programs = [segments(job.block_plan(block), POOLS, [COSTS, COSTS]) for block in range(16)]
+    seated = seat_loads(workload, Layout(POOLS, (one, one)))
+    assert (seated > level_loads(evaluations(workload), POOLS, [COSTS, COSTS]).sum(1) * 1.1).all()
+    programs = [timed_segments(Program(workload.block_plan(block), POOLS), [COSTS, COSTS]) for block in range(16)]
     trace = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(one.devices, overheads)], 8, 10).run(16)
     # The call that begins a block is not in the loads.
     begins = np.array([overheads.call * 16, 0])
     np.testing.assert_allclose([trace.busy[0], trace.busy[1]], seated * 8 * 16 + begins, rtol=1e-6)
 
 
-def test_all_work_is_done_and_in_turn(job):
-    programs = [segments(job.block_plan(block), POOLS, [COSTS, COSTS]) for block in range(4)]
+def test_all_work_is_done_and_in_turn(workload):
+    programs = [timed_segments(Program(workload.block_plan(block), POOLS), [COSTS, COSTS]) for block in range(4)]
     cell = CellSimulation(programs, [[Seat(0, 1.0)], [Seat(1, 1.0)]], [(Devices("cuda", 2), NOTHING)], 8, 10)
     trace = cell.run(8)
     assert len(trace.blocks) == 8
@@ -185,9 +189,9 @@ def test_all_work_is_done_and_in_turn(job):
         assert all(before[1] <= after[0] + 1e-12 for before, after in pairwise(mine))
 
 
-def test_a_slow_coordinator_is_the_bottleneck_and_smaller_cells_help(job):
+def test_a_slow_coordinator_is_the_bottleneck_and_smaller_cells_help(workload):
     one = layout(kind(64, event=0.01))
-    large, small, chosen = forecast(job, one, 64), forecast(job, one, 8), forecast(job, one)
+    large, small, chosen = forecast(workload, one, 64), forecast(workload, one, 8), forecast(workload, one)
     assert large.bottleneck == "coordinator"
     # All levels together are one call per block.
     assert large.images_per_second == pytest.approx(8 / 0.01, rel=0.02)
@@ -197,14 +201,14 @@ def test_a_slow_coordinator_is_the_bottleneck_and_smaller_cells_help(job):
     assert chosen.coordinator < 0.5
 
 
-def test_cells_are_made_smaller_only_where_the_levels_fit_into_fewer_devices(job):
+def test_cells_are_made_smaller_only_where_the_levels_fit_into_fewer_devices(workload):
     """Two of three pools may meet on a device of a larger cell, and in a cell of one device all of them do."""
     one, pools = kind(8, memory=10 / WEIGHT_SHARE, event=0.1), (range(1, 3), range(3, 4), range(4, 5))
     for of_actor in (3.0, 4.0):
         layout = Layout(pools, (one,) * 3, (of_actor,) * 3)
-        chosen = forecast(job, layout)
+        chosen = forecast(workload, layout)
         assert chosen.coordinator > 0.5
-        load = seat_loads(job, layout)
+        load = seat_loads(workload, layout)
         assert layout.fits(load, chosen.cell_devices)
         assert (chosen.cell_devices == 1) == layout.fits(load, 1) == (of_actor == 3)
 
@@ -221,69 +225,69 @@ def test_levels_that_fit_into_the_largest_cell_may_not_fit_into_another():
     assert replace(found, kinds=(kind(3, memory=10 / WEIGHT_SHARE),) * 2).fits(load, 3)
 
 
-def test_a_small_simulation_foretells_a_large_job(job):
-    short, long = (forecast(replace(job, num=num), layout(kind(4), "1-2,3-4")) for num in (64_000, 6_400_000))
+def test_a_small_simulation_foretells_a_large_job(workload):
+    short, long = (forecast(replace(workload, num=num), layout(kind(4), "1-2,3-4")) for num in (64_000, 6_400_000))
     assert long.images_per_second == pytest.approx(short.images_per_second, rel=0.02)
     assert long.seconds == pytest.approx(100 * short.seconds, rel=0.02)
 
 
-def test_kinds_share_the_images_by_their_speed(job):
+def test_kinds_share_the_images_by_their_speed(workload):
     slow, fast = kind(8, "slow", COST * 4, trip=1e-4), kind(4, "fast", trip=1e-4)
-    best = plan_capacity(job, np.full(4, 1.0), [slow, fast])[0]
+    best = plan_capacity(workload, np.full(4, 1.0), [slow, fast])[0]
     assert [str(part.layout) for part in best.parts] == ["1-4@slow", "1-4@fast"]
     assert best.parts[1].images_per_second == pytest.approx(2 * best.parts[0].images_per_second, rel=0.05)
-    gains = marginal(job, best)
+    gains = marginal(workload, best)
     assert gains["fast"] == pytest.approx(4 * gains["slow"], rel=0.2)
-    assert best.level_hours(job.num).sum() * 3600 == pytest.approx(12 * best.seconds, rel=0.05)
+    assert best.level_hours(workload.num).sum() * 3600 == pytest.approx(12 * best.seconds, rel=0.05)
 
 
-def test_a_level_that_fits_on_one_kind_only_is_called_there(job):
+def test_a_level_that_fits_on_one_kind_only_is_called_there(workload):
     weights = np.array([1.0, 1, 1, 30])
     small, large = kind(8, "small", memory=10 / WEIGHT_SHARE), kind(2, "large", memory=34 / WEIGHT_SHARE)
-    ways = plan_capacity(job, weights, [small, large])
+    ways = plan_capacity(workload, weights, [small, large])
     assert {str(part.layout) for part in ways[0].parts} == {"1-3@small,4@large"}
     alone = next(way for way in ways if "small" not in str(way))
     assert ways[0].images_per_second > 1.1 * alone.images_per_second
     with pytest.raises(UsageError, match="no placement of its levels fits"):
-        plan_capacity(job, weights, [small])
+        plan_capacity(workload, weights, [small])
 
 
-def test_kinds_with_the_same_overheads_are_still_two(job):
+def test_kinds_with_the_same_overheads_are_still_two(workload):
     """The nine small devices have little to do, and the large one, on which the best level is, is the bottleneck."""
     small, large = (
         Kind(name, Devices("cpu", n), COSTS, replace(NOTHING, shared=True)) for name, n in (("a", 9), ("b", 1))
     )
-    found = forecast(job, Layout((range(1, 4), range(4, 5)), (small, large)))
+    found = forecast(workload, Layout((range(1, 4), range(4, 5)), (small, large)))
     assert found.pools[1].busy > 0.9
     assert found.pools[0].busy < 0.1
     assert found.bottleneck == "b"
     assert found.efficiency == pytest.approx(1, abs=0.1)
 
 
-def test_larger_images_take_longer_to_write(job):
+def test_larger_images_take_longer_to_write(workload):
     small, large = (overheads_of("cpu", (3, side, side)) for side in (32, 256))
     assert large.write == pytest.approx(64 * small.write)
     assert large.state == 64 * small.state
     assert replace(large, write=small.write, state=small.state) == small
 
 
-def test_levels_stay_together_where_they_fit(job):
-    found = candidates(job, np.full(4, GIB), kind(2, memory=100 * GIB, call=1e-3, trip=1e-3))
+def test_levels_stay_together_where_they_fit(workload):
+    found = candidates(workload, np.full(4, GIB), kind(2, memory=100 * GIB, call=1e-3, trip=1e-3))
     assert [str(found[i]) for i in (0, -1)] == ["1-4@gpu", "1@gpu,2@gpu,3@gpu,4@gpu"]
     assert len(found) == 8
 
 
-def test_a_ladder_that_is_too_large_for_a_device_is_divided(make_job):
+def test_a_ladder_that_is_too_large_for_a_device_is_divided(make_workload):
     weights = np.array([0.0, 1, 2, 30]) * GIB
     # One increment at a time, each over the next lower level.
     fire = np.array([np.ones(12)] + [np.arange(12) % 3 == k for k in range(3)], dtype=bool)
-    job = make_job(held(fire))
+    workload = make_workload(held(fire))
     single = [range(k, k + 1) for k in range(1, 5)]
     # The first pool, which takes part in every step, evaluates its levels for the others.
-    assert levels_of(evaluations(job), single) == [[1], [2], [2, 3], [3, 4]]
-    assert levels_of(evaluations(job), [range(1, 4), range(4, 5)]) == [[1, 2, 3], [4]]
+    assert levels_of(evaluations(workload), single) == [[1], [2], [2, 3], [3, 4]]
+    assert levels_of(evaluations(workload), [range(1, 4), range(4, 5)]) == [[1, 2, 3], [4]]
 
-    def of(gib: float, one: Job = job) -> list[tuple[range, ...]]:
+    def of(gib: float, one: Workload = workload) -> list[tuple[range, ...]]:
         return [found.pools for found in candidates(one, weights, kind(3, memory=gib * GIB / WEIGHT_SHARE))]
 
     # Three devices: the lower levels' share of the time is one of them.
@@ -292,10 +296,10 @@ def test_a_ladder_that_is_too_large_for_a_device_is_divided(make_job):
     with pytest.raises(UsageError, match="33 GiB"):
         of(16)
     # Where increments meet at a step, one may be over a lower level than the next.
-    assert levels_of(evaluations(make_job(FOUR)), single)[3] == [2, 3, 4]
-    assert of(30.5, make_job(on_levels(held(fire[:2]), (1, 4))))
+    assert levels_of(evaluations(make_workload(FOUR)), single)[3] == [2, 3, 4]
+    assert of(30.5, make_workload(on_levels(held(fire[:2]), (1, 4))))
     # Half the bytes.
-    assert (range(1, 5),) in of(17, replace(job, precision="bfloat16"))
+    assert (range(1, 5),) in of(17, replace(workload, precision="bfloat16"))
 
 
 def run(*arguments: str) -> str:
@@ -333,7 +337,7 @@ def test_blocks_are_larger_on_gpus_by_default(kind, size):
         ("cpu:2,cpu:3", [], "stands there twice"),
         ("l4:2", [], "no costs of 'l4' are known"),
         ("l4:2", ["l4=1,2"], "6 positive numbers"),
-        ("cpu:2", ["l4=1,2,3,4,5,6"], "not one of the --pool-devices"),
+        ("cpu:2", ["l4=1,2,3,4,5,6"], "not one of the `pool_devices`"),
     ],
 )
 def test_bad_devices_are_refused(fashion, devices, costs, message):

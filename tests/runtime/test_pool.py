@@ -9,12 +9,12 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
+from mlem_dist.capacity.placement import Seat
+from mlem_dist.engine.program import Ask
+from mlem_dist.engine.progress import Work
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime.batching import Batcher
-from mlem_dist.runtime.placement import Seat
 from mlem_dist.runtime.pool import Pool, PoolError
-from mlem_dist.runtime.progress import Work
-from mlem_dist.runtime.segments import Ask
 from mlem_dist.solver.plan import Increment
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -257,18 +257,18 @@ def test_one_level_takes_every_step_or_is_refused_with_the_number_it_can_take():
     cost, weights = np.array([3e-3]), np.ones((1, 250))
     for nfe, collapse in ((250, False), (1e6, False), (1, True), (10, True)):
         assert (scale_to_budget(weights, cost, nfe, collapse) == 1).all()
-    message = r"--nfe 10 is below .*, 250 for 250 steps; raise --nfe or lower --steps to 10$"
+    message = r"`nfe` 10 is below .*, 250 for 250 steps; raise `nfe` or lower `steps` to 10$"
     with pytest.raises(UsageError, match=message):
         scale_to_budget(weights, cost, 10)
     assert (scale_to_budget(weights[:, :10], cost, 10) == 1).all()
     for collapse in (False, True):
-        with pytest.raises(UsageError, match=r"raise --nfe$"):
+        with pytest.raises(UsageError, match=r"raise `nfe`$"):
             scale_to_budget(weights, cost, 0.5, collapse)
 
 
 def test_as_many_steps_as_a_refusal_names_can_be_paid():
     cost = np.array([0.3, 1.0, 2.0])
-    with pytest.raises(UsageError, match=r"lower --steps to 26$"):
+    with pytest.raises(UsageError, match=r"lower `steps` to 26$"):
         scale_to_budget(np.ones((3, 250)), cost, 4)
     scale_to_budget(np.ones((3, 26)), cost, 4)
     with pytest.raises(UsageError, match="below the cost"):

@@ -4,9 +4,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.schedule import alpha_bar
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.schedule import alpha_bar
 from mlem_dist.solver.steps import step_table, two_step_table
 
 SCHEDULES = [

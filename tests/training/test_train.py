@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.measure import add_noise
+from mlem_dist.solver.schedule import add_noise
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.data import load_images
 from mlem_dist.training.train import DivergedError, denoising_error

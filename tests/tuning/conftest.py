@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlem_dist.ladder.ladder import Ladder, save_ladder, save_level
-from mlem_dist.ladder.levels import GaussianLevel, new_unet_level
-from mlem_dist.ladder.schedule import alpha_bar
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.unet import new_unet_level
+from mlem_dist.solver.schedule import alpha_bar
 from mlem_dist.tuning.calibrate import calibrate, store
 
 

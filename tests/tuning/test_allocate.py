@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mlem_dist.solver.probabilities import expected_cost, increment_cost, scale_to_budget
-from mlem_dist.tuning.allocate import coin_error, merged, neyman, neyman_weights, on_grid, rung_sets
+from mlem_dist.tuning.neyman import coin_error, merged, neyman, neyman_weights, on_grid, rung_sets
 
 COST = np.array([0.01, 1.0, 4.0, 16.0])
 EFFECT = np.random.default_rng(0).gamma(2, 1, (4, 30)) * np.array([9.0, 1.0, 0.2, 0.05])[:, None]

@@ -13,14 +13,15 @@ from click.testing import CliRunner, Result
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import stored
-from mlem_dist.ladder.ladder import Ladder, save_level
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors
+from mlem_dist.ladder.save import save_level
 from mlem_dist.report.tables import calibration_table
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import step_table
-from mlem_dist.tuning.allocate import coin_error, neyman
 from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store
+from mlem_dist.tuning.neyman import coin_error, neyman
 
 FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
 SCHEDULE = np.cumprod(1 - np.linspace(1e-3, 0.1, 100))
@@ -261,7 +262,7 @@ def test_another_ladders_calibration_is_never_overwritten(tmp_path, fashion, mea
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path, fashion):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UsageError, match="--out"):
+    with pytest.raises(UsageError, match="`out`"):
         stored(tmp_path / "file", fashion)
 
 

@@ -6,9 +6,9 @@ import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.fit import BEGINNINGS, BETWEEN, LARGEST, TIME_SHARE, Fitter, Times, fitting_samples
-from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.least_squares import BEGINNINGS, BETWEEN, LARGEST, TIME_SHARE, Fitter, Times, fitting_samples
+from mlem_dist.tuning.recipes import make_recipe
 
 STEPS = 40
 

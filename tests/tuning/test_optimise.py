@@ -7,9 +7,9 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
 from mlem_dist.solver.steps import ETA, step_table
-from mlem_dist.tuning.judge import Judge
-from mlem_dist.tuning.optimise import FirstOrder, evaluations_in_use, pair_effects
-from mlem_dist.tuning.recipe import make_recipe
+from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.evolution import FirstOrder, evaluations_in_use, pair_effects
+from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tune import Optimiser
 
 STEPS, SAMPLES = 24, 16

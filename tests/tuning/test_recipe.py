@@ -4,7 +4,7 @@ import pytest
 from mlem_dist.ladder.calibration import store_entry
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.probabilities import expected_cost
-from mlem_dist.tuning.recipe import NeymanRule, make_recipe
+from mlem_dist.tuning.recipes import NeymanRule, make_recipe
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.fit import Fit, Fitter, Times
-from mlem_dist.tuning.judge import BLOCK, Judge
-from mlem_dist.tuning.refine import derivatives, fitted_plan, refine, with_factors
+from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.least_squares import Fit, Fitter, Times
+from mlem_dist.tuning.refinement import derivatives, fitted_plan, refine, with_factors
 
 STEPS = 40
 
@@ -70,7 +70,7 @@ def test_steps_that_make_it_worse_are_not_kept(fitter, monkeypatch):
 
     fit = fitter.fit((1, 3), Times(1, 2, 1).fire(fitter.log_snr))
     assert (factors_of(refine(fitter, fit)) != factors_of(fit)).any()
-    monkeypatch.setattr("mlem_dist.tuning.refine.derivatives", uphill)
+    monkeypatch.setattr("mlem_dist.tuning.refinement.derivatives", uphill)
     refined = refine(fitter, fit)
     np.testing.assert_array_equal(factors_of(refined), factors_of(fit))
     assert refined.error == pytest.approx(fit.error, rel=1e-3)

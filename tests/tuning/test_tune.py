@@ -14,10 +14,10 @@ from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
-from mlem_dist.tuning.choose import tuned_budgets, tuned_plan
+from mlem_dist.tuning.comparison import BLOCK, Judge
 from mlem_dist.tuning.frontier import Row, lower_envelope
-from mlem_dist.tuning.judge import BLOCK, Judge
 from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, open_frontier
+from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
 
@@ -121,7 +121,7 @@ def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
     assert torch.equal(kept.reference, judge.reference)
     assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
     # As a version with other noise would have kept it.
-    monkeypatch.setattr("mlem_dist.tuning.judge.block_noise", lambda seed, *about: block_noise(seed + 1, *about))
+    monkeypatch.setattr("mlem_dist.tuning.comparison.block_noise", lambda seed, *about: block_noise(seed + 1, *about))
     other = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert other.judge(single_level(2, 2, 40)).errors.max() == 0
 

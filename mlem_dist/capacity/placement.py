@@ -1,0 +1,158 @@
+"""Which pools there are, and how many devices each gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlem_dist.engine.program import Evaluations, called
+from mlem_dist.errors import UsageError
+
+# A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
+LEAST_SHARE = 0.05
+
+CELL_DEVICES = 64
+"""At most so many devices per coordinator; `forecast` takes fewer where it would be busy more than half of its time."""
+
+WEIGHT_SHARE = 0.5
+"""The share of a device's memory that weights may take; the rest is for activations and states."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One actor's place: a share of one device, 0 < share <= 1."""
+
+    device: int
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Seconds per sample of each level on some device, float64 (K,).
+
+    Attributes:
+        alone: evaluated on its own.
+        beside: where level 1 is evaluated at the same state, and its value known.
+    """
+
+    alone: np.ndarray
+    beside: np.ndarray
+
+    def of(self, levels: Collection[int]) -> dict[int, float]:
+        """By level (from 1), of those that one actor evaluates at one state."""
+        each = self.beside if 1 in levels else self.alone
+        return {k: float(each[k - 1]) for k in levels}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The levels (from 1) of each pool, and each pool's kind of device; "" for whatever there is."""
+
+    pools: tuple[range, ...]
+    kinds: tuple[str, ...]
+
+
+def parse_placement(text: str, levels: int) -> Placement:
+    """The placement in a text: "pools" is one pool per level, "together" one for all, "1-2,3" as it says.
+
+    Ranges may name kinds of devices, all of them or none: "1-2@L4,3@H100".
+
+    Raises:
+        UsageError: the ranges are not contiguous from 1 to the number of levels, or some have kinds and some not.
+    """
+    if text == "pools":
+        return Placement(tuple(range(k, k + 1) for k in range(1, levels + 1)), ("",) * levels)
+    if text == "together":
+        return Placement((range(1, levels + 1),), ("",))
+    parts = [part.partition("@") for part in text.split(",")]
+    kinds = tuple(kind for _, _, kind in parts)
+    try:
+        ends = [tuple(map(int, part.split("-"))) for part, _, _ in parts]
+        pools = tuple(range(first, last + 1) for first, last in (end * 2 if len(end) == 1 else end for end in ends))
+    except ValueError:
+        pools = ()
+    if [k for pool in pools for k in pool] != list(range(1, levels + 1)) or not all(pools):
+        raise UsageError(
+            f"`placement` {text!r}: expected pools, together, or contiguous ranges of levels 1 to {levels} such as "
+            f"{'1-2,3' if levels > 2 else '1'}"
+        )
+    if any(kinds) != all(kinds) or any(at and not kind for _, at, kind in parts):
+        raise UsageError(
+            f"`placement` {text!r}: expected a kind of device for every pool or for none, as in 1@L4,2@H100"
+        )
+    return Placement(pools, kinds)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Devices of one kind.
+
+    Attributes:
+        type: "cpu" or "cuda".
+        count: how many.
+        labels: of their nodes, (key, value); none for any node.
+    """
+
+    type: str
+    count: int
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def pools_text(pools: Sequence[range]) -> str:
+    """Pools as `parse_placement` reads them: "1-2,3"."""
+    return ",".join(f"{pool[0]}-{pool[-1]}" if len(pool) > 1 else str(pool[0]) for pool in pools)
+
+
+def level_loads(counts: Evaluations, pools: Sequence[range], costs: Sequence[Costs]) -> np.ndarray:
+    """Expected seconds per sample in each pool and level, float64 (pools, K), for the costs on each pool's devices."""
+    load = np.zeros((len(pools), len(costs[0].alone)))
+    for together, count in counts.items():
+        for index, (levels, here) in enumerate(zip(called(together, pools), costs, strict=True)):
+            for k, seconds in here.of(levels).items():
+                load[index, k - 1] += count * seconds
+    return load
+
+
+def allot(load: np.ndarray, devices: int, trajectories: bool = True) -> list[list[Seat]]:
+    """Seats per pool on `devices` devices, so that every device and every pool has the same load per device.
+
+    McNaughton's wrap-around rule (Management Science 6, 1959): the pools' shares are laid end to end along the
+    devices, and cut where a device ends. The first pool always has a seat if it holds the trajectories; another pool
+    without load has none.
+    """
+    share = load / max(load.sum(), 1e-300) * devices
+    needed = (load > 0) | (trajectories & (np.arange(len(load)) == 0))
+    share = np.where(needed, np.maximum(share, LEAST_SHARE), 0)
+    share *= devices / share.sum()
+    seats: list[list[Seat]] = [[] for _ in load]
+    at = 0.0
+    for pool in np.flatnonzero(needed):
+        end = min(at + share[pool], devices)
+        while end - at > 1e-9:
+            device = int(at + 1e-9)
+            stop = min(device + 1, end)
+            # Floor to what Ray counts, so that the seats of a device never exceed it.
+            seat = Seat(device, math.floor((stop - at + 1e-9) * 1e4) / 1e4)
+            # A sliver at a cut is not worth an actor when the pool has another seat.
+            if seat.share >= LEAST_SHARE / 2 or (stop == end and not seats[pool]):
+                seats[pool].append(seat)
+            at = stop
+    return seats
+
+
+def allot_kinds(load: np.ndarray, kinds: Sequence[int], devices: Sequence[int]) -> list[list[Seat]]:
+    """As `allot`, where pool i has devices of kind `kinds[i]` only, of which there are `devices[kind]`.
+
+    The devices are numbered kind by kind. A kind whose pools have no load seats none of them but the first pool.
+    """
+    seats: list[list[Seat]] = [[] for _ in load]
+    for kind, count in enumerate(devices):
+        pools = [i for i, other in enumerate(kinds) if other == kind]
+        if load[pools].any() or 0 in pools:
+            first = sum(devices[:kind])
+            for i, found in zip(pools, allot(load[pools], count, 0 in pools), strict=True):
+                seats[i] = [Seat(seat.device + first, seat.share) for seat in found]
+    return seats

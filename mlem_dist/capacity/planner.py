@@ -1,0 +1,524 @@
+"""Capacity planning: what a cluster would make of a workload, by simulation, before anyone pays for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.capacity.placement import (
+    CELL_DEVICES,
+    WEIGHT_SHARE,
+    Costs,
+    Devices,
+    Seat,
+    allot_kinds,
+    level_loads,
+    pools_text,
+)
+from mlem_dist.capacity.simulation import Busy, CellSimulation, Overheads, pool_seconds, timed_segments
+from mlem_dist.engine.job import Workload
+from mlem_dist.engine.program import Program, evaluations, levels_of
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.calibration import measured_costs
+from mlem_dist.ladder.ladder import Ladder
+
+_CORE = Overheads(
+    call=0.002,
+    trip=0.006,
+    latency=0.001,
+    event=0.0012,
+    write=8e-5,
+    poll=0.003,
+    slowdown=1.06,
+    sliced=1.0,
+    shared=True,
+    state=4 * 32 * 32,
+)
+OVERHEADS = {
+    "cpu": _CORE,
+    "cuda": replace(_CORE, call=0.0005, trip=0.002, slowdown=1.0, sliced=1.1, shared=False),
+}
+"""By device type, measured: by coordinator.py and writer.py in benchmarks/runtime, and by gpu.py what a GPU loses in a
+block and where actors take turns; its calls and trips are those by which forecasts are nearest to runs on one."""
+
+WRITTEN_PIXELS = 32 * 32
+"""Of the images by which the writing time was measured."""
+
+BUSY_COORDINATOR = 0.5
+"""Of its time; above that, cells are made smaller."""
+
+SIMULATED = 3
+"""Of all placements, so many that promise most are simulated."""
+
+SIMULATED_BLOCKS, LEAST_BLOCKS = 20, 200
+"""A simulation is of so many blocks of a cell, per device and at least, if it has that many; the rest is
+extrapolated."""
+
+
+def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
+    """What the runtime costs on "cpu" or "cuda" devices, for samples of shape (C, H, W)."""
+    known = OVERHEADS[device]
+    write = known.write * math.prod(sample_shape[1:]) / WRITTEN_PIXELS
+    return replace(known, write=write, state=state_bytes(sample_shape))
+
+
+def costs_of(ladder: Ladder, alone: np.ndarray) -> Costs:
+    """Of the ladder's levels, which cost float64 (K,) seconds per sample alone."""
+    return Costs(alone, ladder.cost_beside(alone))
+
+
+def state_bytes(sample_shape: Sequence[int]) -> int:
+    """Of a sample's state, float32."""
+    return 4 * math.prod(sample_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Devices that are alike.
+
+    Attributes:
+        name: such as "h100".
+        devices: what and how many they are.
+        costs: of the levels.
+        overheads: of the runtime there.
+        memory: bytes of each; infinite if not known.
+    """
+
+    name: str
+    devices: Devices
+    costs: Costs
+    overheads: Overheads
+    memory: float = np.inf
+
+    @property
+    def count(self) -> int:
+        """How many devices."""
+        return self.devices.count
+
+
+def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]:
+    """The kinds of devices in a text such as "h100:64:80,l4:256", with costs such as "h100=0.01,0.2,1" in ms.
+
+    A kind whose costs are not given has those of the ladder for a device of that name, or those of the calibrated
+    device in whose name it occurs, at the largest batch. "cpu", and what was calibrated on one, are CPU cores; all else
+    are GPUs.
+
+    Raises:
+        UsageError: an entry cannot be read, stands twice, or has no costs.
+    """
+    given: dict[str, np.ndarray] = {}
+    for text in costs:
+        name, _, values = text.partition("=")
+        try:
+            given[name] = np.array([float(value) / 1e3 for value in values.split(",")])
+        except ValueError:
+            given[name] = np.empty(0)
+        if len(given[name]) != len(ladder.levels) or not (given[name] > 0).all():
+            raise UsageError(
+                f"`cost` {text!r}: expected KIND= and {len(ladder.levels)} positive numbers, ms per sample by level"
+            )
+    kinds: dict[str, Kind] = {}
+    for text in devices.split(","):
+        name, *numbers = text.split(":")
+        try:
+            count, memory = int(numbers[0]), float(numbers[1]) * 2**30 if numbers[1:] else np.inf
+        except (ValueError, IndexError):
+            count = memory = 0
+        if not name or len(numbers) > 2 or count < 1 or not memory > 0:
+            raise UsageError(f"`pool_devices`: {text!r}, expected KIND:COUNT or KIND:COUNT:GIB such as h100:64:80")
+        if name in kinds:
+            raise UsageError(f"`pool_devices`: {name} stands there twice")
+        device, cost = measured_costs(ladder, name)
+        if name in given:
+            cost = given.pop(name)
+        if cost is None:
+            raise UsageError(
+                f"no costs of {name!r} are known for ladder {ladder.name!r}; measure them there with `mlem-dist "
+                f"calibrate`, or give `cost` {name}=MS,MS,... with ms per sample of each level"
+            )
+        overheads = overheads_of(device, ladder.sample_shape)
+        kinds[name] = Kind(name, Devices(device, count), costs_of(ladder, cost), overheads, memory)
+    if given:
+        raise UsageError(f"`cost` {next(iter(given))}=...: not one of the `pool_devices`, {', '.join(kinds)}")
+    return list(kinds.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Pools, and the kind of devices that each is on; a kind's pools divide its devices by their load.
+
+    Attributes:
+        held: bytes of the weights that an actor of each pool holds; none where the devices' memory does not matter.
+    """
+
+    pools: tuple[range, ...]
+    kinds: tuple[Kind, ...]
+    held: tuple[float, ...] = ()
+
+    @property
+    def groups(self) -> dict[Kind, list[int]]:
+        """The pools of each kind."""
+        return {kind: [i for i, other in enumerate(self.kinds) if other is kind] for kind in self.kinds}
+
+    @property
+    def devices(self) -> int:
+        """How many, of all kinds."""
+        return sum(kind.count for kind in self.groups)
+
+    def cells(self, most: int) -> list[list[int]]:
+        """How many devices of each kind, in the order of `groups`, each cell has; the first has the most.
+
+        At most `most` in all, if every kind has one for each cell.
+        """
+        counts = [kind.count for kind in self.groups]
+        cells = min(-(-self.devices // most), *counts)
+        return [[count // cells + (cell < count % cells) for count in counts] for cell in range(cells)]
+
+    def seats(self, load: np.ndarray, cell: Sequence[int]) -> list[list[Seat]]:
+        """Of each pool, for its `load`, in a cell of so many devices of each kind."""
+        kinds = list(self.groups)
+        return allot_kinds(load, [kinds.index(kind) for kind in self.kinds], cell)
+
+    def fits(self, load: np.ndarray, cell_devices: int) -> bool:
+        """Whether what actors hold fits into the devices' memory, in cells of at most `cell_devices`."""
+        # Where cells differ a smaller one may seat pools side by side that have devices of their own in a larger one.
+        return not self.held or all(self._fits(load, cell) for cell in {*map(tuple, self.cells(cell_devices))})
+
+    def _fits(self, load: np.ndarray, cell: Sequence[int]) -> bool:
+        memory = np.repeat([kind.memory for kind in self.groups], cell)
+        held = np.zeros(len(memory))
+        for seats, of_actor in zip(self.seats(load, cell), self.held, strict=True):
+            for seat in seats:
+                held[seat.device] += of_actor
+        return bool((held <= WEIGHT_SHARE * memory).all())
+
+    @property
+    def names(self) -> list[str]:
+        """Of the pools: "1-3@h100"."""
+        return [f"{pools_text([pool])}@{kind.name}" for pool, kind in zip(self.pools, self.kinds, strict=True)]
+
+    def __str__(self) -> str:
+        return ",".join(self.names)
+
+
+@dataclass(frozen=True)
+class PoolForecast:
+    """A pool: its levels and kind of device, the actors of all cells, and the share of the time they work.
+
+    Actors on a GPU have their shares of it; on CPU cores, which they share as they please, the pool's work is set
+    against all of them.
+    """
+
+    name: str
+    actors: int
+    busy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """What a layout makes of a workload.
+
+    Attributes:
+        layout: which.
+        cells: how many coordinators.
+        cell_devices: at most so many devices in a cell.
+        images_per_second: of all cells, when they are neither filling nor draining.
+        ideal: images per second if devices did nothing but evaluate the levels that the simulated blocks call, always.
+        seconds: of all cells, from loaded levels to the last shard, for the images that it is asked for.
+        pools: in the order of the levels.
+        coordinator: the share of its time that a coordinator works.
+        level_seconds: float64 (K,), device seconds per image in each level.
+        timeline: the first calls of one cell's actors.
+    """
+
+    layout: Layout
+    cells: int
+    cell_devices: int
+    images_per_second: float
+    ideal: float
+    seconds: float
+    pools: tuple[PoolForecast, ...]
+    coordinator: float
+    level_seconds: np.ndarray
+    timeline: tuple[Busy, ...]
+
+    @property
+    def efficiency(self) -> float:
+        """images_per_second / ideal."""
+        return self.images_per_second / self.ideal
+
+    @property
+    def bottleneck(self) -> str:
+        """What is busiest: a pool, all cores together, or the coordinator."""
+        shares = {"coordinator": self.coordinator}
+        for kind, indices in self.layout.groups.items():
+            pools = [self.pools[i] for i in indices]
+            shared = {kind.name: sum(pool.busy for pool in pools)} if kind.overheads.shared else {}
+            shares |= shared or {pool.name: pool.busy for pool in pools}
+        return max(shares, key=shares.__getitem__)
+
+
+def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None) -> Forecast:
+    """Simulate one of the layout's cells of at most `cell_devices` devices, all cells being alike.
+
+    Without `cell_devices` there are `CELL_DEVICES`, and fewer where a coordinator would be busy more than half of its
+    time, if the levels fit into fewer.
+    """
+    if cell_devices is not None:
+        return _simulate(workload, layout, cell_devices)
+    found = _simulate(workload, layout, CELL_DEVICES)
+    while found.coordinator > BUSY_COORDINATOR and min(found.cell_devices, layout.devices) > 1:
+        fewer = max(1, min(found.cell_devices, layout.devices) // 4)
+        if not layout.fits(seat_loads(workload, layout), fewer):
+            break
+        found = _simulate(workload, layout, fewer)
+    return found
+
+
+def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast:
+    """By the cell that has most devices; they differ by one of each kind at most."""
+    costs = [kind.costs for kind in layout.kinds]
+    kinds, cells = list(layout.groups), layout.cells(cell_devices)
+    seats = layout.seats(seat_loads(workload, layout), cells[0])
+    programs = [timed_segments(Program(plan, layout.pools), costs) for plan in workload.first_plans]
+    there = [(replace(kind.devices, count=count), kind.overheads) for kind, count in zip(kinds, cells[0], strict=True)]
+    cell = CellSimulation(
+        programs, seats, there, workload.block_size, workload.shard_size // workload.block_size, len(cells)
+    )
+
+    part = sum(cells[0]) / layout.devices
+    blocks = max(1, round(-(-workload.num // workload.block_size) * part))
+    simulated = min(blocks, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(cells[0])))
+    trace = cell.run(simulated)
+    # Blocks per second, where the cell is neither filling nor draining, unless that is all it does.
+    rate = simulated / trace.seconds if simulated == blocks else trace.blocks_per_second
+    seconds = simulated / rate
+
+    # Of the blocks that are simulated: of a few, none may call the costly levels.
+    times = np.bincount(np.arange(simulated) % len(programs), minlength=len(programs))
+    load = times @ [pool_seconds(program, len(layout.pools)) for program in programs] / simulated
+    ideal = min(kind.count / max(load[indices].sum(), 1e-300) for kind, indices in layout.groups.items())
+    pools = [
+        PoolForecast(
+            name,
+            len(seated) * len(cells),
+            trace.busy[i] / seconds / _devices(kind, seated, cells[0][kinds.index(kind)]),
+        )
+        for i, (name, kind, seated) in enumerate(zip(layout.names, layout.kinds, seats, strict=True))
+    ]
+    return Forecast(
+        layout=layout,
+        cells=len(cells),
+        cell_devices=cell_devices,
+        images_per_second=rate / part * workload.block_size,
+        ideal=float(ideal),
+        seconds=trace.seconds + (blocks - simulated) / rate,
+        pools=tuple(pools),
+        coordinator=trace.coordinator / seconds,
+        level_seconds=level_loads(evaluations(workload), layout.pools, costs).sum(0),
+        timeline=tuple(trace.work),
+    )
+
+
+def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
+    """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
+    counts, kinds = evaluations(workload), layout.kinds
+    found = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1)
+    found *= [kind.overheads.slowdown for kind in kinds]
+    asks = np.zeros(len(kinds))
+    for together, count in counts.items():
+        away = np.array([any(level in pool for level, _ in together) for pool in layout.pools])
+        away[0] = False
+        # A step that asks others ends a segment on the first pool.
+        away[0] = away.any()
+        asks += count * away
+    found += asks * [kind.overheads.call + kind.overheads.trip for kind in kinds] / workload.block_size
+    return np.asarray(found)
+
+
+def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
+    """Over how many devices of a cell, which has `of_cell` of the kind, a pool's work is spread."""
+    return of_cell if kind.overheads.shared else sum(seat.share for seat in seats) or 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Capacity:
+    """The forecasts of groups of devices that work side by side, each on its part of the images."""
+
+    parts: tuple[Forecast, ...]
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all parts together."""
+        return sum(part.images_per_second for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """From loaded levels to the last shard; the parts share the list of shards and end together."""
+        return sum(part.seconds * part.images_per_second for part in self.parts) / self.images_per_second
+
+    def level_hours(self, num: int) -> np.ndarray:
+        """float64 (K,): device hours in each level for so many images."""
+        seconds = sum(part.level_seconds * part.images_per_second for part in self.parts)
+        return np.asarray(seconds) * num / self.images_per_second / 3600
+
+    def __str__(self) -> str:
+        return " + ".join(str(part.layout) for part in self.parts)
+
+
+def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[Kind]) -> list[Capacity]:
+    """Ways to use the devices, the fastest first.
+
+    Every kind works on its own, on the placement of its levels that is fastest there; and each pair of kinds works
+    together, one with the lower levels and one with the upper ones, the other kinds on their own.
+
+    Args:
+        workload: what is to be made.
+        weight_bytes: float64 (K,), bytes of each level in float32.
+        kinds: the devices, of names that differ.
+
+    Raises:
+        UsageError: the ladder fits on no kind alone and on no pair.
+    """
+    alone: dict[Kind, Forecast] = {}
+    unfit: list[UsageError] = []
+    for kind in kinds:
+        try:
+            found = layouts(workload, weight_bytes, kind)
+        except UsageError as error:
+            unfit.append(error)
+        else:
+            alone[kind] = _fastest(_part(workload, kind.count, kinds), found)
+    ways = [tuple(alone.values())] if alone else []
+    for lower, upper in permutations(kinds, 2):
+        if pairs := _paired(workload, weight_bytes, lower, upper):
+            pair = _fastest(workload, pairs)
+            ways.append((pair, *(one for kind, one in alone.items() if kind not in (lower, upper))))
+    if not ways:
+        raise unfit[0]
+    capacities = [_shared(workload, parts) for parts in ways]
+    return sorted(capacities, key=lambda capacity: -capacity.images_per_second)
+
+
+def _part(workload: Workload, count: int, kinds: Sequence[Kind]) -> Workload:
+    """A workload of the share of images that `count` devices make, as far as their number tells."""
+    return replace(workload, num=max(1, round(workload.num * count / sum(kind.count for kind in kinds))))
+
+
+def _shared(workload: Workload, parts: Sequence[Forecast]) -> Capacity:
+    """Each part on the images that fall to it by its speed."""
+    total = sum(part.images_per_second for part in parts)
+
+    def own(part: Forecast) -> Forecast:
+        images = max(1, round(workload.num * part.images_per_second / total))
+        return forecast(replace(workload, num=images), part.layout)
+
+    return Capacity(tuple(map(own, parts)))
+
+
+def _fastest(workload: Workload, choices: Sequence[Layout]) -> Forecast:
+    found = [forecast(workload, layout) for layout in choices]
+    return max(found, key=lambda one: one.images_per_second)
+
+
+def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
+    """The placements on one kind that promise most, and the most divided one.
+
+    Raises:
+        UsageError: no placement fits.
+    """
+    found = candidates(workload, weight_bytes, kind)
+    divided = max(found, key=lambda layout: len(layout.pools))
+    return list(dict.fromkeys([*found[:SIMULATED], divided]))
+
+
+def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
+    """Every placement that fits on the devices of a kind, the one that takes least of their time first.
+
+    Raises:
+        UsageError: no placement fits.
+    """
+    levels = len(weight_bytes)
+    found = []
+    for cuts in product((False, True), repeat=levels - 1):
+        starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
+        pools = tuple(map(range, starts, starts[1:]))
+        layout = Layout(pools, (kind,) * len(pools), _held_bytes(workload, weight_bytes, pools))
+        load = seat_loads(workload, layout)
+        if layout.fits(load, CELL_DEVICES):
+            found.append((float(load.sum()), len(pools), layout))
+    if not found:
+        raise UsageError(
+            f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
+            f"{kind.count} devices of {kind.memory / 2**30:.3g} GiB; use more devices or larger ones"
+        )
+    return [layout for *_, layout in sorted(found, key=lambda one: one[:2])]
+
+
+def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[range]) -> tuple[float, ...]:
+    """Bytes of the weights that an actor of each pool holds, in the workload's precision."""
+    share = 0.5 if workload.precision == "bfloat16" else 1.0
+    of_pool = levels_of(evaluations(workload), pools)
+    return tuple(share * sum(weight_bytes[k - 1] for k in levels) for levels in of_pool)
+
+
+def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
+    """Two pools, one on each kind, at the cuts between levels that promise most."""
+    counts = evaluations(workload)
+    found = []
+    for cut in range(2, len(weight_bytes) + 1):
+        pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
+        layout = Layout(pools, (lower, upper), _held_bytes(workload, weight_bytes, pools))
+        load = level_loads(counts, pools, [lower.costs, upper.costs]).sum(1)
+        if load[1] > 0 and layout.fits(load, CELL_DEVICES):
+            found.append((min(lower.count / load[0], upper.count / load[1]), layout))
+    return [layout for _, layout in sorted(found, key=lambda one: -one[0])[:SIMULATED]]
+
+
+def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
+    """Images per second that one more device of each kind would bring, averaged over a sixteenth more of them."""
+    gains = {}
+    for part in best.parts:
+        for kind in part.layout.groups:
+            more = max(1, kind.count // 16)
+            larger = replace(kind, devices=replace(kind.devices, count=kind.count + more))
+            layout = replace(part.layout, kinds=tuple(larger if one is kind else one for one in part.layout.kinds))
+            images = round(workload.num * part.images_per_second / best.images_per_second)
+            rate = forecast(replace(workload, num=max(1, images)), layout).images_per_second
+            gains[kind.name] = (rate - part.images_per_second) / more
+    return gains
+
+
+def capacity_report(ladder: Ladder, num: int, found: Sequence[Capacity], gains: Mapping[str, float]) -> dict[str, Any]:
+    """What `capacity_table` shows, as JSON-ready values."""
+    names = [level.name for level in ladder.levels]
+    return {
+        "num": num,
+        "placements": [
+            {
+                "images_per_second": capacity.images_per_second,
+                "hours": capacity.seconds / 3600,
+                "device_hours": dict(zip(names, capacity.level_hours(num).tolist(), strict=True)),
+                "parts": [
+                    {
+                        "placement": str(part.layout),
+                        "devices": {kind.name: kind.count for kind in part.layout.groups},
+                        "cells": part.cells,
+                        "images_per_second": part.images_per_second,
+                        "efficiency": part.efficiency,
+                        "bottleneck": part.bottleneck,
+                        "coordinator_busy": part.coordinator,
+                        "pools": [{"pool": p.name, "actors": p.actors, "busy": p.busy} for p in part.pools],
+                    }
+                    for part in capacity.parts
+                ],
+            }
+            for capacity in found
+        ],
+        "images_per_second_of_one_more": dict(gains),
+    }

@@ -1,0 +1,266 @@
+"""A discrete-event simulation of one cell: what its pools, transfers, coordinator and writers do, event by event."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import simpy
+
+from mlem_dist.capacity.placement import Costs, Devices, Seat
+from mlem_dist.capacity.policies import AHEAD, POLL_SECONDS, SLOTS, trajectory_depth, writer_count
+from mlem_dist.engine.program import Program
+
+Process = Generator[simpy.Event, Any, None]
+
+RECORDED = 1000
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """What the runtime costs on one kind of device besides the levels, in seconds if not said otherwise.
+
+    Attributes:
+        call: an actor's time for a call, besides its evaluations: arguments, results, the way to it.
+        trip: the time of each of two actors for a block's state going from one to the other and back.
+        latency: from a call to its begin, when the actor is free.
+        event: the coordinator's own time per call.
+        write: a core's time to write one sample into a shard.
+        poll: the driver's time per cell and round.
+        slowdown: a level's time in an actor over its time alone: noise, closed forms, caches, Ray's own processes.
+        sliced: a level's time where several actors take turns on the device, over that where one has it.
+        shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores;
+            then calls, trips and writing take the devices' time, which otherwise may work for other actors meanwhile.
+        state: bytes of a sample's state.
+    """
+
+    call: float
+    trip: float
+    latency: float
+    event: float
+    write: float
+    poll: float
+    slowdown: float
+    sliced: float
+    shared: bool
+    state: int
+
+
+@dataclass(frozen=True)
+class TimedSegment:
+    """Time of a segment, in seconds per sample: on its own actor, then on other pools, (pool, seconds) each."""
+
+    local: float
+    asks: tuple[tuple[int, float], ...]
+
+
+def timed_segments(program: Program, costs: Sequence[Costs]) -> tuple[TimedSegment, ...]:
+    """The times of a program's segments, for what levels cost on the devices of each pool.
+
+    A run in closed form takes as long as a call of level 1.
+    """
+    timed = []
+    for segment in program.segments:
+        local = 0.0
+        for turn in segment.turns:
+            local += sum(costs[0].of(turn.calls).values()) + (float(costs[0].alone[0]) if turn.closed else 0.0)
+        asks = tuple((ask.pool, sum(costs[ask.pool].of(ask.calls).values())) for ask in segment.asks)
+        timed.append(TimedSegment(local, asks))
+    return tuple(timed)
+
+
+def pool_seconds(segments: Sequence[TimedSegment], pools: int) -> np.ndarray:
+    """Seconds per sample in each pool, float64 (pools,), of a block's segments."""
+    total = np.zeros(pools)
+    for segment in segments:
+        total[0] += segment.local
+        for pool, seconds in segment.asks:
+            total[pool] += seconds
+    return total
+
+
+@dataclass(frozen=True)
+class Busy:
+    """An actor at work: its pool and its number there, from `start` to `stop` seconds after all levels were loaded."""
+
+    pool: int
+    actor: int
+    start: float
+    stop: float
+
+
+@dataclass
+class Trace:
+    """What a simulated cell did, in seconds after all levels were loaded.
+
+    Attributes:
+        blocks: when each block was finished, in order.
+        seconds: when the last shard was written.
+        busy: by pool, seconds in which its actors worked, without their waiting for a device.
+        coordinator: seconds in which the coordinator was at work.
+        writing: core seconds spent writing.
+        work: the actors' first thousand calls.
+    """
+
+    blocks: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    busy: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    coordinator: float = 0.0
+    writing: float = 0.0
+    work: list[Busy] = field(default_factory=list)
+
+    @property
+    def blocks_per_second(self) -> float:
+        """Between a fifth and nine tenths of all blocks, when the cell is neither filling nor draining."""
+        ended = np.array(self.blocks[len(self.blocks) // 5 : len(self.blocks) * 9 // 10])
+        # The slope of a line: the first and last block of a window alone depend on who happens to end together.
+        return float(np.polyfit(ended, np.arange(len(ended)), 1)[0])
+
+
+@dataclass(frozen=True)
+class Actor:
+    """An actor of a pool: it does one call at a time, on its device, where a level takes `slowdown` times its time."""
+
+    pool: int
+    number: int
+    turn: simpy.Resource
+    overheads: Overheads
+    device: simpy.Resource
+    slowdown: float
+
+
+class CellSimulation:
+    """One cell, as `Coordinator`, `Pool` and the workers run it.
+
+    Args:
+        programs: the segments of one block after another, used in turn.
+        seats: of each pool.
+        kinds: the devices of each kind, numbered kind by kind, and its overheads; those of the first are the
+            coordinator's, the writers' and the driver's.
+        block_size: samples per block.
+        shard_blocks: blocks per shard.
+        cells: how many cells the driver serves.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[tuple[TimedSegment, ...]],
+        seats: Sequence[Sequence[Seat]],
+        kinds: Sequence[tuple[Devices, Overheads]],
+        block_size: int,
+        shard_blocks: int,
+        cells: int = 1,
+    ) -> None:
+        self.programs: Iterator[tuple[TimedSegment, ...]] = cycle(programs)
+        self.block_size, self.shard_blocks = block_size, shard_blocks
+        self.overheads = kinds[0][1]
+        self.round = self.overheads.poll * cells
+        self.env = env = simpy.Environment()
+        # Each device with what its actors wait for: it alone, or any of its kind.
+        self.devices: list[tuple[Overheads, simpy.Resource]] = []
+        for one, overheads in kinds:
+            shared = simpy.Resource(env, one.count)
+            self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(one.count)]
+        self.sitting = Counter(seat.device for one in seats for seat in one)
+        seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
+        writers = writer_count(len(self.devices) / max(float(seconds), 1e-9), self.overheads.write)
+        self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
+        self.coordinator = simpy.Resource(env)
+        self.writing = simpy.Resource(env, writers)
+        types = [one.type for one, _ in kinds for _ in range(one.count)]
+        depth = trajectory_depth(types, len(seats[0]), sum(map(bool, seats)), block_size * self.overheads.state)
+        self.runners = depth * len(seats[0])
+        self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]
+        self.todo = simpy.Store(env)
+        self.parts = 0
+        self.trace = Trace()
+
+    def _pool(self, index: int, seats: Sequence[Seat], slots: int) -> simpy.Store:
+        """A pool's free slots: taken in turn, which is the least busy actor's but for ties."""
+        store = simpy.Store(self.env)
+        actors = []
+        for number, seat in enumerate(seats):
+            overheads, device = self.devices[seat.device]
+            slowdown = overheads.slowdown * (overheads.sliced if self.sitting[seat.device] > 1 else 1)
+            actors.append(Actor(index, number, simpy.Resource(self.env), overheads, device, slowdown))
+        store.items.extend(actors * slots)
+        return store
+
+    def run(self, blocks: int) -> Trace:
+        """Make so many blocks."""
+        self.blocks = blocks
+        self.env.process(self._driver())
+        for _ in range(self.runners):
+            self.env.process(self._runner())
+        self.env.run()
+        self.trace.seconds = max(self.trace.seconds, self.trace.blocks[-1])
+        return self.trace
+
+    def _driver(self) -> Process:
+        left = self.blocks
+        while left:
+            while left and len(self.todo.items) < AHEAD * len(self.devices):
+                shard = min(left, self.shard_blocks)
+                for _ in range(shard):
+                    self.todo.put(True)
+                left -= shard
+            yield self.env.timeout(POLL_SECONDS + self.round)
+        for _ in range(self.runners):
+            self.todo.put(False)
+
+    def _runner(self) -> Process:
+        while (yield self.todo.get()):
+            yield from self._block(next(self.programs))
+            self.trace.blocks.append(self.env.now)
+            self.parts += 1
+            if self.parts % self.shard_blocks == 0 or self.parts == self.blocks:
+                yield from self._write(self.parts % self.shard_blocks or self.shard_blocks)
+
+    def _block(self, program: tuple[TimedSegment, ...]) -> Process:
+        actor: Actor = yield self.pools[0].get()
+        waited = False
+        for segment in program:
+            yield from self._call(actor, segment.local, (waited + bool(segment.asks)) / 2)
+            waited = bool(segment.asks)
+            if segment.asks:
+                yield simpy.AllOf(self.env, [self.env.process(self._ask(*ask)) for ask in segment.asks])
+        self.pools[0].put(actor)
+
+    def _ask(self, pool: int, seconds: float) -> Process:
+        actor: Actor = yield self.pools[pool].get()
+        yield from self._call(actor, seconds, 1)
+        self.pools[pool].put(actor)
+
+    def _call(self, actor: Actor, seconds: float, trips: float) -> Process:
+        lost = actor.overheads.call + trips * actor.overheads.trip
+        with self.coordinator.request() as turn:
+            yield turn
+            yield self.env.timeout(self.overheads.event)
+            self.trace.coordinator += self.overheads.event
+        yield self.env.timeout(actor.overheads.latency)
+        work = seconds * self.block_size * actor.slowdown
+        with actor.turn.request() as turn:
+            yield turn
+            if not actor.overheads.shared:
+                yield self.env.timeout(lost)
+            with actor.device.request() as device:
+                yield device
+                start = self.env.now
+                yield self.env.timeout(work + lost * actor.overheads.shared)
+        self.trace.busy[actor.pool] += work + lost
+        if len(self.trace.work) < RECORDED:
+            self.trace.work.append(Busy(actor.pool, actor.number, start, self.env.now))
+
+    def _write(self, blocks: int) -> Process:
+        seconds = self.overheads.write * blocks * self.block_size
+        with self.writing.request() as turn:
+            yield turn
+            with self.cores.request() as core:
+                yield core
+                yield self.env.timeout(seconds)
+        self.trace.writing += seconds
+        self.trace.seconds = self.env.now

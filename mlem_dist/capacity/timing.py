@@ -1,0 +1,30 @@
+"""The time of levels on a device, as a worker there evaluates them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.worker import Levels
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.measure import seconds_per_sample
+
+
+def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
+    """Seconds per sample of levels by number, in blocks of the job, as a worker in this process evaluates them.
+
+    One after the other: there may not be memory for all. NaN for a level that there is no memory for.
+    """
+    ladder = Ladder.read(job.ladder)
+    about = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
+    found = []
+    for k in numbers:
+        try:
+            level = Levels(ladder, job.device, job.precision)[k]
+            found.append(seconds_per_sample(level, *about, warm=1, repeats=1))
+        except torch.OutOfMemoryError:
+            found.append(math.nan)
+    return found

@@ -1,0 +1,140 @@
+"""Commands that generate datasets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlem_dist.cli.options import (
+    address_option,
+    classes,
+    number,
+    on_stop,
+    plan_options,
+    say,
+    size_options,
+    source,
+    target,
+    target_location,
+)
+
+if TYPE_CHECKING:
+    from mlem_dist.engine.progress import GenerationReport
+
+
+@click.command()
+@click.option("--num", type=number, required=True, help="Images: 1000, 1e6, 1_000_000.")
+@click.option(
+    "--out",
+    type=target_location,
+    metavar="FOLDER",
+    required=True,
+    help="Dataset folder, or its URL, such as s3://BUCKET/NAME; a rerun finishes it.",
+)
+@plan_options
+@click.option("--plan", type=source, metavar="FILE", help="A plan of `mlem-dist draw` or `tune`, for all blocks.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What UNets compute in. bfloat16 is faster on GPUs, and on CPUs that have instructions for it.",
+)
+@click.option("--labels", type=classes, default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
+@size_options
+@click.option(
+    "--placement",
+    default="auto",
+    show_default=True,
+    help="Which levels share a pool of actors: pools (each its own), together, ranges such as 1-3,4, or auto, "
+    "the fastest by prediction. Ranges may name devices: 1-3@L4,4@H100 by accelerator, 1@cpu,2-4@size=large by node "
+    "label.",
+)
+@click.option(
+    "--coalesce",
+    type=number,
+    default=1,
+    show_default=True,
+    help="Blocks that another pool than the first evaluates together, at most. More than one is for blocks too small "
+    "for a device; results are then equal to rounding only.",
+)
+@click.option("--devices", type=number, help="CPU cores or GPUs to use.  [default: all that Ray has]")
+@address_option
+@click.option(
+    "--engine",
+    type=click.Choice(["ray", "inline"]),
+    default="ray",
+    show_default=True,
+    help="inline is this process alone, with a thread per device.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the final report as JSON.")
+def generate(as_json: bool, **arguments: Any) -> None:
+    """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
+    on_stop("Finished shards are kept; the same command goes on from there.")
+    from mlem_dist import api
+    from mlem_dist.report.progress import Display
+
+    # Ray prints what its nodes say to standard output, also when it is left.
+    with contextlib.redirect_stdout(sys.stderr), Display() as display:
+        report = api.generate(**arguments, notify=say, progress=display.show)
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        _print(report)
+
+
+def _print(report: GenerationReport) -> None:
+    """The report for people."""
+    out = report.out
+    if not report.made:
+        click.echo(f"{out} is finished already: {report.num:,} images in {report.shards} shards.")
+        return
+    whole = f"{report.num:,} in {report.shards} shards"
+    click.echo(f"Wrote {report.made:,} images to {out} ({whole}) in {report.seconds:.1f} s.")
+    devices = f"{report.devices} {'GPUs' if report.device == 'cuda' else 'CPU cores'}"
+    loading = f"{report.ready_seconds or 0:.1f} s of loading"
+    click.echo(f"Sampling: {report.images_per_second:.1f} images/s on {devices}, after {loading}.")
+    calls = (f"{name} {count:.1f}" for name, count in report.calls_per_sample.items())
+    click.echo(f"Evaluations per image: {', '.join(calls)}")
+    click.echo(f"Open it:  python -c {_quoted(_opening_line(out), out)}")
+    click.echo(f"See it:   mlem-dist show {shlex.quote(out)}")
+
+
+def _opening_line(out: str) -> str:
+    """A line of Python that prints a dataset."""
+    data = f"{out}/data"
+    if "://" not in out:
+        return f"import pyarrow.parquet as pq; print(pq.read_table({data!r}))"
+    # pyarrow alone does not know every kind of URL; and where a thread of its still holds an object of Python's at
+    # the interpreter's end, that aborts.
+    return (
+        f"import pyarrow, pyarrow.parquet as pq, upath; data = upath.UPath({data!r}); "
+        "files = (pyarrow.BufferReader(f.read_bytes()) for f in sorted(data.iterdir())); "
+        "tables = (pq.ParquetFile(f, pre_buffer=False).read(use_threads=False) for f in files); "
+        "print(pyarrow.concat_tables(tables))"
+    )
+
+
+def _quoted(line: str, out: str) -> str:
+    # Nothing in the line but the path needs the other kind of quotes.
+    return f'"{line}"' if shlex.quote(out) == out else shlex.quote(line)
+
+
+@click.command()
+@plan_options
+@click.option("--out", type=target, metavar="FILE", required=True, help="JSON file to write.")
+def draw(out: Path, ladder: str, **arguments: Any) -> None:
+    """Draw one plan and keep it, for `generate --plan`."""
+    from mlem_dist import api
+
+    loaded = api.load_ladder(ladder)
+    plan, nfe = api.draw(loaded, out=out, **arguments)
+    calls = dict(zip((level.name for level in loaded.levels), plan.calls.sum(1).tolist(), strict=True))
+    click.echo(f"Wrote {out}: {nfe:.2f} evaluations of the best level; calls {calls}")

@@ -1,0 +1,116 @@
+"""Commands that look at, train, calibrate and tune ladders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlem_dist.cli.options import (
+    address_option,
+    data_option,
+    device_option,
+    expect_command,
+    given,
+    number,
+    numbers,
+    on_stop,
+    say,
+    source,
+    target,
+)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def ladder(context: click.Context) -> None:
+    """Look at ladders."""
+    expect_command(context)
+
+
+@ladder.command("show")
+@click.argument("name", type=given)
+def ladder_show(name: str) -> None:
+    """Print the levels of a ladder, by bundled name or folder."""
+    from mlem_dist import api
+    from mlem_dist.report.tables import ladder_table
+
+    click.echo(ladder_table(api.load_ladder(name)))
+
+
+@ladder.command("measure")
+@click.argument("folder", type=source)
+def ladder_measure(folder: Path) -> None:
+    """Measure the cost of each level on this machine and store it in FOLDER/ladder.json."""
+    from mlem_dist import api
+    from mlem_dist.report.tables import ladder_table
+
+    click.echo(ladder_table(api.measure(folder)))
+
+
+@click.command()
+@data_option
+@click.option("--config", type=source, metavar="FILE", required=True, help="YAML; see the docs.")
+@click.option("--out", type=target, metavar="FOLDER", required=True, help="Ladder folder; a rerun goes on.")
+@device_option
+@address_option
+def train(**arguments: Any) -> None:
+    """Train a ladder, its levels side by side. The same command again continues after a kill."""
+    on_stop("What is trained is kept; the same command goes on from there.")
+    from mlem_dist import api
+    from mlem_dist.report.progress import training_bar
+    from mlem_dist.report.tables import ladder_table
+
+    with training_bar() as progress:
+        trained, figure = api.train(**arguments, notify=say, progress=progress)
+    click.echo(ladder_table(trained))
+    click.echo(f"Wrote {figure}")
+
+
+@click.command()
+@click.argument("ladder", type=given)
+@data_option
+@device_option
+@click.option(
+    "--out", type=target, metavar="FOLDER", help="Folder for calibration.json and figures.  [default: the ladder's]"
+)
+@click.option("--compile", "compiled", is_flag=True, help="Time UNets by torch.compile as well; takes minutes.")
+def calibrate(ladder: str, **arguments: Any) -> None:
+    """Measure LADDER on this device: time, error, increments and their effect, gamma, predicted speed-up.
+
+    Writes calibration.json, beside other devices' entries, and two figures.
+    """
+    from mlem_dist import api
+    from mlem_dist.report.progress import parts_bar
+    from mlem_dist.report.tables import calibration_table
+
+    loaded = api.load_ladder(ladder)
+    with parts_bar() as progress:
+        calibration, written, replaced = api.calibrate(loaded, **arguments, notify=say, progress=progress)
+    click.echo(calibration_table(loaded, calibration))
+    click.echo(f"Wrote {', '.join(map(str, written))}" + (f"; replaced {calibration.device}" if replaced else ""))
+
+
+@click.command()
+@click.argument("ladder", type=given)
+@click.option("--nfe", type=numbers, default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
+@click.option("--solver", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
+@click.option("--steps", type=number, default=250, show_default=True, help="Base steps, as for generate.")
+@device_option
+@click.option("--out", type=target, metavar="FOLDER", required=True, help="Folder; a rerun goes on.")
+def tune(ladder: str, **arguments: Any) -> None:
+    """Find plans for LADDER: try ways to spend each budget, and judge them on other noises.
+
+    Writes plan-SOLVER-NFE.json, frontier-SOLVER.json and frontier-SOLVER.png. Where OUT is the ladder's folder,
+    `generate --nfe NFE` uses the plans.
+    """
+    on_stop("Plans that are found and judged are kept; the same command goes on from there.")
+    from mlem_dist import api
+    from mlem_dist.report.progress import parts_bar
+    from mlem_dist.report.tables import frontier_table
+
+    with parts_bar() as progress:
+        rows, written = api.tune(ladder, **arguments, progress=progress)
+    click.echo(frontier_table(rows))
+    click.echo(f"Wrote {', '.join(map(str, written))}")

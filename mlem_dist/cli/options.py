@@ -1,0 +1,199 @@
+"""Option types, options that several commands share, and what a stopped command says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mlem_dist.dataset.store import Location
+
+_stop_note = ""
+
+
+def on_stop(note: str) -> None:
+    """Set what to say where this command is stopped."""
+    global _stop_note
+    _stop_note = note
+
+
+def stop_note() -> str:
+    """What to say where this command is stopped."""
+    return _stop_note
+
+
+def say(sentence: str) -> None:
+    """Print a sentence of the library on standard error, with options for parameters."""
+    from mlem_dist.cli.main import with_options
+
+    click.echo(with_options(sentence), err=True)
+
+
+def expect_command(context: click.Context) -> None:
+    """End a group that is called without a command by its help."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
+
+
+def number(value: Any) -> int:
+    """A positive whole number: 1000, 1e6 or 1_000_000."""
+    try:
+        whole = float(value) if not isinstance(value, str) or "e" in value.lower() else int(value)
+        if whole == int(whole) and 1 <= whole <= 10**15:
+            return int(whole)
+    except (ValueError, OverflowError):
+        pass
+    raise click.BadParameter(
+        f"{value!r}: expected a positive whole number such as 1000, 1e6 or 1_000_000, at most 1e15"
+    )
+
+
+def numbers(value: str) -> tuple[float, ...]:
+    """Positive numbers such as 5,10,20."""
+    try:
+        budgets = tuple(dict.fromkeys(float(part) for part in value.split(",")))
+    except ValueError:
+        budgets = ()
+    if not budgets or not all(0 < nfe < 1e6 for nfe in budgets):
+        raise click.BadParameter(f"{value!r}: expected positive numbers such as 5,10,20")
+    return budgets
+
+
+def classes(value: str) -> tuple[int, ...] | None:
+    """Class numbers such as 0,3,9; None for all."""
+    if value == "all":
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected all or numbers such as 0,3,9") from None
+
+
+def given(value: str) -> str:
+    """A name or path; an empty one is that of a variable that is not set."""
+    if not value:
+        raise click.BadParameter("it is empty, expected a name or path; is a variable not set?")
+    return value
+
+
+def source(value: str) -> Path:
+    """A path to read from."""
+    return Path(given(value))
+
+
+def target(value: str) -> Path:
+    """A path to write to."""
+    path = source(value)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not path.is_absolute():
+        raise click.BadParameter(
+            f"{value!r} is a relative path, and a Ray job runs in a folder of Ray's, which it removes; expected an "
+            "absolute path or a URL"
+        )
+    return path
+
+
+def location(value: str) -> Location:
+    """A path, or the URL of a folder in an object store."""
+    from mlem_dist.dataset.store import parse_location
+
+    return parse_location(given(value))
+
+
+def target_location(value: str) -> Location:
+    """As `location`, to write to."""
+    place = location(value)
+    return target(value) if place == Path(value) else place
+
+
+def device_option(command: Any) -> Any:
+    """The option for the device type."""
+    return click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="auto is GPUs if there are any.",
+    )(command)
+
+
+def address_option(command: Any) -> Any:
+    """The option for where Ray is."""
+    return click.option(
+        "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
+    )(command)
+
+
+def data_option(command: Any) -> Any:
+    """The option for an image dataset."""
+    return click.option(
+        "--data",
+        type=source,
+        metavar="FOLDER",
+        required=True,
+        help="Folder of images: IDX files, Parquet or pictures; see the docs.",
+    )(command)
+
+
+def budget_options(command: Any) -> Any:
+    """The options that say how much is spent and how."""
+    for option in reversed(
+        [
+            click.option(
+                "--solver",
+                type=click.Choice(["ddim", "ddpm", "dpm++"]),
+                default="ddim",
+                show_default=True,
+                help="The ODE by DDIM or DPM-Solver++(2M), or the SDE by DDPM.",
+            ),
+            click.option("--steps", type=number, default=250, show_default=True, help="Base steps."),
+            click.option(
+                "--nfe", type=float, help="Compute per sample, in evaluations of the best level.  [default: 10]"
+            ),
+            click.option(
+                "--probabilities",
+                type=click.Choice(["neyman", "theory", "inverse-cost", "constant", "log-snr"]),
+                help="How the budget is spread over levels and steps.  [default: neyman if the ladder is calibrated, "
+                "else theory]",
+            ),
+            click.option(
+                "--draw",
+                type=click.Choice(["systematic", "independent", "quantiles"]),
+                help="Coins evenly spread, or independent, or none but the quantiles of the probabilities.  "
+                "[default: systematic]",
+            ),
+            click.option(
+                "--increments",
+                type=click.Choice(["extrapolated", "held", "impulse"]),
+                help="Keep each increment until the next, or the line through the last two (both biased, smaller "
+                "error), or divide it by its probability (unbiased ML-EM).  [default: held for ddpm, extrapolated for "
+                "ddim]",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def plan_options(command: Any) -> Any:
+    """The options that decide a plan."""
+    command = click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides every noise and coin."
+    )(device_option(command))
+    command = budget_options(command)
+    return click.option(
+        "--ladder", type=given, metavar="NAME", default="fashion", show_default=True, help="Bundled name or folder."
+    )(command)
+
+
+def size_options(command: Any) -> Any:
+    """The options for blocks and shards."""
+    command = click.option(
+        "--shard-size", type=number, default=2000, show_default=True, help="Samples per Parquet file."
+    )(command)
+    return click.option(
+        "--block-size", type=number, help="Samples that advance together.  [default: 100; on GPUs 500]"
+    )(command)

@@ -1,0 +1,107 @@
+"""The computation of blocks that every engine shares."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Generator
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem_dist.engine.job import Job, versions
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
+from mlem_dist.solver.integrate import Noise, Request, block_noise, trajectory
+from mlem_dist.solver.plan import Plan
+from mlem_dist.solver.steps import StepTable, solver_table
+
+
+class NonFiniteError(RuntimeError):
+    """A block ended with NaN or infinite values."""
+
+
+class Blocks:
+    """The computation of a job's blocks, apart from who evaluates the levels."""
+
+    def __init__(self, job: Job, ladder: Ladder) -> None:
+        if ladder.digest != job.digest:
+            raise UsageError(
+                f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for; every node "
+                "must find the same one there"
+            )
+        for name, version in versions().items():
+            # What follows a plus says for which devices it was built.
+            if version.partition("+")[0] != job.versions[name].partition("+")[0]:
+                raise UsageError(
+                    f"{name} on {platform.node()} is {version}, and {job.versions[name]} where the run was started; "
+                    "install the same versions on every node"
+                )
+        self.job = job
+        self.ladder = ladder
+        self._labels: dict[int, Tensor] = {}
+        self._latest: tuple[int, ClosedForm] | None = None
+
+    @cached_property
+    def table(self) -> StepTable:
+        """The solver's steps."""
+        return solver_table(self.ladder.alpha_bar, self.job.steps, self.job.solver)
+
+    def label(self, block: int) -> Tensor:
+        """int64 (B,): the classes of a block's samples, on the job's device."""
+        place, size = self._place(block), self.job.block_size
+        if place not in self._labels:
+            label = [self.job.label(place + i) for i in range(size)]
+            self._labels[place] = torch.tensor(label, device=self.job.device)
+        return self._labels[place]
+
+    def _place(self, block: int) -> int:
+        """That of a block's first sample in the job's classes, by which those of the others are known."""
+        return block * self.job.block_size % len(self.job.labels)
+
+    def noise(self, block: int) -> Noise:
+        """The block's noise; of whole blocks always, so that a sample does not depend on `num`."""
+        shape = (self.job.block_size, *self.ladder.sample_shape)
+        return block_noise(self.job.seed, block, shape, self.job.device)
+
+    @cached_property
+    def _affine(self) -> AffineDrift:
+        level = self.ladder.load_level(1, self.job.device)
+        assert isinstance(level, GaussianLevel)
+        return level.affine(self.table.t)
+
+    def closed_form(self, block: int) -> ClosedForm | None:
+        """How a block takes runs of steps with level 1, if its plan collapses them."""
+        if not self.job.plan.collapse:
+            return None
+        # The last block had mostly the same classes.
+        place, latest = self._place(block), self._latest
+        if latest is None or latest[0] != place:
+            latest = self._latest = place, ClosedForm(self._affine, self.table, self.label(block))
+        return latest[1]
+
+    def trajectory(self, block: int, plan: Plan) -> Generator[Request, list[Tensor], Tensor]:
+        """The block's trajectory by its plan, to be driven by who evaluates the levels."""
+        return trajectory(self.table, plan, self.noise(block), self.closed_form(block))
+
+    def images(self, block: int, x: Tensor) -> np.ndarray:
+        """uint8 (B, H, W, C) of a finished block x (B, C, H, W), clipped to the ladder's value range.
+
+        Raises:
+            NonFiniteError: x holds NaN or infinite values.
+        """
+        bad = (~x.isfinite()).flatten(1).any(1)
+        if bad.any():
+            first = block * self.job.block_size
+            ids = [first + int(i) for i in bad.nonzero()[:, 0]]
+            raise NonFiniteError(
+                f"block {block}: {len(ids)} of {len(x)} samples are not finite (sample ids {ids[0]} to {ids[-1]}); "
+                "the plan is too coarse for this ladder: raise `nfe` or use held increments"
+            )
+        low, high = self.ladder.value_range
+        scaled = (x.clamp(low, high) - low) * (255 / (high - low))
+        images: np.ndarray = scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return images

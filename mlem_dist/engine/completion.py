@@ -1,0 +1,118 @@
+"""Make a dataset: what is missing of it, by one engine or the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mlem_dist.dataset.manifest import NAME, Manifest, changed, check_out, finish, finished_shards, read_manifest
+from mlem_dist.dataset.shards import shard_path
+from mlem_dist.dataset.store import Location, check_location, listed
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.progress import Progress
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+
+BLOCK_BYTES, SHARD_BYTES = 4_000_000_000, 2_000_000_000
+"""Of a block's state, and of a shard's images before they are encoded: a Parquet column chunk holds no more."""
+
+Engine = Callable[[Sequence[int]], Iterator[Progress]]
+"""Makes the shards of the given indices, yielding its progress."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder and how much of it is there: the manifest, and the indices of the missing shards."""
+
+    out: Location
+    job: Job
+    manifest: Manifest
+    missing: tuple[int, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for a user who goes on with a dataset: what is there, and which library versions have changed."""
+        if len(self.missing) == self.job.shards:
+            return []
+        there = self.job.shards - len(self.missing)
+        changed = [
+            f"It was begun with {name} {was}; with {now} the rest may be rounded otherwise."
+            for name, was in self.manifest.versions.items()
+            if (now := self.job.versions.get(name)) != was
+        ]
+        return [f"{self.out}: {there} of {self.job.shards} shards are there; going on.", *changed]
+
+
+def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
+    """The dataset of `job` in `out`, fresh or begun by an earlier run. Touches nothing.
+
+    Raises:
+        UsageError: `out` cannot be used for this job, see `check_out`, or a block or shard of it is too large.
+    """
+    _check_sizes(job, ladder.sample_shape)
+    config = job.config
+    manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
+    done = finished_shards(out, manifest)
+    missing = tuple(i for i in range(job.shards) if shard_path(i, job.shards) not in done)
+    if manifest.shards and missing:
+        check_location(out)
+    return Dataset(out, job, manifest, missing)
+
+
+def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
+    """Refuse blocks and shards that are too large to be held."""
+    values = math.prod(sample_shape)
+    for name, samples, bytes_each, most in (
+        ("block", job.block_size, 4 * values, BLOCK_BYTES),
+        ("shard", job.shard_size, values, SHARD_BYTES),
+    ):
+        if samples * bytes_each > most:
+            fits = most // bytes_each // job.block_size * job.block_size or most // bytes_each
+            raise UsageError(
+                f"`{name}_size` {samples}: a {name} of samples of {'x'.join(map(str, sample_shape))} would take "
+                f"{samples * bytes_each / 1e9:.3g} GB; take {fits} or less"
+            )
+
+
+def _check_alone(dataset: Dataset) -> None:
+    """Refuse to go on where another run has begun at the same moment, and has its manifest there."""
+    if changed(read_manifest(dataset.out), dataset.job.config):
+        raise RuntimeError(
+            f"a run of another configuration has begun in {dataset.out} at the same time, and has its manifest there; "
+            "choose another folder for this one, and when both have ended give the command of the other again"
+        )
+
+
+def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:
+    """Make the missing shards and finish the dataset, with the engine's progress.
+
+    Raises:
+        RuntimeError: shards that were written are not there, or another run has begun in the same place.
+    """
+    # Another run of the same command may have begun or finished it meanwhile.
+    dataset = open_dataset(dataset.job, ladder, dataset.out)
+    if dataset.manifest.shards and not dataset.missing:
+        return
+    # One that is there may just have become that of a finished dataset.
+    if NAME not in listed(dataset.out):
+        dataset.manifest.write(dataset.out)
+    _check_alone(dataset)
+    if dataset.missing:
+        yield from engine(dataset.missing)
+    _check_alone(dataset)
+    done = finished_shards(dataset.out, dataset.manifest)
+    if len(done) < dataset.job.shards:
+        if read_manifest(dataset.out).shards:
+            return
+        raise RuntimeError(
+            f"{dataset.job.shards - len(done)} shards that were written to {dataset.out} are not there; the same "
+            "command makes them again"
+        )
+    shards = tuple(done[shard_path(i, dataset.job.shards)] for i in range(dataset.job.shards))
+    names = [level.name for level in ladder.levels]
+    calls = dict(zip(names, dataset.job.workload.expected_calls().tolist(), strict=True))
+    finish(
+        dataset.out,
+        Manifest(dataset.manifest.config, dataset.manifest.labels, dataset.manifest.versions, calls, shards),
+    )

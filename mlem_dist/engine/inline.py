@@ -1,0 +1,98 @@
+"""The in-process engine: the one-process reference, block after block, with the same files."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mlem_dist.dataset.store import Location
+from mlem_dist.engine.blocks import Blocks
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.program import evaluations, levels_of
+from mlem_dist.engine.progress import PoolProgress, Progress
+from mlem_dist.engine.worker import Levels
+from mlem_dist.engine.writer import Writer
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.memory import keep_memory
+from mlem_dist.solver.integrate import integrate
+
+
+def block_maker(job: Job, ladder: Ladder) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """A function that makes a block in this process, with all levels loaded that the job calls.
+
+    It returns the images, uint8 (B, H, W, C), and the evaluations of each level, int64 (K,).
+    """
+    keep_memory()
+    # Within a block one thread, as in the actors: sums over several would be rounded in another order.
+    torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    blocks, levels = Blocks(job, ladder), Levels(ladder, job.device, job.precision)
+
+    def make(block: int) -> tuple[np.ndarray, np.ndarray]:
+        plan, closed_form = job.block_plan(block), blocks.closed_form(block)
+        x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
+        return blocks.images(block, x), plan.calls.sum(1)
+
+    for number in levels_of(evaluations(job.workload), [range(1, len(ladder.levels) + 1)])[0]:
+        levels.load(number)
+    return make
+
+
+def sample_blocks(job: Job, ladder: Ladder) -> Iterator[np.ndarray]:
+    """The images of each of a job's blocks in order, uint8 (B, H, W, C).
+
+    Raises:
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    make = block_maker(job, ladder)
+    for block in range(-(-job.num // job.block_size)):
+        yield make(block)[0]
+
+
+def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], devices: int) -> Iterator[Progress]:
+    """Make the given shards on `devices` CPU cores, a block on each, or on one GPU, with a snapshot after every block.
+
+    Raises:
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    began, busy = time.monotonic(), time.process_time()
+    writer = Writer(job, out, ladder.labels)
+    writer.prepare()
+    make = block_maker(job, ladder)
+    ready = time.monotonic() - began
+    first: float | None = None
+    samples = done = 0
+    calls = np.zeros(len(ladder.levels), dtype=np.int64)
+    todo = iter([(shard, block) for shard in shards for block in job.shard_blocks(shard)])
+    flying: deque[tuple[int, int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    images: list[np.ndarray] = []
+    pool = ThreadPoolExecutor(devices)
+    try:
+        while True:
+            while len(flying) <= devices and (item := next(todo, None)):
+                flying.append((*item, pool.submit(make, item[1])))
+            if not flying:
+                return
+            shard, block, future = flying.popleft()
+            of_block, called = future.result()
+            images.append(of_block)
+            calls += called
+            first = first or time.monotonic() - began
+            if block == job.shard_blocks(shard)[-1]:
+                writer.write(shard, *job.shard_samples(shard), *images)
+                images = []
+            seconds = time.monotonic() - began
+            samples += job.rows_of(shard, block)
+            done += 1
+            used = time.process_time() - busy if job.device == "cpu" else seconds
+            progress = PoolProgress("in process", devices, used, 0)
+            by_level = dict(enumerate(calls.tolist(), 1))
+            yield Progress("sampling", seconds, ready, first, samples, done, by_level, devices, (progress,))
+    finally:
+        # Blocks that have not begun are of no use to a run that ends early.
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,208 @@
+"""A job: everything that decides the samples of a dataset. It is known where torch is not imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlem_dist import __version__
+from mlem_dist.errors import UsageError
+from mlem_dist.solver.plan import Plan, Recipe, block_rng, plan_to_dict
+from mlem_dist.solver.steps import SOLVERS
+
+MOST_SHARDS = 10**6
+
+PRECISIONS = ("float32", "bfloat16")
+"""Of the UNets' weights and activations, by torch's names."""
+
+BLOCK_SIZE = {"cpu": 100, "cuda": 500}
+"""By default, by device type: on a large GPU blocks of 100 take more than twice as long per sample (gpu.py in
+benchmarks/runtime)."""
+
+SAMPLED_BLOCKS = 16
+"""Of a recipe, so many draws tell what all will take."""
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide bytes."""
+    libraries = {name: version(name) for name in ("torch", "numpy", "pyarrow")}
+    own = {"mlem_dist": __version__, "mlem_dist's source": _source_digest()}
+    return own | {"python": platform.python_version()} | libraries
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    """SHA-256 of this package's source, shortened: a checkout may have changed since the version that it names."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parents[1]
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides how long a job takes, and not which samples it makes.
+
+    Attributes:
+        num: number of samples.
+        plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
+        seed: decides every draw of a plan.
+        block_size: samples that advance together.
+        shard_size: samples of one file.
+        precision: of the UNets, one of `PRECISIONS`.
+    """
+
+    num: int
+    plan: Plan | Recipe
+    seed: int
+    block_size: int
+    shard_size: int
+    precision: str = "float32"
+
+    def block_plan(self, block: int) -> Plan:
+        """The plan of a block: the memorised one, or its own draw."""
+        if isinstance(self.plan, Plan):
+            return self.plan
+        return self.plan.plan(block_rng(self.seed, block))
+
+    @property
+    def first_plans(self) -> tuple[Plan, ...]:
+        """The plans of the first blocks, by which loads are estimated; the one plan that all blocks have."""
+        return _first_plans(self.plan, self.seed)
+
+    def expected_calls(self) -> np.ndarray:
+        """Evaluations of each level per sample, float64 (K,), averaged over the first plans."""
+        return np.mean([plan.calls.sum(1) for plan in self.first_plans], axis=0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate.
+
+    Attributes:
+        ladder: name or folder, as every node of the cluster finds it.
+        digest: the ladder's digest.
+        num: number of samples.
+        labels: the classes to generate, in turn by sample id; (0,) for an unconditional ladder.
+        solver: one of `SOLVERS`.
+        steps: N.
+        plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
+        seed: decides every noise and coin.
+        block_size: samples that advance together.
+        shard_size: samples of one file, a multiple of the block size.
+        device: "cpu" or "cuda".
+        precision: of the UNets, one of `PRECISIONS`.
+        versions: of what decides bytes, where the job was made; no part of `config`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    ladder: str
+    digest: str
+    num: int
+    labels: tuple[int, ...]
+    solver: str
+    steps: int
+    plan: Plan | Recipe
+    seed: int
+    block_size: int
+    shard_size: int
+    device: str
+    precision: str = "float32"
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps", "block_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}, expected 0 or more")
+        if self.solver not in SOLVERS:
+            raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.plan.collapse and self.solver == "dpm++":
+            raise UsageError(
+                "the plan takes runs of base steps in closed form, which `solver` dpm++ cannot; draw another"
+            )
+        check_shards(self.workload)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The job as JSON-ready values; its fingerprint says which shards of a folder are its own."""
+        config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "versions"}
+        if isinstance(self.plan, Plan):
+            config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
+        else:
+            config["plan"] = asdict(self.plan)
+        # As it comes back from the manifest: tuples and arrays are lists there.
+        found: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
+        return found
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.num // self.shard_size)
+
+    def shard_rows(self, shard: int) -> range:
+        """The sample ids of a shard."""
+        return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
+
+    def shard_samples(self, shard: int) -> tuple[int, list[int]]:
+        """The first sample id of a shard, and the classes of its samples."""
+        rows = self.shard_rows(shard)
+        return rows.start, [self.label(i) for i in rows]
+
+    def shard_blocks(self, shard: int) -> range:
+        """The blocks that hold a shard's samples; the last may reach beyond it."""
+        rows = self.shard_rows(shard)
+        return range(rows.start // self.block_size, -(-rows.stop // self.block_size))
+
+    def rows_of(self, shard: int, block: int) -> int:
+        """How many of a shard's samples a block holds."""
+        first = block * self.block_size
+        return min(self.shard_rows(shard).stop, first + self.block_size) - first
+
+    def label(self, sample_id: int) -> int:
+        """The class of a sample."""
+        return self.labels[sample_id % len(self.labels)]
+
+    def block_plan(self, block: int) -> Plan:
+        """The plan of a block: the memorised one, or its own draw."""
+        return self.workload.block_plan(block)
+
+    @property
+    def workload(self) -> Workload:
+        """The part of the job that decides how long it takes."""
+        return Workload(self.num, self.plan, self.seed, self.block_size, self.shard_size, self.precision)
+
+
+def check_shards(workload: Workload) -> None:
+    """Refuse a workload of too many shards, or whose shards are not of whole blocks.
+
+    Raises:
+        UsageError: it is, with a size that would do.
+    """
+    num, shard_size, block_size = workload.num, workload.shard_size, workload.block_size
+    if (shards := -(-num // shard_size)) > MOST_SHARDS:
+        raise UsageError(f"{num:,} samples in shards of {shard_size} are {shards:,} files; raise the shard size")
+    if shard_size % block_size:
+        lower = max(1, shard_size // block_size) * block_size
+        raise UsageError(f"the shard size {shard_size} is not a multiple of the block size {block_size}; take {lower}")
+
+
+@lru_cache(maxsize=4)
+def _first_plans(plan: Plan | Recipe, seed: int) -> tuple[Plan, ...]:
+    if isinstance(plan, Plan):
+        return (plan,)
+    return tuple(plan.plan(block_rng(seed, block)) for block in range(SAMPLED_BLOCKS))

@@ -1,0 +1,186 @@
+"""Programs: what a block does on which pool, from its plan."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from mlem_dist.engine.job import Workload
+from mlem_dist.engine.progress import Work
+from mlem_dist.solver.plan import Increment, Plan, Recipe
+
+RARE = 1e-6
+"""Evaluations counted for an increment that may be drawn, beside those in the plans of the first blocks."""
+
+Together = tuple[Increment, ...]
+"""Increments that are evaluated at one step."""
+
+Evaluations = Mapping[Together, float]
+"""How often, per sample, increments are evaluated together."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Increments of one step that a block needs from another pool before it can go on."""
+
+    pool: int
+    step: int
+    increments: Together
+
+    @property
+    def calls(self) -> set[int]:
+        """The levels that the pool evaluates for it."""
+        return _levels(self.increments)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A step that evaluates increments, or a run of steps that begins there and is taken in closed form.
+
+    Attributes:
+        step: its number.
+        own: increments that the first pool evaluates.
+        asks: increments that other pools evaluate.
+        closed: whether level 1 takes a run of steps in closed form from there on.
+    """
+
+    step: int
+    own: Together
+    asks: tuple[Ask, ...]
+    closed: bool
+
+    @property
+    def calls(self) -> set[int]:
+        """The levels that the first pool evaluates."""
+        return _levels(self.own)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Turns that the first pool takes without another pool's values but those at hand, and what it asks for next.
+
+    The first turn of every segment but the first one begins with the values that the segment before has asked for.
+    """
+
+    turns: tuple[Turn, ...]
+    asks: tuple[Ask, ...]
+
+
+@dataclass(frozen=True)
+class SegmentEnd:
+    """The end of a segment: the work done, and the asks; none if the block is finished."""
+
+    work: Work
+    asks: tuple[Ask, ...]
+
+
+class Program:
+    """A plan split over pools, by which workers, placement and simulation go.
+
+    Args:
+        plan: of a block.
+        pools: the levels (from 1) of each pool; the first one holds the state, and takes part in every step.
+    """
+
+    def __init__(self, plan: Plan, pools: Sequence[range]) -> None:
+        self.turns = tuple(_turn(step, together, closed, pools) for step, together, closed in _walk(plan))
+
+    @cached_property
+    def by_step(self) -> dict[int, Turn]:
+        """The turn that begins at each step."""
+        return {turn.step: turn for turn in self.turns}
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments, in order; the last one asks for nothing."""
+        segments: list[Segment] = []
+        turns: list[Turn] = []
+        for turn in self.turns:
+            if turn.asks:
+                segments.append(Segment(tuple(turns), turn.asks))
+                turns = []
+            turns.append(turn)
+        return (*segments, Segment(tuple(turns), ()))
+
+
+@lru_cache(maxsize=8)
+def program_of(plan: Plan, pools: tuple[range, ...]) -> Program:
+    """The program of a plan, which is one for all blocks where the plan is."""
+    return Program(plan, pools)
+
+
+def _walk(plan: Plan) -> Iterator[tuple[int, Together, bool]]:
+    """Each run of a plan: its first step, the increments evaluated there, and whether the run is in closed form."""
+    for run in plan.runs:
+        yield run.start, tuple(term.increment for term in run.terms), bool(run.base)
+
+
+def _turn(step: int, together: Together, closed: bool, pools: Sequence[range]) -> Turn:
+    own, *others = divide(together, pools)
+    return Turn(step, own, tuple(Ask(pool, step, part) for pool, part in enumerate(others, 1) if part), closed)
+
+
+def _levels(increments: Together) -> set[int]:
+    return {level for increment in increments for level in increment.calls}
+
+
+def divide(together: Together, pools: Sequence[range]) -> tuple[Together, ...]:
+    """What each pool evaluates for the increments of one step, so that no two evaluate the same level if one is enough.
+
+    Where the level below an increment is one of the first pool's, or one that its pool is asked for anyway, the
+    increment's pool evaluates its level alone, over 0, and the first pool subtracts. Else the increment's pool
+    evaluates both.
+    """
+    return _divide(together, tuple(pools))
+
+
+@lru_cache(maxsize=4096)
+def _divide(together: Together, pools: tuple[range, ...]) -> tuple[Together, ...]:
+    home = {level: index for index, pool in enumerate(pools) for level in pool}
+    asked = {increment.level for increment in together}
+    parts: list[dict[Increment, None]] = [{} for _ in pools]
+    for level, below in together:
+        if below and home[below] != home[level] and (below in asked or home[below] == 0):
+            parts[home[level]][Increment(level, 0)] = None
+            parts[home[below]][Increment(below, 0)] = None
+        else:
+            parts[home[level]][Increment(level, below)] = None
+    return tuple(map(tuple, parts))
+
+
+def called(together: Together, pools: Sequence[range]) -> list[set[int]]:
+    """The levels that each pool evaluates for the increments of one step."""
+    return [_levels(part) for part in divide(together, pools)]
+
+
+def evaluations(workload: Workload) -> Evaluations:
+    """How often increments are evaluated together, per sample, on average over the plans of the first blocks.
+
+    Increments that only later blocks may draw have a count near zero.
+    """
+    return _evaluations(workload.plan, workload.first_plans)
+
+
+@lru_cache(maxsize=4)
+def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
+    counts: defaultdict[Together, float] = defaultdict(float)
+    for _, together, closed in (run for plan in plans for run in _walk(plan)):
+        counts[together] += 1
+        # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
+        counts[(Increment(1, 0),)] += closed
+    counts.pop((), None)
+    if isinstance(plan, Recipe):
+        # A later block may draw what these do not, and must find a pool for it.
+        rungs = plan.rungs or range(1, len(plan.probabilities) + 1)
+        for below, level, p in zip((0, *rungs), rungs, plan.probabilities, strict=False):
+            if p.any():
+                counts[(Increment(level, below),)] += RARE
+    return {together: count / len(plans) for together, count in counts.items()}
+
+
+def levels_of(counts: Evaluations, pools: Sequence[range]) -> list[list[int]]:
+    """The levels that each pool evaluates, by number."""
+    parts = [called(together, pools) for together in counts]
+    return [sorted(set().union(*levels)) for levels in zip(*parts, strict=True)]

@@ -1,0 +1,60 @@
+"""What writes shards: apart from the levels, and without importing torch, so that it starts at once and stays small."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlem_dist.dataset.manifest import NAME, changed, read_manifest
+from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.dataset.store import Location, listed
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.progress import Work
+from mlem_dist.errors import UsageError
+
+
+class Writer:
+    """Writes shards of a job's dataset, with class names `labels`, to `out`."""
+
+    def __init__(self, job: Job, out: Location, labels: Sequence[str]) -> None:
+        self.job, self.out, self.labels = job, out, labels
+
+    def prepare(self) -> None:
+        """Look whether the dataset is there.
+
+        Raises:
+            UsageError: the dataset that the driver has begun is not seen from here, or another one is.
+        """
+        why = ""
+        try:
+            manifest = read_manifest(self.out) if NAME in listed(self.out) else None
+        except OSError as error:
+            manifest, why = None, f" ({error})"
+        if manifest is None:
+            raise UsageError(
+                f"`out` {self.out} is not seen on node {platform.node()}{why}; choose a folder on a file system that "
+                "all nodes share, or give every node the credentials of the object store"
+            )
+        if changed(manifest, self.job.config):
+            raise UsageError(
+                f"`out` {self.out} holds another dataset on node {platform.node()}; choose a folder on a file system "
+                "that all nodes share, and to which no other run writes"
+            )
+        self.run = manifest.fingerprint
+
+    def write(self, shard: int, first_id: int, label: Sequence[int], *blocks: np.ndarray) -> tuple[Work, Shard]:
+        """Write one shard.
+
+        Args:
+            shard: its number.
+            first_id: of its samples.
+            label: of each of its samples.
+            blocks: images uint8 (B, H, W, C) of its blocks; the last may hold more than belong to it.
+        """
+        start = time.process_time()
+        images = np.concatenate(blocks)[: len(label)]
+        found = write_shard(self.out, shard, self.job.shards, first_id, images, label, self.labels, self.run)
+        return Work(time.process_time() - start, {}, len(images), images.nbytes), found

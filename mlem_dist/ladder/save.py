@@ -1,0 +1,70 @@
+"""Write a ladder's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlem_dist.files import file_digest, replace_file
+from mlem_dist.ladder.ladder import LADDER, SCHEDULER, SCHEMA_VERSION, WEIGHTS, Ladder, Level
+from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.unet import UNetLevel
+from mlem_dist.models.weights import save_tensors
+
+
+def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
+    """Write a level's weights, as `dtype`, into a ladder folder, and return its entry."""
+    stored = module.model if isinstance(module, UNetLevel) else module
+    state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in stored.state_dict().items()}
+    if isinstance(module, GaussianLevel):
+        kind, path, patch, prediction = "gaussian", f"{name}.safetensors", 1, "epsilon"
+        save_tensors(folder / path, state)
+        written = [folder / path]
+    elif isinstance(module, UNetLevel):
+        kind, path, patch, prediction = "unet", name, module.patch, module.prediction
+        model: Any = module.model
+        model.save_config(folder / path)
+        weights = folder / path / WEIGHTS
+        save_tensors(weights, state, {"format": "pt"})
+        written = [folder / path / "config.json", weights]
+    else:
+        raise TypeError(f"no ladder format for a {type(module).__name__}")
+    return Level(
+        name=name,
+        kind=kind,
+        path=path,
+        patch=patch,
+        prediction=prediction,
+        parameters=sum(value.numel() for value in state.values()),
+        sha256={file.relative_to(folder).as_posix(): file_digest(file) for file in written},
+    )
+
+
+def save_ladder(
+    folder: Path,
+    name: str,
+    sample_shape: Sequence[int],
+    labels: Sequence[str],
+    scheduler: dict[str, Any],
+    levels: Sequence[Level],
+) -> Ladder:
+    """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
+    config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
+    replace_file(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
+    raw = {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "sample_shape": list(sample_shape),
+        "value_range": [-1.0, 1.0],
+        "labels": list(labels),
+        "parametrisation": "epsilon",
+        "scheduler_sha256": file_digest(folder / SCHEDULER),
+        "levels": [level.__dict__ for level in levels],
+    }
+    replace_file(folder / LADDER, json.dumps(raw, indent=2) + "\n")
+    return Ladder.load(folder)

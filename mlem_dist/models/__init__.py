@@ -1,0 +1,1 @@
+"""Networks and Gaussians as drifts."""

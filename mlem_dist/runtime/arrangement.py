@@ -1,0 +1,173 @@
+"""What runs where: a placement with the devices and costs of its pools, given or chosen by forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mlem_dist.capacity.placement import CELL_DEVICES, Devices, Placement, level_loads
+from mlem_dist.capacity.planner import Forecast, Kind, Layout, costs_of, forecast, layouts, overheads_of
+from mlem_dist.capacity.timing import time_levels
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.program import evaluations, levels_of
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
+from mlem_dist.runtime.pool import cause
+
+LONG_SECONDS, TIMING_SHARE = 60, 0.05
+"""Of a run, by the ladder's costs, from which on it is worth timing the levels, where that takes no larger share."""
+
+DEVICE_SECONDS = 60
+"""How long to wait for a device to time levels on, or for its memory; others may use them all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """What runs where.
+
+    Attributes:
+        layout: the pools and what they are on.
+        cell_devices: at most so many devices in a cell.
+        forecasts: of the placements that were weighed, the chosen one first; none where it was given.
+        timed: whether the levels were, for that, or it goes by the ladder's costs.
+    """
+
+    layout: Layout
+    cell_devices: int = CELL_DEVICES
+    forecasts: list[Forecast] = field(default_factory=list)
+    timed: bool = False
+
+
+def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int | None, remote: bool) -> Arrangement:
+    """A placement on the connected cluster's devices; without one, that of the best forecast.
+
+    Args:
+        devices: so many, if the placement does not name them; None for all.
+        remote: whether Ray is elsewhere, rather than started by this process.
+
+    Raises:
+        UsageError: there are not the devices, or not the memory for any placement.
+    """
+    if placement and any(placement.kinds):
+        there = find_devices(placement.kinds, job.device)
+    else:
+        there = [Devices(job.device, count_devices(job.device, devices))] * (len(placement.pools) if placement else 1)
+    cost = {one: ladder.cost(one.type) for one in there}
+    timed = False
+    # With one pool for all levels there is nothing to weigh.
+    if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
+        pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
+        of_pool, found = levels_of(evaluations(job.workload), pools), {}
+        for one in cost:
+            on = [levels for levels, devices in zip(of_pool, there, strict=True) if devices == one]
+            found[one] = measured_cost(job, ladder, one, sorted(set().union(*on)), remote)
+        cost |= {one: measured for one, measured in found.items() if measured is not None}
+        timed = any(measured is not None for measured in found.values())
+    if placement:
+        # Of the memory nothing is known, and the user has chosen: only how many devices a coordinator can serve.
+        kinds = {one: cluster_kind(one, ladder, cost[one]) for one in cost}
+        layout = Layout(placement.pools, tuple(kinds[one] for one in there))
+        return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed)
+    kind = cluster_kind(there[0], ladder, cost[there[0]], _memory(job.device, remote))
+    # The one that ends first before the others.
+    forecasts = sorted(
+        (forecast(job.workload, one) for one in layouts(job.workload, ladder.weight_bytes, kind)),
+        key=lambda one: one.seconds,
+    )
+    return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed)
+
+
+def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
+    """Devices of the cluster as the planner knows them: `cost` (K,) is each level's seconds per sample alone."""
+    return Kind(devices.type, devices, costs_of(ladder, cost), overheads_of(devices.type, ladder.sample_shape), memory)
+
+
+def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
+    """Whether the costs of a job's levels are worth being measured."""
+    every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
+    counts = evaluations(job.workload)
+    load = float(level_loads(counts, every, [costs_of(ladder, cost)]).sum())
+    run = job.num * load / sum(one.count for one in dict.fromkeys(devices))
+    timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every)[0])
+    return run > LONG_SECONDS and timing < TIMING_SHARE * run
+
+
+def measured_cost(
+    job: Job, ladder: Ladder, devices: Devices, numbers: Sequence[int], remote: bool
+) -> np.ndarray | None:
+    """float64 (K,): seconds per sample of each level in the job's blocks and precision, timed on one of the devices.
+
+    Where they are not `remote` and CPU cores, by this process, which needs no start. Levels other than `numbers`, and
+    those that there is no memory for, have the ladder's costs. None if a device has not done it within a minute, as
+    when others use them all.
+
+    Raises:
+        UsageError: the ladder cannot be loaded there.
+    """
+    cost, here = ladder.cost(devices.type), replace(job, device=devices.type)
+    if devices.type == "cpu" and not remote:
+        return _replaced(cost, numbers, time_levels(here, numbers))
+    # For this call only: the process would keep its memory of a GPU.
+    task: Any = ray.remote(max_calls=1)(time_levels)
+    one = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
+    timed = task.options(**one, label_selector=dict(devices.labels)).remote(here, numbers)
+    if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
+        ray.cancel(timed, force=True)
+        return None
+    try:
+        return _replaced(cost, numbers, ray.get(timed))
+    except RayError as error:
+        if isinstance(cause(error), UsageError):
+            raise cause(error) from None
+        # The run itself will say what is wrong there.
+        return None
+
+
+def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
+    found = dict(zip(numbers, seconds, strict=True))
+    return np.array([found[k] if np.isfinite(found.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
+
+
+def _memory(device: str, remote: bool) -> float:
+    """Bytes of the smallest device: of one GPU of each node, or of a node's memory per CPU core.
+
+    Of this machine's GPUs, where Ray is not `remote`, this process knows; one on another node starts for seconds.
+
+    Raises:
+        UsageError: no GPU is free to be asked.
+    """
+    if device == "cuda" and not remote:
+        return float(min(map(_gpu_bytes, range(torch.cuda.device_count()))))
+    if device == "cuda":
+        kind: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_gpu_bytes)
+        nodes = [node["NodeID"] for node in live_nodes() if node["Resources"].get("GPU", 0)]
+        there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        asked = [kind.options(scheduling_strategy=one).remote() for one in there]
+        answered, late = ray.wait(asked, num_returns=len(asked), timeout=DEVICE_SECONDS)
+        for one in late:
+            ray.cancel(one, force=True)
+        if not answered:
+            raise UsageError(
+                "`placement` auto: others use all GPUs, whose memory it asks for; wait for them, or name the placement"
+            )
+        try:
+            return float(min(ray.get(answered)))
+        except RayError as error:
+            raise UsageError(
+                f"`placement` auto: a node cannot say how much memory its GPUs have ({cause(error)}); install torch "
+                "with CUDA on every node, or name the placement"
+            ) from None
+    found = [node["Resources"] for node in live_nodes()]
+    return min(float(one["memory"] / one["CPU"]) for one in found if one.get("CPU", 0) >= 1)
+
+
+def _gpu_bytes(index: int = 0) -> int:
+    return torch.cuda.get_device_properties(index).total_memory

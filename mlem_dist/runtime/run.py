@@ -1,0 +1,90 @@
+"""The Ray engine's driver: start the cells, hand out shards, relay their progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mlem_dist.capacity.placement import Devices
+from mlem_dist.capacity.planner import overheads_of, seat_loads, state_bytes
+from mlem_dist.capacity.policies import POLL_SECONDS, writer_count
+from mlem_dist.dataset.store import Location
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.progress import Progress
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.arrangement import Arrangement
+from mlem_dist.runtime.cells import Cell, Cells
+from mlem_dist.runtime.cluster import RESOURCES
+from mlem_dist.runtime.coordinator import Coordinator
+
+
+def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
+    """A bundle of one device for each of `counts` devices of each kind, kind by kind."""
+    of_bundle = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+    bundles = [{RESOURCES[kind.type]: 1.0} for kind in of_bundle]
+    selectors = [dict(kind.labels) for kind in of_bundle]
+    if not any(selectors):
+        return placement_group(bundles, strategy="PACK")
+    return placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
+
+
+def run_ray(
+    job: Job,
+    ladder: Ladder,
+    out: Location,
+    shards: Sequence[int],
+    where: Arrangement,
+    coalesce: int = 1,
+) -> Iterator[Progress]:
+    """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
+
+    Pools on equal devices divide them by their load. Each cell, of at least one device of each kind, has its own
+    actors. This process does a few calls per cell twice a second. At most `coalesce` blocks are evaluated together by
+    another pool than the first; more than one changes the rounding.
+
+    Raises:
+        PoolError: actors or coordinators die faster than they work.
+        RuntimeError: Ray has died on this machine.
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    began = time.monotonic()
+    layout, load = where.layout, seat_loads(job.workload, where.layout)
+    names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in layout.pools]
+    devices = [kind.devices for kind in layout.kinds]
+    kinds, sizes = list(layout.groups), layout.cells(where.cell_devices)
+    # This process owns the devices: they are free again when it ends, however it ends.
+    groups = [_reserve([kind.devices for kind in kinds], size) for size in sizes]
+    coordinator: Any = ray.remote(Coordinator)
+    block_bytes = job.block_size * state_bytes(ladder.sample_shape)
+    # A lone one beside the driver, where no lost node takes it: its successor would wait for all devices.
+    strategy: Any = "DEFAULT"
+    if len(sizes) == 1:
+        strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+    def writers(size: Sequence[int]) -> int:
+        written = overheads_of("cpu", ladder.sample_shape).write
+        return writer_count(sum(size) / max(float(load.sum()), 1e-9), written)
+
+    def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
+        there = names, devices, layout.seats(load, size), group
+        arguments = (job, out.absolute(), layout.pools, *there, ladder.labels, coalesce, writers(size), block_bytes)
+        return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
+
+    made = (Cell(creator(size, group), sum(size), job, out, began) for size, group in zip(sizes, groups, strict=True))
+    cells = Cells(list(made), shards)
+    try:
+        while not cells.done:
+            cells.step()
+            if progress := cells.progress():
+                yield replace(progress, seconds=time.monotonic() - began)
+            cells.wait(POLL_SECONDS)
+    finally:
+        for cell, group in zip(cells.cells, groups, strict=True):
+            ray.kill(cell.coordinator)
+            remove_placement_group(group)

@@ -1,0 +1,133 @@
+"""The recipe that a budget, a solver and a few choices give for a ladder."""
+
+from typing import Literal
+
+import numpy as np
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.calibration import read_effect
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import Draw, Increments, Recipe
+from mlem_dist.solver.probabilities import Rule, rule_weights, scale_to_budget
+from mlem_dist.solver.steps import half_log_snr, timesteps
+from mlem_dist.tuning.neyman import coin_error, merged, neyman_weights, on_grid, rung_sets
+
+DIGITS = 12
+
+DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
+"""By solver: along the noisy path of the SDE a line through two increments is hardly better than the last of them."""
+
+
+def make_recipe(
+    ladder: Ladder,
+    cost: np.ndarray,
+    solver: str,
+    steps: int,
+    nfe: float,
+    probabilities: Rule | Literal["neyman"] | None = None,
+    draw: Draw | None = None,
+    increments: Increments | None = None,
+) -> Recipe:
+    """The recipe of `steps` base steps and `nfe` evaluations of the best level per sample.
+
+    `cost` (K,) is the seconds per sample of each level.
+
+    What is None is chosen: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
+    coins, held increments for DDPM and extrapolated ones for the ODE. Neyman's come with the rungs, of all choices of
+    levels, whose coins add the least error at this budget; other probabilities take every level.
+
+    Raises:
+        UsageError: `steps` or `nfe` is out of range, or the ladder is not calibrated and Neyman's probabilities are
+            asked for.
+    """
+    if not nfe > 0:
+        raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
+    log_snr = _log_snr(ladder, steps)
+    if probabilities in (None, "neyman") and calibrated(ladder):
+        rule = NeymanRule(ladder, cost, solver, steps)
+        rungs = rule.choices(nfe)[0]
+        p = rule.probabilities(nfe, rungs)
+    elif probabilities == "neyman":
+        raise _uncalibrated(ladder)
+    else:
+        rungs = None
+        weights = rule_weights(probabilities or "theory", cost, log_snr)
+        p = scale_to_budget(weights, cost, nfe, collapses(ladder, solver))
+    # Processors differ in the last digits of a logarithm: the plan of a dataset that goes on elsewhere is the same.
+    return Recipe(
+        p.round(DIGITS),
+        draw or "systematic",
+        increments or DEFAULT_INCREMENTS[solver],
+        collapses(ladder, solver),
+        log_snr.round(DIGITS),
+        rungs,
+    )
+
+
+def calibrated(ladder: Ladder) -> bool:
+    """Whether the effects of the ladder's increments are known."""
+    return read_effect(ladder, "ddpm") is not None
+
+
+class NeymanRule:
+    """Neyman's probabilities for a calibrated ladder, on `steps` base steps of a solver.
+
+    `cost` (K,) is the seconds per sample of each level.
+
+    Attributes:
+        base: what the base level takes of a budget where it is called at every step, and no closed form takes runs.
+
+    Raises:
+        UsageError: the ladder is not calibrated.
+    """
+
+    def __init__(self, ladder: Ladder, cost: np.ndarray, solver: str, steps: int) -> None:
+        measured = read_effect(ladder, _measured(solver))
+        if measured is None:
+            raise _uncalibrated(ladder)
+        self.cost = cost
+        self.collapse = collapses(ladder, solver)
+        self.log_snr = _log_snr(ladder, steps)
+        self.base = 0.0 if self.collapse else steps * float(cost[0] / cost[-1])
+        self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps))
+
+    def choices(self, nfe: float) -> list[tuple[int, ...]]:
+        """Every choice of rungs, the one whose coins add least error at the budget first.
+
+        Raises:
+            UsageError: the budget is below the cost of the base level.
+        """
+        found = [
+            (coin_error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs)
+            for rungs in rung_sets(len(self.cost))
+        ]
+        return [rungs for _, rungs in sorted(found)]
+
+    def probabilities(self, nfe: float, rungs: tuple[int, ...], density: np.ndarray | float = 1.0) -> np.ndarray:
+        """p, float64 (R, N), in proportion to the rule's times `density` (R, N).
+
+        Raises:
+            UsageError: the budget is below the cost of the base level.
+        """
+        cost = self.cost[np.array(rungs) - 1]
+        weights = neyman_weights(merged(self._products, rungs), cost) * density
+        return scale_to_budget(weights, cost, nfe, self.collapse)
+
+
+def _log_snr(ladder: Ladder, steps: int) -> np.ndarray:
+    return half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps))
+
+
+def _measured(solver: str) -> str:
+    return "ddpm" if solver == "ddpm" else "ddim"
+
+
+def collapses(ladder: Ladder, solver: str) -> bool:
+    """Whether plans take runs of base steps in closed form, which keeps no memory of single steps."""
+    return ladder.levels[0].kind == "gaussian" and solver != "dpm++"
+
+
+def _uncalibrated(ladder: Ladder) -> UsageError:
+    return UsageError(
+        f"`probabilities` neyman: the ladder {ladder.source} is not calibrated; calibrate it, or choose theory"
+    )

@@ -1,0 +1,72 @@
+"""Which plan a job takes: the one that was tuned for its budget, or the recipe of what it asks for."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import Plan, Recipe, read_plan
+from mlem_dist.tuning.recipes import make_recipe
+
+
+def plan_path(folder: Path, solver: str, nfe: float) -> Path:
+    """Where the tuned plan of a solver and budget lies."""
+    return folder / f"plan-{solver}-{nfe:g}.json"
+
+
+def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | None:
+    """The plan that was tuned for a budget, if the ladder's folder has one of that many steps.
+
+    Raises:
+        UsageError: as `read_plan`.
+    """
+    path = plan_path(ladder.folder, solver, nfe)
+    if not path.exists():
+        return None
+    plan = read_plan(path, ladder.digest, len(ladder.levels), solver, None)
+    return plan if plan.fire.shape[1] == steps else None
+
+
+def tuned_budgets(folder: Path, solver: str) -> list[float]:
+    """The budgets that a folder has tuned plans of a solver for, increasing."""
+    start, found = f"plan-{solver}-", []
+    for path in folder.glob(f"{start}*.json"):
+        # A user's own file may have another name.
+        with suppress(ValueError):
+            found.append(float(path.stem.removeprefix(start)))
+    return sorted(found)
+
+
+def choose_plan(
+    ladder: Ladder,
+    cost: np.ndarray,
+    solver: str,
+    steps: int,
+    nfe: float,
+    **choices: Any,
+) -> tuple[Plan | Recipe, str]:
+    """As `make_recipe`, but the tuned plan where nothing but the budget is given; and what to tell the user of it.
+
+    `choices` are the rest of what `make_recipe` takes.
+
+    Raises:
+        UsageError: as `read_plan` and `make_recipe`.
+    """
+    note = ""
+    if all(choice is None for choice in choices.values()):
+        if tuned := tuned_plan(ladder, solver, steps, nfe):
+            note = f"Using the plan tuned for this budget, of {ladder.source}."
+            if (spent := tuned.nfe(cost)) > 1.1 * nfe:
+                note += f" By the costs on this device it takes {spent:.3g} evaluations: tune one here."
+            return tuned, note
+        if budgets := tuned_budgets(ladder.folder, solver):
+            note = (
+                f"No plan is tuned for `nfe` {nfe:g} `steps` {steps}. {ladder.source} has plans for `nfe` "
+                f"{', '.join(f'{budget:g}' for budget in budgets)}, at the `steps` they were tuned with; "
+                "`mlem-dist tune` finds more."
+            )
+    return make_recipe(ladder, cost, solver, steps, nfe, **choices), note
