@@ -15,7 +15,7 @@ from mlem_dist.errors import UsageError
 LEAST_SHARE = 0.05
 
 CELL_DEVICES = 64
-"""At most so many devices per coordinator; `forecast` takes fewer where it would be busy more than half of its time."""
+"""Largest number of devices per coordinator; `forecast` takes fewer where it would work more than half of its time."""
 
 WEIGHT_SHARE = 0.5
 """The share of a device's memory that weights may take; the rest is for activations and states."""
@@ -42,7 +42,7 @@ class Costs:
     beside: np.ndarray
 
     def of(self, levels: Collection[int]) -> dict[int, float]:
-        """By level (from 1), of those that one actor evaluates at one state."""
+        """Seconds per sample of each level (from 1) that one actor evaluates at one state."""
         each = self.beside if 1 in levels else self.alone
         return {k: float(each[k - 1]) for k in levels}
 

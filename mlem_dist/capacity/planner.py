@@ -43,17 +43,20 @@ OVERHEADS = {
     "cpu": _CORE,
     "cuda": replace(_CORE, call=0.0005, trip=0.002, slowdown=1.0, sliced=1.1, shared=False),
 }
-"""By device type, measured: by coordinator.py and writer.py in benchmarks/runtime, and by gpu.py what a GPU loses in a
-block and where actors take turns; its calls and trips are those by which forecasts are nearest to runs on one."""
+"""Measured overheads by device type.
+
+They are measured by coordinator.py and writer.py in benchmarks/runtime, and for a GPU by gpu.py: what it loses in a
+block, and where actors take turns. Its calls and trips are those by which forecasts are nearest to runs on a GPU.
+"""
 
 WRITTEN_PIXELS = 32 * 32
-"""Of the images by which the writing time was measured."""
+"""Pixels of the images by which the writing time was measured."""
 
 BUSY_COORDINATOR = 0.5
-"""Of its time; above that, cells are made smaller."""
+"""Largest share of its time that a coordinator may work; above that, cells are made smaller."""
 
 SIMULATED = 3
-"""Of all placements, so many that promise most are simulated."""
+"""Number of placements that are simulated, the most promising ones."""
 
 SIMULATED_BLOCKS, LEAST_BLOCKS = 20, 200
 """A simulation is of so many blocks of a cell, per device and at least, if it has that many; the rest is
@@ -61,19 +64,19 @@ extrapolated."""
 
 
 def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
-    """What the runtime costs on "cpu" or "cuda" devices, for samples of shape (C, H, W)."""
+    """Overheads of the runtime on "cpu" or "cuda" devices, for samples of shape (C, H, W)."""
     known = OVERHEADS[device]
     write = known.write * math.prod(sample_shape[1:]) / WRITTEN_PIXELS
     return replace(known, write=write, state=state_bytes(sample_shape))
 
 
 def costs_of(ladder: Ladder, alone: np.ndarray) -> Costs:
-    """Of the ladder's levels, which cost float64 (K,) seconds per sample alone."""
+    """Costs of the ladder's levels, from float64 (K,) seconds per sample of each alone."""
     return Costs(alone, ladder.cost_beside(alone))
 
 
 def state_bytes(sample_shape: Sequence[int]) -> int:
-    """Of a sample's state, float32."""
+    """Bytes of a sample's state in float32."""
     return 4 * math.prod(sample_shape)
 
 
@@ -180,7 +183,7 @@ class Layout:
         return [[count // cells + (cell < count % cells) for count in counts] for cell in range(cells)]
 
     def seats(self, load: np.ndarray, cell: Sequence[int]) -> list[list[Seat]]:
-        """Of each pool, for its `load`, in a cell of so many devices of each kind."""
+        """Seats of each pool for its `load`, in a cell of so many devices of each kind."""
         kinds = list(self.groups)
         return allot_kinds(load, [kinds.index(kind) for kind in self.kinds], cell)
 
@@ -199,7 +202,7 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
-        """Of the pools: "1-3@h100"."""
+        """Names of the pools, such as "1-3@h100"."""
         return [f"{pools_text([pool])}@{kind.name}" for pool, kind in zip(self.pools, self.kinds, strict=True)]
 
     def __str__(self) -> str:
@@ -221,7 +224,7 @@ class PoolForecast:
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What a layout makes of a workload.
+    """Forecast of a workload on a layout.
 
     Attributes:
         layout: which.
@@ -281,7 +284,7 @@ def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None
 
 
 def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast:
-    """By the cell that has most devices; they differ by one of each kind at most."""
+    """Simulate the cell that has most devices; cells differ by one of each kind at most."""
     costs = [kind.costs for kind in layout.kinds]
     kinds, cells = list(layout.groups), layout.cells(cell_devices)
     seats = layout.seats(seat_loads(workload, layout), cells[0])
@@ -354,7 +357,7 @@ class Capacity:
 
     @property
     def images_per_second(self) -> float:
-        """Of all parts together."""
+        """Images per second of all parts together."""
         return sum(part.images_per_second for part in self.parts)
 
     @property

@@ -1,4 +1,4 @@
-"""Which pool should give an actor to which: a rule on what pools did in a window of time."""
+"""Policies that coordinator and simulation share: blocks in flight, writers, and moves of actors between pools."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ BLOCKS_PER_DEVICE = {"cpu": 3, "cuda": 8}
 """In flight where pools share the work, by device type: on a GPU the way to another pool is long beside the work."""
 
 FLIGHT_BYTES = 2**28
-"""Of the states of a device's blocks in flight, which also hold values of other pools; two blocks there are always."""
+"""Memory limit for the states of a device's blocks in flight, with the values of other pools; two blocks always fly."""
 
 WRITER_SHARE = 0.7
 

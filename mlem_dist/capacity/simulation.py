@@ -22,7 +22,7 @@ RECORDED = 1000
 
 @dataclass(frozen=True)
 class Overheads:
-    """What the runtime costs on one kind of device besides the levels, in seconds if not said otherwise.
+    """Costs of the runtime on one kind of device besides the levels, in seconds if not said otherwise.
 
     Attributes:
         call: an actor's time for a call, besides its evaluations: arguments, results, the way to it.
@@ -95,7 +95,7 @@ class Busy:
 
 @dataclass
 class Trace:
-    """What a simulated cell did, in seconds after all levels were loaded.
+    """Record of a simulated cell, in seconds after all levels were loaded.
 
     Attributes:
         blocks: when each block was finished, in order.

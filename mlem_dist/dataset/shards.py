@@ -133,7 +133,7 @@ def _marker(path: str) -> str:
 
 
 def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
-    """Those of the shards whose files are there with their sizes, by path."""
+    """The shards whose files are there with their sizes, by path."""
     sizes = listed(out / DATA)
     return {shard.path: shard for shard in shards if sizes.get(Path(shard.path).name) == shard.bytes}
 

@@ -22,11 +22,11 @@ Location: TypeAlias = "Path | UPath"
 
 S3, GOOGLE, AZURE = "s3fs", "gcsfs", "adlfs"
 PACKAGES = {"s3": S3, "s3a": S3, "gs": GOOGLE, "gcs": GOOGLE, "az": AZURE, "abfs": AZURE, "abfss": AZURE}
-"""By kind of URL: stores in which an object is there whole or not at all, and the package that each needs."""
+"""Packages by kind of URL, of stores in which an object is there whole or not at all."""
 
 
 REQUESTS, BATCH = 32, 1000
-"""At a time."""
+"""Requests at a time."""
 
 T = TypeVar("T")
 U = TypeVar("U")

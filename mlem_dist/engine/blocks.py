@@ -59,7 +59,7 @@ class Blocks:
         return self._labels[place]
 
     def _place(self, block: int) -> int:
-        """That of a block's first sample in the job's classes, by which those of the others are known."""
+        """Position of a block's first sample in the job's cycle of classes, which gives the classes of all."""
         return block * self.job.block_size % len(self.job.labels)
 
     def noise(self, block: int) -> Noise:

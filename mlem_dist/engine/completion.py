@@ -15,7 +15,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 
 BLOCK_BYTES, SHARD_BYTES = 4_000_000_000, 2_000_000_000
-"""Of a block's state, and of a shard's images before they are encoded: a Parquet column chunk holds no more."""
+"""Size limits of a block's state, and of a shard's images before encoding: a Parquet column chunk holds no more."""
 
 Engine = Callable[[Sequence[int]], Iterator[Progress]]
 """Makes the shards of the given indices, yielding its progress."""

@@ -21,14 +21,14 @@ from mlem_dist.solver.steps import SOLVERS
 MOST_SHARDS = 10**6
 
 PRECISIONS = ("float32", "bfloat16")
-"""Of the UNets' weights and activations, by torch's names."""
+"""Types of the UNets' weights and activations, by torch's names."""
 
 BLOCK_SIZE = {"cpu": 100, "cuda": 500}
-"""By default, by device type: on a large GPU blocks of 100 take more than twice as long per sample (gpu.py in
+"""Default block size by device type: on a large GPU blocks of 100 take more than twice as long per sample (gpu.py in
 benchmarks/runtime)."""
 
 SAMPLED_BLOCKS = 16
-"""Of a recipe, so many draws tell what all will take."""
+"""Draws of a recipe by which loads are estimated."""
 
 
 def versions() -> dict[str, str]:

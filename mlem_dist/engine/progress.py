@@ -1,4 +1,4 @@
-"""What a run reports while it goes on, in one form for every engine."""
+"""Progress and report of a run, in one form for every engine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class PoolProgress:
 
 
 WAITS = "waiting for an actor"
-"""What the state of a run begins with that has no actor of some pool."""
+"""Beginning of the state of a run that has no actor of some pool."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ NAME = "calibration.json"
 
 
 def device_key(device: str) -> str:
-    """What a device's entry is filed under: its type and name, such as "cuda/NVIDIA H200"."""
+    """Key of a device's entry: its type and name, such as "cuda/NVIDIA H200"."""
     if device == "cuda":
         return f"cuda/{torch.cuda.get_device_name()}"
     try:

@@ -168,7 +168,7 @@ class Ladder:
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
 
     def _files(self, level: Level) -> list[str]:
-        """What the level is read from, relative to the folder."""
+        """The files that the level is read from, relative to the folder."""
         path = self.folder / level.path
         if level.kind == "gaussian":
             return [level.path]
@@ -299,7 +299,7 @@ class Ladder:
         return device if device in known else min(known)
 
     def cost_beside(self, cost: np.ndarray) -> np.ndarray:
-        """Of `cost` (K,), each level evaluated alone, what is left where level 1 is evaluated at the same state.
+        """Costs of levels where level 1 is evaluated at the same state, from their `cost` (K,) alone.
 
         Float64 (K,): a residual takes the value of level 1, which is otherwise a part of its own cost.
         """

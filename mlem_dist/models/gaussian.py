@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mlem_dist.solver.closed_form import AffineDrift
 
 CHUNK_BYTES = 2**28
-"""Of the bases of several samples, each with that of its class, on a GPU."""
+"""Memory limit for the bases of samples that are evaluated at a time on a GPU, each with its class's basis."""
 
 FIT_ROWS = 4096
 """Samples that a covariance is summed up from at a time."""

@@ -60,7 +60,7 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
 
 
 def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
-    """By timestep, from noise to image, a column per solver: increments above, their effect on the sample below."""
+    """Increments and their effect on the sample by timestep, from noise to image, a column per solver."""
     figure = _figure(f"{ladder.name} on {calibration.device}", 2, len(calibration.solvers), 7.5, sharey="row")
     grid = np.array(figure.axes).reshape(2, -1)
     for column, (name, solver) in zip(grid.T, calibration.solvers.items(), strict=True):

@@ -23,7 +23,7 @@ from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.pool import cause
 
 LONG_SECONDS, TIMING_SHARE = 60, 0.05
-"""Of a run, by the ladder's costs, from which on it is worth timing the levels, where that takes no larger share."""
+"""Shortest run, by the ladder's costs, for which levels are timed, and the largest share of it that timing may take."""
 
 DEVICE_SECONDS = 60
 """How long to wait for a device to time levels on, or for its memory; others may use them all."""

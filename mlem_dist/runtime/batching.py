@@ -13,7 +13,7 @@ from mlem_dist.engine.program import Ask, Together
 from mlem_dist.runtime.pool import Pool
 
 WAIT_SECONDS = 0.02
-"""At most so long the first ask of a call waits for others."""
+"""Longest time that the first ask of a call waits for others."""
 
 
 @dataclass(frozen=True, eq=False)

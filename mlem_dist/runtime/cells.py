@@ -246,7 +246,7 @@ class Cells:
                 cell.give_up()
 
     def progress(self) -> Progress | None:
-        """Of all cells that have said something; None before any has."""
+        """The progress of all cells that have reported; None before the first report."""
         said = [total for cell in self.cells if (total := cell.total())]
         return merged(said) if said else None
 

@@ -1,4 +1,4 @@
-"""What a pool does, counted: in totals for the report, and as Ray metrics for Prometheus."""
+"""Counters of a pool: totals for the report, and Ray metrics for Prometheus."""
 
 from __future__ import annotations
 

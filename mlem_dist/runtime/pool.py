@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def cause(error: Exception) -> Exception:
-    """What a task or a call of an actor has raised, without what Ray puts around it."""
+    """The error that a task or an actor's call has raised, without Ray's wrapping."""
     return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
 
 
@@ -145,7 +145,7 @@ class Pool:
 
     @property
     def tries(self) -> int:
-        """How often to make a call or a block whose actor dies: a lost node may have held every one of them."""
+        """Attempts at a call or a block whose actor dies: a lost node may have held every actor."""
         return TRIES + len(self.members)
 
     @property
@@ -154,7 +154,7 @@ class Pool:
         return self.metrics.totals["busy_seconds"] / max(1, self.metrics.totals["calls"])
 
     def progress(self) -> PoolProgress:
-        """What it has done so far."""
+        """The pool's progress so far."""
         self.metrics.state(self.queue, self.alive)
         return self.metrics.progress(self.alive)
 

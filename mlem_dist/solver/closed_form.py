@@ -16,10 +16,10 @@ _ONE = ((0, 0), (1, 0), (0, 0))
 """Padding: one before the steps."""
 
 BASIS_BYTES = 2**27
-"""Of the bases of a block's classes, where they are not all of a ladder's: more are gathered part by part each time."""
+"""Memory limit for gathered bases of a block's classes, if not all of a ladder's; more are gathered in parts."""
 
 KNOWN_BYTES = 2**26
-"""Of the coefficients of runs that are kept: blocks that share a plan have the same."""
+"""Memory limit for cached coefficients of runs, which blocks that share a plan share."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ClosedForm:
         return self._sum(values, coefficients)
 
     def _coefficients(self, start: int, base: np.ndarray, held: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Those of `advance`, (classes, r + 1): of x, the mean, the held values and the noises."""
+        """Coefficients of `advance`, (classes, r + 1): of x, the mean, the held values and the noises."""
         steps = slice(start, start + len(base))
         b, c = self.table.b[steps], self.table.c[steps]
         gain, factor, after = self._factors(start, base)
@@ -131,7 +131,7 @@ class ClosedForm:
         return found + ([np.sqrt(((after * c[:, None]) ** 2).sum(1))] if c.any() else [])
 
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
-        """What a value with `weights` in the drift of the steps start, start + 1, ... has added to x after them.
+        """The contribution to x of a value with `weights` in the drift of the steps start, start + 1, ...
 
         Float64 (classes, r + 1), a factor on the value in every mode, for the classes of the block; f^1 has weight 1 in
         each of these steps.
@@ -140,7 +140,7 @@ class ClosedForm:
         return np.asarray((after * (self.table.b[start : start + len(weights)] * weights)[:, None]).sum(1))
 
     def flow(self, start: int) -> np.ndarray:
-        """By what factor f^1 alone carries a change of x before step `start` to the end, float64 (classes, r + 1)."""
+        """The factor by which f^1 alone carries a change of x from `start` to the end, float64 (classes, r + 1)."""
         if start == len(self.table):
             return np.ones_like(self.gain[:, 0])
         _, factor, after = self._factors(start, np.ones(len(self.table) - start))
@@ -152,7 +152,7 @@ class ClosedForm:
         return self._sum([value], only).value
 
     def _factors(self, start: int, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """By class, step from `start` and mode: gain of w f^1, factor of the step, product of those after it."""
+        """Gain of w f^1, factor of the step, and product of later factors, by class, step from `start` and mode."""
         steps = slice(start, start + len(base))
         gain = self.gain[:, steps] * base[:, None]
         factor = self.table.a[steps, None] + self.table.b[steps, None] * gain

@@ -42,7 +42,7 @@ class Term:
 
     @property
     def increment(self) -> Increment:
-        """What it is that it weighs."""
+        """The increment that is weighted."""
         return Increment(self.level, self.below)
 
     @property

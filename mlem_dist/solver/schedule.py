@@ -10,7 +10,7 @@ from torch import Tensor
 from mlem_dist.errors import UsageError
 
 BANDS = 10
-"""Of timesteps, in which errors are measured."""
+"""Number of bands of timesteps in which errors are measured."""
 
 DEFAULTS: Mapping[str, Any] = {
     "num_train_timesteps": 1000,

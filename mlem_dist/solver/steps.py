@@ -12,7 +12,9 @@ ETA = {"ddpm": 1.0, "ddim": 0.0}
 
 @dataclass(frozen=True)
 class Memory:
-    """What a two-step solver adds to step i: d_i m_{i-1} with m_i = u_i x_i + v_i f(x_i, t_i); float64 (N,) each.
+    """The memory of a two-step solver: it adds d_i m_{i-1} to step i, with m_i = u_i x_i + v_i f(x_i, t_i).
+
+    Each is float64 (N,).
 
     d_0 = 0.
     """

@@ -56,7 +56,7 @@ FIRST_MODES = {"LAB": "RGB", "La": "LA"}
 """Modes of pixels that Pillow does not convert to grey, with the mode through which it does."""
 
 BATCH = 1000
-"""So many encoded images of a Parquet file are in memory at a time."""
+"""Encoded images of a Parquet file that are in memory at a time."""
 
 Shape = tuple[int, int, int]
 
@@ -115,7 +115,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Dataset:
-    """What a reader returns: one part or two, and the names of the classes, if they have names."""
+    """A dataset as it was read: one part or two, and the names of the classes, if they have names."""
 
     train: _Part
     test: _Part | None

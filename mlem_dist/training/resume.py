@@ -39,7 +39,7 @@ FREE = ("steps", "batch_size", "learning_rate", "ema", "precision", "compile")
 
 
 TEACHER = "its teacher's "
-"""What the settings of a pupil begin with that are those of its teacher."""
+"""Prefix of a pupil's settings that are its teacher's."""
 
 
 def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[str, Any]:

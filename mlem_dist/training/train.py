@@ -82,7 +82,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class _State:
-    """What a checkpoint holds: the model's weights, their moving average and Adam's moments."""
+    """Contents of a checkpoint: the model's weights, their moving average and Adam's moments."""
 
     def __init__(self, model: nn.Module, average: nn.Module, optimizer: torch.optim.AdamW) -> None:
         self.weights, self.averaged = model.state_dict(), average.state_dict()

@@ -32,7 +32,7 @@ BLOCK = {"cpu": 32, "cuda": 128}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a plan costs and how far it ends from the reference.
+    """The cost of a plan and its distance from the reference.
 
     Attributes:
         seconds: per sample, measured on one block, and scaled by the ladder's costs from its plan to the mean of all.

@@ -40,7 +40,7 @@ PENALTY = 0.02
 
 POPULATION, GENERATIONS = 16, 60
 RUNG_SETS = 3
-"""Of all choices of rungs, so many that promise most are tried."""
+"""Number of choices of rungs that are tried, the most promising ones."""
 
 MODEL_STEPS, MODEL_SAMPLES, MODEL_SEED = 100, 128, 2
 

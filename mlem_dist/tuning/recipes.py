@@ -15,7 +15,7 @@ from mlem_dist.tuning.neyman import coin_error, merged, neyman_weights, on_grid,
 DIGITS = 12
 
 DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
-"""By solver: along the noisy path of the SDE a line through two increments is hardly better than the last of them."""
+"""Default increments by solver. On the SDE's noisy path a line through two is hardly better than the last."""
 
 
 def make_recipe(

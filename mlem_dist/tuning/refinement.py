@@ -25,7 +25,7 @@ from mlem_dist.tuning.least_squares import LARGEST, Block, Fit, Fitter, ridge
 from mlem_dist.tuning.tell import Tell
 
 PASSES = 2
-"""So many steps, each from derivatives on all samples; a third one gains two per cent on other samples."""
+"""Number of steps, each from derivatives on all samples; a third one gains two per cent on other samples."""
 
 DAMPING = 0.1
 MEMORY = 0.7
