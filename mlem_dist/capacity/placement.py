@@ -153,6 +153,6 @@ def allot_kinds(load: np.ndarray, kinds: Sequence[int], devices: Sequence[int]) 
         pools = [i for i, other in enumerate(kinds) if other == kind]
         if load[pools].any() or 0 in pools:
             first = sum(devices[:kind])
-            for i, found in zip(pools, allot(load[pools], count, 0 in pools), strict=True):
-                seats[i] = [Seat(seat.device + first, seat.share) for seat in found]
+            for i, allotted in zip(pools, allot(load[pools], count, 0 in pools), strict=True):
+                seats[i] = [Seat(seat.device + first, seat.share) for seat in allotted]
     return seats

@@ -274,13 +274,13 @@ def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None
     """
     if cell_devices is not None:
         return _simulate(workload, layout, cell_devices)
-    found = _simulate(workload, layout, CELL_DEVICES)
-    while found.coordinator > BUSY_COORDINATOR and min(found.cell_devices, layout.devices) > 1:
-        fewer = max(1, min(found.cell_devices, layout.devices) // 4)
+    simulated = _simulate(workload, layout, CELL_DEVICES)
+    while simulated.coordinator > BUSY_COORDINATOR and min(simulated.cell_devices, layout.devices) > 1:
+        fewer = max(1, min(simulated.cell_devices, layout.devices) // 4)
         if not layout.fits(seat_loads(workload, layout), fewer):
             break
-        found = _simulate(workload, layout, fewer)
-    return found
+        simulated = _simulate(workload, layout, fewer)
+    return simulated
 
 
 def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast:
@@ -331,8 +331,8 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
 def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
     """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
     counts, kinds = evaluations(workload), layout.kinds
-    found = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1)
-    found *= [kind.overheads.slowdown for kind in kinds]
+    loads = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1)
+    loads *= [kind.overheads.slowdown for kind in kinds]
     asks = np.zeros(len(kinds))
     for together, count in counts.items():
         away = np.array([any(level in pool for level, _ in together) for pool in layout.pools])
@@ -340,8 +340,8 @@ def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
         # A step that asks others ends a segment on the first pool.
         away[0] = away.any()
         asks += count * away
-    found += asks * [kind.overheads.call + kind.overheads.trip for kind in kinds] / workload.block_size
-    return np.asarray(found)
+    loads += asks * [kind.overheads.call + kind.overheads.trip for kind in kinds] / workload.block_size
+    return np.asarray(loads)
 
 
 def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
@@ -392,11 +392,11 @@ def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[
     unfit: list[UsageError] = []
     for kind in kinds:
         try:
-            found = layouts(workload, weight_bytes, kind)
+            choices = layouts(workload, weight_bytes, kind)
         except UsageError as error:
             unfit.append(error)
         else:
-            alone[kind] = _fastest(_part(workload, kind.count, kinds), found)
+            alone[kind] = _fastest(_part(workload, kind.count, kinds), choices)
     ways = [tuple(alone.values())] if alone else []
     for lower, upper in permutations(kinds, 2):
         if pairs := _paired(workload, weight_bytes, lower, upper):
@@ -425,8 +425,8 @@ def _shared(workload: Workload, parts: Sequence[Forecast]) -> Capacity:
 
 
 def _fastest(workload: Workload, choices: Sequence[Layout]) -> Forecast:
-    found = [forecast(workload, layout) for layout in choices]
-    return max(found, key=lambda one: one.images_per_second)
+    forecasts = [forecast(workload, layout) for layout in choices]
+    return max(forecasts, key=lambda one: one.images_per_second)
 
 
 def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
@@ -435,9 +435,9 @@ def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[La
     Raises:
         UsageError: no placement fits.
     """
-    found = candidates(workload, weight_bytes, kind)
-    divided = max(found, key=lambda layout: len(layout.pools))
-    return list(dict.fromkeys([*found[:SIMULATED], divided]))
+    every = candidates(workload, weight_bytes, kind)
+    divided = max(every, key=lambda layout: len(layout.pools))
+    return list(dict.fromkeys([*every[:SIMULATED], divided]))
 
 
 def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
@@ -447,20 +447,20 @@ def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list
         UsageError: no placement fits.
     """
     levels = len(weight_bytes)
-    found = []
+    fitting = []
     for cuts in product((False, True), repeat=levels - 1):
         starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
         pools = tuple(map(range, starts, starts[1:]))
         layout = Layout(pools, (kind,) * len(pools), _held_bytes(workload, weight_bytes, pools))
         load = seat_loads(workload, layout)
         if layout.fits(load, CELL_DEVICES):
-            found.append((float(load.sum()), len(pools), layout))
-    if not found:
+            fitting.append((float(load.sum()), len(pools), layout))
+    if not fitting:
         raise UsageError(
             f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
             f"{kind.count} devices of {kind.memory / 2**30:.3g} GiB; use more devices or larger ones"
         )
-    return [layout for *_, layout in sorted(found, key=lambda one: one[:2])]
+    return [layout for *_, layout in sorted(fitting, key=lambda one: one[:2])]
 
 
 def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[range]) -> tuple[float, ...]:
@@ -473,14 +473,14 @@ def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[ra
 def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
     """Two pools, one on each kind, at the cuts between levels that promise most."""
     counts = evaluations(workload)
-    found = []
+    pairs = []
     for cut in range(2, len(weight_bytes) + 1):
         pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
         layout = Layout(pools, (lower, upper), _held_bytes(workload, weight_bytes, pools))
         load = level_loads(counts, pools, [lower.costs, upper.costs]).sum(1)
         if load[1] > 0 and layout.fits(load, CELL_DEVICES):
-            found.append((min(lower.count / load[0], upper.count / load[1]), layout))
-    return [layout for _, layout in sorted(found, key=lambda one: -one[0])[:SIMULATED]]
+            pairs.append((min(lower.count / load[0], upper.count / load[1]), layout))
+    return [layout for _, layout in sorted(pairs, key=lambda one: -one[0])[:SIMULATED]]
 
 
 def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
@@ -497,7 +497,9 @@ def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
     return gains
 
 
-def capacity_report(ladder: Ladder, num: int, found: Sequence[Capacity], gains: Mapping[str, float]) -> dict[str, Any]:
+def capacity_report(
+    ladder: Ladder, num: int, capacities: Sequence[Capacity], gains: Mapping[str, float]
+) -> dict[str, Any]:
     """What `capacity_table` shows, as JSON-ready values."""
     names = [level.name for level in ladder.levels]
     return {
@@ -521,7 +523,7 @@ def capacity_report(ladder: Ladder, num: int, found: Sequence[Capacity], gains: 
                     for part in capacity.parts
                 ],
             }
-            for capacity in found
+            for capacity in capacities
         ],
         "images_per_second_of_one_more": dict(gains),
     }

@@ -61,7 +61,7 @@ def choose_move(loads: Sequence[Load], refused: Collection[tuple[int, int]] = ()
             if seat.device not in sat_on and (taker, seat.device) not in refused
         ]
         if free:
-            left, move = min(free, key=lambda found: found[0])
+            left, move = min(free, key=lambda option: option[0])
             if left <= FREE:
                 return move
     return None

@@ -20,11 +20,11 @@ def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
     """
     ladder = Ladder.read(job.ladder)
     about = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
-    found = []
+    seconds = []
     for k in numbers:
         try:
             level = Levels(ladder, job.device, job.precision)[k]
-            found.append(seconds_per_sample(level, *about, warm=1, repeats=1))
+            seconds.append(seconds_per_sample(level, *about, warm=1, repeats=1))
         except torch.OutOfMemoryError:
-            found.append(math.nan)
-    return found
+            seconds.append(math.nan)
+    return seconds

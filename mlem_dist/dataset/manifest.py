@@ -175,15 +175,17 @@ load_dataset("parquet", data_files="data/*.parquet")   # pandas, polars, DuckDB,
 
 
 def _card_features(labels: Sequence[str]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for name, kind in features(labels).items():
         if kind["_type"] == "Value":
-            found.append({"name": name, "dtype": kind["dtype"]})
+            entries.append({"name": name, "dtype": kind["dtype"]})
         elif kind["_type"] == "Image":
-            found.append({"name": name, "dtype": "image"})
+            entries.append({"name": name, "dtype": "image"})
         else:
-            found.append({"name": name, "dtype": {"class_label": {"names": {str(i): n for i, n in enumerate(labels)}}}})
-    return found
+            entries.append(
+                {"name": name, "dtype": {"class_label": {"names": {str(i): n for i, n in enumerate(labels)}}}}
+            )
+    return entries
 
 
 def _change(key: str, was: Any, now: Any) -> str:

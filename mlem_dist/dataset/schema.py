@@ -24,10 +24,10 @@ def schema(labels: Sequence[str]) -> pa.Schema:
 
 def features(labels: Sequence[str]) -> dict[str, dict[str, object]]:
     """The columns in the form of Hugging Face's `Features.to_dict()`."""
-    found: dict[str, dict[str, object]] = {
+    columns: dict[str, dict[str, object]] = {
         "sample_id": {"dtype": "int64", "_type": "Value"},
         "image": {"_type": "Image"},
     }
     if labels:
-        found["label"] = {"names": list(labels), "_type": "ClassLabel"}
-    return found
+        columns["label"] = {"names": list(labels), "_type": "ClassLabel"}
+    return columns

@@ -64,14 +64,14 @@ def parse_location(text: str) -> Location:
 
     try:
         # Of what other processes write, a listing from before says nothing.
-        found = UPath(f"{kind}://{'/'.join(parts)}", use_listings_cache=False)
-        assert found.fs
+        folder = UPath(f"{kind}://{'/'.join(parts)}", use_listings_cache=False)
+        assert folder.fs
     except ImportError:
         package = PACKAGES[kind]
         raise UsageError(f"{text} needs the package {package}, which is not installed: pip install {package}") from None
     except Exception as error:
         raise UsageError(f"{text} cannot be opened: {_said(error)}; expected {kind}://BUCKET/NAME") from None
-    return found
+    return folder
 
 
 def check_location(out: Location) -> None:
@@ -153,21 +153,21 @@ def listed(folder: Location) -> dict[str, int]:
     Raises:
         OSError: as `reached`, or the folder may not be read.
     """
-    found = {}
+    sizes = {}
     with suppress(FileNotFoundError), reached(folder):
         if isinstance(folder, Path):
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    found[entry.name] = 0
+                    sizes[entry.name] = 0
                     # A link to nothing has no size.
                     with suppress(OSError):
-                        found[entry.name] = entry.stat().st_size
-            return found
+                        sizes[entry.name] = entry.stat().st_size
+            return sizes
         for one in folder.fs.ls(folder.path, detail=True):
             # Some tools mark a folder by an empty object of its name.
             if (name := one["name"].rstrip("/")) != folder.path.rstrip("/"):
-                found[name.rpartition("/")[2]] = one["size"]
-    return found
+                sizes[name.rpartition("/")[2]] = one["size"]
+    return sizes
 
 
 def remove_folder(folder: Location) -> None:
@@ -187,12 +187,12 @@ def remove_folder(folder: Location) -> None:
 
 def of_each(look: Callable[[T], U], items: Sequence[T]) -> list[U]:
     """What `look` returns for each, many at a time, as a file system or object store may be far away."""
-    found: list[U] = []
+    results: list[U] = []
     with ThreadPoolExecutor(REQUESTS) as pool:
         # A pool holds something for each that it has not begun.
         for start in range(0, len(items), BATCH):
-            found += pool.map(look, items[start : start + BATCH])
-    return found
+            results += pool.map(look, items[start : start + BATCH])
+    return results
 
 
 def _said(error: Exception) -> str:

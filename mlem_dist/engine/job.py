@@ -146,8 +146,8 @@ class Job:
         else:
             config["plan"] = asdict(self.plan)
         # As it comes back from the manifest: tuples and arrays are lists there.
-        found: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
-        return found
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
+        return plain
 
     @property
     def shards(self) -> int:

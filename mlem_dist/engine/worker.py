@@ -102,10 +102,10 @@ class LevelWorker:
         label = torch.cat([self.blocks.label(block) for block, _ in asks])
         values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), label)).cpu()
         # Each in memory of its own, to be sent on its own; that of one block alone is.
-        found = [np.ascontiguousarray(value) for value in values.split([len(state) for state in states], dim=1)]
-        work = clock(*states, *found)
+        answers = [np.ascontiguousarray(value) for value in values.split([len(state) for state in states], dim=1)]
+        work = clock(*states, *answers)
         samples, calls = work.samples * len(asks), {k: count * len(asks) for k, count in work.calls.items()}
-        return replace(work, samples=samples, calls=calls), *found
+        return replace(work, samples=samples, calls=calls), *answers
 
     def _clock(self) -> Any:
         """A function that returns the work since now, given the arrays that came and go."""

@@ -56,5 +56,5 @@ class Writer:
         """
         start = time.process_time()
         images = np.concatenate(blocks)[: len(label)]
-        found = write_shard(self.out, shard, self.job.shards, first_id, images, label, self.labels, self.run)
-        return Work(time.process_time() - start, {}, len(images), images.nbytes), found
+        written = write_shard(self.out, shard, self.job.shards, first_id, images, label, self.labels, self.run)
+        return Work(time.process_time() - start, {}, len(images), images.nbytes), written

@@ -111,5 +111,5 @@ def store_entry(folder: Path, ladder: Ladder, device: str, entry: Mapping[str, A
     return path
 
 
-def _one_line(found: re.Match[str]) -> str:
-    return f"[{' '.join(found[1].split())}]"
+def _one_line(match: re.Match[str]) -> str:
+    return f"[{' '.join(match[1].split())}]"

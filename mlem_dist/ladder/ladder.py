@@ -172,8 +172,8 @@ class Ladder:
         path = self.folder / level.path
         if level.kind == "gaussian":
             return [level.path]
-        found = {path / "config.json", *path.glob("*.safetensors"), *path.glob("*.index.json")}
-        return sorted(file.relative_to(self.folder).as_posix() for file in found)
+        files = {path / "config.json", *path.glob("*.safetensors"), *path.glob("*.index.json")}
+        return sorted(file.relative_to(self.folder).as_posix() for file in files)
 
     def _check_files(self, level: Level) -> None:
         for name, digest in level.sha256.items():

@@ -109,10 +109,10 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
     return _save(figure, path)
 
 
-def save_timeline(found: Capacity, path: Path) -> Path:
+def save_timeline(capacity: Capacity, path: Path) -> Path:
     """Write when the actors of one cell of each part are at work, after loading, and return the path."""
-    figure = _figure("one cell's actors at work, after loading", len(found.parts), 1, 3 + 3 * len(found.parts))
-    for axes, part in zip(figure.axes, found.parts, strict=True):
+    figure = _figure("one cell's actors at work, after loading", len(capacity.parts), 1, 3 + 3 * len(capacity.parts))
+    for axes, part in zip(figure.axes, capacity.parts, strict=True):
         actors = sorted({(busy.pool, busy.actor) for busy in part.timeline})
         for pool, name in enumerate(part.layout.names):
             of_pool = [busy for busy in part.timeline if busy.pool == pool]

@@ -129,12 +129,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
-def placement_reason(found: Sequence[Forecast], timed: bool) -> str:
+def placement_reason(forecasts: Sequence[Forecast], timed: bool) -> str:
     """Why the first of the placements that fit is taken: its simulated rate beside that of the most divided one.
 
     `timed` is whether the levels were for it, or it goes by the ladder's costs.
     """
-    best, divided = found[0], max(found, key=lambda one: len(one.layout.pools))
+    best, divided = forecasts[0], max(forecasts, key=lambda one: len(one.layout.pools))
     by = "the levels' time here" if timed else "the ladder's costs"
     text = f"Placement {pools_text(best.layout.pools)}, by {by}: simulated {_simulated(best)}"
     if best is divided:
@@ -142,11 +142,11 @@ def placement_reason(found: Sequence[Forecast], timed: bool) -> str:
     return f"{text}; {pools_text(divided.layout.pools)} would make {_simulated(divided)}."
 
 
-def capacity_table(ladder: Ladder, num: int, found: Sequence[Capacity], gains: Mapping[str, float]) -> str:
+def capacity_table(ladder: Ladder, num: int, capacities: Sequence[Capacity], gains: Mapping[str, float]) -> str:
     """What devices make of a job: the placements compared, then the best one's pools and levels."""
-    best = found[0]
+    best = capacities[0]
     ways = [["placement", "cells", "images/s", "hours", "efficiency", "bottleneck"]]
-    for capacity in found:
+    for capacity in capacities:
         for part in capacity.parts:
             numbers = [f"{part.images_per_second:,.4g}", "", f"{part.efficiency:.1%}", part.bottleneck]
             ways.append([str(part.layout), str(part.cells), *numbers])

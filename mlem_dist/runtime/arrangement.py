@@ -65,12 +65,12 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
     # With one pool for all levels there is nothing to weigh.
     if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
         pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
-        of_pool, found = levels_of(evaluations(job.workload), pools), {}
+        of_pool, timings = levels_of(evaluations(job.workload), pools), {}
         for one in cost:
             on = [levels for levels, devices in zip(of_pool, there, strict=True) if devices == one]
-            found[one] = measured_cost(job, ladder, one, sorted(set().union(*on)), remote)
-        cost |= {one: measured for one, measured in found.items() if measured is not None}
-        timed = any(measured is not None for measured in found.values())
+            timings[one] = measured_cost(job, ladder, one, sorted(set().union(*on)), remote)
+        cost |= {one: measured for one, measured in timings.items() if measured is not None}
+        timed = any(measured is not None for measured in timings.values())
     if placement:
         # Of the memory nothing is known, and the user has chosen: only how many devices a coordinator can serve.
         kinds = {one: cluster_kind(one, ladder, cost[one]) for one in cost}
@@ -132,8 +132,8 @@ def measured_cost(
 
 
 def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
-    found = dict(zip(numbers, seconds, strict=True))
-    return np.array([found[k] if np.isfinite(found.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
+    measured = dict(zip(numbers, seconds, strict=True))
+    return np.array([measured[k] if np.isfinite(measured.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
 
 
 def _memory(device: str, remote: bool) -> float:
@@ -165,8 +165,8 @@ def _memory(device: str, remote: bool) -> float:
                 f"`placement` auto: a node cannot say how much memory its GPUs have ({cause(error)}); install torch "
                 "with CUDA on every node, or name the placement"
             ) from None
-    found = [node["Resources"] for node in live_nodes()]
-    return min(float(one["memory"] / one["CPU"]) for one in found if one.get("CPU", 0) >= 1)
+    resources = [node["Resources"] for node in live_nodes()]
+    return min(float(one["memory"] / one["CPU"]) for one in resources if one.get("CPU", 0) >= 1)
 
 
 def _gpu_bytes(index: int = 0) -> int:

@@ -41,14 +41,14 @@ class Batcher:
     def add(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> asyncio.Future[ray.ObjectRef[Any]]:
         """The values that a block asks for, to be awaited; it fails as `Pool.call` does."""
         loop = asyncio.get_running_loop()
-        found = Waiting(block, ask, state, loop.create_future())
+        waiting = Waiting(block, ask, state, loop.create_future())
         group = self._waiting.setdefault(ask.increments, [])
-        group.append(found)
+        group.append(waiting)
         if len(group) == self._most:
             self._call(ask.increments)
         elif len(group) == 1:
             self._timers[ask.increments] = loop.call_later(WAIT_SECONDS, self._call, ask.increments)
-        return found.answer
+        return waiting.answer
 
     def flush(self) -> None:
         """Make every call that waits for more asks."""

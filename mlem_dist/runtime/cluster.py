@@ -222,14 +222,14 @@ def count_devices(device: str, wanted: int | None) -> int:
         UsageError: there are none, or fewer than wanted.
     """
     resource = RESOURCES[device]
-    found = _count(resource, {})
-    if found < (wanted or 1):
-        if found:
+    available = _count(resource, {})
+    if available < (wanted or 1):
+        if available:
             way = "lower `devices`"
         else:
             way = "use `device` cpu or a cluster with GPUs" if device == "cuda" else "start nodes that have some"
-        raise UsageError(f"{wanted or 1} {resource}s are needed and Ray has {found}; {way}")
-    return wanted or found
+        raise UsageError(f"{wanted or 1} {resource}s are needed and Ray has {available}; {way}")
+    return wanted or available
 
 
 def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
@@ -241,7 +241,7 @@ def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
     Raises:
         UsageError: there are none of a kind, or two kinds are on one node.
     """
-    found = []
+    devices = []
     for kind in kinds:
         key, equals, value = kind.partition("=")
         labels = () if kind == "cpu" else ((key, value) if equals else (ACCELERATOR, kind),)
@@ -253,12 +253,14 @@ def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
                 f"`placement`: no node has a {RESOURCES[type_]} and is of kind {kind!r}; expected cpu, an accelerator "
                 f"such as L4, or a node label, of which there are {', '.join(known)}"
             )
-        found.append(Devices(type_, count, labels))
+        devices.append(Devices(type_, count, labels))
     for node in live_nodes():
-        here = {one for one in found if _has(node, dict(one.labels)) and node["Resources"].get(RESOURCES[one.type], 0)}
+        here = {
+            one for one in devices if _has(node, dict(one.labels)) and node["Resources"].get(RESOURCES[one.type], 0)
+        }
         if len({one.type for one in here}) < len(here):
             raise UsageError("`placement`: two of its kinds are on one node, whose devices would count twice")
-    return found
+    return devices
 
 
 def live_nodes() -> list[dict[str, Any]]:

@@ -269,9 +269,9 @@ class Coordinator:
     async def _answers(self, block: int, asks: Sequence[Ask], state: ray.ObjectRef[Any]) -> list[ray.ObjectRef[Any]]:
         self.waiting += 1
         try:
-            found = [self.batchers[ask.pool].add(block, ask, state) for ask in asks]
+            answers = [self.batchers[ask.pool].add(block, ask, state) for ask in asks]
             self._flush_if_stuck()
-            return await asyncio.gather(*found)
+            return await asyncio.gather(*answers)
         finally:
             self.waiting -= 1
 

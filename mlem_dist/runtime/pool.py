@@ -206,14 +206,14 @@ class Pool:
         try:
             began = time.monotonic()
             record, *found_payloads = getattr(actor, method).options(num_returns=1 + payloads).remote(*args)
-            found = await record
+            result = await record
         except DEATHS as error:
             self._lost(member, actor, error)
             raise
         member.worked = True
         self._in_a_row = 0
-        self.metrics.finished(found if isinstance(found, Work) else found.work, time.monotonic() - began)
-        return found, found_payloads
+        self.metrics.finished(result if isinstance(result, Work) else result.work, time.monotonic() - began)
+        return result, found_payloads
 
     def _lost(self, member: Member, actor: Any, error: Exception) -> None:
         if member.actor is not actor:

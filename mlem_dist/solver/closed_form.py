@@ -108,8 +108,8 @@ class ClosedForm:
         # Several threads may take their blocks through the same runs.
         coefficients = self._known.get(key)
         if coefficients is None:
-            found = self._coefficients(start, np.array(base), [np.array(weights) for _, weights in held])
-            coefficients = torch.tensor(np.stack(found), dtype=x.value.dtype).to(x.value.device)
+            factors = self._coefficients(start, np.array(base), [np.array(weights) for _, weights in held])
+            coefficients = torch.tensor(np.stack(factors), dtype=x.value.dtype).to(x.value.device)
             if (1 + len(self._known)) * coefficients.nbytes > KNOWN_BYTES:
                 self._known.clear()
             self._known[key] = coefficients
@@ -124,11 +124,11 @@ class ClosedForm:
         def carried(what: np.ndarray) -> np.ndarray:
             return np.asarray((after * what).sum(1))
 
-        found = [after[:, 0] * factor[:, 0], -carried((b * self.drift.centre[steps])[:, None] * gain)]
-        found += [carried((b * weights)[:, None]) for weights in held]
+        coefficients = [after[:, 0] * factor[:, 0], -carried((b * self.drift.centre[steps])[:, None] * gain)]
+        coefficients += [carried((b * weights)[:, None]) for weights in held]
         if self.path:
-            return found + [after[:, i] * c[i] for i in np.flatnonzero(c).tolist()]
-        return found + ([np.sqrt(((after * c[:, None]) ** 2).sum(1))] if c.any() else [])
+            return coefficients + [after[:, i] * c[i] for i in np.flatnonzero(c).tolist()]
+        return coefficients + ([np.sqrt(((after * c[:, None]) ** 2).sum(1))] if c.any() else [])
 
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
         """The contribution to x of a value with `weights` in the drift of the steps start, start + 1, ...
@@ -186,11 +186,11 @@ class ClosedForm:
     def _by_class(self, values: Tensor, transposed: bool = False) -> Tensor:
         """Q^T v of each sample of values (n, B, d), with Q of its class: (n, B, r); `transposed`, Q v of (n, B, r)."""
         rows = values[:, self.members].transpose(0, 1).flatten(1, 2)
-        found = []
+        parts = []
         for part, of_part in zip(self.parts, rows.split([len(part) for part in self.parts]), strict=True):
             basis = (self.drift.basis[part] if self.basis is None else self.basis).to(values.dtype)
-            found.append(torch.bmm(of_part, basis.mT if transposed else basis))
-        product = found[0] if len(found) == 1 else torch.cat(found)
+            parts.append(torch.bmm(of_part, basis.mT if transposed else basis))
+        product = parts[0] if len(parts) == 1 else torch.cat(parts)
         return product.unflatten(1, (len(values), -1)).transpose(0, 1).flatten(1, 2)[:, self.place]
 
 

@@ -122,17 +122,17 @@ class Plan:
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """The steps, in order: one by one, or with runs of level 1 alone joined to the step before them."""
-        found: list[Run] = []
+        joined: list[Run] = []
         for i, terms in enumerate(self.terms):
             base = terms[0].weights if terms and (terms[0].level, terms[0].below) == (1, 0) else ()
             if not self.collapse or len(base) != 1:
-                found.append(Run(i, i + 1, terms))
-            elif found and found[-1].base and len(terms) == 1:
-                last = found.pop()
-                found.append(Run(last.start, i + 1, last.terms, last.base + base))
+                joined.append(Run(i, i + 1, terms))
+            elif joined and joined[-1].base and len(terms) == 1:
+                last = joined.pop()
+                joined.append(Run(last.start, i + 1, last.terms, last.base + base))
             else:
-                found.append(Run(i, i + 1, terms[1:], base))
-        return tuple(found)
+                joined.append(Run(i, i + 1, terms[1:], base))
+        return tuple(joined)
 
     @cached_property
     def calls(self) -> np.ndarray:

@@ -145,15 +145,15 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
         )
     if beta.shape != (n,) or not ((beta > 0) & (beta < 1)).all():
         raise UsageError(f"noise schedule: expected {n} betas strictly between 0 and 1")
-    found = np.cumprod(1 - beta)
+    product = np.cumprod(1 - beta)
     # As levels have it.
-    low = found.astype(np.float32)
-    if not ((low > 0) & (low < 1)).all() or (np.diff(found) >= 0).any():
+    low = product.astype(np.float32)
+    if not ((low > 0) & (low < 1)).all() or (np.diff(product) >= 0).any():
         raise UsageError(
-            f"noise schedule: alpha_bar goes from {found[0]:.3g} to {found[-1]:.3g}, expected it to fall at each step "
-            "and to be between 0 and 1 in float32; take other betas"
+            f"noise schedule: alpha_bar goes from {product[0]:.3g} to {product[-1]:.3g}, expected it to fall at each "
+            "step and to be between 0 and 1 in float32; take other betas"
         )
-    return found
+    return product
 
 
 def _check_betas_decide(name: str, config: Mapping[str, Any]) -> None:

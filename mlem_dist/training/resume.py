@@ -44,26 +44,26 @@ TEACHER = "its teacher's "
 
 def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[str, Any]:
     """All that decides a trained level, flat, as JSON would give it back."""
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "sample_shape": config.sample_shape,
         "labels": images.labels,
         "data": images.digest[:16],
         "seed": config.seed,
         **{f"scheduler.{key}": value for key, value in config.scheduler.items()},
     }
-    shared = set(found)
+    shared = set(values)
     if level.kind == "gaussian":
-        found["rank"] = level.rank
+        values["rank"] = level.rank
     else:
-        found |= {key: getattr(level, key) for key in ("patch", "prediction", "teacher", *FREE)}
-        found |= {f"model.{key}": value for key, value in level.model.items()}
+        values |= {key: getattr(level, key) for key in ("patch", "prediction", "teacher", *FREE)}
+        values |= {f"model.{key}": value for key, value in level.model.items()}
         if level.prediction == "residual":
-            found["rank of the Gaussian level"] = config.levels[0].rank
+            values["rank of the Gaussian level"] = config.levels[0].rank
         if level.teacher:
             teacher = next(one for one in config.levels if one.name == level.teacher)
             own = settings(config, teacher, images)
-            found |= {TEACHER + key: own[key] for key in own.keys() - {*shared, *FREE} | {"steps"}}
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+            values |= {TEACHER + key: own[key] for key in own.keys() - {*shared, *FREE} | {"steps"}}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
 
 

@@ -301,10 +301,10 @@ def propagate(
         values.
     """
     increments, change = np.empty((2, len(levels), len(table), len(label)))
-    for i, g, found in adjoint(levels, table, states, label, probe):
+    for i, g, values in adjoint(levels, table, states, label, probe):
         progress("increments and their effect", len(table) - i, len(table))
-        increments[:, i] = [_per_sample(increment.square()) for increment in found]
-        moved = np.array([_per_sample(g * increment) for increment in found])
+        increments[:, i] = [_per_sample(increment.square()) for increment in values]
+        moved = np.array([_per_sample(g * increment) for increment in values])
         change[:, i] = float(table.b[i]) * moved * g[0].numel() ** 0.5
     return increments, change
 
@@ -350,10 +350,10 @@ def _speed_up(
         return nfe_at_error(products_of(change[:, :, index]), rungs, cost, float(em[index].mean()), collapse)
 
     everyone = np.arange(len(em))
-    found, rungs = min((nfe(rungs, everyone), rungs) for rungs in rung_sets(len(cost)))
+    least, rungs = min((nfe(rungs, everyone), rungs) for rungs in rung_sets(len(cost)))
     resampled = [em_steps / nfe(rungs, rng.integers(len(em), size=len(em))) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
-    return SpeedUp(em_steps, float(em.mean()), found, rungs, em_steps / found, (float(low), float(high)))
+    return SpeedUp(em_steps, float(em.mean()), least, rungs, em_steps / least, (float(low), float(high)))
 
 
 def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:

@@ -110,10 +110,10 @@ class Judge:
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]
         best = single_level(len(self.levels), len(self.levels), len(self.fine))
-        found = self._ends(lambda block: self.end(best, block))
+        ends = self._ends(lambda block: self.end(best, block))
         if self.cache:
-            save_tensors(self.cache / name, {"reference": found.cpu()})
-        return found
+            save_tensors(self.cache / name, {"reference": ends.cpu()})
+        return ends
 
     def judge(self, plan: Plan | Recipe) -> Verdict:
         """The verdict on a memorised plan, or on a recipe by which each block draws its own."""

@@ -110,10 +110,10 @@ def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambd
     def one(block: int) -> np.ndarray:
         nonlocal done
         noise = block_noise(MODEL_SEED, block, shape, judge.device)
-        found = pair_effects(judge.levels, table, noise, judge.label(block), probes[block])
+        effects = pair_effects(judge.levels, table, noise, judge.label(block), probes[block])
         done += 1
         progress(done, len(blocks))
-        return found
+        return effects
 
     progress(0, len(blocks))
     with ThreadPoolExecutor(threads) as pool:
@@ -138,10 +138,10 @@ def pair_effects(
     for i, g, increments in adjoint(levels, table, states, label, probe):
         pulls[i], values[i] = float(table.b[i]) * g / scale, increments
     pulls, values = pulls.flatten(2), values.flatten(3)
-    found = np.zeros((len(levels), steps, steps, len(label)), dtype=np.float32)
+    effects = np.zeros((len(levels), steps, steps, len(label)), dtype=np.float32)
     for j in range(steps):
-        found[:, : j + 1, j] = torch.einsum("bd,ikbd->kib", pulls[j], values[: j + 1]).numpy()
-    return found
+        effects[:, : j + 1, j] = torch.einsum("bd,ikbd->kib", pulls[j], values[: j + 1]).numpy()
+    return effects
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) ->
     """
     import cma
 
-    found = []
+    shapes = []
     nfe = rule.base + min(spent, LARGEST)
     for rungs in rule.choices(nfe)[:RUNG_SETS]:
         rows = len(rungs) - 1
@@ -201,5 +201,5 @@ def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) ->
             tried = search.ask()
             search.tell(tried, [error(one) + PENALTY * first * float(np.square(one).mean()) for one in tried])
         mean = np.asarray(search.result.xfavorite)
-        found.append((error(mean), shape(mean)))
-    return [shape for _, shape in sorted(found, key=lambda one: one[0])]
+        shapes.append((error(mean), shape(mean)))
+    return [shape for _, shape in sorted(shapes, key=lambda one: one[0])]

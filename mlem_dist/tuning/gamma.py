@@ -140,7 +140,7 @@ def fit_above_floor(seconds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray
     line = np.log(factor)[..., None] - slope[..., None] * np.log(seconds)
     misfit = ((np.log(values[..., None, :] - floors) - line) ** 2).sum(-1)
     best = misfit.argmin(-1)[..., None]
-    return tuple(np.take_along_axis(found, best, -1)[..., 0] for found in (slope, factor, floors[..., 0]))  # type: ignore[return-value]  # three of them
+    return tuple(np.take_along_axis(fitted, best, -1)[..., 0] for fitted in (slope, factor, floors[..., 0]))  # type: ignore[return-value]  # three of them
 
 
 def _read(

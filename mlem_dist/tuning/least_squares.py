@@ -193,7 +193,9 @@ class Fitter:
             fire = Times(1, PATH_CALLS, 1, 0.0).fire(self.log_snr)
             plan = on_levels(extrapolated(fire, self.log_snr), (1, best))
 
-        found = torch.empty(steps + 1, self.judge.samples, *self.judge.ladder.sample_shape, device=self.judge.device)
+        positions = torch.empty(
+            steps + 1, self.judge.samples, *self.judge.ladder.sample_shape, device=self.judge.device
+        )
 
         def follow(block: int) -> None:
             states: list[Tensor] = []
@@ -207,10 +209,10 @@ class Fitter:
             levels = {k: partial(seen, level) for k, level in self.judge.levels.items()}
             noise = self.judge.noise(block, steps)
             end = integrate(levels, self.table, plan, noise, self.judge.label(block))
-            found[:, self.rows(block)] = torch.stack([*states, end])
+            positions[:, self.rows(block)] = torch.stack([*states, end])
 
         list(self.pool.map(follow, self.blocks))
-        return found
+        return positions
 
     def rows(self, block: int) -> slice:
         """The samples of a block."""
@@ -259,8 +261,8 @@ class Fitter:
         # Larger budgets begin with the same times.
         new = [times for times in several if times not in self._errors]
         with ThreadPoolExecutor(max(1, len(new))) as pool:
-            for times, found in zip(new, pool.map(error, new), strict=True):
-                self._errors[times] = found
+            for times, mean_error in zip(new, pool.map(error, new), strict=True):
+                self._errors[times] = mean_error
                 told()
         return min(several, key=self._errors.__getitem__)
 
@@ -273,14 +275,14 @@ class Fitter:
         Raises:
             UsageError: the budget is below the cost of one call of the best level.
         """
-        found: dict[int, list[Times]] = {}
+        by_number: dict[int, list[Times]] = {}
         for middle in range(1, len(self.cost)):
             for between in BETWEEN if middle > 1 else (1,):
                 if calls := self._calls(nfe, middle, between):
-                    found.setdefault(middle, []).append(Times(middle, calls, between))
-        if not found:
+                    by_number.setdefault(middle, []).append(Times(middle, calls, between))
+        if not by_number:
             raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
-        return found
+        return by_number
 
     def _calls(self, nfe: float, middle: int, between: int) -> int:
         """How often a budget pays for the best level: each with a run in closed form and a call of level 1."""
@@ -370,8 +372,8 @@ class Block:
         """The increments of the rungs `fresh`, at x."""
         self.at = at
         terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in fresh]
-        found = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
-        for r, value in zip(fresh, found, strict=True):
+        values = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
+        for r, value in zip(fresh, values, strict=True):
             self.values[r] = [Projected(value), *self.values[r][:1]]
 
     def normal(self, stop: int, choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:

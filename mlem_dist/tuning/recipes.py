@@ -97,11 +97,11 @@ class NeymanRule:
         Raises:
             UsageError: the budget is below the cost of the base level.
         """
-        found = [
+        ranked = [
             (coin_error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs)
             for rungs in rung_sets(len(self.cost))
         ]
-        return [rungs for _, rungs in sorted(found)]
+        return [rungs for _, rungs in sorted(ranked)]
 
     def probabilities(self, nfe: float, rungs: tuple[int, ...], density: np.ndarray | float = 1.0) -> np.ndarray:
         """p, float64 (R, N), in proportion to the rule's times `density` (R, N).
@@ -129,5 +129,5 @@ def collapses(ladder: Ladder, solver: str) -> bool:
 
 def _uncalibrated(ladder: Ladder) -> UsageError:
     return UsageError(
-        f"`probabilities` neyman: the ladder {ladder.source} is not calibrated; calibrate it, or choose theory"
+        f"`probabilities` neyman needs a calibrated ladder; run `mlem-dist calibrate {ladder.source}`, or choose theory"
     )

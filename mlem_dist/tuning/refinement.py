@@ -58,8 +58,8 @@ def refine(fitter: Fitter, fit: Fit, progress: Tell = lambda done, total: None) 
     least, curvature, weight, step = np.inf, np.zeros_like(metric), 0.0, np.zeros_like(best)
     for done in range(PASSES):
         progress(done, PASSES)
-        found = list(fitter.pool.map(partial(derivatives, fitter, fit, moved, done), fitter.blocks))
-        error, gradient, squares = (np.mean(of_blocks, 0) for of_blocks in zip(*found, strict=True))
+        parts = list(fitter.pool.map(partial(derivatives, fitter, fit, moved, done), fitter.blocks))
+        error, gradient, squares = (np.mean(of_blocks, 0) for of_blocks in zip(*parts, strict=True))
         if error < least:
             best, least = moved, float(error)
             curvature, weight = MEMORY * curvature + squares, MEMORY * weight + 1

@@ -33,12 +33,12 @@ def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | No
 
 def tuned_budgets(folder: Path, solver: str) -> list[float]:
     """The budgets that a folder has tuned plans of a solver for, increasing."""
-    start, found = f"plan-{solver}-", []
+    start, budgets = f"plan-{solver}-", []
     for path in folder.glob(f"{start}*.json"):
         # A user's own file may have another name.
         with suppress(ValueError):
-            found.append(float(path.stem.removeprefix(start)))
-    return sorted(found)
+            budgets.append(float(path.stem.removeprefix(start)))
+    return sorted(budgets)
 
 
 def choose_plan(
