@@ -55,9 +55,18 @@ AT_REST = {
 to add: by its defaults so often that it takes another .8 % of a core from what samples."""
 
 
+_connected = False
+"""Whether this module has connected, and not who uses it as a library."""
+
+
 def is_remote(address: str | None) -> bool:
     """Whether Ray is somewhere already, rather than to be started here."""
-    return _resolved(address) != "local"
+    return _joined(address) or _resolved(address) != "local"
+
+
+def _joined(address: str | None) -> bool:
+    """Whether this process is connected to a Ray, and no other one is asked for."""
+    return address is None and ray.is_initialized()
 
 
 def _resolved(address: str | None) -> str:
@@ -68,11 +77,16 @@ def _resolved(address: str | None) -> str:
 def connect(address: str | None) -> None:
     """Connect to the Ray at `address`, to the one that RAY_ADDRESS names, as in a Ray job, or start one here.
 
+    Without an address a process that has connected to a Ray stays with that.
+
     Raises:
         UsageError: nothing answers at the address within some seconds, or this machine allows fewer open files than Ray
             needs, or has no folder for its temporary files.
         RuntimeError: Ray cannot be started here.
     """
+    global _connected
+    if _joined(address):
+        return
     address = _resolved(address)
     if address == "local":
         local = _local_options()
@@ -103,6 +117,7 @@ def connect(address: str | None) -> None:
     finally:
         # ray.init has put its own in place.
         signal.signal(signal.SIGTERM, handler)
+    _connected = True
 
 
 def _job_config() -> JobConfig:
@@ -163,8 +178,11 @@ def _temp_folder() -> str:
 
 
 def disconnect() -> None:
-    """Leave Ray, and end it where it was started here."""
-    ray.shutdown()
+    """Leave the Ray that `connect` has connected to, and end it where it was started here."""
+    global _connected
+    if _connected:
+        ray.shutdown()
+    _connected = False
 
 
 def _check_answer(address: str) -> None:

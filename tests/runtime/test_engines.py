@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from ray.util.placement_group import placement_group, remove_placement_group
 
+import mlem_dist
 from mlem_dist.capacity import policies, timing
 from mlem_dist.capacity.placement import Devices, parse_placement
 from mlem_dist.capacity.planner import Layout, seat_loads
@@ -267,6 +268,21 @@ def test_ray_keeps_the_memory_of_a_two_step_solver(three, small_job, tmp_path):
     assert found != make_inline(other, three, tmp_path / "other")
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_the_api_uses_the_ray_that_is_there_and_leaves_it(three, tmp_path):
+    """Twice, with what a notebook does in between; and what is sampled in process is what the dataset begins with."""
+    for seed in (1, 2):
+        out = str(tmp_path / f"out-{seed}")
+        sizes = {"block_size": 8, "shard_size": 16}
+        report = mlem_dist.generate(three, num=24, out=out, seed=seed, nfe=4, steps=20, devices=2, **sizes)
+        assert (report.made, report.shards, report.devices) == (24, 2, 2)
+        rows = sorted(mlem_dist.read(out).take_all(), key=lambda row: row["sample_id"])
+        assert ray.is_initialized()
+        images = np.stack([np.array(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])
+        sampled = mlem_dist.sample(three, num=8, seed=seed, nfe=4, steps=20)[..., 0]
+        np.testing.assert_array_equal(sampled, images[:8])
+
+
 def test_the_inline_engine_does_not_depend_on_its_threads(three, small_job, reference_cache, tmp_path):
     job = small_job()
     assert make_inline(job, three, tmp_path / "out", devices=3) == reference_cache(job, three)
@@ -394,7 +410,7 @@ def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(three, smal
 
 
 def test_blocks_and_shards_fit_into_memory(three, small_job, tmp_path):
-    for size, message in ((10**7, "--block-size 10000000.* take 976562 or less"), (10**8, "--shard-size 100000000")):
+    for size, message in ((10**7, "`block_size` 10000000.* take 976562 or less"), (10**8, "`shard_size` 100000000")):
         blocks = {"block_size": size if "block" in message else 100}
         with pytest.raises(UsageError, match=message):
             open_dataset(small_job(num=10**9, shard_size=size, **blocks), three, tmp_path / "out")
@@ -443,7 +459,7 @@ def test_a_pool_that_holds_up_the_others_takes_an_actor(three, small_job, tmp_pa
     dataset = open_dataset(job, three, out)
     dataset.manifest.write(out)
     where = arranged(three, pools, [Devices("cpu", 3)] * 2, wrong)
-    assert [len(seats) for seats in where.layout.seats(seat_loads(job, where.layout), [3])] == [3, 1]
+    assert [len(seats) for seats in where.layout.seats(seat_loads(job.workload, where.layout), [3])] == [3, 1]
 
     def written() -> set[Path]:
         return {*(out / "data").glob("*.parquet")}
