@@ -58,6 +58,10 @@ to add: by its defaults so often that it takes another .8 % of a core from what 
 _connected = False
 """Whether this module has connected, and not who uses it as a library."""
 
+ORPHANED = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+"""Seconds after which the workers of a Ray that is started for one run end where they cannot see that it is gone, as in
+a container whose first process does not reap; by default a minute."""
+
 
 def is_remote(address: str | None) -> bool:
     """Whether Ray is somewhere already, rather than to be started here."""
@@ -135,7 +139,7 @@ def _local_options() -> dict[str, Any]:
     """Arguments of `ray.init` for a Ray that is started here, after its environment is made ready."""
     cores = available_cores()
     require_open_files(OPEN_FILES + OPEN_FILES_PER_CORE * cores, "Ray")
-    for name, value in AT_REST.items():
+    for name, value in (AT_REST | ORPHANED).items():
         os.environ.setdefault(name, value)
     _provide_token()
     return {"num_cpus": cores, "_temp_dir": _temp_folder()}

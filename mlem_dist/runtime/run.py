@@ -65,7 +65,7 @@ def run_ray(
     # A lone one beside the driver, where no lost node takes it: its successor would wait for all devices.
     strategy: Any = "DEFAULT"
     if len(sizes) == 1:
-        strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
     def writers(size: Sequence[int]) -> int:
         written = overheads_of("cpu", ladder.sample_shape).write

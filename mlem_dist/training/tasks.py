@@ -136,12 +136,17 @@ def _train(
     train, train_label, test, test_label = map(torch.from_numpy, arrays)
     images = Images(train, train_label, test, test_label, labels)
     posted = 0.0
+    last: Any = None
 
     def post(done: int, loss: float) -> None:
-        nonlocal posted
+        nonlocal posted, last
         now = time.monotonic()
         if now - posted > POLL_SECONDS or done == level.steps:
             posted = now
-            board.post.remote(level.name, done, loss)
+            last = board.post.remote(level.name, done, loss)
 
-    return train_level(config, level, images, out, gaussian, teacher, device, post)
+    trained = train_level(config, level, images, out, gaussian, teacher, device, post)
+    if last is not None:
+        # Whoever sees that this task has ended sees all of its steps.
+        ray.get(last)
+    return trained
