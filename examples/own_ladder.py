@@ -27,7 +27,7 @@ if __name__ == "__main__":
     pictures, folder = map(Path, sys.argv[1:3])
     config = folder / "own.yaml"
     config.write_text(CONFIG, "utf-8")
-    ladder, _ = api.train(data=pictures, config=config, out=folder / "ladder")
+    ladder, *_ = api.train(data=pictures, config=config, out=folder / "ladder")
     api.measure(ladder)
     images = mlem_dist.sample(folder / "ladder", num=8, nfe=4, steps=50)
     Image.fromarray(np.hstack(images)).save(folder / "own.png")

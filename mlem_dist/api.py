@@ -497,7 +497,7 @@ def train(
     address: str | None = None,
     notify: Notify = _ignore,
     progress: Callable[[TrainingProgress, int], None] = lambda levels, steps: None,
-) -> tuple[Ladder, Path]:
+) -> tuple[Ladder, Path, bool]:
     """Train a ladder, its levels side by side on Ray; the same call again continues after a kill.
 
     Args:
@@ -510,7 +510,7 @@ def train(
         progress: takes the steps done and the loss of each level that has begun, and the steps of all levels.
 
     Returns:
-        The ladder, and a figure of the losses.
+        The ladder, a figure of the losses, and whether the ladder was finished already.
 
     Raises:
         UsageError: the data, the configuration or `out` cannot be used; nothing has been written then.
@@ -531,9 +531,8 @@ def train(
     if not remote:
         device_type = local_device(device)
     images = load_data(data, settings, notify)
-    if check_training(settings, images, out):
-        notify(f"{out} is finished already.")
-    else:
+    finished = check_training(settings, images, out)
+    if not finished:
         cluster.connect(address)
         device_type = cluster.device_type(device) if remote else device_type
         cluster.count_devices(device_type, None)
@@ -541,7 +540,7 @@ def train(
         for levels in train_on_ray(settings, images, out, device_type):
             progress(levels, total)
     logs = {level.name: read_log(out / WORK / level.name / LOG) for level in settings.levels if level.kind == "unet"}
-    return Ladder.load(out), save_loss_curves(out / WORK, logs)
+    return Ladder.load(out), save_loss_curves(out / WORK, logs), finished
 
 
 def calibrate(

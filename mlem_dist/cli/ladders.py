@@ -63,7 +63,9 @@ def train(**arguments: Any) -> None:
     from mlem_dist.report.tables import ladder_table
 
     with training_bar() as progress:
-        trained, figure = api.train(**arguments, notify=say, progress=progress)
+        trained, figure, finished = api.train(**arguments, notify=say, progress=progress)
+    if finished:
+        click.echo(f"{trained.folder} is finished already.")
     click.echo(ladder_table(trained))
     click.echo(f"Wrote {figure}")
 
