@@ -132,7 +132,7 @@ def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
         (["--steps", "1001"], "expected 1 to 1000"),
         (["--nfe", "5,x"], "positive numbers such as"),
         (["--nfe", "0.01"], "below the cost of the base level"),
-        (["--nfe", "9,1"], "--nfe 1 is below the cost of one call of the best level"),
+        (["--nfe", "9,1"], "`nfe` 1 is below the cost of one call of the best level"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_judged(small, tmp_path, change, message):
