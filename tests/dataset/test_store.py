@@ -252,7 +252,7 @@ def test_stores_that_cannot_be_used_are_refused(server, monkeypatch):
         ("s3://a/../b", "expected a bucket"),
         ("s3://a/b::c", "expected a name without ::"),
         ("file://host/x", "file://host/x: expected file:///PATH"),
-        ("a\udcff", r"--out: the name 'a\\udcff' is not text in UTF-8"),
+        ("a\udcff", r"`out`: the name 'a\\udcff' is not text in UTF-8"),
         ("s3://key:secret@a/b", "s3://...@...: .*credentials belong in the environment"),
         ("gs://a/b", "needs the package gcsfs"),
         ("memory://x", "memory://x: expected a path or a URL of the kinds s3"),
