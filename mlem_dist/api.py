@@ -296,8 +296,8 @@ def generate(
         for told in complete(dataset, loaded, make):
             last = replace(told, total=todo, levels=names)
             progress(last)
-        if engine == "ray" and todo:
-            cluster.disconnect()
+    if engine == "ray":
+        cluster.disconnect()
     return GenerationReport.of(last, str(place), num, job.shards, time.monotonic() - started, device_type)
 
 
@@ -702,8 +702,8 @@ def check_new(out: Path) -> None:
     """
     check_writable(out.parent)
     try:
-        there = out.exists() or out.is_symlink()
+        exists = out.exists() or out.is_symlink()
     except OSError as error:
         raise UsageError(f"`out` {out} cannot be written: {error.strerror}; choose another name") from None
-    if there:
+    if exists:
         raise UsageError(f"`out` {out} exists; choose another name")

@@ -19,12 +19,12 @@ def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
     One after the other: there may not be memory for all. NaN for a level that there is no memory for.
     """
     ladder = Ladder.read(job.ladder)
-    about = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
+    batch = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
     seconds = []
     for k in numbers:
         try:
             level = Levels(ladder, job.device, job.precision)[k]
-            seconds.append(seconds_per_sample(level, *about, warm=1, repeats=1))
+            seconds.append(seconds_per_sample(level, *batch, warm=1, repeats=1))
         except torch.OutOfMemoryError:
             seconds.append(math.nan)
     return seconds

@@ -100,15 +100,15 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
         OSError: as `listed`.
     """
     try:
-        there = [name for name in own_names(listed(out)) if name != WORK]
+        names = [name for name in own_names(listed(out)) if name != WORK]
     except OSError:
         check_location(out)
         raise
-    if there and NAME not in there:
+    if names and NAME not in names:
         raise UsageError(
-            f"`out` {out} holds something else ({listing(there)}) and no {NAME}; choose an empty or new folder"
+            f"`out` {out} holds something else ({listing(names)}) and no {NAME}; choose an empty or new folder"
         )
-    manifest = read_manifest(out) if there else None
+    manifest = read_manifest(out) if names else None
     if manifest and (keys := changed(manifest, config)):
         changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)
         raise UsageError(f"`out` {out} holds a run of another configuration ({changes}); choose another folder")

@@ -35,13 +35,13 @@ class Dataset:
         """Sentences for a user who goes on with a dataset: what is there, and which library versions have changed."""
         if len(self.missing) == self.job.shards:
             return []
-        there = self.job.shards - len(self.missing)
+        kept = self.job.shards - len(self.missing)
         changed = [
             f"It was begun with {name} {was}; with {now} the rest may be rounded otherwise."
             for name, was in self.manifest.versions.items()
             if (now := self.job.versions.get(name)) != was
         ]
-        return [f"{self.out}: {there} of {self.job.shards} shards are there; going on.", *changed]
+        return [f"{self.out}: {kept} of {self.job.shards} shards are there; going on.", *changed]
 
 
 def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:

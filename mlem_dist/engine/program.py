@@ -18,7 +18,7 @@ Together = tuple[Increment, ...]
 """Increments that are evaluated at one step."""
 
 Evaluations = Mapping[Together, float]
-"""How often, per sample, increments are evaluated together."""
+"""Mean number of times per sample that increments are evaluated together."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def called(together: Together, pools: Sequence[range]) -> list[set[int]]:
 
 
 def evaluations(workload: Workload) -> Evaluations:
-    """How often increments are evaluated together, per sample, on average over the plans of the first blocks.
+    """Mean number of times per sample that increments are evaluated together, over the plans of the first blocks.
 
     Increments that only later blocks may draw have a count near zero.
     """

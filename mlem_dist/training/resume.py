@@ -75,10 +75,10 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
             a checkpoint is unreadable, or was trained with other settings.
     """
     check_writable(out)
-    there = own_names(path.name for path in out.iterdir()) if out.is_dir() else []
-    if there and WORK not in there:
-        ladder = LADDER in there
-        what = "a finished ladder without its training state" if ladder else f"something else ({listing(there)})"
+    names = own_names(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names and not (out / WORK).is_dir():
+        ladder = LADDER in names
+        what = "a finished ladder without its training state" if ladder else f"something else ({listing(names)})"
         raise UsageError(f"`out` {out} holds {what}; choose an empty or new folder")
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if min(count) < 2:
