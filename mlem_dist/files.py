@@ -44,10 +44,10 @@ def own_names(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in SYSTEM_NAMES))
 
 
-def listing(names: Iterable[str], most: int = 10) -> str:
+def listing(names: Iterable[str], limit: int = 10) -> str:
     """The first few of some names, for a message."""
     every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    return ", ".join(every[:limit]) + (f" and {len(every) - limit} more" if len(every) > limit else "")
 
 
 def check_writable(out: Path) -> None:
@@ -58,8 +58,8 @@ def check_writable(out: Path) -> None:
     """
     try:
         if (out.exists() or out.is_symlink()) and not out.is_dir():
-            what = "a file" if out.exists() else "a link to nothing"
-            raise UsageError(f"`out` {out} is {what}, expected a folder; choose another path")
+            kind = "a file" if out.exists() else "a link to nothing"
+            raise UsageError(f"`out` {out} is {kind}, expected a folder; choose another path")
         parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     except OSError as error:
         raise UsageError(f"`out` {out} cannot be written: {error.strerror}; choose another path") from None

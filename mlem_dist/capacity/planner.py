@@ -289,9 +289,11 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
     kinds, cells = list(layout.groups), layout.cells(cell_devices)
     seats = layout.seats(seat_loads(workload, layout), cells[0])
     programs = [timed_segments(Program(plan, layout.pools), costs) for plan in workload.first_plans]
-    there = [(replace(kind.devices, count=count), kind.overheads) for kind, count in zip(kinds, cells[0], strict=True)]
+    devices = [
+        (replace(kind.devices, count=count), kind.overheads) for kind, count in zip(kinds, cells[0], strict=True)
+    ]
     cell = CellSimulation(
-        programs, seats, there, workload.block_size, workload.shard_size // workload.block_size, len(cells)
+        programs, seats, devices, workload.block_size, workload.shard_size // workload.block_size, len(cells)
     )
 
     part = sum(cells[0]) / layout.devices
@@ -397,14 +399,14 @@ def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[
             unfit.append(error)
         else:
             alone[kind] = _fastest(_part(workload, kind.count, kinds), choices)
-    ways = [tuple(alone.values())] if alone else []
+    splits = [tuple(alone.values())] if alone else []
     for lower, upper in permutations(kinds, 2):
         if pairs := _paired(workload, weight_bytes, lower, upper):
             pair = _fastest(workload, pairs)
-            ways.append((pair, *(one for kind, one in alone.items() if kind not in (lower, upper))))
-    if not ways:
+            splits.append((pair, *(fastest for kind, fastest in alone.items() if kind not in (lower, upper))))
+    if not splits:
         raise unfit[0]
-    capacities = [_shared(workload, parts) for parts in ways]
+    capacities = [_shared(workload, parts) for parts in splits]
     return sorted(capacities, key=lambda capacity: -capacity.images_per_second)
 
 
@@ -426,7 +428,7 @@ def _shared(workload: Workload, parts: Sequence[Forecast]) -> Capacity:
 
 def _fastest(workload: Workload, choices: Sequence[Layout]) -> Forecast:
     forecasts = [forecast(workload, layout) for layout in choices]
-    return max(forecasts, key=lambda one: one.images_per_second)
+    return max(forecasts, key=lambda result: result.images_per_second)
 
 
 def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
@@ -460,7 +462,7 @@ def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list
             f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
             f"{kind.count} devices of {kind.memory / 2**30:.3g} GiB; use more devices or larger ones"
         )
-    return [layout for *_, layout in sorted(fitting, key=lambda one: one[:2])]
+    return [layout for *_, layout in sorted(fitting, key=lambda entry: entry[:2])]
 
 
 def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[range]) -> tuple[float, ...]:
@@ -480,7 +482,7 @@ def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Ki
         load = level_loads(counts, pools, [lower.costs, upper.costs]).sum(1)
         if load[1] > 0 and layout.fits(load, CELL_DEVICES):
             pairs.append((min(lower.count / load[0], upper.count / load[1]), layout))
-    return [layout for _, layout in sorted(pairs, key=lambda one: -one[0])[:SIMULATED]]
+    return [layout for _, layout in sorted(pairs, key=lambda pair: -pair[0])[:SIMULATED]]
 
 
 def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
@@ -490,7 +492,9 @@ def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
         for kind in part.layout.groups:
             more = max(1, kind.count // 16)
             larger = replace(kind, devices=replace(kind.devices, count=kind.count + more))
-            layout = replace(part.layout, kinds=tuple(larger if one is kind else one for one in part.layout.kinds))
+            layout = replace(
+                part.layout, kinds=tuple(larger if other is kind else other for other in part.layout.kinds)
+            )
             images = round(workload.num * part.images_per_second / best.images_per_second)
             rate = forecast(replace(workload, num=max(1, images)), layout).images_per_second
             gains[kind.name] = (rate - part.images_per_second) / more

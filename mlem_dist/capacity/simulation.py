@@ -162,19 +162,21 @@ class CellSimulation:
         self.env = env = simpy.Environment()
         # Each device with what its actors wait for: it alone, or any of its kind.
         self.devices: list[tuple[Overheads, simpy.Resource]] = []
-        for one, overheads in kinds:
-            shared = simpy.Resource(env, one.count)
-            self.devices += [(overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(one.count)]
-        self.sitting = Counter(seat.device for one in seats for seat in one)
+        for devices, overheads in kinds:
+            shared = simpy.Resource(env, devices.count)
+            self.devices += [
+                (overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(devices.count)
+            ]
+        self.sitting = Counter(seat.device for actors in seats for seat in actors)
         seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
         writers = writer_count(len(self.devices) / max(float(seconds), 1e-9), self.overheads.write)
         self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
         self.writing = simpy.Resource(env, writers)
-        types = [one.type for one, _ in kinds for _ in range(one.count)]
+        types = [devices.type for devices, _ in kinds for _ in range(devices.count)]
         depth = trajectory_depth(types, len(seats[0]), sum(map(bool, seats)), block_size * self.overheads.state)
         self.runners = depth * len(seats[0])
-        self.pools = [self._pool(index, one, SLOTS if index else depth) for index, one in enumerate(seats)]
+        self.pools = [self._pool(index, actors, SLOTS if index else depth) for index, actors in enumerate(seats)]
         self.todo = simpy.Store(env)
         self.parts = 0
         self.trace = Trace()

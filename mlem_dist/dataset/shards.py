@@ -163,5 +163,5 @@ def damage(out: Location, shards: Sequence[Shard]) -> list[str]:
 def foreign(out: Location, shards: Sequence[Shard]) -> list[str]:
     """What lies in `data/` beside the shards: readers would take it for rows."""
     known = {shard.path for shard in shards}
-    there = (f"{DATA}/{name}" for name in listed(out / DATA))
-    return sorted(path for path in there if path not in known)
+    paths = (f"{DATA}/{name}" for name in listed(out / DATA))
+    return sorted(path for path in paths if path not in known)

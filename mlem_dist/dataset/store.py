@@ -163,10 +163,10 @@ def listed(folder: Location) -> dict[str, int]:
                     with suppress(OSError):
                         sizes[entry.name] = entry.stat().st_size
             return sizes
-        for one in folder.fs.ls(folder.path, detail=True):
+        for entry in folder.fs.ls(folder.path, detail=True):
             # Some tools mark a folder by an empty object of its name.
-            if (name := one["name"].rstrip("/")) != folder.path.rstrip("/"):
-                sizes[name.rpartition("/")[2]] = one["size"]
+            if (name := entry["name"].rstrip("/")) != folder.path.rstrip("/"):
+                sizes[name.rpartition("/")[2]] = entry["size"]
     return sizes
 
 

@@ -63,12 +63,12 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
 def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
     """Refuse blocks and shards that are too large to be held."""
     values = math.prod(sample_shape)
-    for name, samples, bytes_each, most in (
+    for name, samples, bytes_each, limit in (
         ("block", job.block_size, 4 * values, BLOCK_BYTES),
         ("shard", job.shard_size, values, SHARD_BYTES),
     ):
-        if samples * bytes_each > most:
-            fits = most // bytes_each // job.block_size * job.block_size or most // bytes_each
+        if samples * bytes_each > limit:
+            fits = limit // bytes_each // job.block_size * job.block_size or limit // bytes_each
             raise UsageError(
                 f"`{name}_size` {samples}: a {name} of samples of {'x'.join(map(str, sample_shape))} would take "
                 f"{samples * bytes_each / 1e9:.3g} GB; take {fits} or less"

@@ -118,8 +118,8 @@ def _walk(plan: Plan) -> Iterator[tuple[int, Together, bool]]:
 
 
 def _turn(step: int, together: Together, closed: bool, pools: Sequence[range]) -> Turn:
-    own, *others = divide(together, pools)
-    return Turn(step, own, tuple(Ask(pool, step, part) for pool, part in enumerate(others, 1) if part), closed)
+    own, *asked = divide(together, pools)
+    return Turn(step, own, tuple(Ask(pool, step, part) for pool, part in enumerate(asked, 1) if part), closed)
 
 
 def _levels(increments: Together) -> set[int]:
@@ -139,10 +139,10 @@ def divide(together: Together, pools: Sequence[range]) -> tuple[Together, ...]:
 @lru_cache(maxsize=4096)
 def _divide(together: Together, pools: tuple[range, ...]) -> tuple[Together, ...]:
     home = {level: index for index, pool in enumerate(pools) for level in pool}
-    asked = {increment.level for increment in together}
+    called = {increment.level for increment in together}
     parts: list[dict[Increment, None]] = [{} for _ in pools]
     for level, below in together:
-        if below and home[below] != home[level] and (below in asked or home[below] == 0):
+        if below and home[below] != home[level] and (below in called or home[below] == 0):
             parts[home[level]][Increment(level, 0)] = None
             parts[home[below]][Increment(below, 0)] = None
         else:

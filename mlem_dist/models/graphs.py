@@ -37,7 +37,7 @@ class Graphed(nn.Module):
         return output.clone()
 
     def _record(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        inputs = [one.clone() for one in given]
+        inputs = [tensor.clone() for tensor in given]
         # What libraries set up at their first calls must not be recorded.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -50,7 +50,7 @@ def import_diffusers() -> None:
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
     """A decorator, with arguments or without, that does nothing."""
-    return (lambda one: one) if function is None else function
+    return (lambda decorated: decorated) if function is None else function
 
 
 _quiet = threading.Lock()

@@ -84,13 +84,13 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
 
     Rows on other noises than those that all are judged on are dots that no curve goes through.
     """
-    about = frontier.about
-    figure = _figure(f"{about['solver'].upper()}, {about['samples']} samples, {about['machine']}", 1, 1, 7.5)
+    settings = frontier.settings
+    figure = _figure(f"{settings['solver'].upper()}, {settings['samples']} samples, {settings['machine']}", 1, 1, 7.5)
     axes = figure.axes[0]
     families = list(dict.fromkeys(row.family for row in frontier.rows))
     for index, family in enumerate(families):
         rows = [row for row in frontier.rows if row.family == family]
-        best = lower_envelope([row for row in rows if len(row.errors) == about["samples"]])
+        best = lower_envelope([row for row in rows if len(row.errors) == settings["samples"]])
         for shown, label, line, alpha in ((rows, None if best else family, "", 0.3), (best, family, "-", 1.0)):
             axes.plot(
                 [row.seconds * 1e3 for row in shown],
@@ -101,7 +101,7 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
                 color=f"C{index % 10}",
                 marker="os^vD"[index // 10 % 5],
             )
-    axes.set(xscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {about['reference']}")
+    axes.set(xscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {settings['reference']}")
     # Where the best level is called at every step there may be no error at all.
     if any(row.error > 0 for row in frontier.rows):
         axes.set_yscale("log")

@@ -97,7 +97,7 @@ def frontier_table(rows: Sequence[Row]) -> str:
 
 def gamma_statement(reading: Reading) -> str:
     """One reading of gamma, with its intervals, and whether it says that the ladder is in the HTMC regime."""
-    what = {
+    measure = {
         "error": f"RMS denoising error above a floor of {reading.floor:.4f} ({_between(reading.floor_interval, 4)})",
         "increments": "RMS increment",
     }[reading.quantity]
@@ -114,7 +114,7 @@ def gamma_statement(reading: Reading) -> str:
     regime = f"undecided, {reason}" if reading.htmc == "undecided" else reading.htmc
     return (
         f"gamma by {reading.quantity}: {reading.gamma:.2f} (95 %: {_between(reading.gamma_interval)}{without}); "
-        f"{what} ~ time^{-reading.slope:.2f}.\n"
+        f"{measure} ~ time^{-reading.slope:.2f}.\n"
         f"  In the HTMC regime (gamma > {THRESHOLD:g}): {regime}."
     )
 
@@ -134,7 +134,7 @@ def placement_reason(forecasts: Sequence[Forecast], timed: bool) -> str:
 
     `timed` is whether the levels were for it, or it goes by the ladder's costs.
     """
-    best, divided = forecasts[0], max(forecasts, key=lambda one: len(one.layout.pools))
+    best, divided = forecasts[0], max(forecasts, key=lambda forecast: len(forecast.layout.pools))
     by = "the levels' time here" if timed else "the ladder's costs"
     text = f"Placement {pools_text(best.layout.pools)}, by {by}: simulated {_simulated(best)}"
     if best is divided:
@@ -145,16 +145,16 @@ def placement_reason(forecasts: Sequence[Forecast], timed: bool) -> str:
 def capacity_table(ladder: Ladder, num: int, capacities: Sequence[Capacity], gains: Mapping[str, float]) -> str:
     """What devices make of a job: the placements compared, then the best one's pools and levels."""
     best = capacities[0]
-    ways = [["placement", "cells", "images/s", "hours", "efficiency", "bottleneck"]]
+    rows = [["placement", "cells", "images/s", "hours", "efficiency", "bottleneck"]]
     for capacity in capacities:
         for part in capacity.parts:
             numbers = [f"{part.images_per_second:,.4g}", "", f"{part.efficiency:.1%}", part.bottleneck]
-            ways.append([str(part.layout), str(part.cells), *numbers])
+            rows.append([str(part.layout), str(part.cells), *numbers])
         if len(capacity.parts) > 1:
-            ways.append(["", "", "", "", "", ""])
-            ways[-1][0] = "together"
-            ways[-1][2] = f"{capacity.images_per_second:,.4g}"
-        ways[-1][3] = f"{capacity.seconds / 3600:,.3g}"
+            rows.append(["", "", "", "", "", ""])
+            rows[-1][0] = "together"
+            rows[-1][2] = f"{capacity.images_per_second:,.4g}"
+        rows[-1][3] = f"{capacity.seconds / 3600:,.3g}"
     pools = [["pool", "actors", "busy"]]
     pools += [[pool.name, str(pool.actors), f"{pool.busy:.0%}"] for part in best.parts for pool in part.pools]
     levels = [["level", "device-hours"]]
@@ -164,7 +164,7 @@ def capacity_table(ladder: Ladder, num: int, capacities: Sequence[Capacity], gai
     return "\n".join(
         [
             f"{num:,} images, simulated, without loading; the fastest placement first:",
-            _aligned(ways),
+            _aligned(rows),
             "",
             _aligned(pools),
             "",
@@ -175,5 +175,7 @@ def capacity_table(ladder: Ladder, num: int, capacities: Sequence[Capacity], gai
     )
 
 
-def _simulated(one: Forecast) -> str:
-    return f"{one.images_per_second:.1f} images/s, {one.efficiency:.0%} of what the levels' own time would allow"
+def _simulated(forecast: Forecast) -> str:
+    return (
+        f"{forecast.images_per_second:.1f} images/s, {forecast.efficiency:.0%} of what the levels' own time would allow"
+    )

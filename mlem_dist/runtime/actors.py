@@ -22,12 +22,12 @@ class LevelActor:
     worker: LevelWorker
 
     def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
-        self.about = job, pools, pool
+        self.arguments = job, pools, pool
 
     def _worker(self) -> LevelWorker:
         from mlem_dist.engine.worker import LevelWorker
 
-        return LevelWorker(*self.about)
+        return LevelWorker(*self.arguments)
 
     def prepare(self) -> None:
         """As `LevelWorker.prepare`, and import torch before."""
@@ -49,7 +49,7 @@ class TrajectoryActor(LevelActor):
     def _worker(self) -> TrajectoryWorker:
         from mlem_dist.engine.worker import TrajectoryWorker
 
-        return TrajectoryWorker(*self.about)
+        return TrajectoryWorker(*self.arguments)
 
     def start(self, block: int) -> tuple[SegmentEnd, np.ndarray]:
         """As `TrajectoryWorker.start`."""

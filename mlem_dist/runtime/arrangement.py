@@ -57,32 +57,41 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         UsageError: there are not the devices, or not the memory for any placement.
     """
     if placement and any(placement.kinds):
-        there = find_devices(placement.kinds, job.device)
+        pool_devices = find_devices(placement.kinds, job.device)
     else:
-        there = [Devices(job.device, count_devices(job.device, devices))] * (len(placement.pools) if placement else 1)
-    cost = {one: ladder.cost(one.type) for one in there}
+        pools = 1 if placement is None else len(placement.pools)
+        pool_devices = [Devices(job.device, count_devices(job.device, devices))] * pools
+    cost = {kind: ladder.cost(kind.type) for kind in pool_devices}
     timed = False
-    # With one pool for all levels there is nothing to weigh.
-    if (not placement or len(placement.pools) > 1) and is_long(job, ladder, there):
-        pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
-        of_pool, timings = levels_of(evaluations(job.workload), pools), {}
-        for one in cost:
-            on = [levels for levels, devices in zip(of_pool, there, strict=True) if devices == one]
-            timings[one] = measured_cost(job, ladder, one, sorted(set().union(*on)), remote)
-        cost |= {one: measured for one, measured in timings.items() if measured is not None}
-        timed = any(measured is not None for measured in timings.values())
+    # One pool for all levels needs no comparison.
+    if (placement is None or len(placement.pools) > 1) and is_long(job, ladder, pool_devices):
+        measured = _measured_costs(job, ladder, placement, pool_devices, remote)
+        cost, timed = cost | measured, bool(measured)
     if placement:
-        # Of the memory nothing is known, and the user has chosen: only how many devices a coordinator can serve.
-        kinds = {one: cluster_kind(one, ladder, cost[one]) for one in cost}
-        layout = Layout(placement.pools, tuple(kinds[one] for one in there))
+        # The user has chosen: the forecast only says how many devices a coordinator can serve.
+        kinds = [cluster_kind(devices, ladder, cost[devices]) for devices in dict.fromkeys(pool_devices)]
+        by_devices = {kind.devices: kind for kind in kinds}
+        layout = Layout(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
         return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed)
-    kind = cluster_kind(there[0], ladder, cost[there[0]], _memory(job.device, remote))
-    # The one that ends first before the others.
-    forecasts = sorted(
-        (forecast(job.workload, one) for one in layouts(job.workload, ladder.weight_bytes, kind)),
-        key=lambda one: one.seconds,
-    )
+    kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], _memory(job.device, remote))
+    forecasts = [forecast(job.workload, layout) for layout in layouts(job.workload, ladder.weight_bytes, kind)]
+    forecasts.sort(key=lambda result: result.seconds)
     return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed)
+
+
+def _measured_costs(
+    job: Job, ladder: Ladder, placement: Placement | None, pool_devices: Sequence[Devices], remote: bool
+) -> dict[Devices, np.ndarray]:
+    """`measured_cost` of the levels that each kind of device runs, for the kinds that answered in time."""
+    pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
+    pool_levels = levels_of(evaluations(job.workload), pools)
+    costs = {}
+    for kind in dict.fromkeys(pool_devices):
+        numbers = {
+            k for levels, devices in zip(pool_levels, pool_devices, strict=True) if devices == kind for k in levels
+        }
+        costs[kind] = measured_cost(job, ladder, kind, sorted(numbers), remote)
+    return {kind: cost for kind, cost in costs.items() if cost is not None}
 
 
 def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
@@ -95,7 +104,7 @@ def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
     every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
     counts = evaluations(job.workload)
     load = float(level_loads(counts, every, [costs_of(ladder, cost)]).sum())
-    run = job.num * load / sum(one.count for one in dict.fromkeys(devices))
+    run = job.num * load / sum(kind.count for kind in dict.fromkeys(devices))
     timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every)[0])
     return run > LONG_SECONDS and timing < TIMING_SHARE * run
 
@@ -117,8 +126,8 @@ def measured_cost(
         return _replaced(cost, numbers, time_levels(here, numbers))
     # For this call only: the process would keep its memory of a GPU.
     task: Any = ray.remote(max_calls=1)(time_levels)
-    one = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
-    timed = task.options(**one, label_selector=dict(devices.labels)).remote(here, numbers)
+    resources = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
+    timed = task.options(**resources, label_selector=dict(devices.labels)).remote(here, numbers)
     if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
         ray.cancel(timed, force=True)
         return None
@@ -133,7 +142,9 @@ def measured_cost(
 
 def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]) -> np.ndarray:
     measured = dict(zip(numbers, seconds, strict=True))
-    return np.array([measured[k] if np.isfinite(measured.get(k, np.nan)) else one for k, one in enumerate(cost, 1)])
+    return np.array(
+        [measured[k] if np.isfinite(measured.get(k, np.nan)) else stored for k, stored in enumerate(cost, 1)]
+    )
 
 
 def _memory(device: str, remote: bool) -> float:
@@ -149,11 +160,11 @@ def _memory(device: str, remote: bool) -> float:
     if device == "cuda":
         kind: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_gpu_bytes)
         nodes = [node["NodeID"] for node in live_nodes() if node["Resources"].get("GPU", 0)]
-        there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-        asked = [kind.options(scheduling_strategy=one).remote() for one in there]
+        strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        asked = [kind.options(scheduling_strategy=strategy).remote() for strategy in strategies]
         answered, late = ray.wait(asked, num_returns=len(asked), timeout=DEVICE_SECONDS)
-        for one in late:
-            ray.cancel(one, force=True)
+        for task in late:
+            ray.cancel(task, force=True)
         if not answered:
             raise UsageError(
                 "`placement` auto: others use all GPUs, whose memory it asks for; wait for them, or name the placement"
@@ -166,7 +177,7 @@ def _memory(device: str, remote: bool) -> float:
                 "with CUDA on every node, or name the placement"
             ) from None
     resources = [node["Resources"] for node in live_nodes()]
-    return min(float(one["memory"] / one["CPU"]) for one in resources if one.get("CPU", 0) >= 1)
+    return min(float(node["memory"] / node["CPU"]) for node in resources if node.get("CPU", 0) >= 1)
 
 
 def _gpu_bytes(index: int = 0) -> int:

@@ -32,8 +32,8 @@ class Batcher:
     A call is made when it is full, when its first ask has waited some milliseconds, or at `flush`.
     """
 
-    def __init__(self, pool: Pool, most: int) -> None:
-        self._pool, self._most = pool, most
+    def __init__(self, pool: Pool, limit: int) -> None:
+        self._pool, self._most = pool, limit
         self._waiting: dict[Together, list[Waiting]] = {}
         self._timers: dict[Together, asyncio.TimerHandle] = {}
         self._calls: set[asyncio.Task[None]] = set()
@@ -63,14 +63,14 @@ class Batcher:
         task.add_done_callback(self._calls.discard)
 
     async def _evaluate(self, group: Sequence[Waiting]) -> None:
-        asks = [(one.block, one.ask) for one in group]
+        asks = [(item.block, item.ask) for item in group]
         try:
-            _, values = await self._pool.call("evaluate", asks, *(one.state for one in group), payloads=len(group))
+            _, values = await self._pool.call("evaluate", asks, *(item.state for item in group), payloads=len(group))
         except Exception as error:
-            for one in group:
-                if not one.answer.done():
-                    one.answer.set_exception(error)
+            for item in group:
+                if not item.answer.done():
+                    item.answer.set_exception(error)
         else:
-            for one, value in zip(group, values, strict=True):
-                if not one.answer.done():
-                    one.answer.set_result(value)
+            for item, value in zip(group, values, strict=True):
+                if not item.answer.done():
+                    item.answer.set_result(value)

@@ -137,12 +137,12 @@ class Cell:
             if not ray.wait([answer], timeout=ANSWER_SECONDS)[0]:
                 return []
             self._asked = None
-            told: Progress = ray.get(answer)
+            progress: Progress = ray.get(answer)
             # Its own clock began with it, after its imports. The least delay is that of the quickest answer.
-            self._late = min(self._late, time.monotonic() - self._began - told.seconds)
-            self.progress = told.later(self._late)
-            self._known += len(told.written)
-            self._made(told.written)
+            self._late = min(self._late, time.monotonic() - self._began - progress.seconds)
+            self.progress = progress.later(self._late)
+            self._known += len(progress.written)
+            self._made(progress.written)
             self.queued = self.progress.queued + self._since
             if not self.progress.state.startswith(WAITS):
                 self._waits_since = None

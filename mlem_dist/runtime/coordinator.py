@@ -72,7 +72,7 @@ class Coordinator:
         self.writers = Pool("writers", desks, SLOTS, lambda _: create.remote(job, out, tuple(labels)))
         self.seats, self.names, self.group = seats, names, group
         self.kinds, self.devices = devices, group.bundle_count
-        types = {seat.device: kind.type for kind, one in zip(devices, seats, strict=True) for seat in one}
+        types = {seat.device: kind.type for kind, pool_seats in zip(devices, seats, strict=True) for seat in pool_seats}
         self.depth = trajectory_depth([*types.values()], len(seats[0]), sum(map(bool, seats)), block_bytes)
         self.calls: Counter[int] = Counter()
         self.samples = self.blocks = 0

@@ -39,7 +39,7 @@ def run_ray(
     ladder: Ladder,
     out: Location,
     shards: Sequence[int],
-    where: Arrangement,
+    arrangement: Arrangement,
     coalesce: int = 1,
 ) -> Iterator[Progress]:
     """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
@@ -54,10 +54,10 @@ def run_ray(
         NonFiniteError: a block ended with NaN or infinite values.
     """
     began = time.monotonic()
-    layout, load = where.layout, seat_loads(job.workload, where.layout)
+    layout, load = arrangement.layout, seat_loads(job.workload, arrangement.layout)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in layout.pools]
     devices = [kind.devices for kind in layout.kinds]
-    kinds, sizes = list(layout.groups), layout.cells(where.cell_devices)
+    kinds, sizes = list(layout.groups), layout.cells(arrangement.cell_devices)
     # This process owns the devices: they are free again when it ends, however it ends.
     groups = [_reserve([kind.devices for kind in kinds], size) for size in sizes]
     coordinator: Any = ray.remote(Coordinator)
@@ -72,8 +72,8 @@ def run_ray(
         return writer_count(sum(size) / max(float(load.sum()), 1e-9), written)
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
-        there = names, devices, layout.seats(load, size), group
-        arguments = (job, out.absolute(), layout.pools, *there, ladder.labels, coalesce, writers(size), block_bytes)
+        seating = names, devices, layout.seats(load, size), group
+        arguments = (job, out.absolute(), layout.pools, *seating, ladder.labels, coalesce, writers(size), block_bytes)
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
     made = (Cell(creator(size, group), sum(size), job, out, began) for size, group in zip(sizes, groups, strict=True))

@@ -121,8 +121,8 @@ class ClosedForm:
         b, c = self.table.b[steps], self.table.c[steps]
         gain, factor, after = self._factors(start, base)
 
-        def carried(what: np.ndarray) -> np.ndarray:
-            return np.asarray((after * what).sum(1))
+        def carried(factors: np.ndarray) -> np.ndarray:
+            return np.asarray((after * factors).sum(1))
 
         coefficients = [after[:, 0] * factor[:, 0], -carried((b * self.drift.centre[steps])[:, None] * gain)]
         coefficients += [carried((b * weights)[:, None]) for weights in held]
@@ -179,9 +179,9 @@ class ClosedForm:
         """Q^T v of several values at once: what takes time is to read Q."""
         if not values:
             return
-        thin = self._by_class(torch.stack([one.value for one in values]))
-        for one, of_it in zip(values, thin, strict=True):
-            one.thin = of_it
+        thin = self._by_class(torch.stack([value.value for value in values]))
+        for value, projection in zip(values, thin, strict=True):
+            value.thin = projection
 
     def _by_class(self, values: Tensor, transposed: bool = False) -> Tensor:
         """Q^T v of each sample of values (n, B, d), with Q of its class: (n, B, r); `transposed`, Q v of (n, B, r)."""

@@ -106,17 +106,17 @@ class Plan:
         for k in range(levels):
             ends = [*np.flatnonzero(self.fire[k]), steps, steps]
             for start, stop, end in zip(ends, ends[1:], ends[2:], strict=False):
-                both = weight[k][start:stop] + previous[k][stop:end]
-                while both and not both[-1]:
-                    both.pop()
-                if not both:
+                entries = weight[k][start:stop] + previous[k][stop:end]
+                while entries and not entries[-1]:
+                    entries.pop()
+                if not entries:
                     continue
-                weights = tuple(both)
-                here = by_step[start]
+                weights = tuple(entries)
+                terms = by_step[start]
                 below = k
-                if here and here[-1].level == k and here[-1].weights == weights:
-                    below = here.pop().below
-                here.append(Term(k + 1, below, int(start), weights))
+                if terms and terms[-1].level == k and terms[-1].weights == weights:
+                    below = terms.pop().below
+                terms.append(Term(k + 1, below, int(start), weights))
         return tuple(map(tuple, by_step))
 
     @cached_property

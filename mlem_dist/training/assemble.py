@@ -218,5 +218,5 @@ def _saved(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if not (folder / ENTRY).exists():
         return None
     saved: dict[str, Any] = json.loads((folder / ENTRY).read_bytes())
-    there = all((folder / file).exists() for file in saved["level"]["sha256"])
-    return saved if there and saved["settings"] == wanted else None
+    complete = all((folder / file).exists() for file in saved["level"]["sha256"])
+    return saved if complete and saved["settings"] == wanted else None

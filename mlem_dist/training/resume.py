@@ -60,7 +60,7 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         if level.prediction == "residual":
             values["rank of the Gaussian level"] = config.levels[0].rank
         if level.teacher:
-            teacher = next(one for one in config.levels if one.name == level.teacher)
+            teacher = next(other for other in config.levels if other.name == level.teacher)
             own = settings(config, teacher, images)
             values |= {TEACHER + key: own[key] for key in own.keys() - {*shared, *FREE} | {"steps"}}
     plain: dict[str, Any] = json.loads(json.dumps(values))

@@ -48,8 +48,8 @@ def _batch(
     position = np.arange(step * level.batch_size, (step + 1) * level.batch_size)
     index = np.empty(level.batch_size, dtype=np.int64)
     for epoch in np.unique(position // n):
-        here = position // n == epoch
-        index[here] = _permutation(seed, int(epoch), n)[position[here] % n]
+        selected = position // n == epoch
+        index[selected] = _permutation(seed, int(epoch), n)[position[selected] % n]
     rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
     x0 = to_range(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)

@@ -218,8 +218,8 @@ def _along_trajectories(
         raise _not_finite(ladder.levels[-1], "does not end")
     probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(label.device) * 2.0 - 1
     increments, change = propagate(levels, table, states, label, probe, report)
-    for level, of_it in zip(ladder.levels, change, strict=True):
-        if not np.isfinite(of_it).all():
+    for level, changes in zip(ladder.levels, change, strict=True):
+        if not np.isfinite(changes).all():
             raise _not_finite(level, "is not, along trajectories of the best one,")
     counts = [m for m in EM_STEPS if m < steps and steps % m == 0]
     rng = np.random.default_rng(0)

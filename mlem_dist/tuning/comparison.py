@@ -105,8 +105,8 @@ class Judge:
         """float32 (samples, C, H, W): the best level at every step."""
         # One that was kept by a version that drew other noise is not that of the paths here.
         noise = hashlib.sha256(self.noise(0, len(self.fine))(-1).cpu().numpy().tobytes()).hexdigest()[:8]
-        about = self.ladder.digest[:12], self.solver, len(self.fine), self.seed, noise, self.samples, self.device
-        name = f"{'-'.join(map(str, about))}.safetensors"
+        identity = self.ladder.digest[:12], self.solver, len(self.fine), self.seed, noise, self.samples, self.device
+        name = f"{'-'.join(map(str, identity))}.safetensors"
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]
         best = single_level(len(self.levels), len(self.levels), len(self.fine))
@@ -127,20 +127,20 @@ class Judge:
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
         return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
-    def errors(self, ways: Sequence[Plan | Recipe], progress: Tell = lambda done, total: None) -> np.ndarray:
-        """The errors of the verdicts on several plans or recipes, float64 (ways, n), without the runs that are timed.
+    def errors(self, plans: Sequence[Plan | Recipe], progress: Tell = lambda done, total: None) -> np.ndarray:
+        """The errors of the verdicts on several plans or recipes, float64 (plans, n), without timing them.
 
-        `progress` is told how many ways are done, of how many.
+        `progress` is called with the number of plans done, and the number of all.
         """
         blocks = self.samples // self.block
-        jobs = [(plan, block) for way in ways for block, plan in enumerate(self._plans(way))]
+        jobs = [(drawn, block) for plan in plans for block, drawn in enumerate(self._plans(plan))]
         errors = []
         references = self.reference.split(self.block)
         with ThreadPoolExecutor(self.threads) as pool:
             for done, end in enumerate(pool.map(lambda job: self.end(*job), jobs), 1):
                 errors.append(_errors(end, references[(done - 1) % blocks]))
-                progress(-(-done // blocks), len(ways))
-        return np.concatenate(errors).reshape(len(ways), -1)
+                progress(-(-done // blocks), len(plans))
+        return np.concatenate(errors).reshape(len(plans), -1)
 
     def _plans(self, plan: Plan | Recipe) -> list[Plan]:
         blocks = range(self.samples // self.block)

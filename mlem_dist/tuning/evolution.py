@@ -107,7 +107,7 @@ def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambd
     probes = [torch.randint(2, shape, generator=generator).to(judge.device) * 2.0 - 1 for _ in blocks]
     done = 0
 
-    def one(block: int) -> np.ndarray:
+    def block_effects(block: int) -> np.ndarray:
         nonlocal done
         noise = block_noise(MODEL_SEED, block, shape, judge.device)
         effects = pair_effects(judge.levels, table, noise, judge.label(block), probes[block])
@@ -117,7 +117,7 @@ def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambd
 
     progress(0, len(blocks))
     with ThreadPoolExecutor(threads) as pool:
-        return FirstOrder(np.concatenate(list(pool.map(one, blocks)), axis=3))
+        return FirstOrder(np.concatenate(list(pool.map(block_effects, blocks)), axis=3))
 
 
 def pair_effects(
@@ -198,8 +198,11 @@ def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) ->
             np.zeros(size), 1.0, {"seed": 1, "popsize": POPULATION, "maxiter": GENERATIONS, "verbose": -9}
         )
         while not search.stop():
-            tried = search.ask()
-            search.tell(tried, [error(one) + PENALTY * first * float(np.square(one).mean()) for one in tried])
+            candidates = search.ask()
+            search.tell(
+                candidates,
+                [error(numbers) + PENALTY * first * float(np.square(numbers).mean()) for numbers in candidates],
+            )
         mean = np.asarray(search.result.xfavorite)
         shapes.append((error(mean), shape(mean)))
-    return [shape for _, shape in sorted(shapes, key=lambda one: one[0])]
+    return [shape for _, shape in sorted(shapes, key=lambda pair: pair[0])]

@@ -44,8 +44,8 @@ class Frontier:
         UsageError: the file cannot be written, is unreadable, or is about something else.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
-        self.path, self.about = path, about
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
         self.rows: list[Row] = []
         check_writable(path.parent)
         if not path.exists():
@@ -56,10 +56,10 @@ class Frontier:
             self.rows = [Row(r["family"], r["label"], r["seconds"], np.array(r["errors"])) for r in rows]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is not a frontier ({error}); move it away or choose another `out`") from None
-        for key in sorted(raw.keys() | about.keys()):
-            if raw.get(key) != about.get(key):
+        for key in sorted(raw.keys() | settings.keys()):
+            if raw.get(key) != settings.get(key):
                 raise UsageError(
-                    f"{path} is of another {key}: {str(raw.get(key))[:40]}, not {str(about.get(key))[:40]}; "
+                    f"{path} is of another {key}: {str(raw.get(key))[:40]}, not {str(settings.get(key))[:40]}; "
                     "move it away, or choose another `out`"
                 )
 
@@ -72,7 +72,7 @@ class Frontier:
         row = Row(family, label, verdict.seconds, verdict.errors)
         self.rows.append(row)
         lines = [json.dumps(_plain(row)) for row in self.rows]
-        text = json.dumps(self.about, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        text = json.dumps(self.settings, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
         replace_file(self.path, text)
         return row
 

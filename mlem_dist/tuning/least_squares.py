@@ -230,26 +230,26 @@ class Fitter:
         starts = self.starts(min(nfe, LARGEST))
         total, done = len(starts) + len(BETWEEN) + (1 + (nfe > LARGEST)) * len(BEGINNINGS), count(1)
 
-        def told() -> None:
+        def report() -> None:
             progress(next(done), total)
 
-        best = self._best([several[0] for several in starts.values()], told)
-        best = self._beginning(self._best(starts[best.middle], told), told)
+        best = self._best([times[0] for times in starts.values()], report)
+        best = self._beginning(self._best(starts[best.middle], report), report)
         if nfe > LARGEST:
-            best = self._beginning(replace(best, calls=self._calls(nfe, best.middle, best.between)), told)
+            best = self._beginning(replace(best, calls=self._calls(nfe, best.middle, best.between)), report)
         fit = self._fit_times(best, self.blocks)
         progress(total, total)
         if fit.error == math.inf:
             raise UsageError(f"`nfe` {nfe:g}: no fitted plan ends in finite numbers on this ladder; raise `nfe`")
         return fit
 
-    def _beginning(self, times: Times, told: Callable[[], None]) -> Times:
+    def _beginning(self, times: Times, report: Callable[[], None]) -> Times:
         """The times with a beginning that is better than the one before it and the one after it."""
         at = BEGINNINGS.index(times.begin)
-        best = self._best([replace(times, begin=begin) for begin in BEGINNINGS[max(0, at - 1) : at + 2]], told)
-        return best if best == times else self._beginning(best, told)
+        best = self._best([replace(times, begin=begin) for begin in BEGINNINGS[max(0, at - 1) : at + 2]], report)
+        return best if best == times else self._beginning(best, report)
 
-    def _best(self, several: Sequence[Times], told: Callable[[], None]) -> Times:
+    def _best(self, candidates: Sequence[Times], report: Callable[[], None]) -> Times:
         """The times whose fit to half of the blocks has the least error."""
         # Made before the fits that run side by side would each make it: from Python 3.12 on no lock keeps them from it.
         _ = self.path
@@ -259,12 +259,12 @@ class Fitter:
             return self._fit_times(times, half).error
 
         # Larger budgets begin with the same times.
-        new = [times for times in several if times not in self._errors]
+        new = [times for times in candidates if times not in self._errors]
         with ThreadPoolExecutor(max(1, len(new))) as pool:
             for times, mean_error in zip(new, pool.map(error, new), strict=True):
                 self._errors[times] = mean_error
-                told()
-        return min(several, key=self._errors.__getitem__)
+                report()
+        return min(candidates, key=self._errors.__getitem__)
 
     def _fit_times(self, times: Times, blocks: range) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
@@ -305,10 +305,10 @@ class Fitter:
             self._each(samples, partial(Block.evaluate, at=start, fresh=fresh))
             choices = tuple(self._choices(fire, start, stop))
             normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
-            squares, products = (np.mean([one[i] for one in normal], 0) / samples[0].x.numel() for i in (0, 1))
+            squares, products = (np.mean([sums[i] for sums in normal], 0) / samples[0].x.numel() for i in (0, 1))
             segments.append(Segment(start, stop, fresh, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
-        error = float(np.mean([float((one.x - one.path[-1]).square().mean()) for one in samples]))
+        error = float(np.mean([float((block.x - block.path[-1]).square().mean()) for block in samples]))
         return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf)
 
     def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:

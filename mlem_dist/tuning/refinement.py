@@ -87,11 +87,11 @@ def derivatives(
     fitter: Fitter, fit: Fit, factors: np.ndarray, seed: int, block: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Of a block at float64 (P,) factors: error, J^T e (P,) and an estimate of J^T J (P, P), as means per value."""
-    one = Block(fitter, fit.rungs, block)
+    state = Block(fitter, fit.rungs, block)
     # Every sample has factors of its own, so that one pass back gives a row for each.
-    own = torch.tensor(factors, dtype=torch.float32, device=one.x.device).expand(len(one.x), -1).clone()
-    end = _end(one, fit, own.requires_grad_())
-    off = (end - one.path[-1]).detach()
+    own = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
+    end = _end(state, fit, own.requires_grad_())
+    off = (end - state.path[-1]).detach()
     generator = torch.Generator().manual_seed(seed * len(fitter.blocks) + block)
     probe = (torch.randint(2, off.shape, generator=generator) * 2.0 - 1).to(off.device)
     (of_error,) = torch.autograd.grad(end, own, off, retain_graph=True)
@@ -103,18 +103,18 @@ def derivatives(
 
 @torch.inference_mode()
 def _error(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
-    one = Block(fitter, fit.rungs, block)
-    own = torch.tensor(factors, dtype=torch.float32, device=one.x.device).expand(len(one.x), -1)
-    return float((_end(one, fit, own) - one.path[-1]).square().mean())
+    state = Block(fitter, fit.rungs, block)
+    own = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1)
+    return float((_end(state, fit, own) - state.path[-1]).square().mean())
 
 
-def _end(one: Block, fit: Fit, factors: Tensor) -> Tensor:
+def _end(state: Block, fit: Fit, factors: Tensor) -> Tensor:
     """x_N (B, C, H, W) of a block whose samples have the factors (B, P)."""
     # Of an evaluation only the state is kept, and the rest computed again on the way back.
-    one.levels = {k: partial(checkpoint, level, use_reentrant=False) for k, level in one.levels.items()}
-    one.begin(fit.segments[0].start)
+    state.levels = {k: partial(checkpoint, level, use_reentrant=False) for k, level in state.levels.items()}
+    state.begin(fit.segments[0].start)
     for segment, own in zip(fit.segments, factors.split(_sizes(fit), dim=1), strict=True):
-        one.evaluate(segment.start, segment.fresh)
-        columns = torch.stack([one.column(choice) for choice in segment.choices])
-        one.x = one.run(segment.stop, []) + torch.einsum("bc,cbd->bd", own, columns).view_as(one.x)
-    return one.x
+        state.evaluate(segment.start, segment.fresh)
+        columns = torch.stack([state.column(choice) for choice in segment.choices])
+        state.x = state.run(segment.stop, []) + torch.einsum("bc,cbd->bd", own, columns).view_as(state.x)
+    return state.x

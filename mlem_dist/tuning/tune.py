@@ -47,7 +47,7 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         UsageError: as `Frontier`.
     """
     calibration = ladder.folder / NAME
-    about = {
+    settings = {
         "ladder": ladder.digest,
         "solver": solver,
         "steps": steps,
@@ -57,7 +57,7 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "samples": JUDGING_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
-    return Frontier(out / f"frontier-{solver}.json", about)
+    return Frontier(out / f"frontier-{solver}.json", settings)
 
 
 def tune(
@@ -85,7 +85,7 @@ def tune(
         UsageError: a budget is below the cost of the base level, or of one call of the best level where plans are
             fitted; cma is needed and not installed; no plan ends in finite numbers.
     """
-    out, solver, steps = frontier.path.parent, frontier.about["solver"], frontier.about["steps"]
+    out, solver, steps = frontier.path.parent, frontier.settings["solver"], frontier.settings["steps"]
     levels, cost = len(ladder.levels), ladder.cost(device)
     recipes = {
         nfe: {name: make_recipe(ladder, cost, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
@@ -100,10 +100,10 @@ def tune(
         grids = [n for n in range(1, steps + 1) if solver == "ddim" or steps % n == 0]
         count = max(n for n in grids if n <= max(1, round(nfe)))
         euler = single_level(levels, levels, count)
-        ways: dict[str, Plan | Recipe] = {**recipes[nfe], EM: euler}
-        for done, (family, way) in enumerate(ways.items(), 1):
-            progress(f"{label}, {family}", done, len(ways))
-            yield frontier.find(family, label) or frontier.add(family, label, judging.judge(way))
+        compared: dict[str, Plan | Recipe] = {**recipes[nfe], EM: euler}
+        for done, (family, plan) in enumerate(compared.items(), 1):
+            progress(f"{label}, {family}", done, len(compared))
+            yield frontier.find(family, label) or frontier.add(family, label, judging.judge(plan))
         path = plan_path(out, solver, nfe)
         if nfe >= steps:
             # The reference itself: no other plan could be better.
@@ -114,7 +114,10 @@ def tune(
             plans = {family: find(nfe) for family, find in search.items()}
             best = best_plan(choosing, list(plans.values()), cost)
             write_plan(path, best, ladder.digest, solver)
-            rows = {name: rows[name] or frontier.add(name, label, judging.judge(plan)) for name, plan in plans.items()}
+            rows = {
+                family: rows[family] or frontier.add(family, label, judging.judge(plan))
+                for family, plan in plans.items()
+            }
         yield from (row for row in rows.values() if row)
 
 
@@ -128,7 +131,7 @@ def searched(
     """
     ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
 
-    def told(nfe: float, stage: str) -> Callable[[int, int], None]:
+    def report(nfe: float, stage: str) -> Callable[[int, int], None]:
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
@@ -137,9 +140,9 @@ def searched(
         fitter = Fitter(Judge(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)
-        return {FITTED: lambda nfe: fitted_plan(fitter, nfe, told(nfe, "fits"), told(nfe, "refinement"))}
+        return {FITTED: lambda nfe: fitted_plan(fitter, nfe, report(nfe, "fits"), report(nfe, "refinement"))}
     cost = ladder.cost(device)
-    search = {MEMORISED: lambda nfe: best_draw(choosing, recipes[nfe], cost, told(nfe, "draws"))}
+    search = {MEMORISED: lambda nfe: best_draw(choosing, recipes[nfe], cost, report(nfe, "draws"))}
     if calibrated(ladder):
         require("cma", "searches for plans")
         search[OPTIMISED] = Optimiser(choosing, threads, progress).plan
@@ -211,8 +214,8 @@ class Optimiser:
     @cached_property
     def model(self) -> FirstOrder:
         """The error of plans to first order."""
-        told = partial(self.progress, "effects of increments")
-        return first_order(self.choosing, self.samples, self.threads, told)
+        report = partial(self.progress, "effects of increments")
+        return first_order(self.choosing, self.samples, self.threads, report)
 
     def shape(self, nfe: float) -> Shape:
         """The best shape for a budget, of those found for several choices of rungs."""

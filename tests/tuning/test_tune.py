@@ -121,7 +121,7 @@ def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
     assert torch.equal(kept.reference, judge.reference)
     assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
     # As a version with other noise would have kept it.
-    monkeypatch.setattr("mlem_dist.tuning.comparison.block_noise", lambda seed, *about: block_noise(seed + 1, *about))
+    monkeypatch.setattr("mlem_dist.tuning.comparison.block_noise", lambda seed, *rest: block_noise(seed + 1, *rest))
     other = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert other.judge(single_level(2, 2, 40)).errors.max() == 0
 
@@ -194,9 +194,9 @@ def test_every_class_has_its_turn(many, fashion):
 
 
 def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):
-    about = open_frontier(Ladder.load(small), "ddpm", 250, "cpu", tmp_path).about
+    settings = open_frontier(Ladder.load(small), "ddpm", 250, "cpu", tmp_path).settings
     for key, other in (("ladder", "another"), ("costs", [1.0, 2.0]), ("calibration", "another")):
-        (tmp_path / FRONTIER).write_text(json.dumps(about | {key: other, "rows": []}))
+        (tmp_path / FRONTIER).write_text(json.dumps(settings | {key: other, "rows": []}))
         with pytest.raises(UsageError, match=f"of another {key}: .*; move it away, or"):
             run("tune", str(small), "--out", str(tmp_path), "--nfe", "9", "--solver", "ddpm", "--device", "cpu")
 
