@@ -1,6 +1,6 @@
 """A ladder: the ordered levels of one drift, as a folder on disk.
 
-LADDER/ladder.json                       schema below
+LADDER/ladder.json                       see schema.py
 LADDER/scheduler/scheduler_config.json   noise schedule, diffusers format
 LADDER/<gaussian>.safetensors            a Gaussian level
 LADDER/<unet>/config.json, *.safetensors a UNet level, an ordinary diffusers `UNet2DModel` folder
@@ -11,67 +11,41 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_text, file_digest, read_object
+from mlem_dist.files import check_text, read_object
+from mlem_dist.ladder.checks import check_digest, check_model_folder, check_present, tensor_shape
+from mlem_dist.ladder.schema import (
+    LADDER,
+    SCHEDULER,
+    SCHEMA_VERSION,
+    Level,
+    parse_level,
+    parse_sample_shape,
+    parse_value_range,
+)
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.unet import PREDICTIONS, UNetLevel, check_condition, on_meta
 from mlem_dist.solver.schedule import alpha_bar
 
-SCHEMA_VERSION = 1
 PACKAGE = Path(str(files("mlem_dist.ladder")))
-LADDER = "ladder.json"
-SCHEDULER = "scheduler/scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-
-WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)?\.json)$")
-"""Names of files that may hold weights, or the names of such files."""
 
 WIDE = 64
 """Channels of a UNet's widest block from which CPUs compute it 1.0 to 1.3 times as fast with channels last (layout.py
 in benchmarks/runtime); of the narrower ones they compute some slower."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level's entry in `ladder.json`.
-
-    Attributes:
-        name: unique in the ladder.
-        kind: "gaussian" or "unet".
-        path: relative to the ladder folder; a safetensors file for a Gaussian, a folder for a UNet.
-        patch: the pixel-unshuffle around a UNet, 1 for none.
-        prediction: what a UNet's output means, "epsilon", "v_prediction" or "residual", see `UNetLevel`.
-        parameters: number of stored values.
-        sha256: hex digest of each file, by path relative to the ladder folder.
-        seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
-        denoising_error: mean squared error per value of the predicted noise on held-out data, by equal bands of time.
-    """
-
-    name: str
-    kind: str
-    path: str
-    parameters: int
-    sha256: dict[str, str]
-    patch: int = 1
-    prediction: str = "epsilon"
-    seconds: dict[str, float] = field(default_factory=dict)
-    denoising_error: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,10 +102,10 @@ class Ladder:
             ladder = cls(
                 folder=folder,
                 name=str(raw["name"]),
-                sample_shape=_sample_shape(raw["sample_shape"]),
+                sample_shape=parse_sample_shape(raw["sample_shape"]),
                 labels=tuple(map(str, raw["labels"])),
-                value_range=_value_range(raw["value_range"]),
-                levels=tuple(map(_level, raw["levels"])),
+                value_range=parse_value_range(raw["value_range"]),
+                levels=tuple(map(parse_level, raw["levels"])),
                 scheduler_sha256=str(raw["scheduler_sha256"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -146,16 +120,16 @@ class Ladder:
         check_text((self.name, *names, *self.labels), str(self.folder))
         if len(set(self.labels)) != len(self.labels):
             raise UsageError(f"{self.folder}: labels has a name twice: {', '.join(self.labels)}")
-        _check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
+        check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
         try:
             _ = self.alpha_bar
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.folder / SCHEDULER}: {error}") from None
         for level in self.levels:
             if level.kind == "unet":
-                _check_model_folder(level, self.folder / level.path)
+                check_model_folder(level, self.folder / level.path)
             for name in level.sha256:
-                _check_there(self.folder, name)
+                check_present(self.folder, name)
             for name in self._files(level):
                 if name not in level.sha256:
                     raise UsageError(
@@ -177,13 +151,13 @@ class Ladder:
 
     def _check_files(self, level: Level) -> None:
         for name, digest in level.sha256.items():
-            _check_digest(self.folder, name, digest)
+            check_digest(self.folder, name, digest)
 
     def _check_level(self, level: Level) -> None:
         """Refuse a level that is not made for this ladder's sample shape and labels."""
         if level.kind == "gaussian":
             shape = [max(1, len(self.labels)), math.prod(self.sample_shape)]
-            self._check_fit(level, {"mean": _shape(self.folder / level.path, "mean")}, {"mean": shape})
+            self._check_fit(level, {"mean": tensor_shape(self.folder / level.path, "mean")}, {"mean": shape})
         elif level.kind == "unet":
             self._check_unet(level)
         else:
@@ -395,97 +369,3 @@ def _find(source: str | Path) -> Path:
     raise UsageError(
         f"no ladder {str(source)!r}: expected a ladder folder or one of {', '.join(sorted(bundled())) or 'none'}"
     )
-
-
-def _sample_shape(values: Any) -> tuple[int, int, int]:
-    channels, height, width = map(int, values)
-    if channels not in (1, 3) or min(height, width) < 1:
-        raise ValueError(f"sample_shape is {values}, expected [1 or 3, height, width], as images are grey or RGB")
-    return channels, height, width
-
-
-def _value_range(values: Any) -> tuple[float, float]:
-    low, high = map(float, values)
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"value_range is {values}, expected [low, high]")
-    return low, high
-
-
-def _level(raw: Any) -> Level:
-    level = Level(**raw)
-    for key, kind in get_type_hints(Level).items():
-        if not isinstance(getattr(level, key), get_origin(kind) or kind):
-            raise TypeError(f"{key} of level {level.name!r} is {getattr(level, key)!r}")
-    for number in (*level.seconds.values(), *level.denoising_error):
-        if not isinstance(number, int | float):
-            raise TypeError(f"level {level.name!r} has {number!r} for a number")
-    if level.patch < 1:
-        raise ValueError(f"patch of level {level.name!r} is {level.patch}, expected at least 1")
-    return level
-
-
-def _shape(path: Path, name: str) -> list[int] | None:
-    """The shape of a tensor in a safetensors file, if it is there, from the file's header."""
-    try:
-        with safe_open(path, "pt") as file:
-            return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path} is not a safetensors file: {error}") from None
-
-
-def _check_model_folder(level: Level, path: Path) -> None:
-    """Refuse the folder of a UNet level that has no weights which diffusers would read from safetensors.
-
-    Raises:
-        UsageError: it is that of a whole pipeline, has weights of another name or format only, or lacks shards.
-    """
-    if (path / "model_index.json").is_file() and not (path / "config.json").exists():
-        parts = read_object(path / "model_index.json", "pipeline").items()
-        unets = [f"{level.path}/{key}" for key, value in parts if isinstance(value, list) and "UNet2DModel" in value]
-        way_out = f"set the level's path to {' or '.join(unets)}" if unets else "choose one that has such a part"
-        raise UsageError(
-            f"level {level.name!r}: {path} is the folder of a whole pipeline, expected that of a UNet2DModel; {way_out}"
-        )
-    if path.is_file():
-        raise UsageError(f"level {level.name!r}: its path {path} is a file, expected the folder of a UNet2DModel")
-    if (path / INDEX).is_file():
-        _check_shards(level, path)
-    elif path.is_dir() and not (path / WEIGHTS).is_file():
-        others = sorted(file.name for file in path.iterdir() if WEIGHT_FILE.search(file.name))
-        raise UsageError(f"level {level.name!r}: {path} lacks {WEIGHTS}; {_remedy(path, others)}")
-
-
-def _check_shards(level: Level, path: Path) -> None:
-    index = read_object(path / INDEX, "index of weights").get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise UsageError(f"level {level.name!r}: {path / INDEX} has no weight_map; restore it")
-    for shard in sorted(set(map(str, index.values()))):
-        if not (path / shard).is_file():
-            raise UsageError(f"level {level.name!r}: {path / INDEX} names {shard}, which is not there; restore it")
-
-
-def _remedy(path: Path, others: Sequence[str]) -> str:
-    """What to do where `path` has only `others` for weights."""
-    tensors = [name for name in others if name.endswith(".safetensors")]
-    if any("-of-" in name for name in tensors):
-        return f"its shards are found by {INDEX}; restore that, or rename the index of a variant to it"
-    if len(tensors) == 1:
-        return f"rename {tensors[0]} to that, also in the level's sha256; half precision is fine"
-    if tensors or not others:
-        return "restore it or train the ladder again"
-    return (
-        f"{', '.join(others)} is not read; convert it by `model = UNet2DModel.from_pretrained({str(path)!r}, "
-        f"use_safetensors=False)` and `model.save_pretrained({str(path)!r})`"
-    )
-
-
-def _check_there(folder: Path, name: str) -> None:
-    if not (folder / name).is_file():
-        raise UsageError(f"ladder file {folder / name} is missing; restore it or train the ladder again")
-
-
-def _check_digest(folder: Path, name: str, expected: str) -> None:
-    _check_there(folder, name)
-    path = folder / name
-    if file_digest(path) != expected:
-        raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.files import read_object, replace_file
-from mlem_dist.ladder.ladder import LADDER, Ladder
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.pixels import to_range

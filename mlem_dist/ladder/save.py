@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mlem_dist.files import file_digest, replace_file
-from mlem_dist.ladder.ladder import LADDER, SCHEDULER, SCHEMA_VERSION, WEIGHTS, Ladder, Level
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import LADDER, SCHEDULER, SCHEMA_VERSION, WEIGHTS, Level
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import UNetLevel
 from mlem_dist.models.weights import save_tensors

@@ -16,9 +16,10 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
-from mlem_dist.ladder.ladder import LADDER, Ladder, Level
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.ladder.schema import LADDER, Level
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import UNetLevel
 from mlem_dist.solver.schedule import alpha_bar

@@ -20,7 +20,8 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, listing, own_names, replace_file
-from mlem_dist.ladder.ladder import LADDER, Ladder
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import new_unet_level, on_meta
 from mlem_dist.solver.schedule import alpha_bar

@@ -14,7 +14,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from torch import nn
 
-from mlem_dist.ladder.ladder import Level
+from mlem_dist.ladder.schema import Level
 from mlem_dist.training.assemble import finish_training, needs, train_level, training_order
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images

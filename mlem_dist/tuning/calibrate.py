@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import device_key, store_entry
-from mlem_dist.ladder.ladder import Ladder, Level
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
+from mlem_dist.ladder.schema import Level
 from mlem_dist.models.graphs import as_run
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level

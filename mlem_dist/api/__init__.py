@@ -1,0 +1,22 @@
+"""The public functions: what the command line does, by the same names."""
+
+from mlem_dist.api.arguments import load_ladder
+from mlem_dist.api.datasets import read, show, verify
+from mlem_dist.api.generation import draw, generate, sample
+from mlem_dist.api.ladders import calibrate, measure, train, tune
+from mlem_dist.api.planning import capacity
+
+__all__ = [
+    "calibrate",
+    "capacity",
+    "draw",
+    "generate",
+    "load_ladder",
+    "measure",
+    "read",
+    "sample",
+    "show",
+    "train",
+    "tune",
+    "verify",
+]

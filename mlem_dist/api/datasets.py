@@ -1,0 +1,75 @@
+"""Datasets that exist: reading, showing, verifying."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlem_dist.api.arguments import check_new
+from mlem_dist.dataset.store import Location, parse_location
+from mlem_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from mlem_dist.dataset.shards import Shard
+
+
+def read(out: str | Location) -> ray.data.Dataset:
+    """The finished shards of a dataset as a Ray Dataset, with its columns as they are stored.
+
+    Args:
+        out: the dataset's folder, or its URL in an object store.
+
+    Raises:
+        UsageError: there is no dataset, or no finished shard of it.
+    """
+    import ray.data
+
+    from mlem_dist.dataset.manifest import finished_shards, read_manifest
+
+    place = parse_location(out) if isinstance(out, str) else out
+    paths = sorted(finished_shards(place, read_manifest(place)))
+    if not paths:
+        raise UsageError(f"{place} has no finished shard yet; generate it to the end")
+    filesystem = None if isinstance(place, Path) else place.fs
+    root = str(place.absolute()) if isinstance(place, Path) else place.path
+    return ray.data.read_parquet([f"{root}/{path}" for path in paths], filesystem=filesystem)
+
+
+def show(dataset: str | Location, *, out: Path | None = None) -> Location:
+    """Write the contact sheet of a dataset, `preview.png` in its folder by default, and return its path.
+
+    Raises:
+        UsageError: there is no dataset or no finished shard of it, or the sheet cannot be written there.
+    """
+    from mlem_dist.report.sheet import save_contact_sheet
+
+    if out is not None:
+        if out.suffix.lower() != ".png":
+            raise UsageError(f"`out` {out}: expected a name that ends in .png")
+        check_new(out)
+    return save_contact_sheet(parse_location(dataset) if isinstance(dataset, str) else dataset, out)
+
+
+def verify(dataset: str | Location) -> tuple[list[Shard], list[str], bool]:
+    """Compare every file of a dataset with the digest recorded when it was written.
+
+    Returns:
+        The shards that are recorded, a sentence for each problem, and whether the dataset is finished.
+
+    Raises:
+        UsageError: there is no dataset.
+    """
+    from mlem_dist.dataset.manifest import read_manifest, recorded_shards
+    from mlem_dist.dataset.shards import damage, foreign
+
+    place = parse_location(dataset) if isinstance(dataset, str) else dataset
+    manifest = read_manifest(place)
+    shards = recorded_shards(place, manifest)
+    problems = damage(place, shards)
+    if manifest.shards:
+        problems += [
+            f"{path} is no shard, and readers of {place}/data take it for rows" for path in foreign(place, shards)
+        ]
+    return shards, problems, bool(manifest.shards)

@@ -1,0 +1,316 @@
+"""Images and datasets from a ladder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from mlem_dist.api.arguments import (
+    DEFAULT_NFE,
+    Device,
+    Notify,
+    Precision,
+    Solver,
+    check_labels,
+    check_new,
+    find_plan,
+    ignore,
+    load_ladder,
+    local_device,
+)
+from mlem_dist.dataset.store import Location, parse_location
+from mlem_dist.engine.completion import Engine, complete, open_dataset
+from mlem_dist.engine.job import BLOCK_SIZE, Job
+from mlem_dist.engine.progress import GenerationReport, Progress
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.machine import available_cores
+from mlem_dist.solver.plan import Draw, Increments, Plan
+from mlem_dist.solver.probabilities import Rule
+
+if TYPE_CHECKING:
+    from mlem_dist.capacity.placement import Placement
+
+
+def sample(
+    ladder: str | Path | Ladder = "fashion",
+    *,
+    num: int,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    nfe: float | None = None,
+    solver: Solver = "ddim",
+    steps: int = 250,
+    plan: Plan | str | Path | None = None,
+    precision: Precision = "float32",
+    device: Device = "auto",
+) -> np.ndarray:
+    """Images made in this process; a dataset of the same arguments begins with them, but for rounding.
+
+    Args:
+        ladder: a bundled name, a folder, or a ladder.
+        num: how many images.
+        labels: classes to generate, in turn; all by default.
+        seed: decides every noise and every draw of a plan.
+        nfe: compute per image, in evaluations of the best level; 10 by default.
+        solver: "ddim" or "dpm++" for the ODE, "ddpm" for the SDE.
+        steps: base steps.
+        plan: a plan or its file, instead of a budget.
+        precision: type that networks compute in.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+
+    Returns:
+        uint8 (num, H, W, C), C = 1 or 3.
+
+    Raises:
+        UsageError: an argument is out of range, or the ladder cannot be used.
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    from mlem_dist.engine.inline import sample_blocks
+
+    loaded = load_ladder(ladder)
+    device_type = local_device(device)
+    chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=solver, steps=steps, nfe=nfe, plan=plan)
+    block_size = min(num, BLOCK_SIZE[device_type])
+    job = Job(
+        ladder=loaded.source,
+        digest=loaded.digest,
+        num=num,
+        labels=check_labels(labels, loaded),
+        solver=solver,
+        steps=steps,
+        plan=chosen,
+        seed=seed,
+        block_size=block_size,
+        shard_size=block_size,
+        device=device_type,
+        precision=precision,
+    )
+    loaded.check_models()
+    return np.concatenate(list(sample_blocks(job, loaded)))[:num]
+
+
+def generate(
+    ladder: str | Path | Ladder = "fashion",
+    *,
+    num: int,
+    out: str | Location,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    nfe: float | None = None,
+    solver: Solver = "ddim",
+    steps: int = 250,
+    probabilities: Rule | Literal["neyman"] | None = None,
+    draw: Draw | None = None,
+    increments: Increments | None = None,
+    plan: Plan | str | Path | None = None,
+    precision: Precision = "float32",
+    block_size: int | None = None,
+    shard_size: int = 2000,
+    placement: str = "auto",
+    coalesce: int = 1,
+    devices: int | None = None,
+    device: Device = "auto",
+    address: str | None = None,
+    engine: Literal["ray", "inline"] = "ray",
+    notify: Notify = ignore,
+    progress: Callable[[Progress], None] = ignore,
+) -> GenerationReport:
+    """Generate a Parquet dataset; the same call again makes what is missing and rewrites nothing.
+
+    Args:
+        ladder: a bundled name, a folder, or a ladder.
+        num: images of the whole dataset.
+        out: a folder, or the URL of one in an object store.
+        labels: classes to generate, in turn; all by default.
+        seed: decides every noise and every draw of a plan.
+        nfe: compute per image, in evaluations of the best level; 10 by default.
+        solver: "ddim" or "dpm++" for the ODE, "ddpm" for the SDE.
+        steps: base steps.
+        probabilities: how the budget is spread over levels and steps; Neyman's for a calibrated ladder by default.
+        draw: how the evaluations of a plan are drawn; "systematic" by default.
+        increments: how an increment enters the steps; "held" for ddpm and "extrapolated" for others by default.
+        plan: a plan or its file, instead of a budget.
+        precision: type that networks compute in.
+        block_size: samples that advance together; 100 on CPUs and 500 on GPUs by default.
+        shard_size: samples of one Parquet file, a multiple of the block size.
+        placement: which levels share a pool, as "together", "pools" or "1-3,4"; the fastest by forecast for "auto".
+        coalesce: blocks that another pool than the first may evaluate together.
+        devices: CPU cores or GPUs to use; all by default.
+        device: "cpu", "cuda", or "auto" for GPUs if there are any.
+        address: of a Ray head; by default the cluster that this runs in, else a Ray that is started here.
+        engine: "ray", or "inline" for this process alone.
+        notify: takes sentences for the user.
+        progress: takes snapshots of the run.
+
+    Returns:
+        What was made, and how fast.
+
+    Raises:
+        UsageError: an argument is out of range, or `out` holds something else; nothing has been written then.
+        RuntimeError: Ray does not start, its actors die faster than they work, or another run writes to `out`.
+        NonFiniteError: a block ended with NaN or infinite values.
+    """
+    started = time.monotonic()
+    loaded = load_ladder(ladder)
+    place = parse_location(out) if isinstance(out, str) else out
+    classes = check_labels(labels, loaded)
+    pools = _check_engine(loaded, placement, coalesce, devices, address, engine)
+    remote = False
+    if engine == "ray":
+        from mlem_dist.runtime import cluster
+
+        remote = cluster.is_remote(address)
+        if remote:
+            cluster.connect(address)
+    device_type = cluster.device_type(device) if remote else local_device(device)
+    chosen, note = find_plan(
+        loaded,
+        loaded.cost(device_type),
+        solver=solver,
+        steps=steps,
+        nfe=nfe,
+        plan=plan,
+        probabilities=probabilities,
+        draw=draw,
+        increments=increments,
+    )
+    job = Job(
+        ladder=loaded.source,
+        digest=loaded.digest,
+        num=num,
+        labels=classes,
+        solver=solver,
+        steps=steps,
+        plan=chosen,
+        seed=seed,
+        block_size=BLOCK_SIZE[device_type] if block_size is None else block_size,
+        shard_size=shard_size,
+        device=device_type,
+        precision=precision,
+    )
+    dataset = open_dataset(job, loaded, place)
+    todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
+    last: Progress | None = None
+    if todo or not dataset.manifest.shards:
+        for sentence in filter(None, (note, _cost_note(loaded, device_type), *dataset.notes)):
+            notify(sentence)
+        if todo:
+            loaded.check_models()
+        if engine == "ray" and todo:
+            make = _on_ray(job, loaded, place, todo, pools, coalesce, devices, address, remote, notify)
+        else:
+            make = _inline(job, loaded, place, devices if engine == "inline" else None)
+        names = [level.name for level in loaded.levels]
+        for told in complete(dataset, loaded, make):
+            last = replace(told, total=todo, levels=names)
+            progress(last)
+    if engine == "ray":
+        cluster.disconnect()
+    return GenerationReport.of(last, str(place), num, job.shards, time.monotonic() - started, device_type)
+
+
+def _check_engine(
+    ladder: Ladder, placement: str, coalesce: int, devices: int | None, address: str | None, engine: str
+) -> Placement | None:
+    """The placement that is asked for, None for the fastest, after a look at whether these arguments go together."""
+    from mlem_dist.capacity.placement import parse_placement
+
+    if engine not in ("ray", "inline"):
+        raise UsageError(f"`engine` {engine!r}: expected ray or inline")
+    pools = None if placement == "auto" else parse_placement(placement, len(ladder.levels))
+    if pools and any(pools.kinds) and devices:
+        raise UsageError(f"`placement` {placement} names its devices; leave out `devices`")
+    if coalesce > 1 and pools and len(pools.pools) == 1:
+        raise UsageError(f"`coalesce` {coalesce}: one pool for all levels asks no other; leave it out")
+    if engine == "inline" and (pools or coalesce > 1 or (address or "local") != "local"):
+        raise UsageError("`engine` inline has no pools; leave out `placement`, `coalesce` and `address`")
+    return pools
+
+
+def _cost_note(ladder: Ladder, device: str) -> str:
+    """A sentence for the user of a ladder whose levels were measured on another device; else ""."""
+    if (measured := ladder.measured_on(device)) == device:
+        return ""
+    return (
+        f"Evaluations are counted by the levels' costs on {measured}, as they were not measured on {device}; run "
+        f"`mlem-dist ladder measure {ladder.source}` on such a machine, before the first dataset."
+    )
+
+
+def _on_ray(
+    job: Job,
+    ladder: Ladder,
+    out: Location,
+    todo: int,
+    pools: Placement | None,
+    coalesce: int,
+    devices: int | None,
+    address: str | None,
+    remote: bool,
+    notify: Notify,
+) -> Engine:
+    """The Ray engine, connected, with a placement for so many samples `todo`."""
+    from mlem_dist.report.tables import placement_reason
+    from mlem_dist.runtime import cluster
+    from mlem_dist.runtime.arrangement import arrange
+    from mlem_dist.runtime.run import run_ray
+
+    if not remote:
+        cluster.connect(address)
+    arranged = arrange(replace(job, num=todo), ladder, pools, devices, remote)
+    if arranged.forecasts:
+        notify(placement_reason(arranged.forecasts, arranged.timed))
+    if coalesce > 1 and len(arranged.layout.pools) == 1:
+        notify(f"`coalesce` {coalesce} changes nothing here: one pool asks no other.")
+    return lambda shards: run_ray(job, ladder, out, shards, arranged, coalesce)
+
+
+def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None) -> Engine:
+    """The in-process engine, with a thread for each core, or for one GPU, which does one block after another."""
+    from mlem_dist.engine.inline import run_inline
+
+    most = 1 if job.device == "cuda" else available_cores()
+    if devices and devices > most:
+        raise UsageError(f"`devices` {devices}: `engine` inline has {most} here; lower it or leave it out")
+    return lambda shards: run_inline(job, ladder, out, shards, devices or most)
+
+
+def draw(
+    ladder: str | Path | Ladder = "fashion",
+    *,
+    out: Path,
+    seed: int = 0,
+    nfe: float | None = None,
+    solver: Solver = "ddim",
+    steps: int = 250,
+    probabilities: Rule | Literal["neyman"] | None = None,
+    draw: Draw | None = None,
+    increments: Increments | None = None,
+    device: Device = "auto",
+) -> tuple[Plan, float]:
+    """Draw one plan and write it to a JSON file, for `plan` of `generate`.
+
+    Returns:
+        The plan, and its evaluations of the best level per image by the levels' costs on the device.
+
+    Raises:
+        UsageError: as `generate`, or the file is there already.
+    """
+    from mlem_dist.solver.plan import block_rng, write_plan
+    from mlem_dist.tuning.recipes import make_recipe
+
+    loaded = load_ladder(ladder)
+    check_new(out)
+    cost = loaded.cost(local_device(device))
+    recipe = make_recipe(
+        loaded, cost, solver, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments
+    )
+    plan = recipe.plan(block_rng(seed, 0))
+    write_plan(out, plan, loaded.digest, solver)
+    return plan, plan.nfe(cost)

@@ -1,0 +1,185 @@
+"""Ladders: training, measuring, calibrating, tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mlem_dist.api.arguments import Device, Notify, ignore, load_ladder, local_device
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.machine import available_cores
+
+if TYPE_CHECKING:
+    from mlem_dist.training.data import Images
+    from mlem_dist.training.tasks import TrainingProgress
+    from mlem_dist.tuning.calibrate import Calibration
+    from mlem_dist.tuning.frontier import Row
+
+
+def measure(ladder: str | Path | Ladder) -> Ladder:
+    """Measure the cost of each level on this machine, store it in the folder's ladder.json, and load the result.
+
+    Raises:
+        UsageError: the ladder cannot be used.
+        OSError: its folder cannot be written.
+    """
+    from mlem_dist.ladder.measure import measure_costs
+
+    loaded = load_ladder(ladder)
+    loaded.check_models()
+    return measure_costs(loaded)
+
+
+def load_data(data: Path, ladder: Any, notify: Notify = ignore) -> Images:
+    """The image dataset in a folder for a ladder or the configuration of one; a note for what is not as it lies."""
+    from mlem_dist.training.data import load_images
+
+    images = load_images(data, ladder.sample_shape, ladder.labels)
+    if images.resized:
+        notify(f"{images.resized:,} images are larger than the samples: cropped and scaled down.")
+    if images.skipped:
+        notify(f"{images.skipped:,} files are no pictures: passed over.")
+    return images
+
+
+def train(
+    *,
+    data: Path,
+    config: Path,
+    out: Path,
+    device: Device = "auto",
+    address: str | None = None,
+    notify: Notify = ignore,
+    progress: Callable[[TrainingProgress, int], None] = lambda levels, steps: None,
+) -> tuple[Ladder, Path, bool]:
+    """Train a ladder, its levels side by side on Ray; the same call again continues after a kill.
+
+    Args:
+        data: folder of an image dataset.
+        config: YAML file, see the docs.
+        out: the ladder's folder.
+        device: "cpu", "cuda", or "auto" for GPUs if there are any.
+        address: of a Ray head, as for `generate`.
+        notify: takes sentences for the user.
+        progress: takes the steps done and the loss of each level that has begun, and the steps of all levels.
+
+    Returns:
+        The ladder, a figure of the losses, and whether the ladder was finished already.
+
+    Raises:
+        UsageError: the data, the configuration or `out` cannot be used; nothing has been written then.
+        DivergedError: a loss became NaN or infinite.
+        RuntimeError: there is not enough memory, or the process of a level died.
+    """
+    from mlem_dist.extras import require
+    from mlem_dist.report.figures import save_loss_curves
+    from mlem_dist.runtime import cluster
+    from mlem_dist.training.config import read_config
+    from mlem_dist.training.resume import WORK, check_training
+    from mlem_dist.training.tasks import train_on_ray
+    from mlem_dist.training.train import LOG, read_log
+
+    require("matplotlib", "figures")
+    settings = read_config(config)
+    remote = cluster.is_remote(address)
+    if not remote:
+        device_type = local_device(device)
+    images = load_data(data, settings, notify)
+    finished = check_training(settings, images, out)
+    if not finished:
+        cluster.connect(address)
+        device_type = cluster.device_type(device) if remote else device_type
+        cluster.count_devices(device_type, None)
+        total = sum(level.steps for level in settings.levels)
+        for levels in train_on_ray(settings, images, out, device_type):
+            progress(levels, total)
+    logs = {level.name: read_log(out / WORK / level.name / LOG) for level in settings.levels if level.kind == "unet"}
+    return Ladder.load(out), save_loss_curves(out / WORK, logs), finished
+
+
+def calibrate(
+    ladder: str | Path | Ladder,
+    *,
+    data: Path,
+    device: Device = "auto",
+    out: Path | None = None,
+    compiled: bool = False,
+    notify: Notify = ignore,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> tuple[Calibration, list[Path], bool]:
+    """Measure a ladder on this device: time, error, increments and their effect, gamma, predicted speed-up.
+
+    Args:
+        ladder: a bundled name, a folder, or a ladder.
+        data: folder of an image dataset.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        out: folder for calibration.json and figures; the ladder's by default.
+        compiled: whether to time UNets by torch.compile as well.
+        notify: takes sentences for the user.
+        progress: takes a stage, how much of it is done, and how much there is.
+
+    Returns:
+        What was measured, the files written, and whether an earlier entry of this device was replaced.
+
+    Raises:
+        UsageError: the ladder or the data cannot be used.
+    """
+    from mlem_dist.extras import require
+    from mlem_dist.ladder.calibration import device_key, stored
+    from mlem_dist.report.figures import save_figures
+    from mlem_dist.tuning.calibrate import calibrate, store
+
+    require("matplotlib", "figures")
+    loaded = load_ladder(ladder)
+    device_type = local_device(device)
+    folder = loaded.folder if out is None else out
+    replaced = device_key(device_type) in stored(folder, loaded)
+    loaded.check_models()
+    images = load_data(data, loaded, notify)
+    calibration = calibrate(loaded, images.test, images.test_label, device_type, progress, compiled=compiled)
+    return calibration, [store(folder, loaded, calibration), *save_figures(folder, loaded, calibration)], replaced
+
+
+def tune(
+    ladder: str | Path | Ladder,
+    *,
+    out: Path,
+    nfe: Sequence[float] = (5, 10, 20, 40),
+    solver: Literal["ddim", "ddpm"] = "ddim",
+    steps: int = 250,
+    device: Device = "auto",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> tuple[list[Row], list[Path]]:
+    """Find plans for a ladder: try ways to spend each budget, and judge them on other noises; a rerun goes on.
+
+    Args:
+        ladder: a bundled name, a folder, or a ladder.
+        out: folder for the plans, the frontier and its figure; `generate` uses the plans in a ladder's folder.
+        nfe: budgets, in evaluations of the best level per image.
+        solver: "ddim" or "ddpm".
+        steps: base steps.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        progress: takes a stage, how much of it is done, and how much there is.
+
+    Returns:
+        What each way to spend a budget is worth, and the files written.
+
+    Raises:
+        UsageError: the ladder or `out` cannot be used, or a budget cannot be met.
+    """
+    from mlem_dist.extras import require
+    from mlem_dist.report.figures import save_frontier
+    from mlem_dist.tuning.tune import open_frontier
+    from mlem_dist.tuning.tune import tune as search
+    from mlem_dist.tuning.tuned_plans import plan_path
+
+    require("matplotlib", "figures")
+    loaded = load_ladder(ladder)
+    loaded.check_models()
+    device_type = local_device(device)
+    frontier = open_frontier(loaded, solver, steps, device_type, out)
+    threads = available_cores() if device_type == "cpu" else 1
+    rows = list(search(loaded, device_type, tuple(nfe), frontier, threads, progress))
+    figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
+    return rows, [*(plan_path(out, solver, budget) for budget in nfe), frontier.path, figure]

@@ -1,0 +1,80 @@
+"""Forecasts of what a cluster makes of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mlem_dist.api.arguments import Solver, check_new, find_plan, load_ladder
+from mlem_dist.engine.job import BLOCK_SIZE
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import Draw, Increments
+from mlem_dist.solver.probabilities import Rule
+
+if TYPE_CHECKING:
+    from mlem_dist.capacity.planner import Capacity
+
+
+def capacity(
+    ladder: str | Path | Ladder,
+    *,
+    num: int,
+    pool_devices: str,
+    cost: Sequence[str] = (),
+    nfe: float | None = None,
+    solver: Solver = "ddim",
+    steps: int = 250,
+    probabilities: Rule | Literal["neyman"] | None = None,
+    draw: Draw | None = None,
+    increments: Increments | None = None,
+    block_size: int | None = None,
+    shard_size: int = 2000,
+    out: Path | None = None,
+) -> tuple[list[Capacity], dict[str, float]]:
+    """Simulate a cluster that makes a dataset: rate, hours, bottleneck, best placement.
+
+    Args:
+        ladder: a bundled name, a folder, or a ladder.
+        num: images.
+        pool_devices: devices by kind, KIND:COUNT or KIND:COUNT:GIB, such as "h100:64:80,l4:256:24".
+        cost: a kind's ms per sample of each level, such as "h100=0.01,0.2,1"; measured costs by default.
+        out: a PNG file for a figure of when each actor of a cell is at work.
+
+    The other arguments are as for `generate`.
+
+    Returns:
+        Forecasts, the fastest first, and the images per second that one more device of each kind would bring.
+
+    Raises:
+        UsageError: an argument is out of range, or the ladder does not fit on the devices.
+    """
+    from mlem_dist.capacity.planner import marginal, plan_capacity, read_kinds
+    from mlem_dist.engine.job import Workload, check_shards
+    from mlem_dist.extras import require
+
+    loaded = load_ladder(ladder)
+    if out is not None:
+        require("matplotlib", "figures")
+        check_new(out)
+    kinds = read_kinds(loaded, pool_devices, cost)
+    chosen, _ = find_plan(
+        loaded,
+        kinds[0].costs.alone,
+        solver=solver,
+        steps=steps,
+        nfe=nfe,
+        probabilities=probabilities,
+        draw=draw,
+        increments=increments,
+    )
+    size = BLOCK_SIZE[kinds[0].devices.type] if block_size is None else block_size
+    workload = Workload(num, chosen, 0, size, shard_size)
+    check_shards(workload)
+    forecasts = plan_capacity(workload, loaded.weight_bytes, kinds)
+    gains = marginal(workload, forecasts[0])
+    if out is not None:
+        from mlem_dist.report.figures import save_timeline
+
+        save_timeline(forecasts[0], out)
+    return forecasts, gains

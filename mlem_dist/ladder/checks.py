@@ -1,0 +1,93 @@
+"""Checks of the files that a ladder's folder holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from mlem_dist.errors import UsageError
+from mlem_dist.files import file_digest, read_object
+from mlem_dist.ladder.schema import INDEX, WEIGHTS, Level
+
+WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)?\.json)$")
+"""Names of files that may hold weights, or the names of such files."""
+
+
+def tensor_shape(path: Path, name: str) -> list[int] | None:
+    """The shape of a tensor in a safetensors file, if it is there, from the file's header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path} is not a safetensors file: {error}") from None
+
+
+def check_model_folder(level: Level, path: Path) -> None:
+    """Refuse the folder of a UNet level that has no weights which diffusers would read from safetensors.
+
+    Raises:
+        UsageError: it is that of a whole pipeline, has weights of another name or format only, or lacks shards.
+    """
+    if (path / "model_index.json").is_file() and not (path / "config.json").exists():
+        parts = read_object(path / "model_index.json", "pipeline").items()
+        unets = [f"{level.path}/{key}" for key, value in parts if isinstance(value, list) and "UNet2DModel" in value]
+        way_out = f"set the level's path to {' or '.join(unets)}" if unets else "choose one that has such a part"
+        raise UsageError(
+            f"level {level.name!r}: {path} is the folder of a whole pipeline, expected that of a UNet2DModel; {way_out}"
+        )
+    if path.is_file():
+        raise UsageError(f"level {level.name!r}: its path {path} is a file, expected the folder of a UNet2DModel")
+    if (path / INDEX).is_file():
+        _check_shards(level, path)
+    elif path.is_dir() and not (path / WEIGHTS).is_file():
+        others = sorted(file.name for file in path.iterdir() if WEIGHT_FILE.search(file.name))
+        raise UsageError(f"level {level.name!r}: {path} lacks {WEIGHTS}; {_remedy(path, others)}")
+
+
+def _check_shards(level: Level, path: Path) -> None:
+    index = read_object(path / INDEX, "index of weights").get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise UsageError(f"level {level.name!r}: {path / INDEX} has no weight_map; restore it")
+    for shard in sorted(set(map(str, index.values()))):
+        if not (path / shard).is_file():
+            raise UsageError(f"level {level.name!r}: {path / INDEX} names {shard}, which is not there; restore it")
+
+
+def _remedy(path: Path, others: Sequence[str]) -> str:
+    """What to do where `path` has only `others` for weights."""
+    tensors = [name for name in others if name.endswith(".safetensors")]
+    if any("-of-" in name for name in tensors):
+        return f"its shards are found by {INDEX}; restore that, or rename the index of a variant to it"
+    if len(tensors) == 1:
+        return f"rename {tensors[0]} to that, also in the level's sha256; half precision is fine"
+    if tensors or not others:
+        return "restore it or train the ladder again"
+    return (
+        f"{', '.join(others)} is not read; convert it by `model = UNet2DModel.from_pretrained({str(path)!r}, "
+        f"use_safetensors=False)` and `model.save_pretrained({str(path)!r})`"
+    )
+
+
+def check_present(folder: Path, name: str) -> None:
+    """Require the file `name` in a ladder's folder.
+
+    Raises:
+        UsageError: if it is missing.
+    """
+    if not (folder / name).is_file():
+        raise UsageError(f"ladder file {folder / name} is missing; restore it or train the ladder again")
+
+
+def check_digest(folder: Path, name: str, expected: str) -> None:
+    """Compare a file's SHA-256 with the `expected` hex digest.
+
+    Raises:
+        UsageError: if the file is missing or differs.
+    """
+    check_present(folder, name)
+    path = folder / name
+    if file_digest(path) != expected:
+        raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")
