@@ -1,4 +1,4 @@
-"""From trained levels to a ladder folder."""
+"""Assembly of a ladder folder from trained levels."""
 
 import json
 import logging
@@ -40,23 +40,23 @@ from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
 logger = logging.getLogger(__name__)
 
 HALF_LOSS = 0.005
-"""The relative loss in denoising error below which weights are stored in half precision."""
+"""Largest relative increase in denoising error for which weights are stored in half precision."""
 
 MEASURED = ("calibration.json", "plan-*.json", "frontier-*.json")
-"""Files in a ladder's folder that name the ladder they belong to, by its digest."""
+"""Measurement files in a ladder's folder, as patterns; each names its ladder by digest."""
 
 
 def training_order(config: TrainConfig) -> list[LevelConfig]:
-    """The levels with what each needs before it: Gaussian levels, then UNets, then those with a teacher.
+    """Levels in an order in which each follows those that it needs: Gaussian levels, then UNets, then pupils.
 
-    The largest first among equals, so that side by side the longest training does not begin last.
+    Among equals, the largest level comes first, so that the longest of parallel trainings does not begin last.
     """
     largest_first = config.levels[::-1]
     return sorted(largest_first, key=lambda level: (level.kind != "gaussian", bool(level.teacher)))
 
 
 def needs(config: TrainConfig, level: LevelConfig) -> tuple[str | None, str | None]:
-    """The names of the Gaussian level that a level corrects, and of its teacher."""
+    """Names of the Gaussian level that a level corrects and of its teacher; None where there is none."""
     return config.levels[0].name if level.prediction == "residual" else None, level.teacher or None
 
 
@@ -72,14 +72,15 @@ def train_level(
 ) -> tuple[nn.Module, Level]:
     """Train one level, or finish its training, and store it in `out`/training/<level>/stored.
 
-    `gaussian` and `teacher` are the levels that `needs` names; `progress` is called with the steps done and the loss.
+    `gaussian` and `teacher` are the levels that `needs` names. `progress` is called with the number of steps done and
+    the loss.
 
     Returns:
-        the level as it was stored, on the CPU, and its entry for `ladder.json`.
+        The level as stored, on the CPU, and its entry for `ladder.json`.
 
     Raises:
-        DivergedError: a loss became NaN or infinite.
-        RuntimeError: there is not enough memory.
+        DivergedError: if the loss or the held-out error is NaN or infinite.
+        RuntimeError: if there is not enough memory.
     """
     folder = out / WORK / level.name
     reached = 0
@@ -98,7 +99,7 @@ def train_level(
             module = train_unet(config, level, images, folder, gaussian, teacher, device, report)
         entry = _store(folder / STORED, level.name, module, images, config, settings(config, level, images), device)
     except (RuntimeError, MemoryError) as error:
-        # The allocator of CPU memory has no error of its own.
+        # Torch's allocator of CPU memory raises a plain RuntimeError.
         if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             size = "sample_shape" if level.kind == "gaussian" else f"batch_size from {level.batch_size}"
             raise RuntimeError(
@@ -116,15 +117,15 @@ def train_ladder(
     progress: Callable[[str, int, float], None],
     device: str = "cpu",
 ) -> Ladder:
-    """Train what is not yet trained, level after level in this process, and write the ladder to `out`.
+    """Train the levels that are not yet trained, one after the other in this process, and write the ladder to `out`.
 
-    Training state stays in `out`/training, so that a call after a kill continues. `progress` is called with the
-    level's name, the steps done and the loss.
+    Training state stays in `out`/training, so that a call after a kill continues. `progress` is called with the level's
+    name, the number of steps done and the loss.
 
     Raises:
-        DivergedError: a loss became NaN or infinite.
-        RuntimeError: there is not enough memory.
-        UsageError: `out` holds something else, see `check_training`.
+        DivergedError: if the loss or the held-out error of a level is NaN or infinite.
+        RuntimeError: if there is not enough memory.
+        UsageError: if `check_training` refuses `out`, the images or the configuration.
     """
     check_training(config, images, out)
     begin_training(config, images, out)
@@ -141,9 +142,9 @@ def train_ladder(
 def finish_training(config: TrainConfig, images: Images, out: Path, entries: Mapping[str, Level]) -> Ladder:
     """Move the stored levels to their places in `out`, write the ladder and measure its costs.
 
-    What `calibrate` and `tune` have measured of an earlier ladder there is set aside.
+    Measurements of an earlier ladder in `out`, by `calibrate` and `tune`, are set aside.
     """
-    # From here to the end there is no ladder, rather than one whose levels are of two trainings.
+    # From here to the end there is no ladder.json, rather than a ladder that mixes the levels of two trainings.
     (out / LADDER).unlink(missing_ok=True)
     for level in config.levels:
         path = entries[level.name].path
@@ -158,7 +159,7 @@ def finish_training(config: TrainConfig, images: Images, out: Path, entries: Map
 
 
 def set_stale_aside(ladder: Ladder) -> None:
-    """Move what was measured of another ladder in this one's folder to training/stale-DIGEST, and log that."""
+    """Move measurements of another ladder in this ladder's folder to training/stale-DIGEST, and log each move."""
     for path in sorted(path for pattern in MEASURED for path in ladder.folder.glob(pattern)):
         try:
             digest = str(read_object(path, "measurement").get("ladder"))
@@ -183,13 +184,13 @@ def _store(
     wanted: dict[str, Any],
     device: str,
 ) -> Level:
-    """Save a level, in half precision where that costs no accuracy to speak of, with its denoising error.
+    """Save a level with its denoising error, in half precision if this increases the error by at most `HALF_LOSS`.
 
-    That takes minutes where levels are large; so a level of the `wanted` settings that an earlier call has saved is
-    taken as it is. `module` gets the weights that are stored.
+    The measurements take minutes for a large level. A level of the `wanted` settings that an earlier call has saved is
+    therefore kept. `module` gets the stored weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # The Gaussian level inside a UNet is as it was stored.
+    # The Gaussian level inside a UNet level already has its stored weights.
     weights = module.model if isinstance(module, UNetLevel) else module
     state = {key: value.clone() for key, value in weights.state_dict().items()}
     rounded = {key: value.half().float() for key, value in state.items()}
@@ -199,7 +200,7 @@ def _store(
             module.orthonormalise()
         return Level(**saved["level"])
     a = alpha_bar(config.scheduler)
-    # Few samples, as they are the same ones for both.
+    # A few samples suffice, because both errors are measured on the same ones.
     full = denoising_error(module, images, a, device, per_band=100)
     weights.load_state_dict(rounded)
     half = sum(denoising_error(module, images, a, device, per_band=100)) <= (1 + HALF_LOSS) * sum(full)
@@ -207,7 +208,7 @@ def _store(
         weights.load_state_dict(state)
     level = save_level(folder, name, module, torch.float16 if half else torch.float32)
     if isinstance(module, GaussianLevel):
-        # As it is loaded.
+        # As `Ladder.load_level` does.
         module.orthonormalise()
     level = replace(level, denoising_error=denoising_error(module, images, a, device))
     replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level.__dict__}))
@@ -215,7 +216,7 @@ def _store(
 
 
 def _saved(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What `_store` has written of a level of the `wanted` settings, if all of it is still in `folder`."""
+    """Record that `_store` wrote of a level of the `wanted` settings, or None unless all its files are in `folder`."""
     if not (folder / ENTRY).exists():
         return None
     saved: dict[str, Any] = json.loads((folder / ENTRY).read_bytes())

@@ -1,4 +1,4 @@
-"""Training configuration: what to train, read from YAML."""
+"""Training configuration of a ladder, read from YAML."""
 
 import re
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from mlem_dist.files import check_text
 from mlem_dist.solver.schedule import alpha_bar
 
 RESERVED = ("training", "scheduler")
-"""Folders of a ladder that are no level's."""
+"""Names of the folders in a ladder that belong to no level."""
 
 KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a mapping", list: "a list"}
 
@@ -21,8 +21,8 @@ KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a map
 class LevelConfig:
     """One level: a Gaussian of a rank, or a UNet with its `UNet2DModel` arguments and its training length.
 
-    A UNet with a `teacher`, the name of another UNet level, learns that level's prediction instead of the noise.
-    It computes in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), by torch.compile where `compile` is set.
+    A UNet with a `teacher`, the name of another UNet level, learns the teacher's prediction instead of the noise. A
+    UNet trains in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), with torch.compile if `compile` is set.
     """
 
     name: str
@@ -44,7 +44,7 @@ class LevelConfig:
 class TrainConfig:
     """A ladder to train. `sample_shape` is (C, H, W); `scheduler` is a diffusers scheduler configuration.
 
-    `labels` are the class names wanted: none for an unconditional ladder, None for those of the data.
+    `labels` are the class names: empty for an unconditional ladder, None to take those of the data.
     """
 
     name: str
@@ -68,19 +68,19 @@ def _build(kind: type, values: Any, where: str) -> Any:
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
-    """The value, if it is of the type of its field; YAML has lists for tuples."""
+    """The value, if it has the type of its field; YAML has lists in place of tuples."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise UsageError(f"{where} is {value!r}, expected one of {', '.join(get_args(kind))}")
     elif kind is float:
         try:
-            # YAML takes 1e-3, without a point, for text.
+            # YAML reads 1e-3, without a point, as text.
             return float(value)
         except (TypeError, ValueError):
             raise UsageError(f"{where} is {value!r}, expected a number") from None
     else:
         plain = {int: int, str: str, bool: bool, dict: dict}.get(get_origin(kind) or kind, list)
-        # A bool is an int to Python.
+        # In Python, a bool is an int.
         if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
             raise UsageError(f"{where} is {value!r}, expected {KINDS[plain]}")
     return value
@@ -90,7 +90,7 @@ def read_config(path: Path) -> TrainConfig:
     """Read a training configuration.
 
     Raises:
-        UsageError: the file is missing, is not YAML, or has unknown, missing or wrong keys.
+        UsageError: if the file is missing, is not YAML, or has unknown, missing or wrong keys.
     """
     try:
         raw = yaml.safe_load(path.read_bytes())
@@ -138,13 +138,13 @@ def _sample_shape(values: Any, where: str) -> tuple[int, int, int]:
 
 
 def _wrong(level: LevelConfig, config: TrainConfig) -> str | None:
-    """What is wrong with a level, if anything."""
+    """First error in the configuration of a level, or None."""
     channels, height, width = config.sample_shape
     if not re.fullmatch(r"\w[\w.+-]*", level.name) or level.name in RESERVED:
         return f"expected a name that can be a folder's, other than {' and '.join(RESERVED)}"
     if level.kind == "gaussian":
         values = channels * height * width
-        # The rest of the variance needs a direction to lie in.
+        # The residual variance needs at least one direction outside the basis.
         return None if 1 <= level.rank < values else f"rank is {level.rank}, expected 1 to {values - 1}"
     for key in ("steps", "batch_size", "patch"):
         if getattr(level, key) < 1:

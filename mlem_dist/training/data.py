@@ -41,22 +41,22 @@ PART_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
     **dict.fromkeys(("validation", "validate", "valid", "val", "dev", "eval", "evaluation"), "validation"),
 }
-"""Names of parts of a dataset, in lower case, with the kind of each."""
+"""Kinds of parts of a dataset, by the names of parts in lower case."""
 
 NOT_PICTURES = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "PDF"})
-"""Formats that Pillow has names for and that hold no pictures, or none that it can read."""
+"""Formats that Pillow names, but that hold no pictures or none that Pillow can read."""
 
 UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})
-"""Suffixes of pictures that Pillow may be unable to read: such files are refused then, not skipped."""
+"""Suffixes of pictures that Pillow may be unable to read. Files that it cannot read are refused, not skipped."""
 
 HELD_OUT_SHARE = 0.1
 MOST_HELD_OUT = 10_000
 
 FIRST_MODES = {"LAB": "RGB", "La": "LA"}
-"""Modes of pixels that Pillow does not convert to grey, with the mode through which it does."""
+"""Pixel modes that Pillow cannot convert to grey directly, each with the mode to convert to first."""
 
 BATCH = 1000
-"""Encoded images of a Parquet file that are in memory at a time."""
+"""Number of encoded images of a Parquet file that are in memory at a time."""
 
 Shape = tuple[int, int, int]
 
@@ -66,9 +66,9 @@ class Images:
     """Images as uint8 (n, C, H, W) with int64 labels (n,), in a training and a held-out part.
 
     Attributes:
-        labels: class names; empty if the images are to be taken without their classes.
-        resized: how many were larger than the sample shape and have been cropped and scaled down.
-        skipped: how many files lay among the pictures and are none.
+        labels: class names; empty if the images are used without classes.
+        resized: number of images larger than the sample shape, which have been cropped and scaled down.
+        skipped: number of files among the pictures that are not pictures.
     """
 
     train: Tensor
@@ -90,12 +90,12 @@ class Images:
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of a dataset: images as uint8 (n, C, H, W), and their labels int64 (n,), if they have any.
+    """One part of a dataset: images as uint8 (n, C, H, W), and their labels as int64 (n,), if they have labels.
 
     Attributes:
-        resized: how many images were resized.
-        skipped: how many files among the pictures are none.
-        sources: the files that the labels are read from, each with its number of rows.
+        resized: number of images that were resized.
+        skipped: number of files among the pictures that are not pictures.
+        sources: the files from which the labels are read, each with its number of rows.
     """
 
     pixels: np.ndarray
@@ -105,7 +105,7 @@ class _Part:
     sources: tuple[tuple[Path, int], ...] = ()
 
     def origin(self, row: int) -> str:
-        """The file that the label of an image is read from, and the row in it."""
+        """File and row in this file from which the label of image `row` is read."""
         for file, rows in self.sources:
             if row < rows:
                 return f"{file}: row {row}"
@@ -115,7 +115,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Dataset:
-    """A dataset as it was read: one part or two, and the names of the classes, if they have names."""
+    """Dataset as read: one or two parts, and the names of the classes or None if they have no names."""
 
     train: _Part
     test: _Part | None
@@ -123,36 +123,37 @@ class _Dataset:
 
 
 def load_images(folder: Path, sample_shape: Shape, labels: Sequence[str] | None) -> Images:
-    """Read the image dataset in `folder`, in whichever of these forms it lies there:
+    """Read the image dataset in `folder`, in any of these forms:
 
     - the four IDX files of MNIST, plain or gzipped;
     - Parquet files, in `folder`/data, else in `folder`, else in one folder further down, with a column `image` (encoded
       files as binary, or as Hugging Face's struct of bytes and path) and, if there are classes, an integer column
-      `label`; a word in the file's name or in that of a folder on the way says which part it belongs to;
-    - pictures in one folder per class, or directly in `folder` if there are no classes; or that in folders that are the
-      parts of the dataset by their names.
+      `label`. A word in the name of the file, or of a folder above it, gives the part that the file belongs to;
+    - pictures in one folder per class, or directly in `folder` if there are no classes;
+    - folders of pictures in the previous form, each named as a part of the dataset.
 
-    `PART_NAMES` has the names of parts, in any case. The test part is the held-out one, else the validation part; where
-    the training part has classes and a held-out part has none, or the label -1 throughout, that part is passed over.
-    Where no part is left to be held out, a tenth of the images, at most 10,000, the same ones at every call, become it.
+    `PART_NAMES` lists the names of parts, in any case. The test part is held out, or else the validation part. If the
+    training part has classes, held-out parts without labels, or with the label -1 throughout, are ignored. If no
+    held-out part is left, a tenth of the images, at most 10,000, is held out: the same images at every call.
 
-    Hidden files and folders are passed over at every depth, links to files and folders followed. Among pictures, files
-    that neither have a picture's suffix nor begin as one are skipped.
+    Hidden files and folders are ignored at every depth; links to files and folders are followed. Among pictures, a file
+    is skipped if neither its suffix nor its first bytes are those of a picture.
 
-    Pictures are turned upright and made grey (C = 1) or RGB (C = 3; transparency is dropped). Smaller ones than the
-    sample shape are zero-padded to it, larger ones cropped to its aspect ratio around the centre and scaled down.
+    Pictures are turned upright and converted to grey (C = 1) or RGB (C = 3; transparency is dropped). Pictures smaller
+    than the sample shape are zero-padded to it. Larger ones are cropped to its aspect ratio around the centre and
+    scaled down.
 
-    `labels` are the class names in the order wanted, none to ignore the classes, or None to take the dataset's.
+    `labels` are the class names in the order wanted, empty to ignore the classes, or None to take the dataset's.
 
     Raises:
-        UsageError: there is no such data, a file is not what it should be, its parts cannot be told from its classes,
-            or its classes are not `labels`.
+        UsageError: if there is no such dataset, a file is broken, the parts cannot be told from the classes, or the
+            classes are not `labels`.
     """
     if not folder.is_dir():
         raise UsageError(f"no training data: {folder} is not a folder")
     classes = labels is None or len(labels) > 0
     with warnings.catch_warnings():
-        # Of pictures that it reads nevertheless.
+        # Pillow warns of large pictures that it reads nevertheless.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         if any("-idx3-ubyte" in path.name for path in _visible(folder)[0]):
             dataset = _read_idx(folder, sample_shape)
@@ -164,7 +165,7 @@ def load_images(folder: Path, sample_shape: Shape, labels: Sequence[str] | None)
 
 
 def _assemble(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> Images:
-    """Hold a part out if there is none, and number the classes as `labels` does."""
+    """Hold out a part if there is none, and number the classes in the order of `labels`."""
     train = dataset.train
     if dataset.test is None:
         n = len(train.pixels)
@@ -190,7 +191,7 @@ def _rows(part: _Part, rows: np.ndarray) -> _Part:
 
 
 def _classes(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> tuple[tuple[str, ...], np.ndarray]:
-    """The class names, and each of the dataset's class numbers in their order."""
+    """Class names, and the index among them of each class of the dataset, int64 (classes,)."""
     parts = [(part, part.label) for part in (dataset.train, dataset.test) if part and part.label is not None]
     if not parts or (labels is not None and not labels):
         if labels:
@@ -224,7 +225,7 @@ def _names(folders: Sequence[Path]) -> str:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """The files and folders in a folder, and links to such, by name; hidden ones and those of systems are left out."""
+    """Files and folders in a folder, and links to them, by name, without hidden entries and system folders."""
     try:
         with os.scandir(folder) as scan:
             entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -238,7 +239,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files and the folders in a folder, by name; see `_entries`."""
+    """Files and folders in a folder, each by name; see `_entries`."""
     entries = _entries(folder)
     return [folder / entry.name for entry in entries if entry.is_file()], [
         folder / entry.name for entry in entries if entry.is_dir()
@@ -246,7 +247,7 @@ def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _files_below(folder: Path, above: tuple[os.stat_result, ...] = ()) -> Iterator[Path]:
-    """The files in a folder and in those in it, at every depth, by path; `above` are the folders that it lies in."""
+    """Files in a folder at every depth, by path; `above` are the folders that contain the folder."""
     status = folder.stat()
     if any(os.path.samestat(status, other) for other in above):
         raise UsageError(f"{folder} is a link to a folder that it lies in; remove it")
@@ -258,32 +259,33 @@ def _files_below(folder: Path, above: tuple[os.stat_result, ...] = ()) -> Iterat
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """The words of a name, in lower case; one that names a part of a dataset as that part's kind."""
+    """Words of a name, in lower case; a word that names a part of a dataset is replaced by the part's kind."""
 
     def word(text: str) -> str:
         plain = text.casefold()
         return PART_NAMES.get(re.sub("(set|data|images)$", "", plain), plain)
 
-    # Digits and signs separate words and, in what names no part as it is, a capital after a small letter: trainA.
+    # Digits and signs separate words. In runs of letters that name no part, a capital after a small letter does so too,
+    # as in trainA.
     runs: list[str] = re.findall(r"[^\W\d_]+", name)
     parts = [[run] if word(run) in KINDS else re.split("(?<=[a-z])(?=[A-Z])", run) for run in runs]
     return tuple(word(text) for part in parts for text in part)
 
 
 def _kinds(names: Sequence[str]) -> set[str]:
-    """The kinds of the parts of a dataset that any word in these names says."""
+    """Kinds of the parts of a dataset that the words in these names stand for."""
     return {word for name in names for word in _words(name)} & KINDS
 
 
 def _pad(pixels: np.ndarray, sample_shape: Shape) -> np.ndarray:
-    """Images (..., C, h, w) in the middle of black ones (..., C, H, W)."""
+    """Images (..., C, h, w), centred in black images (..., C, H, W)."""
     height, width = (large - small for large, small in zip(sample_shape[1:], pixels.shape[-2:], strict=True))
     sides = ((height // 2, height - height // 2), (width // 2, width - width // 2))
     return np.pad(pixels, ((0, 0),) * (pixels.ndim - 2) + sides)
 
 
 def _fit(image: Image.Image, sample_shape: Shape) -> tuple[np.ndarray, bool]:
-    """A picture as uint8 (C, H, W), and whether it was resized."""
+    """Picture as uint8 (C, H, W), and whether it was resized."""
     channels, height, width = sample_shape
     image = ImageOps.exif_transpose(image)
     if first := FIRST_MODES.get(image.mode):
@@ -298,20 +300,20 @@ def _fit(image: Image.Image, sample_shape: Shape) -> tuple[np.ndarray, bool]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The formats of pictures that Pillow reads here."""
+    """Picture formats that this installation of Pillow reads."""
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_PICTURES)
 
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """The suffixes of pictures, in lower case."""
+    """Suffixes of pictures, in lower case."""
     known = Image.registered_extensions()
     return UNREAD_SUFFIXES | {suffix for suffix, name in known.items() if name not in NOT_PICTURES}
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its suffix or, with another suffix or none, by its first bytes."""
+    """Whether a file is a picture by its suffix or, failing that, by its first bytes."""
     if path.suffix.lower() in _suffixes():
         return True
     with path.open("rb") as file:
@@ -325,7 +327,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _has_pictures(folder: Path) -> bool:
-    """Whether a folder has pictures in it, at any depth."""
+    """Whether a folder contains pictures, at any depth."""
     return any(map(_is_picture, _files_below(folder)))
 
 
@@ -344,7 +346,7 @@ def _decode(data: bytes, name: str, sample_shape: Shape) -> tuple[np.ndarray, bo
     except Image.DecompressionBombError as error:
         size = str(error).partition(",")[0]
         raise UsageError(f"{name} is of a size that cannot be taken ({size}); scale it down or remove it") from None
-    # What Pillow raises for broken files.
+    # Errors that Pillow raises for broken files.
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise UsageError(f"{name} is a broken image ({error}); remove or replace it") from None
 
@@ -388,7 +390,7 @@ def _read_idx(folder: Path, sample_shape: Shape) -> _Dataset:
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    """The Parquet files of a dataset; none if there are none or they only describe pictures."""
+    """Parquet files of a dataset; empty if there are none, or if they only describe pictures."""
     configs: dict[Path, list[Path]] = {}
     for base in (folder / "data", folder):
         configs = _configs(base) if base.is_dir() else {}
@@ -407,7 +409,7 @@ def _parquet_files(folder: Path) -> list[Path]:
 
 
 def _configs(base: Path) -> dict[Path, list[Path]]:
-    """The Parquet files in a folder at every depth, by the folder that holds their dataset: above that of a part."""
+    """Parquet files in a folder at every depth, by the folder of their dataset, which contains the folders of parts."""
     configs: dict[Path, list[Path]] = {}
     for file in _files_below(base):
         if file.suffix.lower() == ".parquet":
@@ -426,7 +428,7 @@ def _describes(file: Path) -> bool:
 
 
 def _parquet_parts(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each part of a dataset, by kind; those whose part nothing says are of the training part."""
+    """Files of each part of a dataset, by kind; files whose names give no part belong to the training part."""
     parts: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
     for file in files:
@@ -488,14 +490,14 @@ def _schema(file: Path) -> pa.Schema:
 
 
 def _class_names(schema: pa.Schema) -> tuple[str, ...] | None:
-    """The names of a Hugging Face ClassLabel."""
+    """Class names of a Hugging Face ClassLabel, or None."""
     info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
     return tuple(names) if names else None
 
 
 def _unlabelled(files: Sequence[Path]) -> bool:
-    """Whether the images of a part have no labels, or only -1, as Hugging Face's test parts do."""
+    """Whether the images of a part have no labels, or only the label -1, as in Hugging Face's test parts."""
     return all("label" not in _schema(file).names or set(_labels(file)) <= {None, -1} for file in files)
 
 
@@ -544,10 +546,10 @@ def _parquet_part(files: Sequence[Path], labelled: bool, sample_shape: Shape) ->
 
 
 def _named_parts(folders: Sequence[Path]) -> list[tuple[str, Path]]:
-    """The folders that are parts of a dataset by their names, with the kind of each.
+    """Folders that are parts of a dataset by their names, each with its kind.
 
-    These are `Train`, `val2017` and, if there is another part of that name, `birds_train` and `birds_test`:
-    `bullet_train` alone is a class.
+    `Train` and `val2017` are parts. `birds_train` and `birds_test` are parts if both exist; `bullet_train` alone is a
+    class.
     """
     alike: dict[tuple[str, ...], list[tuple[str, Path]]] = {}
     for folder in folders:
@@ -564,7 +566,7 @@ def _named_parts(folders: Sequence[Path]) -> list[tuple[str, Path]]:
 
 
 def _part_folders(folder: Path) -> dict[str, Path]:
-    """The parts of a dataset of pictures, by kind; none if its folders are classes."""
+    """Folders of the parts of a dataset of pictures, by kind; empty if its folders are classes."""
     _, folders = _visible(folder)
     named = _named_parts(folders)
     parts = dict(named)
@@ -590,7 +592,7 @@ def _read_pictures(folder: Path, sample_shape: Shape, classes: bool) -> _Dataset
     train, names = _picture_part(parts.get(TRAIN, folder), sample_shape, classes)
     for kind in HELD_OUT:
         held = parts.get(kind)
-        # Pictures without classes are of no use beside those with them.
+        # Held-out pictures without classes are of no use if the training part has classes.
         if held is None or (names and not _visible(held)[1]):
             continue
         test, others = _picture_part(held, sample_shape, classes)
@@ -604,7 +606,7 @@ def _read_pictures(folder: Path, sample_shape: Shape, classes: bool) -> _Dataset
 
 
 def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Part, tuple[str, ...] | None]:
-    """The pictures of a folder, and their classes if these are wanted and the pictures lie in class folders."""
+    """Pictures of a folder, and the class names if `classes` is set and the pictures lie in class folders."""
     beside, folders = _visible(folder)
     groups = [list(_files_below(group)) for group in folders]
     if folders:
@@ -637,15 +639,15 @@ def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Pa
 def _check_classes(
     folder: Path, beside: Sequence[Path], folders: Sequence[Path], groups: Sequence[Sequence[Path]]
 ) -> None:
-    """Refuse pictures beside class folders, and parts of a dataset as class folders or in them.
+    """Refuse pictures beside class folders, and parts of a dataset as class folders or inside them.
 
     Args:
-        folder: the folder that the class folders lie in.
-        beside: the files beside them.
+        folder: the folder that contains the class folders.
+        beside: the files beside the class folders.
         folders: the class folders.
-        groups: the files in each.
+        groups: the files in each class folder.
     """
-    # Other files there may describe the dataset; pictures would be left out silently.
+    # Other files beside them may describe the dataset, but pictures would be skipped silently.
     if stray := next(filter(_is_picture, beside), None):
         raise UsageError(f"{stray} lies beside the class folders of {folder}; move it into one of them")
     if len(_named_parts(folders)) == len(folders):

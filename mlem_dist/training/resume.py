@@ -1,12 +1,12 @@
-"""What an earlier call has left in a ladder's folder, and whether this one may go on from it.
+"""State that earlier calls have left in a ladder's folder, and the check that training can continue from it.
 
 OUT/training/<level>/checkpoint.safetensors   see `train_unet`
 OUT/training/<level>/log.jsonl                the loss log
-OUT/training/<level>/settings.json            what the checkpoint was trained with
-OUT/training/<level>/stored/                  the trained level, until all are and it moves to OUT
-OUT/training/<level>/stored/level.json        its entry for ladder.json, and the settings it was trained with
-OUT/training/finished.json                    the settings of all levels of the ladder in OUT
-OUT/training/stale-DIGEST/                    what was measured of the ladder that was in OUT before
+OUT/training/<level>/settings.json            settings that the checkpoint was trained with
+OUT/training/<level>/stored/                  the trained level, until all levels are trained and it moves to OUT
+OUT/training/<level>/stored/level.json        the level's entry for ladder.json, and the settings of its training
+OUT/training/finished.json                    settings of all levels of the ladder in OUT
+OUT/training/stale-DIGEST/                    measurements of an earlier ladder in OUT
 """
 
 import json
@@ -36,15 +36,15 @@ STORED = "stored"
 ENTRY = "level.json"
 
 FREE = ("steps", "batch_size", "learning_rate", "ema", "precision", "compile")
-"""Settings that may differ from those of a checkpoint: they say how to go on from it, not what it is."""
+"""Settings that may differ from those of a checkpoint: they affect how training continues, not what the model is."""
 
 
 TEACHER = "its teacher's "
-"""Prefix of a pupil's settings that are its teacher's."""
+"""Prefix, in a pupil's settings, of the keys that are settings of its teacher."""
 
 
 def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[str, Any]:
-    """All that decides a trained level, flat, as JSON would give it back."""
+    """All settings that determine a trained level, as a flat dictionary in the form that JSON returns."""
     values: dict[str, Any] = {
         "sample_shape": config.sample_shape,
         "labels": images.labels,
@@ -69,11 +69,11 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
 
 
 def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
-    """Whether `out` holds the finished ladder of this configuration already. Touches nothing.
+    """Whether `out` already holds the finished ladder of this configuration. Changes no file.
 
     Raises:
-        UsageError: `out` is not writable, or holds something else; a class has too few images; a UNet cannot be built;
-            a checkpoint is unreadable, or was trained with other settings.
+        UsageError: if `out` is not writable or holds something else, a class has too few images, a UNet cannot be
+            built, or a checkpoint is unreadable or was trained with other settings.
     """
     check_writable(out)
     names = own_names(path.name for path in out.iterdir()) if out.is_dir() else []
@@ -98,7 +98,7 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
 
 
 def ladder_settings(config: TrainConfig, images: Images) -> dict[str, Any]:
-    """The settings of all levels in their order."""
+    """Name of the ladder, and settings of all levels in their order."""
     return {
         "name": config.name,
         "levels": [[level.name, level.kind, settings(config, level, images)] for level in config.levels],
@@ -106,7 +106,7 @@ def ladder_settings(config: TrainConfig, images: Images) -> dict[str, Any]:
 
 
 def begin_training(config: TrainConfig, images: Images, out: Path) -> None:
-    """Write down what the checkpoints of this call are trained with, and remove what a kill has left half written."""
+    """Write the settings of the checkpoints of this call, and remove files that a kill has left half written."""
     for level in config.levels:
         folder = out / WORK / level.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,10 +116,10 @@ def begin_training(config: TrainConfig, images: Images, out: Path) -> None:
 
 
 def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module:
-    """The level's UNet, without memory for its weights, after a sample has passed through it.
+    """UNet of the level, built without memory for its weights and checked by a forward pass.
 
     Raises:
-        UsageError: it cannot be built, or not for samples of this shape.
+        UsageError: if the UNet cannot be built, or not for samples of this shape.
     """
     a, shape, patch = alpha_bar(config.scheduler), config.sample_shape, level.patch
     gaussian = GaussianLevel(1, 1, 1, a) if level.prediction == "residual" else None
@@ -142,7 +142,7 @@ def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], 
         was = json.loads((folder / SETTINGS).read_bytes())
         skipped = set(FREE)
         if TEACHER + "patch" not in was:
-            # Versions before 0.3 kept less of a teacher.
+            # Versions before 0.3 stored fewer settings of a teacher.
             skipped |= {key for key in wanted.keys() - was.keys() if key.startswith(TEACHER)}
         for key in sorted({*was, *wanted} - skipped):
             if was.get(key) != wanted.get(key):

@@ -1,4 +1,4 @@
-"""Train the levels of a ladder side by side, each as a Ray task."""
+"""Train the levels of a ladder in parallel, each as a Ray task."""
 
 from __future__ import annotations
 
@@ -24,42 +24,43 @@ POLL_SECONDS = 0.5
 TENSORS = ("train", "train_label", "test", "test_label")
 
 TrainingProgress = Mapping[str, tuple[int, float]]
-"""For each level that has begun: the steps done, and the loss."""
+"""Number of steps done and the loss, by the names of the levels that have begun."""
 
 
 class Board:
-    """An actor on which tasks post their progress."""
+    """Actor on which tasks post their progress."""
 
     def __init__(self) -> None:
         self.posted: dict[str, tuple[int, float]] = {}
 
     def post(self, name: str, done: int, loss: float) -> None:
-        """Say how far a level is."""
+        """Post the progress of a level."""
         self.posted[name] = (done, loss)
 
     def read(self) -> TrainingProgress:
-        """What was said last of each level."""
+        """Latest progress of each level."""
         return self.posted
 
 
 def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) -> Iterator[TrainingProgress]:
-    """Train what is not yet trained, on the connected Ray, and write the ladder to `out`; progress twice a second.
+    """Train the levels that are not yet trained, on the connected Ray, and write the ladder to `out`.
 
-    A level takes its share of the cores, and of the GPUs if it is trained there, and begins when the levels that it
-    needs are there. The result is that of `train_ladder` with as many threads. `check_training` has been called before.
+    Yields the progress twice a second. A level takes its share of the cores, and of the GPUs if it is trained there. It
+    begins when the levels that it needs are trained. The result is that of `train_ladder` with as many threads. The
+    caller must call `check_training` before.
 
     Raises:
-        DivergedError: a loss became NaN or infinite.
-        RuntimeError: there is not enough memory, or the process of a level died.
+        DivergedError: if the loss or the held-out error of a level is NaN or infinite.
+        RuntimeError: if there is not enough memory, or the process of a level dies.
     """
-    # The first error is raised; Ray would print those of results that nobody asks for afterwards.
+    # Only the first error is raised. Ray would print the errors of results that are never fetched.
     os.environ["RAY_IGNORE_UNHANDLED_ERRORS"] = "1"
     begin_training(config, images, out)
     threads, gpus = level_share(config)
     kind: Any = ray.remote(Board)
     board = kind.options(num_cpus=0).remote()
     task: Any = ray.remote(_train)
-    # As arrays, so that the levels on a machine share one copy.
+    # Arrays and not tensors, so that the levels on a machine share one copy.
     arrays = [ray.put(getattr(images, name).numpy()) for name in TENSORS]
     modules: dict[str, Any] = {}
     running: dict[Any, str] = {}
@@ -70,7 +71,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
             num_returns=2,
             num_cpus=threads,
             num_gpus=gpus if device == "cuda" else 0,
-            # Ray would begin a level again and again that is too large for the memory.
+            # Ray would restart a level that is too large for the memory again and again.
             max_retries=0,
         ).remote(board, config, level, images.labels, out.absolute(), gaussian, teacher, device, threads, *arrays)
         running[entry] = level.name
@@ -83,7 +84,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
                 stored[name] = _result(ref, name)
             yield ray.get(board.read.remote())
     finally:
-        # Those only that have not ended: a cancel that meets the end of its task can abort this process, a race in Ray.
+        # Cancel only tasks that have not ended: a race in Ray lets a cancel at the end of its task abort this process.
         for ref in running:
             ray.cancel(ref, force=True)
         ray.kill(board)
@@ -91,12 +92,12 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
 
 
 def level_share(config: TrainConfig) -> tuple[int, float]:
-    """The threads of a level and its part of a GPU: of the connected Ray's, when as many train side by side as can.
+    """Number of threads and share of a GPU for each level, if the connected Ray trains as many in parallel as possible.
 
-    Small UNets leave most of a GPU idle, so that several share one where there are fewer GPUs than levels.
+    Small UNets leave most of a GPU idle, so several levels share a GPU if there are fewer GPUs than levels.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # A head may have none, and takes no part.
+    # A head node may have no cores, and then trains no level.
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     pupils = sum(bool(level.teacher) for level in config.levels)
     beside = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
@@ -109,7 +110,7 @@ def _result(ref: Any, name: str) -> Any:
         return ray.get(ref)
     except RayTaskError as error:
         cause: Any = error
-        # That of a level whose teacher failed is the teacher's.
+        # The error of a level whose teacher failed wraps the teacher's error.
         while isinstance(cause, RayTaskError) and cause.cause is not cause:
             cause = cause.cause
         raise cause from None
@@ -147,6 +148,6 @@ def _train(
 
     trained = train_level(config, level, images, out, gaussian, teacher, device, post)
     if last is not None:
-        # Whoever sees that this task has ended sees all of its steps.
+        # Wait for the last post, so that the board has all steps when this task ends.
         ray.get(last)
     return trained

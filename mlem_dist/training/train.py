@@ -1,4 +1,4 @@
-"""Train the levels of a ladder, each on its own, resumable at any kill."""
+"""Train the levels of a ladder, each on its own; training resumes after a kill at any time."""
 
 import json
 import math
@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DivergedError(RuntimeError):
-    """The loss or the held-out error became non-finite; the last checkpoint is kept."""
+    """The loss or the held-out error is not finite; the last checkpoint is kept."""
 
 
 @lru_cache(maxsize=2)
@@ -43,7 +43,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def _batch(
     images: Images, seed: int, level: LevelConfig, timesteps: int, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Step `step`'s images, labels, noise and timesteps: a function of the seed and the batch size, on any device."""
+    """Images, labels, noise and timesteps of step `step`: a function of the seed and the batch size on any device."""
     n = len(images.train)
     position = np.arange(step * level.batch_size, (step + 1) * level.batch_size)
     index = np.empty(level.batch_size, dtype=np.int64)
@@ -58,7 +58,7 @@ def _batch(
 
 
 def _learning_rate(level: LevelConfig, step: int) -> float:
-    """Cosine decay to zero after a linear warm-up over the first 2 % of the steps."""
+    """Learning rate of a step: linear warm-up over the first 2 % of the steps, then cosine decay to zero."""
     warm = max(1, level.steps // 50)
     return level.learning_rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / level.steps)))
 
@@ -75,7 +75,7 @@ def _check_finite(name: str, value: float, level: LevelConfig, step: int, folder
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a loss log, without one that a kill has cut off; none if there is no log."""
+    """Lines of a loss log, without a line that a kill has cut off; empty if there is no log."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
@@ -89,7 +89,7 @@ class _State:
         self.parameters, self.optimizer = dict(model.named_parameters()), optimizer
 
     def load(self, path: Path) -> int:
-        """Take the state in a checkpoint, and return the number of steps done."""
+        """Load the state from a checkpoint, and return its number of steps."""
         with safe_open(path, "pt") as file:
             for name, value in self.weights.items():
                 value.copy_(file.get_tensor(f"model/{name}"))
@@ -106,7 +106,7 @@ class _State:
         return step
 
     def save(self, path: Path, step: int) -> None:
-        """Write a checkpoint: one flat dictionary, so that it needs no pickle, of no device and memory layout."""
+        """Write a checkpoint as one flat dictionary, without pickle and independent of device and memory layout."""
         tensors = {f"model/{name}": value for name, value in self.weights.items()}
         tensors |= {f"average/{name}": value for name, value in self.averaged.items()}
         for name, parameter in self.parameters.items():
@@ -116,7 +116,7 @@ class _State:
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """Move the average."""
+        """Update the moving average of the weights."""
         for name, value in self.weights.items():
             self.averaged[name].lerp_(value, 1 - decay)
 
@@ -133,16 +133,17 @@ def train_unet(
 ) -> UNetLevel:
     """Train one UNet level on `device`, and return its exponential moving average.
 
-    It learns to predict the noise or, with a `teacher`, what that level predicts; a "residual" corrects `gaussian`.
-    In bfloat16 the UNet computes with float32 weights. On a GPU convolutions are laid out channels last.
+    The level learns to predict the noise or, with a `teacher`, the teacher's prediction; a "residual" corrects
+    `gaussian`. In bfloat16, the UNet computes with float32 weights. On a GPU, convolutions are laid out channels last.
 
-    `folder` keeps `checkpoint.safetensors`, written every 45 seconds and from which a later call continues with the
-    same batches, on any device, and `log.jsonl`: every 100 steps a line with step, loss (mean squared error per value
-    of the model's output) and seconds; at every twentieth of the steps the held-out `denoising_error` of the average
-    as well. `progress` is called after each step with the number of steps done and the loss.
+    `folder` keeps `checkpoint.safetensors` and `log.jsonl`. The checkpoint is written every 45 seconds; a later call
+    continues from it with the same batches, on any device. The log has a line every 100 steps, with step, loss (mean
+    squared error per value of the model's output) and seconds. At every twentieth of the steps, the line also has the
+    held-out `denoising_error` of the average. `progress` is called after each step with the number of steps done and
+    the loss.
 
     Raises:
-        DivergedError: the loss or the held-out error is NaN or infinite; the last checkpoint stays, and is of before.
+        DivergedError: if the loss or the held-out error is NaN or infinite; the last checkpoint, from before, is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = folder / CHECKPOINT, folder / LOG
@@ -156,11 +157,11 @@ def train_unet(
     if teacher is not None:
         teacher.to(device)
     if device == "cuda":
-        # On CPU this layout was measured to gain nothing.
+        # On a CPU, this layout gains nothing.
         unet.to(memory_format=torch.channels_last)
     average = deepcopy(model).eval()
     if level.precision == "bfloat16" or (level.precision == "auto" and device == "cuda"):
-        # The UNet alone: what surrounds it divides by sqrt(alpha_bar), which would magnify the rounding.
+        # The UNet alone: the code around it divides by sqrt(alpha_bar), which would magnify rounding errors.
         unet.forward = torch.autocast(device, torch.bfloat16)(unet.forward)
     if level.compile:
         unet.compile()
@@ -179,7 +180,7 @@ def train_unet(
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _batch(images, config.seed, level, len(a), step)
 
-    # The next batch is made while this one is learnt from.
+    # The next batch is prepared while the model trains on the current one.
     with log_file.open("a", encoding="utf-8") as log, ThreadPoolExecutor(1) as maker:
         coming = maker.submit(batch, start)
         for step in range(start, level.steps):
@@ -191,7 +192,7 @@ def train_unet(
             loss = (model.loss_weight(t) * (model(x, t, label) - target).square()).mean()
             losses.append(loss.item())
             _check_finite("loss", losses[-1], level, step, folder)
-            # Here and not after the update, whose outcome only the next loss shows.
+            # Save before the update, because only the next loss shows whether the update diverges.
             if step > start and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 state.save(checkpoint, step)
                 saved_at = time.monotonic()
@@ -221,7 +222,7 @@ def train_unet(
 
 
 def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> GaussianLevel:
-    """The Gaussian level of the training images."""
+    """Gaussian level fitted to the training images."""
     classes, d = max(1, len(images.labels)), math.prod(config.sample_shape)
     gaussian = GaussianLevel(classes, d, level.rank, alpha_bar(config.scheduler))
     gaussian.fit(images.train, images.train_label, to_range)
@@ -232,9 +233,9 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
 def denoising_error(
     model: nn.Module, images: Images, a: np.ndarray, device: str = "cpu", per_band: int = 1000
 ) -> list[float]:
-    """Mean squared error per value of the predicted noise on held-out images, in equal bands of timesteps.
+    """Mean squared error per value of the predicted noise on held-out images, by equal bands of timesteps.
 
-    The images, timesteps and noises are the same for every level. `device` is the model's.
+    The images, timesteps and noises are the same for every level. `device` is the device of the model.
     """
     test, label = images.test.to(device), images.test_label.to(device)
     return denoising_errors(model, test, label, a, BANDS, per_band).mean(1).tolist()

@@ -1,7 +1,7 @@
 """Measure a ladder on a device: time, denoising error, increments, their effect on the samples, gamma, speed-up.
 
-The result is stored as `calibration.json`, by device, beside the ladder or in a folder of its own; it is no part of the
-ladder's digest.
+The results are stored by device in `calibration.json`, in the ladder's folder or in another folder. They are not part
+of the ladder's digest.
 """
 
 from __future__ import annotations
@@ -31,16 +31,19 @@ from mlem_dist.tuning.neyman import nfe_at_error, rung_sets
 from mlem_dist.tuning.tell import TellStage
 
 BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}
-"""Of the times, by device type; by the last one levels are compared."""
+"""Batch sizes at which levels are timed, by device type. The last one gives the costs by which levels are compared."""
 EM_STEPS = (5, 10, 20, 50)
 RESAMPLES = 200
 
 
 @dataclass(frozen=True)
 class LevelCalibration:
-    """One level: `seconds` per sample by batch size, and `denoising_error`, mean squared error per value by band.
+    """Measurements of one level.
 
-    `compiled` is as `seconds`, by torch.compile: empty where that was not measured, and for Gaussian levels.
+    Attributes:
+        seconds: seconds per sample, by batch size.
+        compiled: `seconds` with torch.compile; empty if not measured, and for Gaussian levels.
+        denoising_error: mean squared error per value of the predicted noise, by band of timesteps, float64 (bands,).
     """
 
     name: str
@@ -57,16 +60,16 @@ class LevelCalibration:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """What ML-EM saves at the error that Euler-Maruyama with the best level makes in `em_steps` steps.
+    """Predicted speed-up of ML-EM over Euler-Maruyama with `em_steps` steps of the best level, at equal error.
 
     Attributes:
-        em_steps: m; Euler-Maruyama costs m T_K.
-        error: its mean squared error per value against the N-step trajectory of the same noise.
-        nfe: the expected cost of ML-EM on the N steps, in evaluations of the best level, with independent coins of
-            Neyman probabilities that add the same error to first order, on the best choice of rungs.
-        rungs: that choice, levels by number from 1.
+        em_steps: m, the number of Euler-Maruyama steps; their cost is m T_K.
+        error: mean squared error per value of Euler-Maruyama against the N-step trajectory with the same noise.
+        nfe: expected cost of ML-EM on the N steps with the best choice of rungs, in evaluations of the best level.
+            Its independent coins of Neyman's probabilities add `error` to first order.
+        rungs: the best choice of rungs, levels by number from 1.
         ratio: m / nfe, the predicted speed-up.
-        interval: of `ratio`, 95 % by bootstrap over samples.
+        interval: 95 % interval of `ratio`, by bootstrap over samples.
     """
 
     em_steps: int
@@ -79,14 +82,14 @@ class SpeedUp:
 
 @dataclass(frozen=True)
 class SolverCalibration:
-    """Trajectories of the best level with one solver of N steps.
+    """Measurements along trajectories of the best level, with one solver and N steps.
 
     Attributes:
-        t: int64 (N,), the timestep of each step.
-        increments: float64 (K, N), E|f^k - f^(k-1)|^2 per value at the states of the trajectory, f^0 = 0.
-        products: W_kl, float64 (K, K, N): with d_k the change of the final sample when step i's drift gains level k's
-            increment once more, to first order in it, the expectation of d_k d_l per value.
-        speed_up: by number of Euler-Maruyama steps.
+        t: timestep of each step, int64 (N,).
+        increments: E|f^k - f^(k-1)|^2 per value at the states of the trajectories, float64 (K, N), with f^0 = 0.
+        products: W_kl = E[d_k d_l] per value, float64 (K, K, N). At step i, d_k is the first-order change of the final
+            sample if level k's increment is added to the drift once more.
+        speed_up: predicted speed-ups, by number of Euler-Maruyama steps.
     """
 
     t: np.ndarray
@@ -96,22 +99,22 @@ class SolverCalibration:
 
     @property
     def effect(self) -> np.ndarray:
-        """W_k = W_kk, float64 (K, N): the expected squared change by each increment."""
+        """W_k = W_kk, float64 (K, N): expected squared change of the final sample by each increment."""
         return np.einsum("kki->ki", self.products)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything measured of a ladder on one device.
+    """All measurements of a ladder on one device.
 
     Attributes:
         device: "cpu" or "cuda", a slash, and the name of the processor or GPU.
-        samples: trajectories per solver.
-        images: held-out images per band of noise.
-        levels: cheapest first.
-        solvers: by name, "ddpm" and "ddim".
-        gamma: by what is set against time: "error", the UNets' denoising errors, and "increments", those between UNets
-            on the DDPM trajectories; empty for fewer than three UNets, through which any line could be drawn.
+        samples: number of trajectories per solver.
+        images: number of held-out images per band of timesteps.
+        levels: measurements of each level, cheapest first.
+        solvers: measurements by solver, "ddpm" and "ddim".
+        gamma: readings of gamma: "error" from the denoising errors of the UNets, "increments" from the increments
+            between UNets on the DDPM trajectories. Empty for fewer than three UNets, too few to fit a line to.
     """
 
     device: str
@@ -137,20 +140,21 @@ def calibrate(
 ) -> Calibration:
     """Measure `ladder` on `device`, "cpu" or "cuda".
 
-    Evaluates every level some 10 `per_band` + 2 `samples` `steps` times, and the best one 10 `samples` `steps` times.
+    The cost is about 10 `per_band` + 2 `samples` `steps` evaluations of every level. For the best level, the second
+    term is 10 `samples` `steps`.
 
     Args:
-        images: held-out images, uint8 (n, C, H, W), that no level was trained on.
-        label: int64 (n,), their classes.
-        progress: told what is being done.
-        per_band: images per band of noise for the denoising error.
-        steps: N of the trajectories, at most the length of the noise schedule.
-        samples: trajectories per solver.
-        compiled: whether to time UNets by torch.compile too, which takes about a minute per UNet and batch size.
+        images: held-out images, uint8 (n, C, H, W), on which no level was trained.
+        label: classes of the images, int64 (n,).
+        progress: callback with the current stage.
+        per_band: number of images per band of timesteps for the denoising error.
+        steps: N, the number of steps of the trajectories; capped at the length of the noise schedule.
+        samples: number of trajectories per solver.
+        compiled: whether to time UNets with torch.compile too, which takes about a minute per UNet and batch size.
 
     Raises:
-        UsageError: the ladder has one level only, or a level's weights are unreadable.
-        ArithmeticError: a level is not finite along a trajectory.
+        UsageError: if the ladder has only one level, or a level's weights are unreadable.
+        ArithmeticError: if a level is not finite along a trajectory.
     """
     if len(ladder.levels) < 2:
         raise UsageError(f"ladder {ladder.name!r} has one level, and calibration compares levels; expected two or more")
@@ -163,7 +167,7 @@ def calibrate(
         seconds = _seconds(ladder, modules[k], device)
         fast = {}
         if compiled and level.kind == "unet":
-            # Another copy: the rest is measured as `generate` runs it.
+            # Compile another copy: all other measurements run the level as `generate` does.
             module: Any = ladder.load_level(k, device)
             module.model.compile(dynamic=False)
             fast = _seconds(ladder, module, device)
@@ -207,7 +211,7 @@ def _along_trajectories(
     cost: np.ndarray,
     progress: TellStage,
 ) -> tuple[SolverCalibration, np.ndarray]:
-    """What is measured with one solver on samples of classes label (B,), and their increments, float64 (K, N, B)."""
+    """Measurements with one solver on samples of classes `label` (B,), and their increments, float64 (K, N, B)."""
 
     def report(stage: str, done: int, total: int) -> None:
         progress(f"{solver}: {stage}", done, total)
@@ -244,7 +248,7 @@ def _not_finite(level: Level, does: str) -> ArithmeticError:
 def _gamma(
     levels: Sequence[LevelCalibration], cost: np.ndarray, errors: np.ndarray, increments: np.ndarray
 ) -> dict[str, Reading]:
-    """Both readings, from errors (K, bands, per_band) and increments (K, samples); none for fewer than three UNets."""
+    """Readings of gamma from errors (K, bands, per_band) and increments (K, samples), or {} for too few UNets."""
     unets = [k for k, level in enumerate(levels) if level.kind == "unet"]
     upper = [k for k in unets if k - 1 in unets]
     if len(upper) < 2:
@@ -264,7 +268,7 @@ def best_trajectory(
     label: Tensor,
     progress: TellStage = lambda stage, done, total: None,
 ) -> list[Tensor]:
-    """x_0 ... x_N, each float32 (B, C, H, W), of Euler-Maruyama with the best of the levels 1 ... K."""
+    """States x_0 ... x_N of Euler-Maruyama with the best of the levels 1 ... K, each float32 (B, C, H, W)."""
     run = trajectory(table, single_level(len(levels), len(levels), len(table)), noise)
     states = []
     request = next(run)
@@ -285,21 +289,22 @@ def propagate(
     probe: Tensor,
     progress: TellStage = lambda stage, done, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The increments along a trajectory of the best level, and what each does to the final sample.
+    """Increments along a trajectory of the best level, and their first-order effects on the final sample.
 
-    With J_i the derivative of x_N by x_{i+1} along the trajectory, level k's increment D at step i moves the final
-    sample by J_i b_i D to first order. For a probe v of independent random signs, |J_i b_i D|^2 = E<v, J_i b_i D>^2,
-    so that one pass back over the trajectory, by `adjoint`, serves every level and step.
+    Let J_i be the derivative of x_N with respect to x_{i+1} along the trajectory. To first order, level k's increment D
+    at step i moves the final sample by J_i b_i D. For a probe v of independent random signs,
+    |J_i b_i D|^2 = E<v, J_i b_i D>^2. One backward pass over the trajectory, by `adjoint`, therefore serves every level
+    and step.
 
     Args:
-        levels: by number, 1 ... K.
+        levels: the levels, by number 1 ... K.
         states: x_0 ... x_N.
-        label: int64 (B,).
+        label: classes, int64 (B,).
         probe: v, signs +-1 in the shape of x.
 
     Returns:
-        float64 (K, N, B) each: mean square of the increments' values, and <v, J_i b_i D> over the root of the number of
-        values.
+        Two arrays, float64 (K, N, B): the mean square of the increments' values, and <v, J_i b_i D> divided by the
+        square root of the number of values.
     """
     increments, change = np.empty((2, len(levels), len(table), len(label)))
     for i, g, values in adjoint(levels, table, states, label, probe):
@@ -313,16 +318,16 @@ def propagate(
 def adjoint(
     levels: Mapping[int, Drift], table: StepTable, states: Sequence[Tensor], label: Tensor, probe: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """From the last step to the first, i, g_i = J_i^T v, the shape of x, and the increments at x_i, (K, B, C, H, W).
+    """Yield i, g_i = J_i^T v in the shape of x, and the increments at x_i, (K, B, C, H, W), from the last step back.
 
-    With J_i the derivative of x_N by x_{i+1} along the trajectory x_0 ... x_N of the best level,
+    J_i is the derivative of x_N with respect to x_{i+1} along the trajectory x_0 ... x_N of the best level:
 
         g_{N-1} = v ,    g_{i-1} = a_i g_i + b_i (df^K/dx (x_i, t_i))^T g_i
     """
     best, g = len(levels), probe
     for i in reversed(range(len(table))):
         t = torch.full_like(label, int(table.t[i]))
-        # The states may come out of inference mode.
+        # A copy, because the states may be inference tensors, which record no gradient.
         x = states[i].clone().requires_grad_()
         top = levels[best](x, t, label)
         with torch.no_grad():
@@ -333,7 +338,7 @@ def adjoint(
 
 
 def products_of(change: np.ndarray) -> np.ndarray:
-    """W_kl, float64 (K, K, N), from the changes (K, N, B) of `propagate`."""
+    """W_kl, float64 (K, K, N), from the changes (K, N, B) that `propagate` returns."""
     return np.einsum("kib,lib->kli", change, change) / change.shape[2]
 
 
@@ -345,7 +350,7 @@ def _per_sample(values: Tensor) -> np.ndarray:
 def _speed_up(
     em_steps: int, em: np.ndarray, change: np.ndarray, cost: np.ndarray, collapse: bool, rng: np.random.Generator
 ) -> SpeedUp:
-    """The comparison at `em_steps` steps, from errors em (B,) and changes (K, N, B) of the same samples."""
+    """Speed-up over `em_steps` Euler-Maruyama steps, from errors em (B,) and changes (K, N, B) of the same samples."""
 
     def nfe(rungs: tuple[int, ...], index: np.ndarray) -> float:
         return nfe_at_error(products_of(change[:, :, index]), rungs, cost, float(em[index].mean()), collapse)
@@ -358,7 +363,7 @@ def _speed_up(
 
 
 def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:
-    """Write the calibration into `folder`/calibration.json, as `store_entry` does."""
+    """Write the calibration into `folder`/calibration.json by `store_entry`, and return that path."""
     entry = _plain(asdict(calibration)) | {
         "gamma": {
             quantity: _plain(asdict(reading))
@@ -370,7 +375,7 @@ def store(folder: Path, ladder: Ladder, calibration: Calibration) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready: arrays as lists, numbers with six significant digits, infinities and NaN as None."""
+    """JSON-ready value: arrays as lists, numbers with six significant digits, infinities and NaN as None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, list, tuple)):

@@ -1,4 +1,4 @@
-"""Plans compared: the same initial noise and Brownian path for all, against the best level at many steps."""
+"""Comparison of plans with the best level at many steps, all on the same initial noise and Brownian path."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.tell import Tell
 
 BLOCK = {"cpu": 32, "cuda": 128}
-"""Samples that advance together, by device type, if there are so many; those of a block share a drawn plan."""
+"""Largest number of samples per block, by device type. All samples of a block share one drawn plan."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The cost of a plan and its distance from the reference.
+    """Cost of a plan and its error against the reference.
 
     Attributes:
-        seconds: per sample, measured on one block, and scaled by the ladder's costs from its plan to the mean of all.
+        seconds: seconds per sample, measured on one block. The ladder's costs scale the time from this block's plan to
+            the mean over the plans of all blocks.
         errors: mean squared error per value of each sample, float64 (n,).
     """
 
@@ -44,21 +45,23 @@ class Verdict:
 
 
 class Judge:
-    """`samples` trajectories of a ladder with one solver, in blocks of 32 or on a GPU 128, with classes in turn.
+    """Judge of plans on `samples` trajectories of a ladder with one solver, in blocks of 32 or, on a GPU, of 128.
+
+    The samples take the classes in turn.
 
     Args:
         ladder: the ladder.
         solver: "ddpm" or "ddim".
         device: "cpu" or "cuda".
-        steps: of the reference; for the SDE, those of a plan are a divisor of it.
-        samples: how many, a multiple of the block unless they are fewer.
-        seed: of the noises and coins; plans are chosen with one seed and judged with another.
-        cache: where the reference is kept, or None to compute it each time.
-        threads: blocks that advance at a time, each on one thread; on a GPU one.
+        steps: number of steps of the reference. For the SDE, the number of steps of a plan must divide it.
+        samples: number of samples: a multiple of the block size, or fewer than one block.
+        seed: seed of the noises and coins; plans are chosen with one seed and judged with another.
+        cache: folder that keeps the reference, or None to compute it each time.
+        threads: number of blocks that advance at a time, each on one thread; always 1 on a GPU.
 
     Attributes:
-        block: samples of a block.
-        levels: every level by number, as a module that has derivatives.
+        block: number of samples per block.
+        levels: every level by number, as a module that supports derivatives.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Judge:
         self.block = min(samples, BLOCK[device])
         assert samples % self.block == 0
         keep_memory()
-        # Within a block one thread: it is timed so, and sums over several would be rounded in another order.
+        # One thread per block: `timed` measures one thread, and several threads would round sums in another order.
         torch.set_num_threads(1)
         self.threads = threads if device == "cpu" else 1
         self.ladder, self.solver, self.device = ladder, solver, device
@@ -85,25 +88,28 @@ class Judge:
         self.fine = solver_table(ladder.alpha_bar, steps, solver)
 
     def use(self, levels: dict[int, nn.Module]) -> None:
-        """Run these instead of the ladder's levels; a reference that is known already stays as it is."""
+        """Run `levels` instead of the ladder's levels. A reference that is already computed does not change."""
         self.levels = levels
         self._run: dict[int, Drift] = {k: as_run(level, self.device) for k, level in levels.items()}
 
     def label(self, block: int) -> Tensor:
-        """int64 (B,): the classes of a block, the same ones in all blocks if there are at most B of them."""
+        """Classes of a block, int64 (B,): the same in all blocks if there are at most B classes."""
         classes = max(1, len(self.ladder.labels))
         first = block * self.block if classes > self.block else 0
         return torch.arange(first, first + self.block, device=self.device) % classes
 
     def noise(self, block: int, steps: int) -> Noise:
-        """The noise of a block for `steps` steps, one Brownian path for all; for the SDE a divisor of `self.fine`."""
+        """Noise of a block for `steps` steps, from one Brownian path for every number of steps.
+
+        For the SDE, `steps` must divide the length of `self.fine`.
+        """
         fine = block_noise(self.seed, block, (self.block, *self.ladder.sample_shape), self.device)
         return coarse_noise(fine, self.fine, len(self.fine) // steps)
 
     @cached_property
     def reference(self) -> Tensor:
-        """float32 (samples, C, H, W): the best level at every step."""
-        # One that was kept by a version that drew other noise is not that of the paths here.
+        """Final samples of the best level at every step, float32 (samples, C, H, W)."""
+        # The noise is part of the name: a version that drew other noise may have cached a reference for other paths.
         noise = hashlib.sha256(self.noise(0, len(self.fine))(-1).cpu().numpy().tobytes()).hexdigest()[:8]
         identity = self.ladder.digest[:12], self.solver, len(self.fine), self.seed, noise, self.samples, self.device
         name = f"{'-'.join(map(str, identity))}.safetensors"
@@ -116,21 +122,21 @@ class Judge:
         return ends
 
     def judge(self, plan: Plan | Recipe) -> Verdict:
-        """The verdict on a memorised plan, or on a recipe by which each block draws its own."""
+        """Verdict on a memorised plan, or on a recipe from which each block draws its own plan."""
         plans = self._plans(plan)
         plain = block_noise(self.seed, 0, (self.block, *self.ladder.sample_shape), self.device)
         label = self.label(0)
         table, closed_form = self._grid(plans[0], label, path=False)
         seconds = self.timed(lambda: integrate(self._run, table, plans[0], plain, label, closed_form))
-        # Draws differ in cost, those of independent coins by a third and more: the time is of the mean of them.
+        # The costs of drawn plans differ, with independent coins by a third and more: scale to the mean cost.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
         return self.verdict(seconds, lambda block: self.end(plans[block], block))
 
     def errors(self, plans: Sequence[Plan | Recipe], progress: Tell = lambda done, total: None) -> np.ndarray:
-        """The errors of the verdicts on several plans or recipes, float64 (plans, n), without timing them.
+        """Errors of several plans or recipes, float64 (plans, n), as in their verdicts but without timing.
 
-        `progress` is called with the number of plans done, and the number of all.
+        `progress` is called with the number of plans done and their total number.
         """
         blocks = self.samples // self.block
         jobs = [(drawn, block) for plan in plans for block, drawn in enumerate(self._plans(plan))]
@@ -147,14 +153,14 @@ class Judge:
         return [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
 
     def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
-        """The verdict on any way to come from the noise of a block to its end (B, C, H, W)."""
+        """Verdict on any method `end` that returns the final samples (B, C, H, W) of a block, given its number."""
         return Verdict(seconds, _errors(self._ends(end), self.reference))
 
     def timed(self, run: Callable[[], Tensor]) -> float:
-        """Seconds per sample of a block's `run`: on a CPU one thread's own time, on a GPU the clock's."""
+        """Seconds per sample of `run`, which advances one block: CPU time of this thread, or wall time on a GPU."""
         clock = time.perf_counter if self.device == "cuda" else time.thread_time
         if self.device == "cuda" or not self._warm:
-            # The first run also loads and chooses kernels, and asks for memory.
+            # Warm-up: the first run also loads and chooses kernels, and allocates memory.
             run()
             self._warm = True
         if self.device == "cuda":
@@ -170,13 +176,13 @@ class Judge:
             return torch.cat(list(pool.map(end, range(self.samples // self.block))))
 
     def end(self, plan: Plan, block: int) -> Tensor:
-        """Where a plan brings a block, float32 (B, C, H, W), on the Brownian path of all plans."""
+        """Final samples of a block with a plan, float32 (B, C, H, W), on the Brownian path that all plans share."""
         label = self.label(block)
         table, closed_form = self._grid(plan, label, path=True)
         return integrate(self._run, table, plan, self.noise(block, len(table)), label, closed_form)
 
     def _grid(self, plan: Plan, label: Tensor, path: bool) -> tuple[StepTable, ClosedForm | None]:
-        """A plan's step table and, if it collapses, a block's closed form, for single steps' noises with `path`."""
+        """Step table of a plan and, if the plan collapses, its closed form; with `path`, for the noise of each step."""
         table = solver_table(self.ladder.alpha_bar, plan.fire.shape[1], self.solver)
         if not plan.collapse:
             return table, None

@@ -1,14 +1,15 @@
-"""Plans improved directly: when each level is called and how far its increments are extrapolated, by evolution.
+"""Direct search for plans: an evolution strategy optimises each level's call times and the reach of its extrapolation.
 
-With D_k(i) the increment of level k evaluated at step i of a trajectory of the best level, and J_j the derivative of
-the final sample by x_{j+1}, a plan that uses increments of other steps i at step j ends, to first order, off by
+Let D_k(i) be the increment of level k evaluated at step i of a trajectory of the best level, and J_j the derivative of
+the final sample with respect to x_{j+1}. A plan uses increments of other steps i at step j. To first order, its final
+sample has the error
 
     e = sum_j sum_k J_j b_j (sum_i w_kij D_k(i) - D_k(j)) .
 
-For a probe v of independent random signs E<v, e>^2 = |e|^2, so that the numbers <v, J_j b_j D_k(i)> of all pairs of
-steps, from one pass back over each trajectory, give the error of *any* plan in a millisecond. A search over a few
-numbers, the shape of each level's density of call times and its reach, then takes seconds, and is too small to fit the
-noise. What is found holds or extrapolates increments, and is biased as these are.
+For a probe v of independent random signs, E<v, e>^2 = |e|^2. One backward pass over each trajectory gives the numbers
+<v, J_j b_j D_k(i)> of all pairs of steps, and these numbers give the error of *any* plan in a millisecond. The search
+has a few variables: the shape of each level's density of call times, and its reach. It takes seconds, and has too few
+variables to fit the noise. The plans found hold or extrapolate increments, and share the bias of these increments.
 """
 
 from __future__ import annotations
@@ -30,38 +31,38 @@ from mlem_dist.tuning.recipes import NeymanRule, collapses
 from mlem_dist.tuning.tell import Tell
 
 KNOTS = 6
-"""Per level, equally spaced over the trajectory, between which the logarithm of a density's factor is linear."""
+"""Number of knots per level, equally spaced over the trajectory. The log factor of a density is linear between them."""
 
 DENSITY_SCALE, REACH_SCALE = 0.5, 0.25
-"""How far the search begins to look."""
+"""Initial standard deviations of the search, for the log factors of a density and for the reach."""
 
 PENALTY = 0.02
-"""On the mean square of all numbers that are searched for, in the start's error."""
+"""Weight of the penalty on the mean square of all search variables, relative to the error at the start."""
 
 POPULATION, GENERATIONS = 16, 60
 RUNG_SETS = 3
-"""Number of choices of rungs that are tried, the most promising ones."""
+"""Number of choices of rungs that the search tries, the most promising ones."""
 
 MODEL_STEPS, MODEL_SAMPLES, MODEL_SEED = 100, 128, 2
 
 LARGEST = 25.0
-"""Evaluations of the best level beside the base level's; a larger budget, for which the model's steps are too few, has
-this one's shape."""
+"""Largest budget of the search beside the base level's cost, in evaluations of the best level. The model has too few
+steps for larger budgets, which take the shape of this one."""
 
 
 @dataclass(frozen=True, eq=False)
 class FirstOrder:
-    """The error of plans to first order.
+    """First-order model of the error of plans.
 
     Attributes:
-        effects: float32 (K, N, N, B): <v, J_j b_j D_k(i)> over the root of the number of values, at [k, i, j]; 0 for
-            i > j, as no plan looks ahead.
+        effects: <v, J_j b_j D_k(i)> divided by the square root of the number of values, at [k, i, j], float32
+            (K, N, N, B); 0 for i > j, because no plan uses later evaluations.
     """
 
     effects: np.ndarray
 
     def error(self, plan: Plan) -> float:
-        """The mean squared error per value against the best level at every step."""
+        """Mean squared error per value of a plan against the best level at every step."""
         levels, steps = plan.fire.shape
         j = np.arange(steps)
         off = np.zeros(self.effects.shape[3])
@@ -74,31 +75,32 @@ class FirstOrder:
 
 
 def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int64 (N,) each: the step of the latest evaluation at each step, and of the one before it; -1 for none."""
+    """Steps of the latest evaluation at each step and of the evaluation before it, int64 (N,) each; -1 for none."""
     at = np.concatenate([[-1, -1], np.flatnonzero(fire)])
     count = np.cumsum(fire)
     return at[count + 1], at[count]
 
 
 def model_steps(judge: Judge) -> int:
-    """How many steps the model has: `MODEL_STEPS`, or all that there are of fewer.
+    """Number of steps of the model, at most `MODEL_STEPS`.
 
-    Where plans pay for the base level at every step, there are as many as they have, and otherwise all of the schedule.
+    The other limit is the number of steps of the plans where they pay for the base level at every step, and the length
+    of the schedule otherwise.
     """
     free = collapses(judge.ladder, judge.solver)
     return min(MODEL_STEPS, len(judge.ladder.alpha_bar if free else judge.fine))
 
 
 def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambda done, total: None) -> FirstOrder:
-    """The model for the ladder and solver of a judge, on noises of its own and `model_steps`.
+    """First-order model for the ladder and solver of a judge, on noises of its own and `model_steps` steps.
 
-    Evaluates every level once, and passes back through the best one once, at each step of each sample. Holds all
-    increments of `threads` blocks, and 4 K N^2 bytes per sample.
+    At each step of each sample, evaluates every level once and makes one backward pass through the best level. Holds
+    all increments of `threads` blocks, and 4 K N^2 bytes per sample.
 
     Args:
-        samples: a multiple of the judge's block.
-        threads: blocks at a time.
-        progress: told how many blocks are done, of how many.
+        samples: number of samples, a multiple of the judge's block size.
+        threads: number of blocks computed at a time.
+        progress: callback with the number of blocks done and their total number.
     """
     generator = torch.Generator().manual_seed(MODEL_SEED)
     table = solver_table(judge.ladder.alpha_bar, model_steps(judge), judge.solver)
@@ -126,10 +128,10 @@ def pair_effects(
     """`FirstOrder.effects` of a block.
 
     Args:
-        levels: by number, 1 ... K.
-        table: the steps, each from one evaluation.
-        noise: of each step, and of -1 for the start, as for `integrate`.
-        label: int64 (B,).
+        levels: the levels, by number 1 ... K.
+        table: step table without memory: each step uses one evaluation of the drift.
+        noise: noise by step, as for `integrate`; step -1 is the initial state.
+        label: classes, int64 (B,).
         probe: v, signs +-1 in the shape of x.
     """
     states = best_trajectory(levels, table, noise, label)
@@ -146,12 +148,13 @@ def pair_effects(
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """What is searched for, apart from the number of steps and the budget.
+    """Result of the search, independent of the number of steps and the budget.
 
     Attributes:
         rungs: the levels in use.
-        factors: float64 (R - 1, KNOTS), logarithms of factors on Neyman's probabilities of each rung but the first.
-        reach: float64 (R - 1,), how far each rung's increments are extrapolated: 0 holds them, 1 is the line.
+        factors: logarithms of the factors on Neyman's probabilities, float64 (R - 1, KNOTS), for all rungs but the
+            first.
+        reach: reach of the extrapolation of each rung's increments, float64 (R - 1,): 0 holds them, 1 follows the line.
     """
 
     rungs: tuple[int, ...]
@@ -159,10 +162,10 @@ class Shape:
     reach: np.ndarray
 
     def recipe(self, rule: NeymanRule, nfe: float) -> Recipe:
-        """The recipe on the rule's steps, of `nfe` evaluations of the best level.
+        """Recipe on the rule's steps, for a budget of `nfe` evaluations of the best level.
 
         Raises:
-            UsageError: the budget is below the cost of the base level.
+            UsageError: if the budget is below the cost of the base level.
         """
         at, knots = np.linspace(0, 1, len(rule.log_snr)), np.linspace(0, 1, KNOTS)
         density = np.exp([np.zeros(len(at)), *(np.interp(at, knots, row) for row in self.factors)])
@@ -172,11 +175,11 @@ class Shape:
 
 
 def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) -> list[Shape]:
-    """For each of the choices of rungs that promise most, the shape of least error by the model, the best first.
+    """Shape of least model error for each of the most promising choices of rungs, best first.
 
-    `rule` is on the model's steps, and `spent` what of the budget is left beside `rule.base`. The search is the
-    covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772), from Neyman's probabilities and
-    increments that are extrapolated by `reach`.
+    `rule` is on the model's steps. `spent` is the budget beside `rule.base`, in evaluations of the best level. The
+    search is the covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772). It starts from Neyman's
+    probabilities and the extrapolation reach `reach`.
     """
     import cma
 

@@ -1,4 +1,4 @@
-"""Error against time: rows of a JSON file that grows run by run, so that a rerun goes on where the last one stopped."""
+"""Error against time: a JSON file that grows row by row, so that a rerun continues where the last run stopped."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mlem_dist.tuning.comparison import Verdict
 
 @dataclass(frozen=True)
 class Row:
-    """What one way to sample costs and how far it ends from the reference.
+    """Cost of one sampling method and its error against the reference.
 
     Attributes:
-        family: which curve it belongs to.
-        label: which point of it.
-        seconds: per sample.
+        family: the curve that the row belongs to.
+        label: the point on that curve.
+        seconds: seconds per sample.
         errors: mean squared error per value of each sample, float64 (n,).
     """
 
@@ -33,15 +33,15 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Mean over the samples."""
+        """Mean squared error per value over all samples."""
         return float(self.errors.mean())
 
 
 class Frontier:
-    """The rows in the JSON file `path`, which is about `about`.
+    """Rows of the JSON file `path`, all measured with `settings`.
 
     Raises:
-        UsageError: the file cannot be written, is unreadable, or is about something else.
+        UsageError: if the file cannot be written, is unreadable, or has other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -64,11 +64,11 @@ class Frontier:
                 )
 
     def find(self, family: str, label: str) -> Row | None:
-        """The row of a family and label, if it is there."""
+        """Row of a family and label, or None."""
         return next((row for row in self.rows if (row.family, row.label) == (family, label)), None)
 
     def add(self, family: str, label: str, verdict: Verdict) -> Row:
-        """Append a row and write the file."""
+        """Append a row, write the file and return the row."""
         row = Row(family, label, verdict.seconds, verdict.errors)
         self.rows.append(row)
         lines = [json.dumps(_plain(row)) for row in self.rows]
@@ -83,7 +83,7 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def lower_envelope(rows: Sequence[Row]) -> list[Row]:
-    """The rows of finite error that no other one beats in both time and error, by time."""
+    """Rows of finite error that no other row beats in both time and error, in order of time."""
     best: list[Row] = []
     for row in sorted((row for row in rows if np.isfinite(row.error)), key=lambda row: (row.seconds, row.error)):
         if not best or row.error < best[-1].error:

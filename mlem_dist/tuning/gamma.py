@@ -1,12 +1,12 @@
-"""The cost exponent gamma: a level of cost T is wrong by T^(-1/gamma), up to a factor.
+"""The cost exponent gamma: the error of a level of cost T is proportional to T^(-1/gamma).
 
-Jacot (arXiv:2603.24594) shows that ML-EM pays in the Harder-than-Monte-Carlo (HTMC) regime, gamma > 2. A ladder shows
-gamma in two ways:
+Jacot (arXiv:2603.24594) shows that ML-EM pays in the Harder-than-Monte-Carlo (HTMC) regime, gamma > 2. A ladder gives
+two readings of gamma:
 
-    error        RMS denoising error = floor + A T^(-1/gamma), the floor fitted (Figure 2 of the paper)
+    error        RMS denoising error = floor + A T^(-1/gamma), with a fitted floor (Figure 2 of the paper)
     increments   sqrt(E|f^k - f^(k-1)|^2) = A T_k^(-1/gamma), which has no floor
 
-Both are straight lines in the logarithms, fitted by least squares over levels.
+Above the floor, both laws are straight lines in the logarithms, fitted by least squares over levels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Literal
 import numpy as np
 
 THRESHOLD = 2.0
-"""The HTMC regime is gamma above this."""
+"""Lower limit of gamma in the HTMC regime."""
 
 RESAMPLES = 1000
-# The floors that are tried: from none to where the best level is above it by a ten-thousandth of its error.
+# Excess of the least value over a candidate floor, relative to that value; an excess of 1 is no floor.
 EXCESS = np.geomspace(1e-4, 1, 500)
 
 Interval = tuple[float, float]
@@ -33,14 +33,14 @@ class Reading:
     """One reading of gamma.
 
     Attributes:
-        quantity: what was set against time.
-        levels: the names of the levels on the line.
-        seconds: T, float64 (n,), seconds per sample.
-        values: float64 (n,), the quantity, with its floor.
+        quantity: the quantity fitted against time.
+        levels: names of the levels on the line.
+        seconds: T, seconds per sample, float64 (n,).
+        values: the quantity, including its floor, float64 (n,).
         slope: 1 / gamma, the decrease of log(values - floor) with log(seconds).
-        slope_interval: 95 %, by bootstrap over samples: it says nothing about how well levels follow a line.
-        slope_range: least and greatest slope when any one level is left out; None where no line would be left.
-        floor, floor_interval: 0 for increments.
+        slope_interval: 95 % interval, by bootstrap over samples. It does not show how well the levels follow a line.
+        slope_range: least and greatest slope if any one level is left out; None if too few levels would remain.
+        floor, floor_interval: the floor and its 95 % interval; 0 for increments.
         factor: A.
     """
 
@@ -57,25 +57,25 @@ class Reading:
 
     @property
     def gamma(self) -> float:
-        """1 / slope; infinite where the quantity does not fall with time."""
+        """1 / slope; infinite if the quantity does not fall with time."""
         return _inverse(self.slope)
 
     @property
     def gamma_interval(self) -> Interval:
-        """95 %, by bootstrap over samples."""
+        """95 % interval of gamma, by bootstrap over samples."""
         return _inverse(self.slope_interval[1]), _inverse(self.slope_interval[0])
 
     @property
     def gamma_range(self) -> Interval | None:
-        """Least and greatest gamma when any one level is left out."""
+        """Least and greatest gamma if any one level is left out; None if too few levels would remain."""
         return self.slope_range and (_inverse(self.slope_range[1]), _inverse(self.slope_range[0]))
 
     @property
     def htmc(self) -> Literal["yes", "no", "undecided"]:
-        """Whether gamma > 2: decided if the interval and the range without any one level both say so.
+        """Whether gamma > 2, decided only if `gamma_interval` and `gamma_range` agree.
 
-        Undecided where leaving one level out leaves no line, as many levels as parameters lie on any law, and where
-        the quantity does not fall with time: the levels are then not of the kind that the theory is about.
+        Undecided if `gamma_range` is None: a law fits any levels that are only as many as its parameters. Undecided,
+        too, if the quantity does not fall with time, because the theory does not describe such levels.
         """
         if self.gamma_range is None or math.isinf(self.gamma):
             return "undecided"
@@ -84,13 +84,13 @@ class Reading:
 
 
 def read_error(levels: tuple[str, ...], seconds: np.ndarray, errors: np.ndarray, rng: np.random.Generator) -> Reading:
-    """Gamma from squared denoising errors.
+    """Reading of gamma from squared denoising errors.
 
     Args:
-        levels: n names, at least three.
-        seconds: float64 (n,).
-        errors: float64 (n, bands, per_band), the same images and noises in each level; resampled within bands.
-        rng: draws the resamples.
+        levels: names of the n levels, at least three.
+        seconds: seconds per sample, float64 (n,).
+        errors: float64 (n, bands, per_band), of the same images and noises for each level; resampled within bands.
+        rng: generator of the resamples.
     """
     bands, per_band = errors.shape[1:]
     resampled = np.empty((RESAMPLES, len(levels)))
@@ -103,13 +103,13 @@ def read_error(levels: tuple[str, ...], seconds: np.ndarray, errors: np.ndarray,
 def read_increments(
     levels: tuple[str, ...], seconds: np.ndarray, increments: np.ndarray, rng: np.random.Generator
 ) -> Reading:
-    """Gamma from squared increments.
+    """Reading of gamma from squared increments.
 
     Args:
-        levels: n names, at least two.
-        seconds: float64 (n,), the time of the increment's upper level.
-        increments: float64 (n, samples), the same trajectories for each level; trajectories are resampled.
-        rng: draws the resamples.
+        levels: names of the n levels, at least two.
+        seconds: seconds per sample of each increment's upper level, float64 (n,).
+        increments: float64 (n, samples), on the same trajectories for each level; trajectories are resampled.
+        rng: generator of the resamples.
     """
     samples = increments.shape[1]
     index = rng.integers(samples, size=(RESAMPLES, samples))
@@ -121,7 +121,7 @@ Fit = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def fit_power(seconds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slope s, factor A and floor 0, each (...), of values (..., n) = A seconds^-s, by least squares of logarithms."""
+    """Slope s, factor A and floor 0, each (...), of values (..., n) = A seconds^-s; least squares of the logarithms."""
     x = np.log(seconds) - np.log(seconds).mean()
     y = np.log(values)
     slope = -(y @ x) / (x @ x)
@@ -132,7 +132,8 @@ def fit_power(seconds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.n
 def fit_above_floor(seconds: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Slope s, factor A and floor F, each (...), of values (..., n) = F + A seconds^-s.
 
-    Of all floors from 0 to just below the least value, the one above which the logarithms lie closest to a line.
+    Candidate floors range from 0 to just below the least value. F is the candidate for which the logarithms of
+    values - F lie closest to a line.
     """
     least = values.min(-1, keepdims=True)
     floors = (least * (1 - EXCESS))[..., None]

@@ -1,14 +1,14 @@
 """Plans of the ODE fitted to the path of the best level: weights by least squares, call times by trial.
 
-Between two evaluations x is affine in the values in use, as the Gaussian level carries it in closed form. The weights
-of such a segment that bring x nearest to where the best level would be are therefore a linear least-squares problem, of
-at most six numbers per rung. It is solved segment by segment, each from where the ones before have brought the choosing
-noises, so that a segment also makes up for their error. What is left at the end is a function of the call times alone;
-of a few of them the best is taken. What one segment's weights do to the values of the next ones is left out of this,
-and taken in by `mlem_dist.tuning.refinement`.
+Between two evaluations, the Gaussian level carries x in closed form, and x is affine in the values in use. The weights
+of such a segment that bring x nearest to the best level's state therefore solve a linear least-squares problem of at
+most six numbers per rung. Segments are solved in order. Each starts from the states to which the segments before have
+brought the fitting samples, so that it also corrects their error. The error left at the end is a function of the call
+times alone, and the best of a few candidate times is taken. The fit ignores how a segment's weights change the values
+of later segments; `mlem_dist.tuning.refinement` takes this into account.
 
-Biased: one plan for all images, whose error at a budget is the same each time. Along the noisy path of the SDE the fit
-does not hold on other noises: what a segment makes up for there is chance.
+Fitted plans are biased: one plan serves all images, and its error at a budget is the same each time. Along the noisy
+path of the SDE, the fit does not generalise to other noises, because the error that a segment corrects there is random.
 """
 
 from __future__ import annotations
@@ -35,44 +35,47 @@ from mlem_dist.tuning.comparison import Judge
 from mlem_dist.tuning.tell import Tell
 
 RIDGE = 1e-3
-"""On the factors' distance from those of extrapolated increments, relative to the squares of what they weigh."""
+"""Weight of the ridge penalty on the squared distance of the factors from those of extrapolated increments, relative to
+the mean squares of the contributions that the factors multiply."""
 
 TIME_SHARE = 0.4
-"""Of the density of calls, so much is uniform in time, the rest in lambda; times the factor below."""
+"""Share of the density of calls that is uniform in time; the rest is uniform in lambda. `KNOTS` multiplies both."""
 
 KNOTS = (0.0, 0.3, 0.2, 0.5)
-"""Logarithms of the factor, at equally spaced points from the first call to the end, linear between. The mean of what
-was found for `fashion` in twelve searches of 1.6 to 10 evaluations."""
+"""Logarithms of a factor on the density of calls, at equally spaced points from the first call to the end, and linear
+between them. They are the mean of twelve searches for `fashion`, at budgets of 1.6 to 10 evaluations."""
 
 BEGINNINGS = (0.0, 0.15, 0.25, 0.33, 0.4, 0.5)
-"""From where on levels are called, as a share of the path. What comes before has hardly any signal where a schedule
-begins at pure noise, and the Gaussian level is right there; the less error later calls leave, the more what it misses
-counts."""
+"""Candidates for the first call of the levels above the first, as a share of the path. Where a schedule begins at pure
+noise, earlier states have hardly any signal, and the Gaussian level is accurate. The less error the later calls leave,
+the more its remaining error counts."""
 
 BETWEEN = (3, 2, 5)
-"""Calls of the middle rung per call of the best level, in the order in which they are tried."""
+"""Candidates for the number of calls of the middle rung per call of the best level, in the order of trial."""
 
 LARGEST = 10.0
-"""Evaluations of the best level; a larger budget has the middle rung of this one."""
+"""Largest budget for which the middle rung is searched, in evaluations of the best level. Larger budgets take the
+middle rung and the ratio of calls of this one."""
 
 PATH_CALLS = 100
-"""Of the best level on the path that is fitted to. For `fashion` and 250 steps it ends within a mean square of .0000008
-of that of a call at every step, a quarter of what fitted plans of 40 evaluations leave."""
+"""Largest number of calls of the best level on the path that plans are fitted to. For `fashion` and 250 steps, the path
+ends within a mean square of .0000008 of the path with a call at every step. That is a quarter of the error of fitted
+plans of 40 evaluations."""
 
 PATH_BYTES = 4e9
-"""Of that path: as many samples are fitted to as it then has states of."""
+"""Memory limit for that path, in bytes. It limits the number of fitting samples."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Times:
-    """When levels are called: the best one `calls` times, a middle one `between` times as often.
+    """Call times: the best level is called `calls` times, and a middle rung `between` times as often.
 
     Attributes:
-        middle: the middle rung's level; 1 for none, with `between` = 1.
+        middle: level of the middle rung; 1 for none, with `between` = 1.
         calls, between: at least 1.
-        begin: as `BEGINNINGS`.
+        begin: first call of the levels above the first, as a share of the path, see `BEGINNINGS`.
     """
 
     middle: int
@@ -81,11 +84,11 @@ class Times:
     begin: float = 0.4
 
     def rungs(self, best: int) -> tuple[int, ...]:
-        """The levels in use, by number."""
+        """Levels in use, by number."""
         return (1, best) if self.middle == 1 else (1, self.middle, best)
 
     def fire(self, log_snr: np.ndarray) -> np.ndarray:
-        """bool (R, N) at steps of lambda `log_snr` (N,), increasing."""
+        """Whether each rung fires at each step, bool (R, N), for steps at lambda `log_snr` (N,), increasing."""
         steps = len(log_snr)
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
         passed = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
@@ -94,7 +97,7 @@ class Times:
         below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         quantiles = np.arange(self.calls * self.between) / (self.calls * self.between)
         at = np.searchsorted(passed, np.interp(quantiles, below / below[-1], path))
-        # Quantiles that fall on one step are one call: to move some was worse (docs/frontier.md).
+        # Quantiles that fall on one step are one call: moving some to other steps is worse (docs/frontier.md).
         fire = np.zeros((2 if self.middle == 1 else 3, steps), dtype=bool)
         fire[0] = True
         fire[1, at] = True
@@ -104,7 +107,10 @@ class Times:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A shape of weights, float64 (steps,), for the latest value of a rung (age 0) or the one before it (age 1)."""
+    """Shape of weights, float64 (steps,), for the latest value of a rung (age 0) or the value before it (age 1).
+
+    `prior` is the factor of this shape for extrapolated increments.
+    """
 
     rung: int
     age: int
@@ -114,14 +120,14 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The steps start ... stop - 1, between two evaluations.
+    """Steps start ... stop - 1, between two evaluations.
 
     Attributes:
-        fresh: the rungs that fire at `start`.
-        choices: what its weights are combined from.
-        factors: of each choice, float64 (C,).
-        squares: float64 (C, C): the mean square per value of what the choices add at the end of the trajectory, as the
-            Gaussian level carries it there.
+        fresh: rungs that fire at `start`.
+        choices: shapes whose linear combination is the weights.
+        factors: factor of each choice, float64 (C,).
+        squares: mean products per value of the choices' contributions to the final sample, float64 (C, C). The Gaussian
+            level carries the contributions to the end of the trajectory.
     """
 
     start: int
@@ -134,9 +140,9 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Fitted weights, with the levels in use `rungs`, the steps `fire` (R, N), and the mean squared error per value.
+    """Fitted weights of the levels `rungs`, which fire where `fire`, bool (R, N), is set.
 
-    The error is infinite where it is no number.
+    `error` is the mean squared error per value on the fitting samples; infinite if it is NaN.
     """
 
     rungs: tuple[int, ...]
@@ -145,7 +151,7 @@ class Fit:
     error: float
 
     def plan(self) -> Plan:
-        """The plan of these weights."""
+        """Plan with these weights."""
         weight, previous = np.zeros(self.fire.shape), np.zeros(self.fire.shape)
         weight[0] = 1
         for segment in self.segments:
@@ -156,7 +162,7 @@ class Fit:
 
 
 def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> int:
-    """How many samples of a shape to fit to, in whole blocks: `most`, or those whose path fits into `PATH_BYTES`."""
+    """Number of samples of a shape to fit to: `most`, or as many blocks as fit into `PATH_BYTES`, at least one."""
     states = int(PATH_BYTES / (4 * math.prod(shape) * (steps + 1)))
     return max(block, min(most, states // block * block))
 
@@ -164,7 +170,8 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
 class Fitter:
     """Fits plans on the noises of a judge of the ODE, for a ladder whose first level is a Gaussian.
 
-    Times are tried on half of the blocks, several at a time; the weights of the best are fitted to all.
+    Candidate times are tried on half of the blocks, several at a time. The weights of the best times are fitted to all
+    blocks.
     """
 
     def __init__(self, judge: Judge) -> None:
@@ -183,9 +190,10 @@ class Fitter:
 
     @cached_property
     def path(self) -> Tensor:
-        """float32 (N + 1, samples, C, H, W): the best level's states before each step and, last, after all of them.
+        """States of the best level before each step and after the last one, float32 (N + 1, samples, C, H, W).
 
-        Of more steps than `PATH_CALLS`, it is called at so many, and extrapolated between.
+        If there are more than `PATH_CALLS` steps, the best level is called at most `PATH_CALLS` times and extrapolated
+        between calls.
         """
         best, steps = len(self.cost), len(self.table)
         plan = single_level(best, best, steps)
@@ -215,17 +223,17 @@ class Fitter:
         return positions
 
     def rows(self, block: int) -> slice:
-        """The samples of a block."""
+        """Slice of a block's samples."""
         return slice(block * self.judge.block, (block + 1) * self.judge.block)
 
     def search(self, nfe: float, progress: Tell = lambda done, total: None) -> Fit:
-        """The fit of at most `nfe` evaluations of the best level whose error on the noises is least, of those tried.
+        """Fit of least error among the candidate times, for a budget of `nfe` evaluations of the best level.
 
-        First the middle rung is chosen, then how often it is called, then where calls begin. `progress` is told how
-        many plans have been fitted, of how many at most.
+        The search chooses the middle rung first, then the number of its calls, then the first call. `progress` is
+        called with the number of fitted plans and the largest number that the search can fit.
 
         Raises:
-            UsageError: the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
+            UsageError: if the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
         starts = self.starts(min(nfe, LARGEST))
         total, done = len(starts) + len(BETWEEN) + (1 + (nfe > LARGEST)) * len(BEGINNINGS), count(1)
@@ -244,21 +252,21 @@ class Fitter:
         return fit
 
     def _beginning(self, times: Times, report: Callable[[], None]) -> Times:
-        """The times with a beginning that is better than the one before it and the one after it."""
+        """Times, searched from `times`, whose `begin` gives less error than both of its neighbours in `BEGINNINGS`."""
         at = BEGINNINGS.index(times.begin)
         best = self._best([replace(times, begin=begin) for begin in BEGINNINGS[max(0, at - 1) : at + 2]], report)
         return best if best == times else self._beginning(best, report)
 
     def _best(self, candidates: Sequence[Times], report: Callable[[], None]) -> Times:
-        """The times whose fit to half of the blocks has the least error."""
-        # Made before the fits that run side by side would each make it: from Python 3.12 on no lock keeps them from it.
+        """Times whose fit to half of the blocks has the least error."""
+        # Compute the path once, before the parallel fits: since Python 3.12, cached_property takes no lock.
         _ = self.path
         half = self.blocks[: -(-len(self.blocks) // 2)]
 
         def error(times: Times) -> float:
             return self._fit_times(times, half).error
 
-        # Larger budgets begin with the same times.
+        # Fit only new times: the searches for all budgets above `LARGEST` begin with the same ones.
         new = [times for times in candidates if times not in self._errors]
         with ThreadPoolExecutor(max(1, len(new))) as pool:
             for times, mean_error in zip(new, pool.map(error, new), strict=True):
@@ -270,10 +278,10 @@ class Fitter:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
     def starts(self, nfe: float) -> dict[int, list[Times]]:
-        """The middle rungs that a budget pays for, by level, each with how often it may be called.
+        """Candidate times that a budget pays for, by the level of the middle rung; one for each value of `between`.
 
         Raises:
-            UsageError: the budget is below the cost of one call of the best level.
+            UsageError: if the budget is below the cost of one call of the best level.
         """
         by_number: dict[int, list[Times]] = {}
         for middle in range(1, len(self.cost)):
@@ -285,16 +293,19 @@ class Fitter:
         return by_number
 
     def _calls(self, nfe: float, middle: int, between: int) -> int:
-        """How often a budget pays for the best level: each with a run in closed form and a call of level 1."""
+        """Number of calls of the best level that a budget pays for, with their calls of the middle rung.
+
+        Each step that evaluates increments also costs a call of level 1 and a run in closed form.
+        """
         below = self.cost[middle - 1] if middle > 1 else 0.0
         each = self.cost[-1] + between * (below + 2 * self.cost[0])
         return max(0, int((nfe * self.cost[-1] - self.cost[0]) / each))
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
-        """The fit that evaluates the increments of `rungs` at `fire`, bool (R, N).
+        """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.
 
-        Up to the first of them the Gaussian goes alone. `blocks` are those that it is fitted to, all of the judge's by
-        default.
+        Before the first evaluation, the Gaussian level acts alone. The plan is fitted to `blocks`, by default all
+        blocks of the judge.
         """
         samples = [Block(self, rungs, block) for block in blocks or self.blocks]
         segments = []
@@ -315,10 +326,10 @@ class Fitter:
         return list(self.pool.map(torch.inference_mode()(run), samples))
 
     def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[Choice]:
-        """What the weights of steps start ... stop - 1 are combined from.
+        """Shapes whose linear combination is the weights of steps start ... stop - 1.
 
-        For both values of a rung: a constant, the line of extrapolation and, where the rung fires at `start`, one step
-        of the size of the gap before it, which corrects what it has added there.
+        Each of the two values of a rung has a constant and the line of extrapolation. If the rung fires at `start`, it
+        also has a single step as long as the gap before `start`, which corrects the rung's contribution over that gap.
         """
         for rung in range(1, len(fire)):
             *_, before, last = [-1, -1, *np.flatnonzero(fire[rung, : start + 1]).tolist()]
@@ -341,19 +352,19 @@ class Fitter:
 
 
 def _solve(squares: np.ndarray, products: np.ndarray, choices: Sequence[Choice]) -> np.ndarray:
-    """The factors of least squared error, drawn to their priors by the ridge."""
+    """Factors of least squared error, with a ridge penalty on their distance from the priors."""
     prior = np.array([choice.prior for choice in choices])
     drawn = ridge(squares)
     return np.asarray(np.linalg.solve(squares + drawn, products + drawn @ prior))
 
 
 def ridge(squares: np.ndarray) -> np.ndarray:
-    """What is added to the squares (C, C) of choices so that each has a factor, even where two are one."""
+    """Ridge (C, C) to add to the squares (C, C) of choices: the factors are unique even if two choices are equal."""
     return np.diag(RIDGE * np.diag(squares) + 1e-12 * squares.max() + 1e-300)
 
 
 class Block:
-    """A block on its way: x (B, C, H, W) before step `at`, and the last two values of each rung above the first."""
+    """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung above the first."""
 
     def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
         judge = fitter.judge
@@ -365,11 +376,11 @@ class Block:
         self.values: dict[int, list[Projected]] = {r: [] for r in range(1, len(rungs))}
 
     def begin(self, at: int) -> None:
-        """Go to the first evaluation, at step `at`, by the Gaussian level alone."""
+        """Advance to the first evaluation, at step `at`, by the Gaussian level alone."""
         self.x = self.run(at, []) if at else self.path[0].clone()
 
     def evaluate(self, at: int, fresh: Sequence[int]) -> None:
-        """The increments of the rungs `fresh`, at x."""
+        """Evaluate the increments of the rungs `fresh` at x, before step `at`."""
         self.at = at
         terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in fresh]
         values = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
@@ -377,18 +388,22 @@ class Block:
             self.values[r] = [Projected(value), *self.values[r][:1]]
 
     def normal(self, stop: int, choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:
-        """The normal equations of the choices' factors: what they add up to step `stop`, carried on to the end."""
+        """Normal equations of the choices' factors, (C, C) and (C,): products summed over the block's values.
+
+        The regressors are the choices' contributions to x at step `stop`, carried on to the end of the trajectory. The
+        target is the difference from the best level's state at `stop`, carried on likewise.
+        """
         flow = self.form.flow(stop)
         design = torch.stack([self.column(choice, flow).flatten() for choice in choices]).double()
         missing = self.form.scaled(Projected(self.path[stop] - self.run(stop, [])), flow)
         return (design @ design.T).cpu().numpy(), (design @ missing.flatten().double()).cpu().numpy()
 
     def column(self, choice: Choice, flow: np.ndarray | float = 1.0) -> Tensor:
-        """What a choice adds to x up to the end of its steps, times `flow`, (B, d)."""
+        """Contribution of a choice to x at the end of its steps, times `flow`, (B, d)."""
         return self.form.scaled(self.values[choice.rung][choice.age], flow * self.form.response(self.at, choice.shape))
 
     def advance(self, segment: Segment) -> None:
-        """Go on to the end of a segment with its factors."""
+        """Advance to the end of a segment with its factors."""
         weights: dict[tuple[int, int], np.ndarray] = {}
         for choice, factor in zip(segment.choices, segment.factors, strict=True):
             value = choice.rung, choice.age
@@ -396,6 +411,6 @@ class Block:
         self.x = self.run(segment.stop, [(self.values[r][age], of_it.tolist()) for (r, age), of_it in weights.items()])
 
     def run(self, stop: int, held: Sequence[tuple[Projected, Sequence[float]]]) -> Tensor:
-        """x at step `stop` by the Gaussian level and `held`, each value with its weight in each step."""
+        """x at step `stop`, by the Gaussian level and the values `held`, each with its weight in each step."""
         end = self.form.advance(self.at, Projected(self.x), [1.0] * (stop - self.at), held, lambda _: self.x)
         return end.value.view_as(self.x)

@@ -1,12 +1,12 @@
-"""Where evaluations are best spent: the Neyman rule for the probabilities of independent coins.
+"""Neyman's rule: the probabilities of independent coins that spend evaluations best.
 
-With W_k(i) the squared effect on the final sample of adding b_i times level k's increment at step i, coins of
-probability p_k(i) add, to first order, the error sum_ik W_k(i) (1 / p_k(i) - 1). Spending T_k + T_{k-1} per increment,
-the least expected cost at a given error has p_k(i) = min(1, C sqrt(W_k(i) / (T_k + T_{k-1}))) (Neyman, 1934; for
-multilevel estimators Giles, doi:10.1287/opre.1070.0496). The first level's increment is always drawn, p_1 = 1.
+Let W_k(i) be the squared effect on the final sample of adding b_i times level k's increment at step i. To first order,
+coins of probability p_k(i) add the error sum_ik W_k(i) (1 / p_k(i) - 1). An increment costs T_k + T_{k-1}. The least
+expected cost at a given error has p_k(i) = min(1, C sqrt(W_k(i) / (T_k + T_{k-1}))) (Neyman, 1934; for multilevel
+estimators Giles, doi:10.1287/opre.1070.0496). The first level's increment is always drawn, p_1 = 1.
 
-Not every level need be a rung: the increment from rung l to rung k is the sum of those between, and its effect follows
-from the products W_kl(i) of the effects of increments k and l, of which W_k(i) = W_kk(i).
+Not every level needs to be a rung. The increment from rung l to rung k is the sum of the increments between them. Its
+effect follows from the products W_kl(i) of the effects of increments k and l, with W_kk(i) = W_k(i).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,23 +17,23 @@ import numpy as np
 from mlem_dist.solver.probabilities import expected_cost, increment_cost
 
 SMOOTHING = 6
-"""Percent of the trajectory that a measured effect is averaged over."""
+"""Window over which a measured effect is averaged, in percent of the trajectory."""
 
 
 def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
-    """The probabilities p, float64 (K, N), of least expected cost whose coins add at most `error`.
+    """Probabilities p, float64 (K, N), of least expected cost whose coins add at most `error`.
 
     Args:
         effect: W, float64 (K, N).
-        cost: T, float64 (K,), seconds per sample.
-        error: positive, in the unit of `effect`.
+        cost: T, seconds per sample, float64 (K,).
+        error: largest added error, positive, in the unit of `effect`.
     """
     weights = neyman_weights(effect, cost)
     weights[0] = np.inf
     if not effect[1:].any():
         return (weights > 0).astype(np.float64)
-    # Were no p cut off at 1, the error would be sum W / (C weights) - sum W; cutting calls for a larger C. At C = high
-    # all p are 1, but those of increments without effect.
+    # Without the limit p <= 1, the error would be sum W / (C weights) - sum W, which gives C = low. The limit requires
+    # a larger C. At C = high, all p are 1 except those of increments without effect.
     matter = effect[1:] > 0
     low = (effect[1:][matter] / weights[1:][matter]).sum() / (error + effect[1:].sum())
     high = max(low, 1 / weights[1:][matter].min())
@@ -47,12 +47,12 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
 
 
 def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, error: float, collapse: bool) -> float:
-    """What ML-EM on these rungs costs at an error, in evaluations of the best level: the least expected cost of coins.
+    """Least expected cost of ML-EM on these rungs at a given error, in evaluations of the best level.
 
     Args:
         products: W_kl(i), float64 (K, K, N).
-        rungs: levels by number, from 1.
-        cost: T, float64 (K,), seconds per sample.
+        rungs: levels in use, by number from 1.
+        cost: T, seconds per sample, float64 (K,).
         error: as in `neyman`.
         collapse: as in `expected_cost`.
     """
@@ -62,7 +62,7 @@ def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, e
 
 
 def rung_sets(levels: int) -> Iterator[tuple[int, ...]]:
-    """Every choice of rungs of a ladder of `levels`: the first level, the last, and any between them."""
+    """Every choice of rungs of a ladder of `levels` levels: the first level, the last, and any levels between them."""
     if levels == 1:
         yield (1,)
         return
@@ -72,20 +72,20 @@ def rung_sets(levels: int) -> Iterator[tuple[int, ...]]:
 
 
 def merged(products: np.ndarray, rungs: Sequence[int]) -> np.ndarray:
-    """The effects of the increments between neighbouring rungs, float64 (R, N), from W_kl(i), (K, K, N)."""
+    """Effects of the increments between neighbouring rungs, float64 (R, N), from W_kl(i), (K, K, N)."""
     groups = [slice(below, level) for below, level in pairwise((0, *rungs))]
     return np.stack([products[group, group].sum((0, 1)) for group in groups])
 
 
 def on_grid(products: np.ndarray, at: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """Effects on another grid of steps, float64 (K, K, N), up to one factor for all.
+    """Products W_kl on another grid of steps, float64 (K, K, N), up to one common factor.
 
-    That factor is there because an effect grows with the square of its step's length.
+    The factor remains because an effect grows with the square of its step's length.
 
     Args:
-        products: W_kl, float64 (K, K, M), measured from few samples and hence averaged over neighbouring steps here.
-        at: int64 (M,), the timesteps of its steps, decreasing.
-        t: int64 (N,), the timesteps wanted.
+        products: W_kl, float64 (K, K, M), measured on few samples and therefore averaged over neighbouring steps here.
+        at: timesteps of the measured steps, int64 (M,), decreasing.
+        t: timesteps of the new grid, int64 (N,).
     """
     half = products.shape[2] * SMOOTHING // 200
     padded = np.pad(products, ((0, 0), (0, 0), (half, half)), mode="edge")
@@ -94,16 +94,16 @@ def on_grid(products: np.ndarray, at: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def neyman_weights(effect: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """The rule's relative probabilities sqrt(W_k(i) / (T_k + T_{k-1})), float64 (K, N).
+    """Relative probabilities sqrt(W_k(i) / (T_k + T_{k-1})) of Neyman's rule, float64 (K, N).
 
     Args:
         effect: W, float64 (K, N).
-        cost: T, float64 (K,), seconds per sample.
+        cost: T, seconds per sample, float64 (K,).
     """
     return np.sqrt(effect / increment_cost(cost)[:, None])
 
 
 def coin_error(p: np.ndarray, effect: np.ndarray) -> float:
-    """The expected squared error that independent coins of probabilities p (K, N) add, to first order."""
+    """Expected squared error that independent coins of probabilities p (K, N) add, to first order."""
     drawn = p > 0
     return float((effect[drawn] * (1 / p[drawn] - 1)).sum())

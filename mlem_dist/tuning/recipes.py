@@ -1,4 +1,4 @@
-"""The recipe that a budget, a solver and a few choices give for a ladder."""
+"""Recipes for a ladder, from a budget, a solver and a few choices."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ from mlem_dist.tuning.neyman import coin_error, merged, neyman_weights, on_grid,
 DIGITS = 12
 
 DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
-"""Default increments by solver. On the SDE's noisy path a line through two is hardly better than the last."""
+"""Default increments by solver. On the SDE's noisy path, extrapolated increments are hardly better than held ones."""
 
 
 def make_recipe(
@@ -28,17 +28,17 @@ def make_recipe(
     draw: Draw | None = None,
     increments: Increments | None = None,
 ) -> Recipe:
-    """The recipe of `steps` base steps and `nfe` evaluations of the best level per sample.
+    """Recipe for `steps` base steps and a budget of `nfe` evaluations of the best level per sample.
 
-    `cost` (K,) is the seconds per sample of each level.
+    `cost` (K,) is the cost of each level, in seconds per sample.
 
-    What is None is chosen: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
-    coins, held increments for DDPM and extrapolated ones for the ODE. Neyman's come with the rungs, of all choices of
-    levels, whose coins add the least error at this budget; other probabilities take every level.
+    None selects a default: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
+    coins, held increments for DDPM and extrapolated ones for the ODE. Neyman's probabilities come with the choice of
+    rungs whose coins add the least error at this budget; other probabilities take every level.
 
     Raises:
-        UsageError: `steps` or `nfe` is out of range, or the ladder is not calibrated and Neyman's probabilities are
-            asked for.
+        UsageError: if `steps` or `nfe` is out of range, or Neyman's probabilities are requested for a ladder that is
+            not calibrated.
     """
     if not nfe > 0:
         raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
@@ -53,7 +53,8 @@ def make_recipe(
         rungs = None
         weights = rule_weights(probabilities or "theory", cost, log_snr)
         p = scale_to_budget(weights, cost, nfe, collapses(ladder, solver))
-    # Processors differ in the last digits of a logarithm: the plan of a dataset that goes on elsewhere is the same.
+    # Rounded, because processors differ in the last digits of a logarithm: a dataset continued on another machine keeps
+    # its plan.
     return Recipe(
         p.round(DIGITS),
         draw or "systematic",
@@ -65,20 +66,21 @@ def make_recipe(
 
 
 def calibrated(ladder: Ladder) -> bool:
-    """Whether the effects of the ladder's increments are known."""
+    """Whether the effects of the ladder's increments have been measured."""
     return read_effect(ladder, "ddpm") is not None
 
 
 class NeymanRule:
     """Neyman's probabilities for a calibrated ladder, on `steps` base steps of a solver.
 
-    `cost` (K,) is the seconds per sample of each level.
+    `cost` (K,) is the cost of each level, in seconds per sample.
 
     Attributes:
-        base: what the base level takes of a budget where it is called at every step, and no closed form takes runs.
+        base: cost of the base level at every step, in evaluations of the best level; 0 where runs of steps are taken in
+            closed form.
 
     Raises:
-        UsageError: the ladder is not calibrated.
+        UsageError: if the ladder is not calibrated.
     """
 
     def __init__(self, ladder: Ladder, cost: np.ndarray, solver: str, steps: int) -> None:
@@ -92,10 +94,10 @@ class NeymanRule:
         self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps))
 
     def choices(self, nfe: float) -> list[tuple[int, ...]]:
-        """Every choice of rungs, the one whose coins add least error at the budget first.
+        """Every choice of rungs, in order of the error that its coins add at the budget, least first.
 
         Raises:
-            UsageError: the budget is below the cost of the base level.
+            UsageError: if the budget is below the cost of the base level.
         """
         ranked = [
             (coin_error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs)
@@ -104,10 +106,10 @@ class NeymanRule:
         return [rungs for _, rungs in sorted(ranked)]
 
     def probabilities(self, nfe: float, rungs: tuple[int, ...], density: np.ndarray | float = 1.0) -> np.ndarray:
-        """p, float64 (R, N), in proportion to the rule's times `density` (R, N).
+        """Probabilities p, float64 (R, N), in proportion to those of the rule times `density` (R, N).
 
         Raises:
-            UsageError: the budget is below the cost of the base level.
+            UsageError: if the budget is below the cost of the base level.
         """
         cost = self.cost[np.array(rungs) - 1]
         weights = neyman_weights(merged(self._products, rungs), cost) * density
@@ -123,7 +125,7 @@ def _measured(solver: str) -> str:
 
 
 def collapses(ladder: Ladder, solver: str) -> bool:
-    """Whether plans take runs of base steps in closed form, which keeps no memory of single steps."""
+    """Whether plans take runs of base steps in closed form. DPM++ needs a memory that the closed form does not keep."""
     return ladder.levels[0].kind == "gaussian" and solver != "dpm++"
 
 

@@ -1,13 +1,13 @@
-"""Fitted weights refined end to end, by Gauss-Newton on the error where trajectories end.
+"""Refinement of fitted weights from end to end, by Gauss-Newton on the error of the final samples.
 
-The fit of one segment after the other leaves out that its weights also change the states at which later values are
-evaluated. Here all factors theta of a fit move together. With e(theta) = x_N(theta) - x*_N, where x*_N is the best
-level's end, and J its derivative, a step is
+The fit solves one segment after the other. It ignores that a segment's weights also change the states at which later
+values are evaluated. The refinement moves all factors theta of a fit together. Let e(theta) = x_N(theta) - x*_N, where
+x*_N is the final sample of the best level, and let J be the derivative of e. A step solves
 
     (J^T J + DAMPING S) step = -J^T e ,
 
-S the squares that the fit has found for each segment on its own. One pass forward over a sample and two back give
-J^T e and J^T v for a vector v of random signs, and E[(J^T v) (J^T v)^T] = J^T J.
+where S holds the squares of each segment of the fit. One forward and two backward passes over a sample give J^T e and
+J^T v for a vector v of random signs, and E[(J^T v) (J^T v)^T] = J^T J.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from mlem_dist.tuning.least_squares import LARGEST, Block, Fit, Fitter, ridge
 from mlem_dist.tuning.tell import Tell
 
 PASSES = 2
-"""Number of steps, each from derivatives on all samples; a third one gains two per cent on other samples."""
+"""Number of Gauss-Newton steps, each with derivatives on all samples. A third gains two per cent on other samples."""
 
 DAMPING = 0.1
 MEMORY = 0.7
-"""J^T J is a mean over the passes, in which each counts by so much less than the next one."""
+"""Weight of a pass relative to the next one, in the mean of J^T J over the passes."""
 
 
 def fitted_plan(fitter: Fitter, nfe: float, progress: Tell, refining: Tell) -> Plan:
-    """The plan of at most `nfe` evaluations of the best level; of small budgets, the fit is refined.
+    """Fitted plan of at most `nfe` evaluations of the best level; up to a budget of `LARGEST`, the fit is refined.
 
     Args:
-        progress: of the search.
-        refining: of the refinement.
+        progress: callback of the search.
+        refining: callback of the refinement.
 
     Raises:
-        UsageError: the budget is below the cost of one call of the best level.
+        UsageError: if the budget is below the cost of one call of the best level.
     """
     fit = fitter.search(nfe, progress)
     return (refine(fitter, fit, refining) if nfe <= LARGEST else fit).plan()
 
 
 def refine(fitter: Fitter, fit: Fit, progress: Tell = lambda done, total: None) -> Fit:
-    """The fit with its factors moved to least error on all of the fitter's samples; never a worse one.
+    """Fit with its factors moved to less error on all of the fitter's samples; never a worse fit.
 
-    Holds what derivatives need of one evaluation, and the states between, for as many blocks as the judge has threads.
-    `progress` is told how many passes are done, of how many.
+    For one block per thread of the judge, holds the states of the block and the activations of one evaluation.
+    `progress` is called with the number of passes done and their total number.
     """
     metric = torch.block_diag(*(torch.from_numpy(segment.squares) for segment in fit.segments)).numpy()
     metric += ridge(metric)
@@ -73,7 +73,7 @@ def refine(fitter: Fitter, fit: Fit, progress: Tell = lambda done, total: None) 
 
 
 def with_factors(fit: Fit, factors: np.ndarray, error: float) -> Fit:
-    """A fit with other factors, float64 (P,), of all segments one after the other, and their error."""
+    """Fit with other factors and their error; the factors, float64 (P,), are those of all segments in order."""
     parts = np.split(factors, np.cumsum(_sizes(fit))[:-1])
     segments = [replace(segment, factors=part) for segment, part in zip(fit.segments, parts, strict=True)]
     return replace(fit, segments=tuple(segments), error=error)
@@ -86,9 +86,9 @@ def _sizes(fit: Fit) -> list[int]:
 def derivatives(
     fitter: Fitter, fit: Fit, factors: np.ndarray, seed: int, block: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Of a block at float64 (P,) factors: error, J^T e (P,) and an estimate of J^T J (P, P), as means per value."""
+    """Error, J^T e (P,) and an estimate of J^T J (P, P) of a block at float64 (P,) factors, as means per value."""
     state = Block(fitter, fit.rungs, block)
-    # Every sample has factors of its own, so that one pass back gives a row for each.
+    # Each sample has its own copy of the factors, so that one backward pass gives one row per sample.
     own = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
     end = _end(state, fit, own.requires_grad_())
     off = (end - state.path[-1]).detach()
@@ -109,8 +109,8 @@ def _error(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
 
 
 def _end(state: Block, fit: Fit, factors: Tensor) -> Tensor:
-    """x_N (B, C, H, W) of a block whose samples have the factors (B, P)."""
-    # Of an evaluation only the state is kept, and the rest computed again on the way back.
+    """Final samples x_N (B, C, H, W) of a block, each sample with its own factors (B, P)."""
+    # Checkpoints keep only the state of an evaluation, and compute the rest again in the backward pass.
     state.levels = {k: partial(checkpoint, level, use_reentrant=False) for k, level in state.levels.items()}
     state.begin(fit.segments[0].start)
     for segment, own in zip(fit.segments, factors.split(_sizes(fit), dim=1), strict=True):

@@ -1,11 +1,11 @@
-"""How long work says how far it is."""
+"""Types of the progress callbacks of long computations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Tell = Callable[[int, int], None]
-"""Called with how much is done, and how much there is."""
+"""Callback with the amount of work done and the total amount."""
 
 TellStage = Callable[[str, int, int], None]
-"""Called with what is being done before that."""
+"""Callback with the current stage, and the amount of its work done and its total amount."""

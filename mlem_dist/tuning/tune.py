@@ -1,4 +1,4 @@
-"""The best plan for a budget: ways to spend it tried on one set of noises, and judged on another."""
+"""Search for the best plan for a budget: plans are chosen on one set of noises and judged on another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHOOSING_SEED, JUDGING_SEED, FITTING_SEED = 0, 1, 2
 CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 32, 64, 256
 
 DRAWS = 15
-"""Plans among which the memorised one is chosen, as many as in Jacot, arXiv:2603.24594."""
+"""Number of drawn plans among which the memorised one is chosen, as in Jacot, arXiv:2603.24594."""
 
 MEMORISED, OPTIMISED, FITTED = "memorised", "optimised", "fitted"
 EM = "Euler-Maruyama"
@@ -37,14 +37,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "extrapolated": {"increments": "extrapolated"},
     "ML-EM": {"increments": "impulse", "draw": "independent"},
 }
-"""Recipes by which every block draws its own plan; only the last is unbiased."""
+"""Recipes from which every block draws its own plan; only the last recipe is unbiased."""
 
 
 def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
-    """The frontier in `out`, new or begun before.
+    """Open the frontier in `out`, or begin a new one.
 
     Raises:
-        UsageError: as `Frontier`.
+        UsageError: as in `Frontier`.
     """
     calibration = ladder.folder / NAME
     settings = {
@@ -63,27 +63,27 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
 def tune(
     ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: TellStage
 ) -> Iterator[Row]:
-    """Add to the frontier what is missing of every family and budget, and write the plans, beside its file.
+    """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
-    For the ODE, on a Gaussian first level, a budget's plan is the fitted one. Else it is the memorised one, the best of
-    15 draws of the better one of held and extrapolated increments, or, for a calibrated ladder, the optimised one if
-    that is better on the choosing noises. A budget for the best level at every step is spent so. Rows hold the error on
-    the judging noises.
+    For the ODE and a Gaussian first level, the plan of a budget is the fitted one. Otherwise it is the memorised one,
+    or the optimised one if the ladder is calibrated and that plan is better on the choosing noises. The memorised plan
+    is the best of 15 draws from the better recipe, with held or with extrapolated increments. A budget that pays for
+    the best level at every step is spent on that. Rows hold the error on the judging noises.
 
     Args:
         ladder: the ladder.
         device: "cpu" or "cuda".
         budgets: evaluations of the best level per sample.
-        frontier: of `open_frontier`.
-        threads: blocks that are tried at a time.
-        progress: told what is being tried.
+        frontier: the frontier, from `open_frontier`.
+        threads: number of blocks that advance at a time.
+        progress: callback with the current stage.
 
     Yields:
         The rows, budget by budget.
 
     Raises:
-        UsageError: a budget is below the cost of the base level, or of one call of the best level where plans are
-            fitted; cma is needed and not installed; no plan ends in finite numbers.
+        UsageError: if a budget is below the cost of the base level or, where plans are fitted, of one call of the best
+            level; if cma is needed and not installed; or if no plan ends in finite numbers.
     """
     out, solver, steps = frontier.path.parent, frontier.settings["solver"], frontier.settings["steps"]
     levels, cost = len(ladder.levels), ladder.cost(device)
@@ -96,7 +96,7 @@ def tune(
     search = searched(choosing, {nfe: recipes[nfe] for nfe in budgets if nfe < steps}, threads, progress)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
-        # Of the steps of one Brownian path a grid can only take every second, third ... one; the ODE has no path.
+        # For the SDE, a grid can only take every second, third, ... step of one Brownian path; the ODE has no path.
         grids = [n for n in range(1, steps + 1) if solver == "ddim" or steps % n == 0]
         count = max(n for n in grids if n <= max(1, round(nfe)))
         euler = single_level(levels, levels, count)
@@ -106,7 +106,7 @@ def tune(
             yield frontier.find(family, label) or frontier.add(family, label, judging.judge(plan))
         path = plan_path(out, solver, nfe)
         if nfe >= steps:
-            # The reference itself: no other plan could be better.
+            # The plan is the reference itself, and no other plan can be better.
             write_plan(path, euler, ladder.digest, solver)
             continue
         rows = {family: frontier.find(family, label) for family in search}
@@ -124,10 +124,10 @@ def tune(
 def searched(
     choosing: Judge, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: TellStage
 ) -> dict[str, Callable[[float], Plan]]:
-    """The families whose plans are searched for on this ladder, and how to find the plan for one of the budgets.
+    """Families whose plans are searched for on this ladder, each with a function that finds the plan for a budget.
 
     Raises:
-        UsageError: as `tune`, before anything is judged.
+        UsageError: as in `tune`, before any plan is judged.
     """
     ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
 
@@ -135,7 +135,8 @@ def searched(
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
-        # No draw has come near to a fit, and the errors of a few choosing samples would tell which only by chance.
+        # Fitted plans only: no drawn plan comes near them, and the errors of a few choosing samples would choose
+        # between fitted and drawn plans only by chance.
         samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])
         fitter = Fitter(Judge(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
@@ -155,9 +156,9 @@ def best_draw(
     cost: np.ndarray,
     progress: Tell = lambda done, total: None,
 ) -> Plan:
-    """The best of `DRAWS` plans of the better one of the recipes "held" and "extrapolated", for level costs `cost`.
+    """Best of `DRAWS` plans drawn from the better of the recipes "held" and "extrapolated", for level costs `cost`.
 
-    One plan for all images has no variance: biased, as the increments of both recipes are.
+    One plan for all images has no variance. It is biased, as the increments of both recipes are.
     """
     remembering = [recipes["held"], recipes["extrapolated"]]
     better = remembering[_least(choosing.errors(remembering).mean(1))]
@@ -171,21 +172,21 @@ def best_plan(
     cost: np.ndarray,
     progress: Tell = lambda done, total: None,
 ) -> Plan:
-    """The best of plans of nearly the same cost, for level costs `cost`.
+    """Best of several plans of nearly the same cost, for level costs `cost`.
 
     Raises:
-        UsageError: there are several, and none ends in finite numbers.
+        UsageError: if there is more than one plan, and none ends in finite numbers.
     """
     if len(plans) == 1:
         return plans[0]
-    # Error falls at least as fast as 1 / cost. By the ladder's costs and not by the clock, so that the same plan is
-    # found again.
+    # Compare error times cost, because the error falls at least as fast as 1 / cost. The ladder's costs, unlike the
+    # clock, give the same choice in every run.
     worth = choosing.errors(plans, progress).mean(1) * [plan.nfe(cost) for plan in plans]
     return plans[_least(worth)]
 
 
 def _least(values: np.ndarray) -> int:
-    """The index of the least finite value."""
+    """Index of the least finite value."""
     finite = np.isfinite(values)
     if not finite.any():
         raise UsageError("no plan that was tried ends in finite numbers on this ladder; raise `nfe`")
@@ -193,13 +194,13 @@ def _least(values: np.ndarray) -> int:
 
 
 class Optimiser:
-    """`optimise`, with the last word by the choosing noises; its model is made when it is first used.
+    """Search by `optimise`; the choosing noises decide between the shapes found. The model is computed at first use.
 
     Args:
-        choosing: of a calibrated ladder.
-        threads: blocks at a time.
-        progress: told what is done.
-        samples: of the model.
+        choosing: judge of a calibrated ladder.
+        threads: number of blocks computed at a time.
+        progress: callback with the current stage.
+        samples: number of samples of the model.
     """
 
     def __init__(self, choosing: Judge, threads: int, progress: TellStage, samples: int = MODEL_SAMPLES) -> None:
@@ -213,13 +214,13 @@ class Optimiser:
 
     @cached_property
     def model(self) -> FirstOrder:
-        """The error of plans to first order."""
+        """First-order model of the error of plans."""
         report = partial(self.progress, "effects of increments")
         return first_order(self.choosing, self.samples, self.threads, report)
 
     def shape(self, nfe: float) -> Shape:
-        """The best shape for a budget, of those found for several choices of rungs."""
-        # What a budget does not pay for is refused before the model is made.
+        """Best shape for a budget among those found for several choices of rungs."""
+        # Refuse too small a budget before the model is computed.
         self.rule.choices(nfe)
         reach = float(DEFAULT_INCREMENTS[self.choosing.solver] == "extrapolated")
         model = self.model
@@ -229,9 +230,9 @@ class Optimiser:
         return shapes[plans.index(best_plan(self.choosing, plans, self.cost))]
 
     def plan_of(self, shape: Shape, nfe: float) -> Plan:
-        """The one plan of a shape, which has no coins."""
+        """Plan of a shape for a budget; there is only one, because a shape draws no coins."""
         return shape.recipe(self.rule, nfe).plan(np.random.default_rng(0))
 
     def plan(self, nfe: float) -> Plan:
-        """The plan of the best shape."""
+        """Plan of the best shape for a budget."""
         return self.plan_of(self.shape(nfe), nfe)

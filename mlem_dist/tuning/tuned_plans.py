@@ -1,4 +1,4 @@
-"""Which plan a job takes: the one that was tuned for its budget, or the recipe of what it asks for."""
+"""Choice of a job's plan: the plan tuned for its budget, or a recipe for its settings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mlem_dist.tuning.recipes import make_recipe
 
 
 def plan_path(folder: Path, solver: str, nfe: float) -> Path:
-    """Where the tuned plan of a solver and budget lies."""
+    """Path of the tuned plan of a solver and budget."""
     return folder / f"plan-{solver}-{nfe:g}.json"
 
 
 def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | None:
-    """The plan that was tuned for a budget, if the ladder's folder has one of that many steps.
+    """Plan tuned for a budget, or None if the ladder's folder has none with `steps` steps.
 
     Raises:
-        UsageError: as `read_plan`.
+        UsageError: as in `read_plan`.
     """
     path = plan_path(ladder.folder, solver, nfe)
     if not path.exists():
@@ -32,7 +32,7 @@ def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | No
 
 
 def tuned_budgets(folder: Path, solver: str) -> list[float]:
-    """The budgets that a folder has tuned plans of a solver for, increasing."""
+    """Budgets for which a folder has tuned plans of a solver, increasing."""
     start, budgets = f"plan-{solver}-", []
     for path in folder.glob(f"{start}*.json"):
         # A user's own file may have another name.
@@ -49,12 +49,12 @@ def choose_plan(
     nfe: float,
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
-    """As `make_recipe`, but the tuned plan where nothing but the budget is given; and what to tell the user of it.
+    """Tuned plan if there is one and only the budget is given, or else the recipe of `make_recipe`; and a user note.
 
-    `choices` are the rest of what `make_recipe` takes.
+    `choices` are the other arguments of `make_recipe`.
 
     Raises:
-        UsageError: as `read_plan` and `make_recipe`.
+        UsageError: as in `read_plan` and `make_recipe`.
     """
     note = ""
     if all(choice is None for choice in choices.values()):
