@@ -1,8 +1,8 @@
-"""The one error that a user can cause."""
+"""The error for bad user input."""
 
 
 class UsageError(ValueError):
-    """Bad input: one sentence that names the value, what was expected and the way out.
+    """Bad input: one sentence that names the value, the expected input and the way out.
 
     The command line prints it without a traceback and exits with code 2.
     """

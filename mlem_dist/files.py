@@ -1,4 +1,4 @@
-"""What every part of the program asks of the files that it reads and the folders that it writes."""
+"""File helpers for every part of the program: checks of names and folders, complete writes, digests, JSON."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ SYSTEM_NAMES = (
     "desktop.ini",
     "lost+found",
 )
-"""Names, as patterns, of what file systems, desktops and version control put into a folder that is otherwise empty."""
+"""Name patterns of entries that file systems, desktops and version control put into an otherwise empty folder."""
 
 
 def own_names(names: Iterable[str]) -> list[str]:
-    """The names that somebody has put into a folder, in order, without `SYSTEM_NAMES`."""
+    """The names in a folder that match none of `SYSTEM_NAMES`, sorted."""
     return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in SYSTEM_NAMES))
 
 
 def listing(names: Iterable[str], limit: int = 10) -> str:
-    """The first few of some names, for a message."""
+    """The first `limit` names and the number of further ones, for a message."""
     every = list(names)
     return ", ".join(every[:limit]) + (f" and {len(every) - limit} more" if len(every) > limit else "")
 
 
 def check_writable(out: Path) -> None:
-    """Refuse an `out` that is not, and cannot become, a folder that this process may write. Touches nothing.
+    """Refuse an `out` that neither is nor can become a folder that this process may write. Writes nothing.
 
     Raises:
-        UsageError: it is a file, or it or the folder that would hold it is not writable.
+        UsageError: if `out` is a file, or if `out` or the folder that would hold it is not writable.
     """
     try:
         if (out.exists() or out.is_symlink()) and not out.is_dir():
@@ -71,14 +71,14 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
     """Write a file that appears under its name complete or not at all, even after a power cut.
 
     Args:
-        path: its name; folders that are not there are made.
-        content: of the file, or what writes it to the path that it is given.
-        work: a folder on the same file system for the temporary file; the file's own by default.
+        path: the file's path; missing folders are made.
+        content: the file's content, or a function that writes it to the path that the function is given.
+        work: a folder on the same file system for the temporary file; the file's own folder by default.
 
     Raises:
-        OSError: the disk is full or not writable.
+        OSError: if the disk is full or not writable.
     """
-    # Ray's processes outlive a killed driver for a moment: two may write, on different machines.
+    # Ray's processes outlive a killed driver for a moment, so two processes on different machines may write.
     temporary = (work or path.parent) / f"{path.name}.{uuid4().hex[:12]}.tmp"
     try:
         for folder in (temporary.parent, path.parent):
@@ -94,7 +94,7 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
         why = error.strerror or " ".join(str(error).split())
         raise OSError(f"{path} cannot be written: {why}; mend that, and the same command goes on") from None
     finally:
-        # What has kept it from being written may keep it from being removed.
+        # The cause of a failed write may also prevent the removal.
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -108,10 +108,10 @@ def _sync(path: Path) -> None:
 
 
 def check_text(names: Iterable[str], where: str) -> None:
-    """Refuse names that cannot be written as UTF-8, as that of a folder whose bytes are none.
+    """Refuse names that cannot be encoded as UTF-8, such as a folder's name in another encoding.
 
     Raises:
-        UsageError: one of the names, which are found in `where`, is no text.
+        UsageError: if a name is not text; the message says that it is from `where`.
     """
     for name in names:
         try:
@@ -122,17 +122,17 @@ def check_text(names: Iterable[str], where: str) -> None:
 
 def file_digest(path: Path | UPath) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    # fsspec's files can be read into, though their type does not say so.
+    # fsspec's files have `readinto`, though their type does not declare it.
     opened: Any = path.open("rb")
     with opened as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_object(path: Path | UPath, what: str) -> dict[str, Any]:
-    """The object in a JSON file; `what` it is, for the errors.
+    """The object in a JSON file; `what` names the file in errors.
 
     Raises:
-        UsageError: it is missing, unreadable, or holds no JSON object.
+        UsageError: if the file is missing, unreadable, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_bytes())

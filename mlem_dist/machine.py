@@ -1,4 +1,4 @@
-"""The machine as this process may use it: CPU cores, open files, standard streams."""
+"""Resources of this process: CPU cores, open files, standard streams."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 
 READER_GONE = (errno.EPIPE, errno.EIO)
-"""Errors of a write to a pipe that nobody reads, and to a terminal that is closed."""
+"""Error numbers of a write to a pipe without a reader, and to a closed terminal."""
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use, by its affinity and its container's quota; at least 1."""
+    """Number of CPU cores that this process may use, by its affinity and its container's quota; at least 1."""
     return max(1, min(len(os.sched_getaffinity(0)), *map(int, _quotas())))
 
 
 def _quotas() -> list[float]:
-    """CPU time per time, in cores, that each control group above this process grants; infinite ones left out."""
+    """CPU limits in cores: all cores of the machine, and the finite quota of each control group of this process."""
     granted: list[float] = [float(os.cpu_count() or 1)]
     own = ""
     with suppress(OSError):
-        # Of version 2 there is one line, 0::PATH, from the root of the process's own namespace.
+        # Control groups of version 2 have one line, 0::PATH; PATH starts at the root of the process's own namespace.
         own = next((line[3:] for line in OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::")), "")
     folder = CGROUPS / own.strip("/")
     for level in (folder, *folder.parents):
@@ -45,10 +45,10 @@ def _quotas() -> list[float]:
 
 
 def require_open_files(minimum: int, who: str) -> None:
-    """Raise this process's limit of open files, which its children inherit, to what the system allows.
+    """Raise this process's soft limit of open files, which its children inherit, to at least `minimum`.
 
     Raises:
-        UsageError: the hard limit is less than the `minimum` that `who` needs.
+        UsageError: if the hard limit is less than the `minimum` that `who` needs.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
@@ -63,16 +63,16 @@ def require_open_files(minimum: int, who: str) -> None:
 def keep_streams() -> None:
     """Let the program outlive its standard streams.
 
-    A stream that is closed from the start is replaced by the null device, as the next file that is opened would take
-    its place. Text that nobody can read any more is dropped: on standard error whatever the error, on standard output
-    where its reader has gone. Characters that the locale cannot write are escaped.
+    A stream that is closed from the start is replaced by the null device; otherwise the next opened file would take its
+    descriptor. Text that nobody can read any more is dropped: on standard error after any error, on standard output if
+    its reader is gone. Characters that the locale cannot encode are escaped.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     for name, harmless in (("stdout", READER_GONE), ("stderr", tuple(errno.errorcode))):
         stream = getattr(sys, name)
-        # Whoever has put another one in place wants what is written there.
+        # Code that has put another stream in place wants the output there.
         if stream is getattr(sys, f"__{name}__"):
             lasting = _LastingStream(stream, 1 if name == "stdout" else 2, harmless)
             setattr(sys, name, lasting)
@@ -80,7 +80,7 @@ def keep_streams() -> None:
 
 
 class _LastingStream(io.TextIOWrapper):
-    """A standard stream that goes to the null device once a write to it has failed by one of the `harmless` errors."""
+    """A standard stream that switches to the null device once a write fails with one of the `harmless` errors."""
 
     def __init__(self, stream: io.TextIOWrapper | None, descriptor: int, harmless: tuple[int, ...]) -> None:
         self._descriptor, self._harmless = descriptor, harmless
@@ -108,7 +108,7 @@ class _LastingStream(io.TextIOWrapper):
     def _drop(self, error: OSError) -> None:
         if error.errno not in self._harmless:
             raise error
-        # What is buffered goes there too.
+        # Buffered text goes to the null device, too.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._descriptor)
         os.close(null)

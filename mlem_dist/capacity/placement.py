@@ -1,4 +1,4 @@
-"""Which pools there are, and how many devices each gets."""
+"""Placements: the levels of each pool, and the shares of devices that each pool gets."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from mlem_dist.engine.program import Evaluations, called
 from mlem_dist.errors import UsageError
 
-# A pool of hardly any load still needs an actor, and an actor a share that a scheduler can count.
+# A pool with hardly any load still needs an actor, and an actor needs a share that a scheduler can count.
 LEAST_SHARE = 0.05
 
 CELL_DEVICES = 64
-"""Largest number of devices per coordinator; `forecast` takes fewer where it would work more than half of its time."""
+"""Largest number of devices per coordinator; `forecast` takes fewer if a coordinator is busy over half its time."""
 
 WEIGHT_SHARE = 0.5
-"""The share of a device's memory that weights may take; the rest is for activations and states."""
+"""Largest share of a device's memory that weights may take; the rest is for activations and states."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One actor's place: a share of one device, 0 < share <= 1."""
+    """An actor's place: a share of one device, 0 < share <= 1."""
 
     device: int
     share: float
@@ -31,37 +31,37 @@ class Seat:
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Seconds per sample of each level on some device, float64 (K,).
+    """Seconds per sample of each level on a kind of device, float64 (K,).
 
     Attributes:
-        alone: evaluated on its own.
-        beside: where level 1 is evaluated at the same state, and its value known.
+        alone: time of a level that is evaluated on its own.
+        beside: time of a level if level 1 is evaluated at the same state, so that its value is known.
     """
 
     alone: np.ndarray
     beside: np.ndarray
 
     def of(self, levels: Collection[int]) -> dict[int, float]:
-        """Seconds per sample of each level (from 1) that one actor evaluates at one state."""
+        """Seconds per sample of each of the `levels` (from 1), which one actor evaluates at one state."""
         each = self.beside if 1 in levels else self.alone
         return {k: float(each[k - 1]) for k in levels}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The levels (from 1) of each pool, and each pool's kind of device; "" for whatever there is."""
+    """The levels (from 1) of each pool, and each pool's kind of device; "" for any device."""
 
     pools: tuple[range, ...]
     kinds: tuple[str, ...]
 
 
 def parse_placement(text: str, levels: int) -> Placement:
-    """The placement in a text: "pools" is one pool per level, "together" one for all, "1-2,3" as it says.
+    """The placement in a text: "pools" is one pool per level, "together" one for all, "1-2,3" one per range.
 
     Ranges may name kinds of devices, all of them or none: "1-2@L4,3@H100".
 
     Raises:
-        UsageError: the ranges are not contiguous from 1 to the number of levels, or some have kinds and some not.
+        UsageError: if the ranges are not contiguous from 1 to the number of levels, or if only some of them have kinds.
     """
     if text == "pools":
         return Placement(tuple(range(k, k + 1) for k in range(1, levels + 1)), ("",) * levels)
@@ -92,8 +92,8 @@ class Devices:
 
     Attributes:
         type: "cpu" or "cuda".
-        count: how many.
-        labels: of their nodes, (key, value); none for any node.
+        count: number of devices.
+        labels: labels that their nodes must have, as (key, value); empty for any node.
     """
 
     type: str
@@ -107,7 +107,7 @@ def pools_text(pools: Sequence[range]) -> str:
 
 
 def level_loads(counts: Evaluations, pools: Sequence[range], costs: Sequence[Costs]) -> np.ndarray:
-    """Expected seconds per sample in each pool and level, float64 (pools, K), for the costs on each pool's devices."""
+    """Expected seconds per sample in each pool and level, float64 (pools, K), by the costs on each pool's devices."""
     load = np.zeros((len(pools), len(costs[0].alone)))
     for together, count in counts.items():
         for index, (levels, here) in enumerate(zip(called(together, pools), costs, strict=True)):
@@ -117,10 +117,10 @@ def level_loads(counts: Evaluations, pools: Sequence[range], costs: Sequence[Cos
 
 
 def allot(load: np.ndarray, devices: int, trajectories: bool = True) -> list[list[Seat]]:
-    """Seats per pool on `devices` devices, so that every device and every pool has the same load per device.
+    """Seats of each pool on `devices` devices, so that every device and every pool has the same load per device.
 
     McNaughton's wrap-around rule (Management Science 6, 1959): the pools' shares are laid end to end along the
-    devices, and cut where a device ends. The first pool always has a seat if it holds the trajectories; another pool
+    devices, and cut where a device ends. A first pool that holds the `trajectories` always has a seat; another pool
     without load has none.
     """
     share = load / max(load.sum(), 1e-300) * devices
@@ -134,9 +134,9 @@ def allot(load: np.ndarray, devices: int, trajectories: bool = True) -> list[lis
         while end - at > 1e-9:
             device = int(at + 1e-9)
             stop = min(device + 1, end)
-            # Floor to what Ray counts, so that the seats of a device never exceed it.
+            # Round down to Ray's resolution, so that the shares of a device never add up to more than 1.
             seat = Seat(device, math.floor((stop - at + 1e-9) * 1e4) / 1e4)
-            # A sliver at a cut is not worth an actor when the pool has another seat.
+            # A sliver at a cut is not worth an actor if the pool has another seat.
             if seat.share >= LEAST_SHARE / 2 or (stop == end and not seats[pool]):
                 seats[pool].append(seat)
             at = stop
@@ -144,9 +144,9 @@ def allot(load: np.ndarray, devices: int, trajectories: bool = True) -> list[lis
 
 
 def allot_kinds(load: np.ndarray, kinds: Sequence[int], devices: Sequence[int]) -> list[list[Seat]]:
-    """As `allot`, where pool i has devices of kind `kinds[i]` only, of which there are `devices[kind]`.
+    """As `allot`, for several kinds: pool i is on devices of kind `kinds[i]`, of which there are `devices[kind]`.
 
-    The devices are numbered kind by kind. A kind whose pools have no load seats none of them but the first pool.
+    The devices are numbered kind by kind. If no pool of a kind has load, none but the first pool gets seats there.
     """
     seats: list[list[Seat]] = [[] for _ in load]
     for kind, count in enumerate(devices):

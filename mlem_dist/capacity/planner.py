@@ -1,4 +1,4 @@
-"""Capacity planning: what a cluster would make of a workload, by simulation, before anyone pays for it."""
+"""Capacity planning: forecasts of a workload on a cluster, by simulation, before anyone pays for the cluster."""
 
 from __future__ import annotations
 
@@ -45,22 +45,21 @@ OVERHEADS = {
 }
 """Measured overheads by device type.
 
-They are measured by coordinator.py and writer.py in benchmarks/runtime, and for a GPU by gpu.py: what it loses in a
-block, and where actors take turns. Its calls and trips are those by which forecasts are nearest to runs on a GPU.
+coordinator.py and writer.py in benchmarks/runtime measure them. For a GPU, gpu.py measures its losses within a block
+and between actors that take turns; its `call` and `trip` are the values whose forecasts are nearest to runs on a GPU.
 """
 
 WRITTEN_PIXELS = 32 * 32
-"""Pixels of the images by which the writing time was measured."""
+"""Pixels of an image for which the writing time is measured."""
 
 BUSY_COORDINATOR = 0.5
-"""Largest share of its time that a coordinator may work; above that, cells are made smaller."""
+"""Largest share of its time that a coordinator may be busy; above that, cells are made smaller."""
 
 SIMULATED = 3
-"""Number of placements that are simulated, the most promising ones."""
+"""Number of the most promising placements that are simulated."""
 
 SIMULATED_BLOCKS, LEAST_BLOCKS = 20, 200
-"""A simulation is of so many blocks of a cell, per device and at least, if it has that many; the rest is
-extrapolated."""
+"""Simulated blocks of a cell, per device and at least, as far as the cell has that many; the rest is extrapolated."""
 
 
 def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
@@ -71,7 +70,7 @@ def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
 
 
 def costs_of(ladder: Ladder, alone: np.ndarray) -> Costs:
-    """Costs of the ladder's levels, from float64 (K,) seconds per sample of each alone."""
+    """Costs of the ladder's levels, from the time of each level alone: float64 (K,), seconds per sample."""
     return Costs(alone, ladder.cost_beside(alone))
 
 
@@ -82,14 +81,14 @@ def state_bytes(sample_shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """Devices that are alike.
+    """A kind of devices.
 
     Attributes:
-        name: such as "h100".
-        devices: what and how many they are.
-        costs: of the levels.
-        overheads: of the runtime there.
-        memory: bytes of each; infinite if not known.
+        name: a name such as "h100".
+        devices: type, number and labels of the devices.
+        costs: costs of the levels on the devices.
+        overheads: overheads of the runtime on the devices.
+        memory: bytes per device; infinite if not known.
     """
 
     name: str
@@ -100,19 +99,19 @@ class Kind:
 
     @property
     def count(self) -> int:
-        """How many devices."""
+        """Number of devices."""
         return self.devices.count
 
 
 def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]:
-    """The kinds of devices in a text such as "h100:64:80,l4:256", with costs such as "h100=0.01,0.2,1" in ms.
+    """The kinds of devices in a text such as "h100:64:80,l4:256", with costs in ms per sample as in "h100=0.01,0.2,1".
 
-    A kind whose costs are not given has those of the ladder for a device of that name, or those of the calibrated
-    device in whose name it occurs, at the largest batch. "cpu", and what was calibrated on one, are CPU cores; all else
-    are GPUs.
+    A kind without given costs has the ladder's costs for a device of that name. If there are none, it has the costs, at
+    the largest batch, of the calibrated device in whose name it occurs. "cpu" and kinds calibrated on a CPU are CPU
+    cores; all others are GPUs.
 
     Raises:
-        UsageError: an entry cannot be read, stands twice, or has no costs.
+        UsageError: if an entry cannot be read, occurs twice, or has no costs, or if costs are given for another kind.
     """
     given: dict[str, np.ndarray] = {}
     for text in costs:
@@ -153,10 +152,10 @@ def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Pools, and the kind of devices that each is on; a kind's pools divide its devices by their load.
+    """Pools, and the kind of devices of each; the pools of a kind divide its devices by their load.
 
     Attributes:
-        held: bytes of the weights that an actor of each pool holds; none where the devices' memory does not matter.
+        held: bytes of the weights that an actor of each pool holds; empty if the devices' memory does not matter.
     """
 
     pools: tuple[range, ...]
@@ -165,31 +164,31 @@ class Layout:
 
     @property
     def groups(self) -> dict[Kind, list[int]]:
-        """The pools of each kind."""
+        """The indices of the pools on each kind."""
         return {kind: [i for i, other in enumerate(self.kinds) if other is kind] for kind in self.kinds}
 
     @property
     def devices(self) -> int:
-        """How many, of all kinds."""
+        """Number of devices of all kinds."""
         return sum(kind.count for kind in self.groups)
 
     def cells(self, most: int) -> list[list[int]]:
-        """How many devices of each kind, in the order of `groups`, each cell has; the first has the most.
+        """Numbers of devices of each kind, in the order of `groups`, in each cell; the first cell has the most.
 
-        At most `most` in all, if every kind has one for each cell.
+        A cell has at most `most` devices in all, provided that every kind has a device for each cell.
         """
         counts = [kind.count for kind in self.groups]
         cells = min(-(-self.devices // most), *counts)
         return [[count // cells + (cell < count % cells) for count in counts] for cell in range(cells)]
 
     def seats(self, load: np.ndarray, cell: Sequence[int]) -> list[list[Seat]]:
-        """Seats of each pool for its `load`, in a cell of so many devices of each kind."""
+        """Seats of each pool for its `load`, in a cell with the given numbers of devices of each kind."""
         kinds = list(self.groups)
         return allot_kinds(load, [kinds.index(kind) for kind in self.kinds], cell)
 
     def fits(self, load: np.ndarray, cell_devices: int) -> bool:
-        """Whether what actors hold fits into the devices' memory, in cells of at most `cell_devices`."""
-        # Where cells differ a smaller one may seat pools side by side that have devices of their own in a larger one.
+        """Whether the actors' weights fit into the devices' memory, in cells of at most `cell_devices` devices."""
+        # Cells may differ: a smaller cell may seat pools on one device that have separate devices in a larger cell.
         return not self.held or all(self._fits(load, cell) for cell in {*map(tuple, self.cells(cell_devices))})
 
     def _fits(self, load: np.ndarray, cell: Sequence[int]) -> bool:
@@ -211,10 +210,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class PoolForecast:
-    """A pool: its levels and kind of device, the actors of all cells, and the share of the time they work.
+    """Forecast of a pool: its levels and kind of device, its actors in all cells, and the share of time they work.
 
-    Actors on a GPU have their shares of it; on CPU cores, which they share as they please, the pool's work is set
-    against all of them.
+    On GPUs, the pool's work is divided by the actors' shares of the devices. On CPU cores, which actors share as they
+    need them, it is divided by all cores.
     """
 
     name: str
@@ -227,13 +226,13 @@ class Forecast:
     """Forecast of a workload on a layout.
 
     Attributes:
-        layout: which.
-        cells: how many coordinators.
-        cell_devices: at most so many devices in a cell.
-        images_per_second: of all cells, when they are neither filling nor draining.
-        ideal: images per second if devices did nothing but evaluate the levels that the simulated blocks call, always.
-        seconds: of all cells, from loaded levels to the last shard, for the images that it is asked for.
-        pools: in the order of the levels.
+        layout: the layout.
+        cells: number of cells, each with a coordinator.
+        cell_devices: largest number of devices in a cell.
+        images_per_second: rate of all cells when they are neither filling nor draining.
+        ideal: images per second if devices did nothing but evaluate the levels that the simulated blocks call.
+        seconds: time of all cells for the workload's images, from loaded levels to the last shard.
+        pools: the pools in the order of their levels.
         coordinator: the share of its time that a coordinator works.
         level_seconds: float64 (K,), device seconds per image in each level.
         timeline: the first calls of one cell's actors.
@@ -257,7 +256,7 @@ class Forecast:
 
     @property
     def bottleneck(self) -> str:
-        """What is busiest: a pool, all cores together, or the coordinator."""
+        """The busiest part: the name of a pool, of a kind whose actors share all cores, or "coordinator"."""
         shares = {"coordinator": self.coordinator}
         for kind, indices in self.layout.groups.items():
             pools = [self.pools[i] for i in indices]
@@ -267,10 +266,10 @@ class Forecast:
 
 
 def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None) -> Forecast:
-    """Simulate one of the layout's cells of at most `cell_devices` devices, all cells being alike.
+    """Simulate one of the layout's cells, of at most `cell_devices` devices; all cells count as alike.
 
-    Without `cell_devices` there are `CELL_DEVICES`, and fewer where a coordinator would be busy more than half of its
-    time, if the levels fit into fewer.
+    The default limit is `CELL_DEVICES`. It is lower if a coordinator would be busy more than half of its time, as long
+    as the levels fit into smaller cells.
     """
     if cell_devices is not None:
         return _simulate(workload, layout, cell_devices)
@@ -284,7 +283,7 @@ def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None
 
 
 def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast:
-    """Simulate the cell that has most devices; cells differ by one of each kind at most."""
+    """Simulate the cell with the most devices; cells differ by at most one device of each kind."""
     costs = [kind.costs for kind in layout.kinds]
     kinds, cells = list(layout.groups), layout.cells(cell_devices)
     seats = layout.seats(seat_loads(workload, layout), cells[0])
@@ -300,11 +299,11 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
     blocks = max(1, round(-(-workload.num // workload.block_size) * part))
     simulated = min(blocks, max(LEAST_BLOCKS, SIMULATED_BLOCKS * sum(cells[0])))
     trace = cell.run(simulated)
-    # Blocks per second, where the cell is neither filling nor draining, unless that is all it does.
+    # Blocks per second while the cell is neither filling nor draining, or over all blocks if all are simulated.
     rate = simulated / trace.seconds if simulated == blocks else trace.blocks_per_second
     seconds = simulated / rate
 
-    # Of the blocks that are simulated: of a few, none may call the costly levels.
+    # The load of the simulated blocks: if they are few, none of them may call the costly levels.
     times = np.bincount(np.arange(simulated) % len(programs), minlength=len(programs))
     load = times @ [pool_seconds(program, len(layout.pools)) for program in programs] / simulated
     ideal = min(kind.count / max(load[indices].sum(), 1e-300) for kind, indices in layout.groups.items())
@@ -331,7 +330,7 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
 
 
 def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
-    """Expected device seconds per sample in each pool, float64, with what its calls and trips take."""
+    """Expected device seconds per sample in each pool, float64 (pools,), with the time of its calls and trips."""
     counts, kinds = evaluations(workload), layout.kinds
     loads = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1)
     loads *= [kind.overheads.slowdown for kind in kinds]
@@ -339,7 +338,7 @@ def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
     for together, count in counts.items():
         away = np.array([any(level in pool for level, _ in together) for pool in layout.pools])
         away[0] = False
-        # A step that asks others ends a segment on the first pool.
+        # A step that asks other pools ends a segment on the first pool.
         away[0] = away.any()
         asks += count * away
     loads += asks * [kind.overheads.call + kind.overheads.trip for kind in kinds] / workload.block_size
@@ -347,13 +346,13 @@ def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
 
 
 def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
-    """Over how many devices of a cell, which has `of_cell` of the kind, a pool's work is spread."""
+    """Number of devices over which a pool's work is spread, in a cell with `of_cell` devices of the kind."""
     return of_cell if kind.overheads.shared else sum(seat.share for seat in seats) or 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Capacity:
-    """The forecasts of groups of devices that work side by side, each on its part of the images."""
+    """Forecasts of groups of devices that work side by side, each on its part of the images."""
 
     parts: tuple[Forecast, ...]
 
@@ -364,11 +363,11 @@ class Capacity:
 
     @property
     def seconds(self) -> float:
-        """From loaded levels to the last shard; the parts share the list of shards and end together."""
+        """Seconds from loaded levels to the last shard; the parts share the list of shards and end together."""
         return sum(part.seconds * part.images_per_second for part in self.parts) / self.images_per_second
 
     def level_hours(self, num: int) -> np.ndarray:
-        """float64 (K,): device hours in each level for so many images."""
+        """float64 (K,): device hours in each level for `num` images."""
         seconds = sum(part.level_seconds * part.images_per_second for part in self.parts)
         return np.asarray(seconds) * num / self.images_per_second / 3600
 
@@ -379,16 +378,16 @@ class Capacity:
 def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[Kind]) -> list[Capacity]:
     """Ways to use the devices, the fastest first.
 
-    Every kind works on its own, on the placement of its levels that is fastest there; and each pair of kinds works
-    together, one with the lower levels and one with the upper ones, the other kinds on their own.
+    One way lets every kind work on its own, by its fastest placement of the levels. Each other way pairs two kinds, one
+    with the lower levels and one with the upper levels, and lets the other kinds work on their own.
 
     Args:
-        workload: what is to be made.
+        workload: the images to make.
         weight_bytes: float64 (K,), bytes of each level in float32.
-        kinds: the devices, of names that differ.
+        kinds: the kinds of devices, with distinct names.
 
     Raises:
-        UsageError: the ladder fits on no kind alone and on no pair.
+        UsageError: if the ladder fits on no kind alone and on no pair.
     """
     alone: dict[Kind, Forecast] = {}
     unfit: list[UsageError] = []
@@ -411,12 +410,12 @@ def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[
 
 
 def _part(workload: Workload, count: int, kinds: Sequence[Kind]) -> Workload:
-    """A workload of the share of images that `count` devices make, as far as their number tells."""
+    """The workload with the share of images that `count` devices make if all devices are equally fast."""
     return replace(workload, num=max(1, round(workload.num * count / sum(kind.count for kind in kinds))))
 
 
 def _shared(workload: Workload, parts: Sequence[Forecast]) -> Capacity:
-    """Each part on the images that fall to it by its speed."""
+    """The capacity of parts that divide the images in proportion to their speed."""
     total = sum(part.images_per_second for part in parts)
 
     def own(part: Forecast) -> Forecast:
@@ -432,10 +431,10 @@ def _fastest(workload: Workload, choices: Sequence[Layout]) -> Forecast:
 
 
 def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
-    """The placements on one kind that promise most, and the most divided one.
+    """The most promising placements on one kind, and the most divided one.
 
     Raises:
-        UsageError: no placement fits.
+        UsageError: if no placement fits.
     """
     every = candidates(workload, weight_bytes, kind)
     divided = max(every, key=lambda layout: len(layout.pools))
@@ -443,10 +442,10 @@ def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[La
 
 
 def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
-    """Every placement that fits on the devices of a kind, the one that takes least of their time first.
+    """Every placement that fits on the devices of a kind, in increasing order of the device time per sample.
 
     Raises:
-        UsageError: no placement fits.
+        UsageError: if no placement fits.
     """
     levels = len(weight_bytes)
     fitting = []
@@ -473,7 +472,7 @@ def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[ra
 
 
 def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
-    """Two pools, one on each kind, at the cuts between levels that promise most."""
+    """Layouts of two pools, one on each kind, at the most promising cuts between levels."""
     counts = evaluations(workload)
     pairs = []
     for cut in range(2, len(weight_bytes) + 1):
@@ -486,7 +485,7 @@ def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Ki
 
 
 def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
-    """Images per second that one more device of each kind would bring, averaged over a sixteenth more of them."""
+    """Images per second that one more device of each kind would add, averaged over a sixteenth more devices."""
     gains = {}
     for part in best.parts:
         for kind in part.layout.groups:
@@ -504,7 +503,7 @@ def marginal(workload: Workload, best: Capacity) -> dict[str, float]:
 def capacity_report(
     ladder: Ladder, num: int, capacities: Sequence[Capacity], gains: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What `capacity_table` shows, as JSON-ready values."""
+    """The content of `capacity_table` as JSON-ready values."""
     names = [level.name for level in ladder.levels]
     return {
         "num": num,

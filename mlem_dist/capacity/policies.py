@@ -1,4 +1,4 @@
-"""Policies that coordinator and simulation share: blocks in flight, writers, and moves of actors between pools."""
+"""Policies of the coordinator and the simulation: blocks in flight, writers, and moves of actors between pools."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from mlem_dist.capacity.placement import Devices, Seat
 
 FULL, FREE = 0.8, 0.7
-"""A pool as busy as the first has too few seats; one that would be busier than the second without a seat keeps it."""
+"""Busy share from which a pool has too few seats, and largest busy share of a pool after giving up a seat."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """A pool over a window.
+    """The load of a pool over a window of time.
 
     Attributes:
-        devices: what its seats are on.
-        seats: those with an actor that works.
+        devices: the pool's devices.
+        seats: the seats with an actor that can work.
         busy: device seconds per second.
         queued: whether calls have waited for an actor all the time; True for the pool of the trajectories, which is
             never given more blocks than it can hold.
@@ -29,13 +29,13 @@ class Load:
     queued: bool
 
     def share(self, without: Seat | None = None) -> float:
-        """How busy its seats are, or would be without one of them."""
+        """Busy share of the pool's seats, or of its seats without one of them."""
         return self.busy / max(sum(seat.share for seat in self.seats if seat != without), 1e-9)
 
 
 @dataclass(frozen=True)
 class Move:
-    """A seat of pool `giver` for pool `taker`."""
+    """The move of a seat from pool `giver` to pool `taker`."""
 
     giver: int
     taker: int
@@ -43,12 +43,12 @@ class Move:
 
 
 def choose_move(loads: Sequence[Load], refused: Collection[tuple[int, int]] = ()) -> Move | None:
-    """The busiest full pool takes the seat that is missed least; None if there is no such pool or seat.
+    """The move that gives the busiest full pool the seat that is missed least; None if no pool can take or give one.
 
-    `refused` are pools and devices on which they cannot start an actor.
+    `refused` holds pairs of a pool and a device on which the pool cannot start an actor.
 
-    Seats go to pools on devices of the same kind, and not to one that has an actor on that device already: the actors
-    of a device share it as they need it.
+    A seat goes to a pool on devices of the same kind. It does not go to a pool that has an actor on that device
+    already, as the actors of a device share it as they need it.
     """
     full = [i for i, load in enumerate(loads) if load.queued and load.share() >= FULL]
     for taker in sorted(full, key=lambda i: -loads[i].share()):
@@ -67,26 +67,26 @@ def choose_move(loads: Sequence[Load], refused: Collection[tuple[int, int]] = ()
     return None
 
 
-# Two calls per actor hide the way between them; each trajectory actor has at least two blocks for the same reason.
+# Two calls per actor hide the time between calls; each trajectory actor has at least two blocks for the same reason.
 SLOTS = 2
 
 BLOCKS_PER_DEVICE = {"cpu": 3, "cuda": 8}
-"""In flight where pools share the work, by device type: on a GPU the way to another pool is long beside the work."""
+"""Blocks in flight per device if pools share the work, by device type; on a GPU, trips are long beside the work."""
 
 FLIGHT_BYTES = 2**28
-"""Memory limit for the states of a device's blocks in flight, with the values of other pools; two blocks always fly."""
+"""Memory limit for the states of one device's in-flight blocks, in bytes; two blocks are always allowed."""
 
 WRITER_SHARE = 0.7
 
 
 def trajectory_depth(devices: Sequence[str], actors: int, pools: int, block_bytes: int) -> int:
-    """Blocks in flight per trajectory actor: enough that no device waits for one; more would only finish later.
+    """Blocks in flight per trajectory actor: enough that no device waits for a block; more would only finish later.
 
     Args:
-        devices: the type of each.
-        actors: that hold trajectories.
-        pools: that share the work.
-        block_bytes: of a block's state.
+        devices: the type of each device.
+        actors: number of actors that hold trajectories.
+        pools: number of pools that share the work.
+        block_bytes: size of a block's state, in bytes.
     """
     if pools == 1:
         return SLOTS
@@ -95,12 +95,12 @@ def trajectory_depth(devices: Sequence[str], actors: int, pools: int, block_byte
 
 
 def writer_count(images_per_second: float, seconds: float) -> int:
-    """Writers for so many images per second, each written in `seconds`; they are busy for 70 % of the time at most."""
+    """Number of writers for a rate of images, each written in `seconds`; a writer is busy at most 70 % of its time."""
     return 1 + int(images_per_second * seconds / WRITER_SHARE)
 
 
 AHEAD = 6
-"""Blocks per device that a coordinator has to begin, so that it never waits for the driver."""
+"""Blocks per device that wait at a coordinator, so that it never waits for the driver."""
 
 POLL_SECONDS = 0.5
-"""How long the driver waits between two rounds over the cells."""
+"""Time that the driver waits between two rounds over the cells, in seconds."""

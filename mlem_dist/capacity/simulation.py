@@ -1,4 +1,4 @@
-"""A discrete-event simulation of one cell: what its pools, transfers, coordinator and writers do, event by event."""
+"""A discrete-event simulation of one cell: its pools, transfers, coordinator and writers, event by event."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ RECORDED = 1000
 
 @dataclass(frozen=True)
 class Overheads:
-    """Costs of the runtime on one kind of device besides the levels, in seconds if not said otherwise.
+    """Costs of the runtime on one kind of device besides the levels, in seconds unless stated otherwise.
 
     Attributes:
-        call: an actor's time for a call, besides its evaluations: arguments, results, the way to it.
-        trip: the time of each of two actors for a block's state going from one to the other and back.
-        latency: from a call to its begin, when the actor is free.
+        call: an actor's time for a call, besides its evaluations: arguments, results, transfer.
+        trip: time that each of two actors spends on sending a block's state from one to the other and back.
+        latency: time from a call to its start, if the actor is free.
         event: the coordinator's own time per call.
         write: a core's time to write one sample into a shard.
         poll: the driver's time per cell and round.
-        slowdown: a level's time in an actor over its time alone: noise, closed forms, caches, Ray's own processes.
-        sliced: a level's time where several actors take turns on the device, over that where one has it.
-        shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores;
-            then calls, trips and writing take the devices' time, which otherwise may work for other actors meanwhile.
-        state: bytes of a sample's state.
+        slowdown: ratio of a level's time in an actor to its time alone: noise, closed forms, caches, Ray's processes.
+        sliced: ratio of a level's time when several actors take turns on the device to its time when one actor has it.
+        shared: whether actors move freely between a cell's devices of this kind, as processes do between CPU cores.
+            Calls, trips and writing then take the devices' time; otherwise devices may serve other actors meanwhile.
+        state: size of a sample's state, in bytes.
     """
 
     call: float
@@ -52,14 +52,14 @@ class Overheads:
 
 @dataclass(frozen=True)
 class TimedSegment:
-    """Time of a segment, in seconds per sample: on its own actor, then on other pools, (pool, seconds) each."""
+    """Times of a segment, in seconds per sample: on its own actor, then on other pools as (pool, seconds)."""
 
     local: float
     asks: tuple[tuple[int, float], ...]
 
 
 def timed_segments(program: Program, costs: Sequence[Costs]) -> tuple[TimedSegment, ...]:
-    """The times of a program's segments, for what levels cost on the devices of each pool.
+    """The times of a program's segments, by the costs of levels on the devices of each pool.
 
     A run in closed form takes as long as a call of level 1.
     """
@@ -74,7 +74,7 @@ def timed_segments(program: Program, costs: Sequence[Costs]) -> tuple[TimedSegme
 
 
 def pool_seconds(segments: Sequence[TimedSegment], pools: int) -> np.ndarray:
-    """Seconds per sample in each pool, float64 (pools,), of a block's segments."""
+    """Seconds per sample that a block's segments take in each pool, float64 (pools,)."""
     total = np.zeros(pools)
     for segment in segments:
         total[0] += segment.local
@@ -85,7 +85,7 @@ def pool_seconds(segments: Sequence[TimedSegment], pools: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Busy:
-    """An actor at work: its pool and its number there, from `start` to `stop` seconds after all levels were loaded."""
+    """A call of an actor: its pool, its number there, and `start` and `stop` in seconds after the levels are loaded."""
 
     pool: int
     actor: int
@@ -98,12 +98,12 @@ class Trace:
     """Record of a simulated cell, in seconds after all levels were loaded.
 
     Attributes:
-        blocks: when each block was finished, in order.
-        seconds: when the last shard was written.
-        busy: by pool, seconds in which its actors worked, without their waiting for a device.
-        coordinator: seconds in which the coordinator was at work.
-        writing: core seconds spent writing.
-        work: the actors' first thousand calls.
+        blocks: the time at which each block was finished, in order.
+        seconds: the time at which the last shard was written.
+        busy: by pool, seconds in which its actors worked, without their waits for a device.
+        coordinator: seconds in which the coordinator worked.
+        writing: core seconds spent on writing.
+        work: the actors' first `RECORDED` calls.
     """
 
     blocks: list[float] = field(default_factory=list)
@@ -115,15 +115,15 @@ class Trace:
 
     @property
     def blocks_per_second(self) -> float:
-        """Between a fifth and nine tenths of all blocks, when the cell is neither filling nor draining."""
+        """Rate between a fifth and nine tenths of all blocks, while the cell is neither filling nor draining."""
         ended = np.array(self.blocks[len(self.blocks) // 5 : len(self.blocks) * 9 // 10])
-        # The slope of a line: the first and last block of a window alone depend on who happens to end together.
+        # The slope of a fitted line: the window's first and last blocks alone depend on which blocks end together.
         return float(np.polyfit(ended, np.arange(len(ended)), 1)[0])
 
 
 @dataclass(frozen=True)
 class Actor:
-    """An actor of a pool: it does one call at a time, on its device, where a level takes `slowdown` times its time."""
+    """An actor of a pool: it does one call at a time. A level takes `slowdown` times its time alone."""
 
     pool: int
     number: int
@@ -134,16 +134,16 @@ class Actor:
 
 
 class CellSimulation:
-    """One cell, as `Coordinator`, `Pool` and the workers run it.
+    """A simulated cell, as `Coordinator`, `Pool` and the workers run it.
 
     Args:
-        programs: the segments of one block after another, used in turn.
-        seats: of each pool.
-        kinds: the devices of each kind, numbered kind by kind, and its overheads; those of the first are the
-            coordinator's, the writers' and the driver's.
+        programs: the segments of each block; blocks use the programs in turn.
+        seats: the seats of each pool.
+        kinds: the devices of each kind, numbered kind by kind, and its overheads. The overheads of the first kind also
+            hold for the coordinator, the writers and the driver.
         block_size: samples per block.
         shard_blocks: blocks per shard.
-        cells: how many cells the driver serves.
+        cells: number of cells that the driver serves.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class CellSimulation:
         self.overheads = kinds[0][1]
         self.round = self.overheads.poll * cells
         self.env = env = simpy.Environment()
-        # Each device with what its actors wait for: it alone, or any of its kind.
+        # Each device's overheads, and the resource that its actors wait for: the device itself, or any of its kind.
         self.devices: list[tuple[Overheads, simpy.Resource]] = []
         for devices, overheads in kinds:
             shared = simpy.Resource(env, devices.count)
@@ -182,7 +182,7 @@ class CellSimulation:
         self.trace = Trace()
 
     def _pool(self, index: int, seats: Sequence[Seat], slots: int) -> simpy.Store:
-        """A pool's free slots: taken in turn, which is the least busy actor's but for ties."""
+        """A pool's free slots. They are taken in turn, which takes the least busy actor's slot except for ties."""
         store = simpy.Store(self.env)
         actors = []
         for number, seat in enumerate(seats):
@@ -193,7 +193,7 @@ class CellSimulation:
         return store
 
     def run(self, blocks: int) -> Trace:
-        """Make so many blocks."""
+        """Simulate the making of the given number of blocks."""
         self.blocks = blocks
         self.env.process(self._driver())
         for _ in range(self.runners):

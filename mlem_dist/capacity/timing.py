@@ -1,4 +1,4 @@
-"""The time of levels on a device, as a worker there evaluates them."""
+"""Timing of levels on a device, evaluated as by a worker there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mlem_dist.ladder.measure import seconds_per_sample
 
 
 def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
-    """Seconds per sample of levels by number, in blocks of the job, as a worker in this process evaluates them.
+    """Seconds per sample of levels by number, in blocks of the job, evaluated as by a worker in this process.
 
-    One after the other: there may not be memory for all. NaN for a level that there is no memory for.
+    Levels are loaded one after the other, as memory may not hold all. A level that does not fit has NaN.
     """
     ladder = Ladder.read(job.ladder)
     batch = ladder.sample_shape, len(ladder.labels), job.device, job.block_size

@@ -81,7 +81,7 @@ def generate(as_json: bool, **arguments: Any) -> None:
     from mlem_dist import api
     from mlem_dist.report.progress import Display
 
-    # Ray prints what its nodes say to standard output, also when it is left.
+    # Ray prints messages of its nodes on standard output, also while disconnecting.
     with contextlib.redirect_stdout(sys.stderr), Display() as display:
         report = api.generate(**arguments, notify=say, progress=display.show)
     if as_json:
@@ -91,7 +91,7 @@ def generate(as_json: bool, **arguments: Any) -> None:
 
 
 def _print(report: GenerationReport) -> None:
-    """The report for people."""
+    """Print the report for people."""
     out = report.out
     if not report.made:
         click.echo(f"{out} is finished already: {report.num:,} images in {report.shards} shards.")
@@ -112,8 +112,8 @@ def _opening_line(out: str) -> str:
     data = f"{out}/data"
     if "://" not in out:
         return f"import pyarrow.parquet as pq; print(pq.read_table({data!r}))"
-    # pyarrow alone does not know every kind of URL; and where a thread of its still holds an object of Python's at
-    # the interpreter's end, that aborts.
+    # pyarrow alone does not know every kind of URL. If one of its threads still holds a Python object when the
+    # interpreter exits, the interpreter aborts.
     return (
         f"import pyarrow, pyarrow.parquet as pq, upath; data = upath.UPath({data!r}); "
         "files = (pyarrow.BufferReader(f.read_bytes()) for f in sorted(data.iterdir())); "
@@ -123,7 +123,7 @@ def _opening_line(out: str) -> str:
 
 
 def _quoted(line: str, out: str) -> str:
-    # Nothing in the line but the path needs the other kind of quotes.
+    # Only the path in the line can need the other kind of quotes.
     return f'"{line}"' if shlex.quote(out) == out else shlex.quote(line)
 
 

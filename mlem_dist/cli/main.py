@@ -36,31 +36,31 @@ def cli(context: click.Context) -> None:
 
 for command in (generate, draw, show, verify, ladder, train, calibrate, tune, capacity):
     cli.add_command(command)
-# The name of `capacity` before version 0.4.
+# A hidden alias of `capacity`, for scripts for versions before 0.4.
 cli.add_command(click.Command("plan", params=capacity.params, callback=capacity.callback, hidden=True))
 
 
 def with_options(message: str) -> str:
-    """A message of the library with the options of this program for the parameters, which it has in backticks."""
+    """A message of the library with its parameters, which are in backticks, replaced by this program's options."""
     parameters = cli.commands[_invoked].params if _invoked in cli.commands else ()
     options = {parameter.name: parameter.opts[-1] for parameter in parameters if isinstance(parameter, click.Option)}
     return re.sub(r"`([a-z_]+)`", lambda name: options.get(name[1], name[0]), message)
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
-    # Ray's calls make exit code 1 of a SystemExit raised in them, and hand on a KeyboardInterrupt as a new one.
+    # Ray's calls turn a SystemExit raised in them into exit code 1, and pass a KeyboardInterrupt on as a new one.
     global _stop_code
     _stop_code = 128 + number
     raise KeyboardInterrupt
 
 
 def main() -> NoReturn:
-    """Run the command line: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 bad input, 3 incomplete, 130 Ctrl-C, 143 SIGTERM."""
     keep_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = cli.main(standalone_mode=False) or 0
-        # What cannot be written is known here, and not when the interpreter ends.
+        # A failed write shows here, not at the exit of the interpreter.
         sys.stdout.flush()
         sys.exit(code)
     except (click.ClickException, UsageError) as error:

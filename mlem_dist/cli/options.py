@@ -1,4 +1,4 @@
-"""Option types, options that several commands share, and what a stopped command says."""
+"""Option types, options that several commands share, and the note of a stopped command."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _stop_note = ""
 
 
 def on_stop(note: str) -> None:
-    """Set what to say where this command is stopped."""
+    """Set the note to print if this command is stopped."""
     global _stop_note
     _stop_note = note
 
 
 def stop_note() -> str:
-    """What to say where this command is stopped."""
+    """The note to print if this command is stopped."""
     return _stop_note
 
 
 def say(sentence: str) -> None:
-    """Print a sentence of the library on standard error, with options for parameters."""
+    """Print a sentence of the library on standard error, with options in place of parameters."""
     from mlem_dist.cli.main import with_options
 
     click.echo(with_options(sentence), err=True)
 
 
 def expect_command(context: click.Context) -> None:
-    """End a group that is called without a command by its help."""
+    """If a group is called without a command, print its help and exit with code 2."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(2)
@@ -74,7 +74,7 @@ def classes(value: str) -> tuple[int, ...] | None:
 
 
 def given(value: str) -> str:
-    """A name or path; an empty one is that of a variable that is not set."""
+    """A name or path; an empty one is refused, as its variable is probably not set."""
     if not value:
         raise click.BadParameter("it is empty, expected a name or path; is a variable not set?")
     return value
@@ -121,7 +121,7 @@ def device_option(command: Any) -> Any:
 
 
 def address_option(command: Any) -> Any:
-    """The option for where Ray is."""
+    """The option for the address of Ray."""
     return click.option(
         "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
     )(command)
@@ -139,7 +139,7 @@ def data_option(command: Any) -> Any:
 
 
 def budget_options(command: Any) -> Any:
-    """The options that say how much is spent and how."""
+    """The options for the compute budget and the way it is spent."""
     for option in reversed(
         [
             click.option(

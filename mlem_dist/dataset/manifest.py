@@ -1,4 +1,4 @@
-"""The dataset folder: `mlem.json` says what it is, `README.md` shows it to people and to Hugging Face."""
+"""The manifest of a dataset folder, `mlem.json`, and its card for people and Hugging Face, `README.md`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME, CARD = "mlem.json", "README.md"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `mlem.json` holds.
+    """The content of `mlem.json`.
 
     Attributes:
         config: everything that decides the samples and their files, JSON-ready.
@@ -62,7 +62,7 @@ def read_manifest(out: Location) -> Manifest:
     """Read a dataset folder's manifest.
 
     Raises:
-        UsageError: the folder holds no dataset of this program, or one of another schema version, or cannot be read.
+        UsageError: if the folder holds no dataset of this program, has another schema version, or cannot be read.
     """
     try:
         with reached(out):
@@ -86,17 +86,17 @@ def read_manifest(out: Location) -> Manifest:
 
 
 def changed(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
-    """The keys by which a configuration is another than that of a manifest."""
-    # The same ladder may lie elsewhere now: its digest is another key.
+    """The keys by which a configuration differs from that of a manifest, sorted."""
+    # The same ladder may be in another folder now; its digest has a key of its own.
     known = {*config, *manifest.config} - {"ladder"}
     return sorted(key for key in known if config.get(key) != manifest.config.get(key))
 
 
 def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of an earlier run of the same configuration in `out`, or None for a fresh folder. Touches nothing.
+    """The manifest of an earlier run of the same configuration in `out`, or None for a fresh folder. Writes nothing.
 
     Raises:
-        UsageError: as `check_location`, or `out` holds something else or a run of another configuration.
+        UsageError: as `check_location`, or if `out` holds something else or a run of another configuration.
         OSError: as `listed`.
     """
     try:
@@ -112,25 +112,25 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
     if manifest and (keys := changed(manifest, config)):
         changes = "; ".join(_change(key, manifest.config.get(key), config.get(key)) for key in keys)
         raise UsageError(f"`out` {out} holds a run of another configuration ({changes}); choose another folder")
-    # A finished one may have become read-only.
+    # The folder of a finished dataset may be read-only.
     if not (manifest and manifest.shards):
         check_location(out)
     return manifest
 
 
 def recorded_shards(out: Location, manifest: Manifest) -> list[Shard]:
-    """The shards that a run has written, as its manifest has them or, until it is finished, its markers."""
+    """The shards that a run has written, from its manifest or, until the run is finished, from its markers."""
     return [*manifest.shards] or marked_shards(out, manifest.fingerprint)
 
 
 def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
-    """The shards of a run that need not be made again, by path."""
+    """The shards of a run that need not be made again, keyed by path."""
     return whole_shards(out, (*manifest.shards, *marked_shards(out, manifest.fingerprint)))
 
 
 def finish(out: Location, manifest: Manifest) -> None:
-    """Write the card, unless there is one, and the complete manifest, then remove what an unfinished run needs."""
-    # After a repair it is there, and may have become the user's own.
+    """Write the card, unless it exists, and the complete manifest, then remove the work folder of unfinished runs."""
+    # After a repair the card exists, and the user may have edited it.
     if CARD not in listed(out):
         publish(out / CARD, card(manifest), out / WORK)
     manifest.write(out)
@@ -138,7 +138,7 @@ def finish(out: Location, manifest: Manifest) -> None:
 
 
 def card(manifest: Manifest) -> str:
-    """The dataset card: YAML front matter for Hugging Face, then what a reader wants to know."""
+    """The dataset card: YAML front matter for Hugging Face, then a description for readers."""
     config = manifest.config
     rows, size = sum(shard.rows for shard in manifest.shards), sum(shard.bytes for shard in manifest.shards)
     front = {

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 
 def schema(labels: Sequence[str]) -> pa.Schema:
-    """sample_id int64, image struct<bytes: binary, path: string> and, if there are classes, label int64.
+    """The schema: sample_id int64, image struct<bytes: binary, path: string> and, if there are classes, label int64.
 
     The metadata key `huggingface` names the features, so that `datasets` shows pictures and class names.
     """

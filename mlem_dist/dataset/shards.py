@@ -35,7 +35,7 @@ class Shard:
 
 
 def shard_path(index: int, shards: int) -> str:
-    """Where shard `index` of `shards` lies, relative to the dataset folder."""
+    """The path of shard `index` of `shards`, relative to the dataset folder."""
     return f"{DATA}/train-{index:05d}-of-{shards:05d}.parquet"
 
 
@@ -86,11 +86,11 @@ def write_shard(
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), ids first_id, first_id + 1, ...
 
-    The file appears under its final name complete or not at all; a marker in `.mlem/` follows it, that of a `run` by
-    the fingerprint of its configuration.
+    The file appears under its final name complete or not at all. A marker in `.mlem/` follows it, and names the `run`
+    by the fingerprint of its configuration.
 
     Raises:
-        ValueError: images and labels differ in number.
+        ValueError: if images and labels differ in number, or there are none.
         OSError: as `publish`.
     """
     if len(images) != len(label) or not len(images):
@@ -105,13 +105,13 @@ def write_shard(
 
 
 def marked_shards(out: Location, run: str, of: Iterable[str] | None = None) -> list[Shard]:
-    """The shards that an unfinished run has written, all or those with the paths `of`.
+    """The shards that an unfinished run has written: all, or those with the paths `of`.
 
-    A marker that names another run does not count; one that names none is that of an earlier version. One that cannot
-    be read is that of a shard to make again, but for a marker in an object store that does not answer.
+    A marker that names another run does not count. A marker of an earlier version names no run, and counts. A marker
+    that cannot be read does not count, so that its shard is made again, unless an object store fails to answer.
 
     Raises:
-        StoreError: it does not answer, or refuses.
+        StoreError: if an object store does not answer, or refuses.
     """
 
     def read(name: str) -> Shard | None:
@@ -133,16 +133,16 @@ def _marker(path: str) -> str:
 
 
 def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
-    """The shards whose files are there with their sizes, by path."""
+    """The shards whose files exist with the recorded sizes, keyed by path."""
     sizes = listed(out / DATA)
     return {shard.path: shard for shard in shards if sizes.get(Path(shard.path).name) == shard.bytes}
 
 
 def damage(out: Location, shards: Sequence[Shard]) -> list[str]:
-    """What is wrong with the shards' files, compared by content: a sentence for each that is not as it was written.
+    """Damage to the shards' files, compared by content: a sentence for each file that differs from what was written.
 
     Raises:
-        StoreError: an object store does not answer, or refuses.
+        StoreError: if an object store does not answer, or refuses.
     """
 
     def look(shard: Shard) -> str | None:
@@ -161,7 +161,7 @@ def damage(out: Location, shards: Sequence[Shard]) -> list[str]:
 
 
 def foreign(out: Location, shards: Sequence[Shard]) -> list[str]:
-    """What lies in `data/` beside the shards: readers would take it for rows."""
+    """Paths of entries in `data/` other than the shards: readers would take them for rows."""
     known = {shard.path for shard in shards}
     paths = (f"{DATA}/{name}" for name in listed(out / DATA))
     return sorted(path for path in paths if path not in known)

@@ -1,4 +1,4 @@
-"""Where a dataset lies: a folder of a file system, or one in an object store, by its URL."""
+"""The location of a dataset: a folder of a file system, or of an object store by its URL."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from upath import UPath
 
 Location: TypeAlias = "Path | UPath"
-"""A path, or what fsspec finds under a URL such as s3://BUCKET/NAME."""
+"""A path, or fsspec's path for a URL such as s3://BUCKET/NAME."""
 
 S3, GOOGLE, AZURE = "s3fs", "gcsfs", "adlfs"
 PACKAGES = {"s3": S3, "s3a": S3, "gs": GOOGLE, "gcs": GOOGLE, "az": AZURE, "abfs": AZURE, "abfss": AZURE}
-"""Packages by kind of URL, of stores in which an object is there whole or not at all."""
+"""Packages by kind of URL, for stores in which an object appears complete or not at all."""
 
 
 REQUESTS, BATCH = 32, 1000
-"""Requests at a time."""
+"""Number of requests at a time, and number of items that are handed to the threads at a time."""
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -40,8 +40,8 @@ def parse_location(text: str) -> Location:
     """The folder of a path or URL.
 
     Raises:
-        UsageError: the URL is of another kind than those of `PACKAGES` and file, names no bucket or has a part that a
-            folder cannot have; or its package is not installed.
+        UsageError: if the URL is neither a file's nor of a kind in `PACKAGES`, names no bucket, has a part that a
+            folder cannot have, or cannot be opened, or if its package is not installed.
     """
     check_text([text], "`out`")
     kind, is_url, place = text.partition("://")
@@ -63,7 +63,7 @@ def parse_location(text: str) -> Location:
     from upath import UPath
 
     try:
-        # Of what other processes write, a listing from before says nothing.
+        # No cached listings, which would miss the files that other processes write.
         folder = UPath(f"{kind}://{'/'.join(parts)}", use_listings_cache=False)
         assert folder.fs
     except ImportError:
@@ -75,16 +75,16 @@ def parse_location(text: str) -> Location:
 
 
 def check_location(out: Location) -> None:
-    """Refuse an `out` that is not, and cannot become, a folder that this process may write. Touches nothing.
+    """Refuse an `out` that neither is nor can become a folder that this process may write. Writes nothing.
 
     Raises:
-        UsageError: as `check_writable`, or the object store does not answer, has no such bucket or refuses to list it.
+        UsageError: as `check_writable`, or if the object store does not answer, lacks the bucket or refuses to list it.
     """
     if isinstance(out, Path):
         return check_writable(out)
     try:
         with reached(out):
-            # Some may see their own folder only.
+            # Some credentials only give access to a folder of the bucket.
             if not out.exists():
                 with suppress(PermissionError):
                     out.fs.info(out.drive)
@@ -96,11 +96,11 @@ def check_location(out: Location) -> None:
 
 @contextmanager
 def reached(out: Location) -> Iterator[None]:
-    """What an object store raises, each errors of its own, as one that names the place.
+    """Turn an object store's own errors into an error that names the place.
 
     Raises:
-        StoreError: it does not answer, or refuses.
-        FileNotFoundError: something is not there.
+        StoreError: if the store does not answer, or refuses.
+        FileNotFoundError: if something is not there.
     """
     try:
         yield
@@ -116,18 +116,18 @@ def publish(path: Location, content: str | bytes, work: Location) -> None:
     """Write a file that appears under its name complete or not at all.
 
     Args:
-        path: its name.
-        content: of the file.
+        path: the file's location.
+        content: the file's content.
         work: a folder on the same file system for a temporary file, which an object store does not need.
 
     Raises:
-        OSError: the disk is full or not writable, or the object store does not take the file.
+        OSError: if the disk is full or not writable, or the object store does not take the file.
     """
     if isinstance(path, Path):
         assert isinstance(work, Path)
         return replace_file(path, content, work)
     try:
-        # The object is there when its upload is complete.
+        # The object appears when its upload is complete.
         path.fs.pipe_file(path.path, content if isinstance(content, bytes) else content.encode())
     except Exception as error:
         raise StoreError(f"{path} cannot be written: {_said(error)}; mend that, and the same command goes on") from None
@@ -137,7 +137,7 @@ def read_whole(path: Location) -> bytes:
     """A small file's content.
 
     Raises:
-        OSError: as `reached`, or the file cannot be read.
+        OSError: as `reached`, or if the file cannot be read.
     """
     if isinstance(path, Path):
         return path.read_bytes()
@@ -146,12 +146,12 @@ def read_whole(path: Location) -> bytes:
 
 
 def listed(folder: Location) -> dict[str, int]:
-    """What is in a folder, by name, with its bytes; nothing where there is no folder.
+    """The entries of a folder by name, with their sizes in bytes; empty if there is no folder.
 
-    By one listing and not by a look at each: there may be very many.
+    An object store is asked for one listing rather than for every entry: there may be very many.
 
     Raises:
-        OSError: as `reached`, or the folder may not be read.
+        OSError: as `reached`, or if the folder may not be read.
     """
     sizes = {}
     with suppress(FileNotFoundError), reached(folder):
@@ -159,19 +159,19 @@ def listed(folder: Location) -> dict[str, int]:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     sizes[entry.name] = 0
-                    # A link to nothing has no size.
+                    # A broken link has no size.
                     with suppress(OSError):
                         sizes[entry.name] = entry.stat().st_size
             return sizes
         for entry in folder.fs.ls(folder.path, detail=True):
-            # Some tools mark a folder by an empty object of its name.
+            # Some tools mark a folder by an empty object with the folder's name.
             if (name := entry["name"].rstrip("/")) != folder.path.rstrip("/"):
                 sizes[name.rpartition("/")[2]] = entry["size"]
     return sizes
 
 
 def remove_folder(folder: Location) -> None:
-    """Remove a folder and all that is in it, as far as that can be done."""
+    """Remove a folder and its content, as far as possible."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -180,16 +180,16 @@ def remove_folder(folder: Location) -> None:
         with suppress(Exception):
             folder.fs.rm_file(f"{folder.path}/{name}")
 
-    # By name: removal of a folder would take its name for a pattern, which those of others may match.
+    # File by file: removing a folder would take its name for a pattern, which other folders' names may match.
     with suppress(OSError):
         of_each(remove, [*listed(folder)])
 
 
 def of_each(look: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """What `look` returns for each, many at a time, as a file system or object store may be far away."""
+    """The results of `look` for each item, many at a time, as a file system or object store may be far away."""
     results: list[U] = []
     with ThreadPoolExecutor(REQUESTS) as pool:
-        # A pool holds something for each that it has not begun.
+        # In batches, as the thread pool holds memory for each item that it has not begun.
         for start in range(0, len(items), BATCH):
             results += pool.map(look, items[start : start + BATCH])
     return results

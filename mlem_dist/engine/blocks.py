@@ -1,4 +1,4 @@
-"""The computation of blocks that every engine shares."""
+"""The computation of blocks, which all engines share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Blocks:
-    """The computation of a job's blocks, apart from who evaluates the levels."""
+    """The computation of a job's blocks, except for the evaluation of the levels."""
 
     def __init__(self, job: Job, ladder: Ladder) -> None:
         if ladder.digest != job.digest:
@@ -34,7 +34,7 @@ class Blocks:
                 "must find the same one there"
             )
         for name, version in versions().items():
-            # What follows a plus says for which devices it was built.
+            # The part after a plus names the devices that the library was built for.
             if version.partition("+")[0] != job.versions[name].partition("+")[0]:
                 raise UsageError(
                     f"{name} on {platform.node()} is {version}, and {job.versions[name]} where the run was started; "
@@ -47,7 +47,7 @@ class Blocks:
 
     @cached_property
     def table(self) -> StepTable:
-        """The solver's steps."""
+        """The solver's step table."""
         return solver_table(self.ladder.alpha_bar, self.job.steps, self.job.solver)
 
     def label(self, block: int) -> Tensor:
@@ -59,11 +59,11 @@ class Blocks:
         return self._labels[place]
 
     def _place(self, block: int) -> int:
-        """Position of a block's first sample in the job's cycle of classes, which gives the classes of all."""
+        """Position of a block's first sample in the job's cycle of classes, which decides the classes of the others."""
         return block * self.job.block_size % len(self.job.labels)
 
     def noise(self, block: int) -> Noise:
-        """The block's noise; of whole blocks always, so that a sample does not depend on `num`."""
+        """The block's noise, always for a whole block, so that a sample does not depend on `num`."""
         shape = (self.job.block_size, *self.ladder.sample_shape)
         return block_noise(self.job.seed, block, shape, self.job.device)
 
@@ -74,24 +74,24 @@ class Blocks:
         return level.affine(self.table.t)
 
     def closed_form(self, block: int) -> ClosedForm | None:
-        """How a block takes runs of steps with level 1, if its plan collapses them."""
+        """The closed form of a block's runs of steps with level 1; None if its plan does not collapse them."""
         if not self.job.plan.collapse:
             return None
-        # The last block had mostly the same classes.
+        # The block before mostly had the same classes.
         place, latest = self._place(block), self._latest
         if latest is None or latest[0] != place:
             latest = self._latest = place, ClosedForm(self._affine, self.table, self.label(block))
         return latest[1]
 
     def trajectory(self, block: int, plan: Plan) -> Generator[Request, list[Tensor], Tensor]:
-        """The block's trajectory by its plan, to be driven by who evaluates the levels."""
+        """The block's trajectory by its plan; the caller drives it and evaluates the levels."""
         return trajectory(self.table, plan, self.noise(block), self.closed_form(block))
 
     def images(self, block: int, x: Tensor) -> np.ndarray:
-        """uint8 (B, H, W, C) of a finished block x (B, C, H, W), clipped to the ladder's value range.
+        """The images of a finished block x (B, C, H, W), uint8 (B, H, W, C), clipped to the ladder's value range.
 
         Raises:
-            NonFiniteError: x holds NaN or infinite values.
+            NonFiniteError: if x holds NaN or infinite values.
         """
         bad = (~x.isfinite()).flatten(1).any(1)
         if bad.any():

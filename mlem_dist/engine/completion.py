@@ -1,4 +1,4 @@
-"""Make a dataset: what is missing of it, by one engine or the other."""
+"""Complete a dataset: make its missing shards by either engine."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 
 BLOCK_BYTES, SHARD_BYTES = 4_000_000_000, 2_000_000_000
-"""Size limits of a block's state, and of a shard's images before encoding: a Parquet column chunk holds no more."""
+"""Largest bytes of a block's state, and of a shard's images before encoding: a Parquet column chunk holds no more."""
 
 Engine = Callable[[Sequence[int]], Iterator[Progress]]
-"""Makes the shards of the given indices, yielding its progress."""
+"""A function that makes the shards with the given indices and yields its progress."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder and how much of it is there: the manifest, and the indices of the missing shards."""
+    """A dataset folder and its state: the job, the manifest, and the indices of the missing shards."""
 
     out: Location
     job: Job
@@ -32,7 +32,7 @@ class Dataset:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for a user who goes on with a dataset: what is there, and which library versions have changed."""
+        """Sentences for a user who resumes a dataset: the number of shards there, and changes of library versions."""
         if len(self.missing) == self.job.shards:
             return []
         kept = self.job.shards - len(self.missing)
@@ -45,10 +45,10 @@ class Dataset:
 
 
 def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
-    """The dataset of `job` in `out`, fresh or begun by an earlier run. Touches nothing.
+    """The dataset of `job` in `out`, fresh or begun by an earlier run. Writes nothing.
 
     Raises:
-        UsageError: `out` cannot be used for this job, see `check_out`, or a block or shard of it is too large.
+        UsageError: if `out` cannot be used for this job (see `check_out`), or if a block or shard is too large.
     """
     _check_sizes(job, ladder.sample_shape)
     config = job.config
@@ -61,7 +61,7 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
 
 
 def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
-    """Refuse blocks and shards that are too large to be held."""
+    """Refuse blocks and shards that are too large."""
     values = math.prod(sample_shape)
     for name, samples, bytes_each, limit in (
         ("block", job.block_size, 4 * values, BLOCK_BYTES),
@@ -76,7 +76,7 @@ def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
 
 
 def _check_alone(dataset: Dataset) -> None:
-    """Refuse to go on where another run has begun at the same moment, and has its manifest there."""
+    """Refuse to go on if another run has begun at the same time and its manifest is in the folder."""
     if changed(read_manifest(dataset.out), dataset.job.config):
         raise RuntimeError(
             f"a run of another configuration has begun in {dataset.out} at the same time, and has its manifest there; "
@@ -85,16 +85,16 @@ def _check_alone(dataset: Dataset) -> None:
 
 
 def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progress]:
-    """Make the missing shards and finish the dataset, with the engine's progress.
+    """Make the missing shards and finish the dataset; yields the engine's progress.
 
     Raises:
-        RuntimeError: shards that were written are not there, or another run has begun in the same place.
+        RuntimeError: if written shards are missing, or if another run has begun in the same place.
     """
-    # Another run of the same command may have begun or finished it meanwhile.
+    # Another run of the same command may have begun or finished the dataset meanwhile.
     dataset = open_dataset(dataset.job, ladder, dataset.out)
     if dataset.manifest.shards and not dataset.missing:
         return
-    # One that is there may just have become that of a finished dataset.
+    # An existing manifest may just have become that of a finished dataset.
     if NAME not in listed(dataset.out):
         dataset.manifest.write(dataset.out)
     _check_alone(dataset)

@@ -1,4 +1,4 @@
-"""The in-process engine: the one-process reference, block after block, with the same files."""
+"""The in-process engine, the one-process reference: it makes the same files, block after block."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mlem_dist.solver.integrate import integrate
 
 
 def block_maker(job: Job, ladder: Ladder) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
-    """A function that makes a block in this process, with all levels loaded that the job calls.
+    """A function that makes a block in this process; all levels that the job calls are loaded.
 
-    It returns the images, uint8 (B, H, W, C), and the evaluations of each level, int64 (K,).
+    The function returns the images, uint8 (B, H, W, C), and the number of evaluations of each level, int64 (K,).
     """
     keep_memory()
-    # Within a block one thread, as in the actors: sums over several would be rounded in another order.
+    # One thread within a block, as in the actors: sums over several threads would be rounded in another order.
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     blocks, levels = Blocks(job, ladder), Levels(ladder, job.device, job.precision)
@@ -47,7 +47,7 @@ def sample_blocks(job: Job, ladder: Ladder) -> Iterator[np.ndarray]:
     """The images of each of a job's blocks in order, uint8 (B, H, W, C).
 
     Raises:
-        NonFiniteError: a block ended with NaN or infinite values.
+        NonFiniteError: if a block ends with NaN or infinite values.
     """
     make = block_maker(job, ladder)
     for block in range(-(-job.num // job.block_size)):
@@ -55,10 +55,10 @@ def sample_blocks(job: Job, ladder: Ladder) -> Iterator[np.ndarray]:
 
 
 def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], devices: int) -> Iterator[Progress]:
-    """Make the given shards on `devices` CPU cores, a block on each, or on one GPU, with a snapshot after every block.
+    """Make the given shards on `devices` CPU cores, a block on each, or on one GPU; yields a snapshot after each block.
 
     Raises:
-        NonFiniteError: a block ended with NaN or infinite values.
+        NonFiniteError: if a block ends with NaN or infinite values.
     """
     began, busy = time.monotonic(), time.process_time()
     writer = Writer(job, out, ladder.labels)

@@ -1,4 +1,4 @@
-"""A job: everything that decides the samples of a dataset. It is known where torch is not imported."""
+"""A job: everything that decides the samples of a dataset. This module does not need torch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from mlem_dist.solver.steps import SOLVERS
 MOST_SHARDS = 10**6
 
 PRECISIONS = ("float32", "bfloat16")
-"""Types of the UNets' weights and activations, by torch's names."""
+"""Data types of the UNets' weights and activations, by torch's names."""
 
 BLOCK_SIZE = {"cpu": 100, "cuda": 500}
-"""Default block size by device type: on a large GPU blocks of 100 take more than twice as long per sample (gpu.py in
-benchmarks/runtime)."""
+"""Default number of samples in a block, by device type: on a large GPU, blocks of 100 take more than twice as long per
+sample (gpu.py in benchmarks/runtime)."""
 
 SAMPLED_BLOCKS = 16
-"""Draws of a recipe by which loads are estimated."""
+"""Number of a recipe's draws from which loads are estimated."""
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide bytes."""
+    """The versions of the software that decides the bytes of a dataset."""
     libraries = {name: version(name) for name in ("torch", "numpy", "pyarrow")}
     own = {"mlem_dist": __version__, "mlem_dist's source": _source_digest()}
     return own | {"python": platform.python_version()} | libraries
@@ -50,15 +50,15 @@ def _source_digest() -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides how long a job takes, and not which samples it makes.
+    """The part of a job that decides how long it takes, not which samples it makes.
 
     Attributes:
         num: number of samples.
         plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
-        seed: decides every draw of a plan.
-        block_size: samples that advance together.
-        shard_size: samples of one file.
-        precision: of the UNets, one of `PRECISIONS`.
+        seed: seed of every draw of a plan.
+        block_size: number of samples that advance together.
+        shard_size: number of samples per file.
+        precision: data type of the UNets, one of `PRECISIONS`.
     """
 
     num: int
@@ -76,17 +76,17 @@ class Workload:
 
     @property
     def first_plans(self) -> tuple[Plan, ...]:
-        """The plans of the first blocks, by which loads are estimated; the one plan that all blocks have."""
+        """The plans of the first blocks, from which loads are estimated; a single plan if all blocks share it."""
         return _first_plans(self.plan, self.seed)
 
     def expected_calls(self) -> np.ndarray:
-        """Evaluations of each level per sample, float64 (K,), averaged over the first plans."""
+        """Mean number of evaluations of each level per sample over the first plans, float64 (K,)."""
         return np.mean([plan.calls.sum(1) for plan in self.first_plans], axis=0)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to generate.
+    """The dataset to generate.
 
     Attributes:
         ladder: name or folder, as every node of the cluster finds it.
@@ -94,17 +94,17 @@ class Job:
         num: number of samples.
         labels: the classes to generate, in turn by sample id; (0,) for an unconditional ladder.
         solver: one of `SOLVERS`.
-        steps: N.
+        steps: N, the number of base steps.
         plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
-        seed: decides every noise and coin.
-        block_size: samples that advance together.
-        shard_size: samples of one file, a multiple of the block size.
+        seed: seed of all noise and coins.
+        block_size: number of samples that advance together.
+        shard_size: number of samples per file, a multiple of the block size.
         device: "cpu" or "cuda".
-        precision: of the UNets, one of `PRECISIONS`.
-        versions: of what decides bytes, where the job was made; no part of `config`.
+        precision: data type of the UNets, one of `PRECISIONS`.
+        versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
-        UsageError: a value is out of range.
+        UsageError: if a value is out of range.
     """
 
     ladder: str
@@ -139,13 +139,13 @@ class Job:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The job as JSON-ready values; its fingerprint says which shards of a folder are its own."""
+        """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "versions"}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
             config["plan"] = asdict(self.plan)
-        # As it comes back from the manifest: tuples and arrays are lists there.
+        # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain
 
@@ -169,7 +169,7 @@ class Job:
         return range(rows.start // self.block_size, -(-rows.stop // self.block_size))
 
     def rows_of(self, shard: int, block: int) -> int:
-        """How many of a shard's samples a block holds."""
+        """Number of a shard's samples that a block holds."""
         first = block * self.block_size
         return min(self.shard_rows(shard).stop, first + self.block_size) - first
 
@@ -188,10 +188,10 @@ class Job:
 
 
 def check_shards(workload: Workload) -> None:
-    """Refuse a workload of too many shards, or whose shards are not of whole blocks.
+    """Refuse a workload of too many shards, or of shards that are not whole blocks.
 
     Raises:
-        UsageError: it is, with a size that would do.
+        UsageError: if the workload is refused; the message says how to change the shard size.
     """
     num, shard_size, block_size = workload.num, workload.shard_size, workload.block_size
     if (shards := -(-num // shard_size)) > MOST_SHARDS:

@@ -1,4 +1,4 @@
-"""Programs: what a block does on which pool, from its plan."""
+"""Programs: the work of a block on each pool, by its plan."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mlem_dist.engine.progress import Work
 from mlem_dist.solver.plan import Increment, Plan, Recipe
 
 RARE = 1e-6
-"""Evaluations counted for an increment that may be drawn, beside those in the plans of the first blocks."""
+"""Number of evaluations added, for each increment that may be drawn, to those in the plans of the first blocks."""
 
 Together = tuple[Increment, ...]
-"""Increments that are evaluated at one step."""
+"""Increments that are evaluated together, at one step."""
 
 Evaluations = Mapping[Together, float]
-"""Mean number of times per sample that increments are evaluated together."""
+"""Mean number of times per sample that each group of increments is evaluated together."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,19 @@ class Ask:
 
     @property
     def calls(self) -> set[int]:
-        """The levels that the pool evaluates for it."""
+        """The levels that the pool evaluates for the ask."""
         return _levels(self.increments)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A step that evaluates increments, or a run of steps that begins there and is taken in closed form.
+    """A step that evaluates increments, or a run of steps that begins at that step and is taken in closed form.
 
     Attributes:
-        step: its number.
+        step: the number of the step.
         own: increments that the first pool evaluates.
         asks: increments that other pools evaluate.
-        closed: whether level 1 takes a run of steps in closed form from there on.
+        closed: whether a run of steps from there on is taken in closed form, by level 1.
     """
 
     step: int
@@ -59,9 +59,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Segment:
-    """Turns that the first pool takes without another pool's values but those at hand, and what it asks for next.
+    """Turns that the first pool takes without waiting for another pool, and the asks that follow them.
 
-    The first turn of every segment but the first one begins with the values that the segment before has asked for.
+    The first turn of every segment but the first begins with the values that the segment before has asked for.
     """
 
     turns: tuple[Turn, ...]
@@ -70,18 +70,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class SegmentEnd:
-    """The end of a segment: the work done, and the asks; none if the block is finished."""
+    """The end of a segment: the work done, and the asks that follow, which are empty if the block is finished."""
 
     work: Work
     asks: tuple[Ask, ...]
 
 
 class Program:
-    """A plan split over pools, by which workers, placement and simulation go.
+    """A plan split over pools; workers, placement and simulation follow it.
 
     Args:
-        plan: of a block.
-        pools: the levels (from 1) of each pool; the first one holds the state, and takes part in every step.
+        plan: the plan of a block.
+        pools: the levels (from 1) of each pool; the first pool holds the state, and takes part in every step.
     """
 
     def __init__(self, plan: Plan, pools: Sequence[range]) -> None:
@@ -94,7 +94,7 @@ class Program:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments, in order; the last one asks for nothing."""
+        """The segments, in order; the last one has no asks."""
         segments: list[Segment] = []
         turns: list[Turn] = []
         for turn in self.turns:
@@ -107,12 +107,12 @@ class Program:
 
 @lru_cache(maxsize=8)
 def program_of(plan: Plan, pools: tuple[range, ...]) -> Program:
-    """The program of a plan, which is one for all blocks where the plan is."""
+    """The program of a plan, cached for blocks that share their plan."""
     return Program(plan, pools)
 
 
 def _walk(plan: Plan) -> Iterator[tuple[int, Together, bool]]:
-    """Each run of a plan: its first step, the increments evaluated there, and whether the run is in closed form."""
+    """Each run of a plan: its first step, the increments evaluated at it, and whether the run is in closed form."""
     for run in plan.runs:
         yield run.start, tuple(term.increment for term in run.terms), bool(run.base)
 
@@ -127,11 +127,11 @@ def _levels(increments: Together) -> set[int]:
 
 
 def divide(together: Together, pools: Sequence[range]) -> tuple[Together, ...]:
-    """What each pool evaluates for the increments of one step, so that no two evaluate the same level if one is enough.
+    """Split the increments of one step over the pools, so that two pools evaluate the same level only if they must.
 
-    Where the level below an increment is one of the first pool's, or one that its pool is asked for anyway, the
-    increment's pool evaluates its level alone, over 0, and the first pool subtracts. Else the increment's pool
-    evaluates both.
+    If the level below an increment belongs to the first pool, or its pool is asked for that level anyway, the
+    increment's pool evaluates the increment's level alone, over 0, and the first pool subtracts. Otherwise the
+    increment's pool evaluates both levels.
     """
     return _divide(together, tuple(pools))
 
@@ -156,7 +156,7 @@ def called(together: Together, pools: Sequence[range]) -> list[set[int]]:
 
 
 def evaluations(workload: Workload) -> Evaluations:
-    """Mean number of times per sample that increments are evaluated together, over the plans of the first blocks.
+    """Mean number of times per sample that groups of increments are evaluated together, over the first blocks' plans.
 
     Increments that only later blocks may draw have a count near zero.
     """
@@ -168,11 +168,11 @@ def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
     counts: defaultdict[Together, float] = defaultdict(float)
     for _, together, closed in (run for plan in plans for run in _walk(plan)):
         counts[together] += 1
-        # A run in closed form takes its own time, besides that of level 1 where it is evaluated.
+        # A run in closed form counts as a call of level 1, in addition to the calls of level 1 itself.
         counts[(Increment(1, 0),)] += closed
     counts.pop((), None)
     if isinstance(plan, Recipe):
-        # A later block may draw what these do not, and must find a pool for it.
+        # A later block may draw increments that these plans lack, and must find a pool for them.
         rungs = plan.rungs or range(1, len(plan.probabilities) + 1)
         for below, level, p in zip((0, *rungs), rungs, plan.probabilities, strict=False):
             if p.any():
@@ -181,6 +181,6 @@ def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
 
 
 def levels_of(counts: Evaluations, pools: Sequence[range]) -> list[list[int]]:
-    """The levels that each pool evaluates, by number."""
+    """The numbers of the levels that each pool evaluates."""
     parts = [called(together, pools) for together in counts]
     return [sorted(set().union(*levels)) for levels in zip(*parts, strict=True)]

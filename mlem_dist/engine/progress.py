@@ -1,4 +1,4 @@
-"""Progress and report of a run, in one form for every engine."""
+"""Progress and report of a run, in the same form for every engine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Work:
-    """What one call did.
+    """The work of one call.
 
     Attributes:
         busy: device seconds; CPU seconds on a CPU.
         calls: evaluations by level, each of one block.
-        samples: in the block.
-        moved: bytes of the arrays that came and went.
+        samples: number of samples in the call's blocks.
+        moved: bytes of the arrays received and returned.
     """
 
     busy: float
@@ -25,17 +25,17 @@ class Work:
 
 @dataclass(frozen=True)
 class PoolProgress:
-    """One pool.
+    """The progress of one pool.
 
     Attributes:
-        name: its levels' names.
-        actors: those able to work now.
+        name: names of the pool's levels.
+        actors: number of actors that can work now.
         busy: device seconds so far; CPU seconds on CPUs.
-        deaths: actors lost so far.
-        calls: finished calls of actors.
-        waited: seconds that calls and blocks have waited for an actor, added up.
+        deaths: number of actors lost so far.
+        calls: number of finished calls.
+        waited: total seconds that calls and blocks have waited for an actor.
         moved: bytes of states and increments that crossed between processes.
-        retries: calls made again, as their actor died.
+        retries: number of calls repeated because their actor died.
     """
 
     name: str
@@ -48,7 +48,7 @@ class PoolProgress:
     retries: int = 0
 
     def __add__(self, other: PoolProgress) -> PoolProgress:
-        """The totals of two pools of one name."""
+        """The totals of two pools with the same name."""
         totals = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)[1:]}
         return PoolProgress(self.name, **totals)
 
@@ -62,20 +62,20 @@ class Progress:
     """A snapshot of a run.
 
     Attributes:
-        state: what it does: "waiting for ...", "loading levels", "sampling".
-        seconds: since the engine began.
+        state: the current activity: "starting", "waiting for ...", "loading levels", "sampling".
+        seconds: seconds since the engine started.
         ready: seconds until all levels were loaded; None before.
         first_block: seconds until the first block was finished; None before.
-        samples: finished samples, without those of earlier runs.
-        blocks: finished blocks.
+        samples: number of finished samples, without those of earlier runs.
+        blocks: number of finished blocks.
         calls: evaluations of each level (from 1), each of one block, in the finished blocks.
-        devices: CPU cores or GPUs in use.
-        pools: the pools in order of their levels.
-        queued: blocks that are to be made and not begun.
-        writers: what writes shards, if not the pools themselves.
-        written: shards that a coordinator has written, and not told of before.
-        total: samples that the run has to make; 0 if not known.
-        levels: the levels' names.
+        devices: number of CPU cores or GPUs in use.
+        pools: the pools in the order of their levels.
+        queued: number of blocks to make that have not begun.
+        writers: the pools of actors that write shards, if there are any.
+        written: shards that a coordinator has written and that the driver does not know of yet.
+        total: number of samples that the run has to make; 0 if not known.
+        levels: the names of the levels.
     """
 
     state: str
@@ -94,13 +94,13 @@ class Progress:
     levels: Sequence[str] = ()
 
     def later(self, seconds: float) -> Progress:
-        """The same with times that count from so many seconds earlier."""
+        """The same progress with times that count from a moment `seconds` earlier."""
         ready, first = (None if at is None else at + seconds for at in (self.ready, self.first_block))
         return replace(self, seconds=self.seconds + seconds, ready=ready, first_block=first)
 
     @property
     def busy(self) -> float:
-        """The share of all device time that pools were busy, from 0 to 1."""
+        """The share of all device time in which pools were busy, from 0 to 1."""
         return sum(pool.busy for pool in self.pools) / max(self.seconds * self.devices, 1e-9)
 
     @property
@@ -113,25 +113,26 @@ class Progress:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """The result of a generation, JSON-ready by `dataclasses.asdict`.
+    """The result of a generation; `dataclasses.asdict` makes it JSON-ready.
 
     Attributes:
         out: the dataset's folder or URL.
-        num: images of the whole dataset.
-        shards: files of the whole dataset.
-        seconds: from the call to its end.
+        num: number of images in the whole dataset.
+        shards: number of files in the whole dataset.
+        seconds: duration of the whole call.
         device: "cpu" or "cuda".
-        made: images of this run.
-        devices: CPU cores or GPUs in use.
-        sampling_seconds: from loaded levels to the end.
-        ready_seconds: from the engine's begin to loaded levels; None if there was nothing to make.
-        first_block_seconds: from the engine's begin to the first finished block; None if there was nothing to make.
+        made: number of images that this run made.
+        devices: number of CPU cores or GPUs in use.
+        sampling_seconds: seconds from loaded levels to the end.
+        ready_seconds: seconds from the engine's start to loaded levels; None if there was nothing to make.
+        first_block_seconds: seconds from the engine's start to the first finished block; None if there was nothing to
+            make.
         images_per_second: made / sampling_seconds; None if there was nothing to make.
         calls_per_sample: evaluations of each level per image, by name.
-        busy: the share of device time that pools were busy, from 0 to 1.
+        busy: the share of device time in which pools were busy, from 0 to 1.
         busy_seconds: device seconds by pool.
-        deaths: actors lost.
-        pools, writers: the last progress of each.
+        deaths: number of actors lost.
+        pools, writers: the last progress of each pool.
     """
 
     out: str
@@ -162,7 +163,7 @@ class GenerationReport:
         seconds: float,
         device: str,
     ) -> GenerationReport:
-        """The report of a run by its last progress; None if there was nothing to make."""
+        """The report of a run from its last progress, which is None if there was nothing to make."""
         last = last or Progress("", 0.0, None, None, 0, 0, {}, 0, ())
         sampling = last.seconds - (last.ready or 0)
         return cls(

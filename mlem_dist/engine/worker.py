@@ -1,4 +1,4 @@
-"""What runs inside the actors: levels evaluated for others, and trajectories that hold the state of blocks."""
+"""The workers inside the actors: they evaluate levels for other pools, or hold the states of blocks and run them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mlem_dist.solver.plan import Increment
 
 
 class Levels(dict[int, Drift]):
-    """A ladder's levels by number, loaded at first use, their calls counted; for several threads, or one on a GPU."""
+    """A ladder's levels by number, loaded at first use, with counted calls. On a GPU, only one thread may use them."""
 
     def __init__(self, ladder: Ladder, device: str, precision: str) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Levels(dict[int, Drift]):
         return self[number]
 
     def load(self, number: int) -> None:
-        """Load a level unless it is loaded."""
+        """Load a level unless it is loaded already."""
         with self._lock:
             if number not in self:
                 if self._ladder.levels[number - 1].kind == "unet":
@@ -68,15 +68,15 @@ class LevelWorker:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Load the levels that this pool evaluates, and run each once, so that the first call is a warm one.
+        """Load the levels that this pool evaluates, and run each once to warm up.
 
         Raises:
-            UsageError: the ladder is not here, or another one.
+            UsageError: if the ladder is missing here, or if it or a library version differs from that of the job.
         """
-        # Not in the constructor, an error of which Ray takes for the actor's death.
+        # Not in the constructor: Ray takes an error there for the actor's death.
         self.blocks = Blocks(self.job, Ladder.read(self.job.ladder))
         self.levels = Levels(self.blocks.ladder, self.job.device, self.job.precision)
-        # A GPU prepares itself for a batch's size. A CPU does not, and a whole block would take it a second.
+        # A GPU warms up for each batch size. A CPU does not, and would take a second for a whole block.
         size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
         label = self.blocks.label(0)[:size]
@@ -86,11 +86,11 @@ class LevelWorker:
 
     @torch.inference_mode()
     def evaluate(self, asks: Sequence[tuple[int, Ask]], *states: np.ndarray) -> tuple[Work | np.ndarray, ...]:
-        """The increments that blocks ask for, all for the same ones, in one evaluation of each level.
+        """Evaluate the increments that blocks ask for, with one evaluation of each level for all blocks.
 
         Args:
-            asks: block and ask.
-            states: of each, float32 (B, C, H, W).
+            asks: (block, ask), all for the same increments.
+            states: the state of each block, float32 (B, C, H, W).
 
         Returns:
             The work, and for each block its increments, stacked: float32 (increments, B, C, H, W).
@@ -101,16 +101,16 @@ class LevelWorker:
         t = torch.cat([torch.full((len(state),), time) for time, state in zip(times, states, strict=True)])
         label = torch.cat([self.blocks.label(block) for block, _ in asks])
         values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), label)).cpu()
-        # Each in memory of its own, to be sent on its own; that of one block alone is.
+        # Each answer gets contiguous memory, as it is sent on its own; the answer to a single block has it already.
         answers = [np.ascontiguousarray(value) for value in values.split([len(state) for state in states], dim=1)]
         work = clock(*states, *answers)
         samples, calls = work.samples * len(asks), {k: count * len(asks) for k, count in work.calls.items()}
         return replace(work, samples=samples, calls=calls), *answers
 
     def _clock(self) -> Any:
-        """A function that returns the work since now, given the arrays that came and go."""
+        """A function that returns the work since now, given the arrays received and returned."""
         cuda = self.blocks.job.device == "cuda"
-        # On a CPU the seats of a device share its cores, so that only CPU seconds say who used it.
+        # On CPUs actors share the cores, so only CPU seconds say which actor used them.
         now = time.perf_counter if cuda else time.process_time
         start, calls = now(), self.levels.calls.copy()
 
@@ -125,7 +125,7 @@ class LevelWorker:
 
 @dataclass(frozen=True)
 class Running:
-    """A block under way: its trajectory, its program, and the request at which it stands; None before it has begun."""
+    """A block in flight: its trajectory, its program, and its pending request, which is None before the first one."""
 
     trajectory: Generator[Request, list[Tensor], Tensor]
     program: Program
@@ -133,7 +133,7 @@ class Running:
 
 
 class TrajectoryWorker(LevelWorker):
-    """Holds the state of blocks and runs every segment that needs no other pool."""
+    """Holds the states of blocks and runs their segments, which need no other pool."""
 
     def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
         super().__init__(job, pools, pool)
@@ -141,7 +141,7 @@ class TrajectoryWorker(LevelWorker):
 
     @torch.inference_mode()
     def start(self, block: int) -> tuple[SegmentEnd, np.ndarray]:
-        """Begin a block, afresh if it was begun before, and run its first segment; returns as `resume` does."""
+        """Begin a block, again if it was begun before, and run its first segment; returns as `resume` does."""
         clock = self._clock()
         plan = self.job.block_plan(block)
         running = Running(self.blocks.trajectory(block, plan), program_of(plan, tuple(self.pools)))
@@ -149,17 +149,17 @@ class TrajectoryWorker(LevelWorker):
 
     @torch.inference_mode()
     def resume(self, block: int, *answers: np.ndarray) -> tuple[SegmentEnd, np.ndarray]:
-        """Go on with the answers to the last segment's asks, in their order.
+        """Continue a block with the answers to the last segment's asks, in the order of the asks.
 
         Returns:
-            The segment, and the state x (B, C, H, W) float32 where it asks for values, or the finished images
-            (B, H, W, C) uint8 where it does not.
+            The end of the segment, and the state x, float32 (B, C, H, W), if the segment has asks; otherwise the
+            finished images, uint8 (B, H, W, C).
         """
         clock = self._clock()
         return self._run(block, self.running.pop(block), answers, clock)
 
     def drop(self, block: int) -> None:
-        """Forget a block that is begun again elsewhere."""
+        """Forget a block that begins again elsewhere."""
         self.running.pop(block, None)
 
     def _run(
@@ -190,7 +190,7 @@ class TrajectoryWorker(LevelWorker):
 
 
 def _increment(values: Mapping[Increment, Tensor], wanted: Increment) -> Tensor:
-    """The value of an increment that has been evaluated, or the difference of two levels that have."""
+    """The value of an evaluated increment, or the difference of its two evaluated levels."""
     if wanted in values:
         return values[wanted]
     return values[Increment(wanted.level, 0)] - values[Increment(wanted.below, 0)]

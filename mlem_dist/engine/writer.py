@@ -1,4 +1,4 @@
-"""What writes shards: apart from the levels, and without importing torch, so that it starts at once and stays small."""
+"""The writer of shards, apart from the levels. It does not import torch, so that it starts at once and stays small."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Writer:
         self.job, self.out, self.labels = job, out, labels
 
     def prepare(self) -> None:
-        """Look whether the dataset is there.
+        """Check that the dataset is there.
 
         Raises:
-            UsageError: the dataset that the driver has begun is not seen from here, or another one is.
+            UsageError: if the dataset that the driver has begun is not visible from here, or another one is there.
         """
         why = ""
         try:
@@ -49,10 +49,10 @@ class Writer:
         """Write one shard.
 
         Args:
-            shard: its number.
-            first_id: of its samples.
-            label: of each of its samples.
-            blocks: images uint8 (B, H, W, C) of its blocks; the last may hold more than belong to it.
+            shard: the shard's number.
+            first_id: the first of its sample ids.
+            label: the class of each of its samples.
+            blocks: images of its blocks, uint8 (B, H, W, C); the last block may hold more images than the shard.
         """
         start = time.process_time()
         images = np.concatenate(blocks)[: len(label)]

@@ -1,4 +1,4 @@
-"""Figures of a training and of a calibration, by matplotlib."""
+"""Figures of trainings, calibrations, frontiers and simulated cells, by matplotlib."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BINS = 25
-"""Steps are shown in so many groups: one step's effect is measured with a few dozen samples."""
+"""Number of groups in which steps are shown: the effect of one step is measured with only a few dozen samples."""
 
 
 def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list[Path]:
@@ -33,7 +33,7 @@ def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list
 
 
 def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
-    """Both readings of gamma as lines in logarithmic axes; on the left Figure 2 of Jacot, arXiv:2603.24594."""
+    """Both readings of gamma as lines in logarithmic axes; the left one is Figure 2 of Jacot, arXiv:2603.24594."""
     figure = _figure(f"{ladder.name} on {calibration.device}", 1, 2, 4.4, sharex=True)
     left, right = figure.axes
     batch = max(calibration.levels[0].seconds)
@@ -60,7 +60,7 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
 
 
 def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
-    """Increments and their effect on the sample by timestep, from noise to image, a column per solver."""
+    """Increments and their effect on the sample by timestep, from noise to image; one column per solver."""
     figure = _figure(f"{ladder.name} on {calibration.device}", 2, len(calibration.solvers), 7.5, sharey="row")
     grid = np.array(figure.axes).reshape(2, -1)
     for column, (name, solver) in zip(grid.T, calibration.solvers.items(), strict=True):
@@ -80,9 +80,9 @@ def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
 
 
 def save_frontier(frontier: Frontier, path: Path) -> Path:
-    """Write error against time, a curve per family through its best points, and return the path.
+    """Write a figure of error against time, with a curve through each family's best points, and return the path.
 
-    Rows on other noises than those that all are judged on are dots that no curve goes through.
+    Rows that are not judged on the common noises are dots outside the curves.
     """
     settings = frontier.settings
     figure = _figure(f"{settings['solver'].upper()}, {settings['samples']} samples, {settings['machine']}", 1, 1, 7.5)
@@ -102,7 +102,7 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
                 marker="os^vD"[index // 10 % 5],
             )
     axes.set(xscale="log", xlabel="ms per sample", ylabel=f"mean squared error to {settings['reference']}")
-    # Where the best level is called at every step there may be no error at all.
+    # If the best level is called at every step, all errors may be zero.
     if any(row.error > 0 for row in frontier.rows):
         axes.set_yscale("log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -110,7 +110,7 @@ def save_frontier(frontier: Frontier, path: Path) -> Path:
 
 
 def save_timeline(capacity: Capacity, path: Path) -> Path:
-    """Write when the actors of one cell of each part are at work, after loading, and return the path."""
+    """Write a figure of the times at which the actors of one cell of each part work, and return the path."""
     figure = _figure("one cell's actors at work, after loading", len(capacity.parts), 1, 3 + 3 * len(capacity.parts))
     for axes, part in zip(figure.axes, capacity.parts, strict=True):
         actors = sorted({(busy.pool, busy.actor) for busy in part.timeline})
@@ -132,7 +132,7 @@ def save_timeline(capacity: Capacity, path: Path) -> Path:
 
 
 def save_loss_curves(folder: Path, logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Write `folder`/loss.png from the lines of each level's training log, and return its path."""
+    """Write `folder`/loss.png from the entries of each level's training log, and return its path."""
     figure = _figure("training", 1, 2, 4.4, sharex=True)
     left, right = figure.axes
     for name, log in logs.items():

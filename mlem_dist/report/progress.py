@@ -61,7 +61,7 @@ class Display:
 
 @contextlib.contextmanager
 def _stage_bar(unit: str) -> Iterator[Callable[[str, int, int, str], None]]:
-    """A function that shows a stage's name, how many units of it are done and how many there are, and a note."""
+    """A function that shows a stage's name, the numbers of its done units and of all its units, and a note."""
     bar: Any = None
     shown = ""
     line_at = time.monotonic()
@@ -89,7 +89,7 @@ def _stage_bar(unit: str) -> Iterator[Callable[[str, int, int, str], None]]:
 
 @contextlib.contextmanager
 def training_bar() -> Iterator[Callable[[Mapping[str, tuple[int, float]], int], None]]:
-    """A function that shows each level's steps and loss, and how many steps of all levels are done, of so many."""
+    """A function that shows each level's steps and loss, and the done steps of all levels out of their total."""
     with _stage_bar("step") as show:
         yield lambda levels, total: show(
             "training",
@@ -101,6 +101,6 @@ def training_bar() -> Iterator[Callable[[Mapping[str, tuple[int, float]], int], 
 
 @contextlib.contextmanager
 def parts_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that shows what is being measured, how much of it is done, and how much there is."""
+    """A function that shows the current measurement, and the number of its done parts out of their total."""
     with _stage_bar("part") as show:
         yield lambda stage, done, total: show(stage, done, total, "")

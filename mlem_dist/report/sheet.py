@@ -18,10 +18,10 @@ MARGIN = 110
 
 
 def contact_sheet(out: Location) -> Image.Image:
-    """A picture of a dataset: twelve images of each class, a row each; in order of sample id where there are none.
+    """A picture of a dataset: a row of twelve images for each class; without classes, images in order of sample id.
 
     Raises:
-        UsageError: the folder is no dataset, has no finished shard yet, or one that cannot be read.
+        UsageError: if the folder is no dataset, has no finished shard yet, or has a shard that cannot be read.
     """
     manifest = read_manifest(out)
     classes: list[int] = manifest.config["labels"] if manifest.labels else list(range(10))
@@ -29,7 +29,7 @@ def contact_sheet(out: Location) -> Image.Image:
     for path in sorted(finished_shards(out, manifest)):
         try:
             with reached(out), (out / path).open("rb") as opened:
-                # A thread of pyarrow's that reads by Python can abort the interpreter's end.
+                # A thread of pyarrow that reads through Python can abort the interpreter at its exit.
                 file = pq.ParquetFile(opened, pre_buffer=False)
                 groups = (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
                 for i, record in chain.from_iterable(enumerate(group.to_pylist()) for group in groups):
@@ -60,7 +60,7 @@ def save_contact_sheet(out: Location, picture: Path | None = None) -> Location:
     """Write the contact sheet of a dataset as a PNG file, `preview.png` in its folder by default, and return its path.
 
     Raises:
-        UsageError: as `contact_sheet`, or the dataset's folder cannot be written.
+        UsageError: as `contact_sheet`, or if the picture's folder cannot be written.
     """
     path = picture or out / "preview.png"
     if isinstance(path, Path) and not os.access(path.parent, os.W_OK):

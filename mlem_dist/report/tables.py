@@ -13,7 +13,7 @@ from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
 
 
 def ladder_table(ladder: Ladder) -> str:
-    """The levels of a ladder: parameters, measured milliseconds per sample by device, and denoising error."""
+    """A table of a ladder's levels: parameters, measured milliseconds per sample by device, and denoising error."""
     devices = sorted(ladder.levels[0].seconds)
     rows = [["", "level", "kind", "parameters", *(f"ms/sample {device}" for device in devices), "denoising error"]]
     for number, level in enumerate(ladder.levels, 1):
@@ -29,7 +29,7 @@ def ladder_table(ladder: Ladder) -> str:
 
 
 def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
-    """What was measured: a table of the levels, one of the noise bands, gamma, and the predicted speed-up."""
+    """The results of a calibration: tables of the levels and the noise bands, gamma, and the predicted speed-up."""
     solvers, batches = calibration.solvers.items(), list(calibration.levels[0].seconds)
     head = f"{ladder.name} on {calibration.device}, torch {calibration.torch}, digest {ladder.digest[:12]}"
     levels = [
@@ -88,7 +88,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
 
 
 def frontier_table(rows: Sequence[Row]) -> str:
-    """Time and error of each row. Says which families are unbiased."""
+    """A table of each row's time and error, and a sentence that says which families are unbiased."""
     table = [["budget", "family", "ms/sample", "MSE"]]
     table += [[row.label, row.family, f"{row.seconds * 1e3:.2f}", f"{row.error:.3g}"] for row in rows]
     unbiased = "Unbiased over plans: the drift of ML-EM. All others err alike on every image that one noise gives."
@@ -96,7 +96,7 @@ def frontier_table(rows: Sequence[Row]) -> str:
 
 
 def gamma_statement(reading: Reading) -> str:
-    """One reading of gamma, with its intervals, and whether it says that the ladder is in the HTMC regime."""
+    """Sentences on one reading of gamma: its intervals, and whether it puts the ladder in the HTMC regime."""
     measure = {
         "error": f"RMS denoising error above a floor of {reading.floor:.4f} ({_between(reading.floor_interval, 4)})",
         "increments": "RMS increment",
@@ -130,9 +130,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def placement_reason(forecasts: Sequence[Forecast], timed: bool) -> str:
-    """Why the first of the placements that fit is taken: its simulated rate beside that of the most divided one.
+    """The reason for the first placement: its simulated rate beside that of the most divided placement.
 
-    `timed` is whether the levels were for it, or it goes by the ladder's costs.
+    `timed` says whether the levels were timed for the forecasts; otherwise their costs are the ladder's.
     """
     best, divided = forecasts[0], max(forecasts, key=lambda forecast: len(forecast.layout.pools))
     by = "the levels' time here" if timed else "the ladder's costs"
@@ -143,7 +143,7 @@ def placement_reason(forecasts: Sequence[Forecast], timed: bool) -> str:
 
 
 def capacity_table(ladder: Ladder, num: int, capacities: Sequence[Capacity], gains: Mapping[str, float]) -> str:
-    """What devices make of a job: the placements compared, then the best one's pools and levels."""
+    """The forecasts of a job: a comparison of the placements, then the pools and levels of the best placement."""
     best = capacities[0]
     rows = [["placement", "cells", "images/s", "hours", "efficiency", "bottleneck"]]
     for capacity in capacities:

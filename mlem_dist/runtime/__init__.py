@@ -1,1 +1,1 @@
-"""Pools of Ray actors, the coordinator that drives them, and the in-process engine."""
+"""The Ray engine: pools of actors, coordinators that drive them, cells, and the driver of a run."""

@@ -1,4 +1,4 @@
-"""Workers as Ray actors. Who creates and calls them need not import torch, which takes seconds."""
+"""Workers as Ray actors. A process that creates and calls them need not import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class LevelActor:
         return LevelWorker(*self.arguments)
 
     def prepare(self) -> None:
-        """As `LevelWorker.prepare`, and import torch before."""
+        """Import torch, then do as `LevelWorker.prepare`."""
         hide_unused()
-        # Not in the constructor, an error of which Ray takes for the actor's death.
+        # Not in the constructor: Ray takes an error there for the actor's death.
         self.worker = self._worker()
         self.worker.prepare()
 

@@ -1,4 +1,4 @@
-"""What runs where: a placement with the devices and costs of its pools, given or chosen by forecast."""
+"""Arrangement of a run: a placement, given or chosen by forecast, with the devices and costs of its pools."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.pool import cause
 
 LONG_SECONDS, TIMING_SHARE = 60, 0.05
-"""Shortest run, by the ladder's costs, for which levels are timed, and the largest share of it that timing may take."""
+"""Shortest run for which levels are timed, in seconds by the ladder's costs, and largest share of it for the timing."""
 
 DEVICE_SECONDS = 60
-"""How long to wait for a device to time levels on, or for its memory; others may use them all."""
+"""Longest wait for a device that times levels or reports its memory, in seconds; other runs may use all devices."""
 
 
 @dataclass(frozen=True, eq=False)
 class Arrangement:
-    """What runs where.
+    """The pools of a run and their devices.
 
     Attributes:
-        layout: the pools and what they are on.
-        cell_devices: at most so many devices in a cell.
-        forecasts: of the placements that were weighed, the chosen one first; none where it was given.
-        timed: whether the levels were, for that, or it goes by the ladder's costs.
+        layout: the pools and their kinds of devices.
+        cell_devices: largest number of devices in a cell.
+        forecasts: forecasts of the compared placements, the chosen one first; empty if the placement was given.
+        timed: whether levels were timed for this run; otherwise their costs are the ladder's.
     """
 
     layout: Layout
@@ -47,14 +47,14 @@ class Arrangement:
 
 
 def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int | None, remote: bool) -> Arrangement:
-    """A placement on the connected cluster's devices; without one, that of the best forecast.
+    """The arrangement of a job on the connected cluster; without a placement, that of the best forecast.
 
     Args:
-        devices: so many, if the placement does not name them; None for all.
-        remote: whether Ray is elsewhere, rather than started by this process.
+        devices: number of devices to use if the placement does not name them; None for all.
+        remote: whether Ray runs elsewhere, rather than started by this process.
 
     Raises:
-        UsageError: there are not the devices, or not the memory for any placement.
+        UsageError: if devices are missing, or no placement fits into their memory.
     """
     if placement and any(placement.kinds):
         pool_devices = find_devices(placement.kinds, job.device)
@@ -68,7 +68,7 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         measured = _measured_costs(job, ladder, placement, pool_devices, remote)
         cost, timed = cost | measured, bool(measured)
     if placement:
-        # The user has chosen: the forecast only says how many devices a coordinator can serve.
+        # The placement is given: the forecast only says how many devices a coordinator can serve.
         kinds = [cluster_kind(devices, ladder, cost[devices]) for devices in dict.fromkeys(pool_devices)]
         by_devices = {kind.devices: kind for kind in kinds}
         layout = Layout(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
@@ -82,7 +82,7 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
 def _measured_costs(
     job: Job, ladder: Ladder, placement: Placement | None, pool_devices: Sequence[Devices], remote: bool
 ) -> dict[Devices, np.ndarray]:
-    """`measured_cost` of the levels that each kind of device runs, for the kinds that answered in time."""
+    """`measured_cost` of each kind of device for the levels that it runs; only the kinds that answered in time."""
     pools = placement.pools if placement else [range(1, len(ladder.levels) + 1)]
     pool_levels = levels_of(evaluations(job.workload), pools)
     costs = {}
@@ -95,12 +95,12 @@ def _measured_costs(
 
 
 def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
-    """Devices of the cluster as the planner knows them: `cost` (K,) is each level's seconds per sample alone."""
+    """The planner's kind for devices of the cluster; `cost` (K,) is each level's time alone, in seconds per sample."""
     return Kind(devices.type, devices, costs_of(ladder, cost), overheads_of(devices.type, ladder.sample_shape), memory)
 
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
-    """Whether the costs of a job's levels are worth being measured."""
+    """Whether a job is long enough to time its levels first."""
     every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
     counts = evaluations(job.workload)
     load = float(level_loads(counts, every, [costs_of(ladder, cost)]).sum())
@@ -114,17 +114,17 @@ def measured_cost(
 ) -> np.ndarray | None:
     """float64 (K,): seconds per sample of each level in the job's blocks and precision, timed on one of the devices.
 
-    Where they are not `remote` and CPU cores, by this process, which needs no start. Levels other than `numbers`, and
-    those that there is no memory for, have the ladder's costs. None if a device has not done it within a minute, as
-    when others use them all.
+    Levels on CPU cores that are not `remote` are timed by this process, which is running already. Levels other than
+    `numbers`, and levels that do not fit into memory, have the ladder's costs. The result is None if no device has
+    finished within a minute, as when other runs use all devices, or if the timing fails there.
 
     Raises:
-        UsageError: the ladder cannot be loaded there.
+        UsageError: if the ladder cannot be loaded there.
     """
     cost, here = ladder.cost(devices.type), replace(job, device=devices.type)
     if devices.type == "cpu" and not remote:
         return _replaced(cost, numbers, time_levels(here, numbers))
-    # For this call only: the process would keep its memory of a GPU.
+    # The process ends after this call: otherwise it would keep its GPU memory.
     task: Any = ray.remote(max_calls=1)(time_levels)
     resources = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
     timed = task.options(**resources, label_selector=dict(devices.labels)).remote(here, numbers)
@@ -136,7 +136,7 @@ def measured_cost(
     except RayError as error:
         if isinstance(cause(error), UsageError):
             raise cause(error) from None
-        # The run itself will say what is wrong there.
+        # The run itself will report the error.
         return None
 
 
@@ -148,12 +148,13 @@ def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]
 
 
 def _memory(device: str, remote: bool) -> float:
-    """Bytes of the smallest device: of one GPU of each node, or of a node's memory per CPU core.
+    """Memory of the smallest device in bytes: the smallest GPU, or the smallest memory per CPU core of a node.
 
-    Of this machine's GPUs, where Ray is not `remote`, this process knows; one on another node starts for seconds.
+    If Ray is not `remote`, this process reads the memory of the machine's GPUs. Otherwise a process on each node, which
+    takes seconds to start, reads that of one GPU.
 
     Raises:
-        UsageError: no GPU is free to be asked.
+        UsageError: if no GPU is free to be asked, or a node cannot report the memory of its GPUs.
     """
     if device == "cuda" and not remote:
         return float(min(map(_gpu_bytes, range(torch.cuda.device_count()))))

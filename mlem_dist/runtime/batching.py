@@ -1,4 +1,4 @@
-"""Evaluations of several blocks in one call, for levels that one block does not keep busy."""
+"""Evaluation of several blocks in one call, for levels whose device a single block does not keep busy."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mlem_dist.engine.program import Ask, Together
 from mlem_dist.runtime.pool import Pool
 
 WAIT_SECONDS = 0.02
-"""Longest time that the first ask of a call waits for others."""
+"""Longest time that the first ask of a call waits for more asks, in seconds."""
 
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A block's ask, the state it is about, and where its answer goes."""
+    """A block's ask, the block's state, and the future of the answer."""
 
     block: int
     ask: Ask
@@ -27,9 +27,9 @@ class Waiting:
 
 
 class Batcher:
-    """Asks for one pool: those for the same increments are evaluated in one call, `most` at a time.
+    """Asks for one pool: asks for the same increments are evaluated in one call, at most `limit` at a time.
 
-    A call is made when it is full, when its first ask has waited some milliseconds, or at `flush`.
+    A call is made when it is full, when its first ask has waited for `WAIT_SECONDS`, or at `flush`.
     """
 
     def __init__(self, pool: Pool, limit: int) -> None:
@@ -39,7 +39,7 @@ class Batcher:
         self._calls: set[asyncio.Task[None]] = set()
 
     def add(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> asyncio.Future[ray.ObjectRef[Any]]:
-        """The values that a block asks for, to be awaited; it fails as `Pool.call` does."""
+        """A future of the values that a block asks for; it fails as `Pool.call` does."""
         loop = asyncio.get_running_loop()
         waiting = Waiting(block, ask, state, loop.create_future())
         group = self._waiting.setdefault(ask.increments, [])
@@ -51,7 +51,7 @@ class Batcher:
         return waiting.answer
 
     def flush(self) -> None:
-        """Make every call that waits for more asks."""
+        """Make all calls that wait for more asks."""
         for together in list(self._waiting):
             self._call(together)
 

@@ -1,4 +1,4 @@
-"""Cells: coordinators with devices of their own, which share nothing but the list of shards."""
+"""Cells: coordinators with devices of their own, which share only the list of shards."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ logger = logging.getLogger(__name__)
 TRIES = 4
 
 STUCK_SECONDS = 60
-"""How long a cell waits for an actor before others make its shards, if they have nothing else to do."""
+"""Longest time that a cell waits for an actor before cells with nothing else to do make its shards, in seconds."""
 
 
 ANSWER_SECONDS = 0.1
-"""How long a round waits for the answer of one cell; a later round takes up what comes after that."""
+"""Longest time that a round waits for the answer of one cell, in seconds; a later round takes a later answer."""
 
 
 class Cell:
-    """One coordinator after another: a dead one is replaced, and makes again what it had not finished.
+    """A cell's coordinators, one at a time: a dead one is replaced, and its unfinished shards are made again.
 
     Args:
-        create: makes a coordinator.
-        devices: how many the cell has.
+        create: a function that creates a coordinator.
+        devices: number of the cell's devices.
         job, out: the dataset.
-        began: the time of the monotonic clock from which the times of its progress count.
+        began: the time of the monotonic clock, in seconds, from which the times of the progress count.
     """
 
     def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Location, began: float) -> None:
@@ -50,7 +50,7 @@ class Cell:
         self._in_a_row = 0
         self.finished = False
         self._create = create
-        # Shards that it is to make, and the samples and blocks of those that it has.
+        # Shards that are still to be made, and the numbers of samples and blocks in the shards that have been made.
         self._open: dict[int, None] = {}
         self._samples = self._blocks = 0
         self._past: Progress | None = None
@@ -61,8 +61,8 @@ class Cell:
         self.coordinator = self._create()
         self.run = self.coordinator.run.remote()
         self.progress: Progress | None = None
-        # What is asked for its progress and has not been answered, whether it had ended before, and the blocks that it
-        # has been given since.
+        # The unanswered request for progress and whether the coordinator had ended before it; and the number of blocks
+        # given since that request.
         self._asked: tuple[Any, bool] | None = None
         self._since = 0
         self._late = math.inf
@@ -72,36 +72,36 @@ class Cell:
 
     @property
     def ready(self) -> bool:
-        """Whether it has its devices and levels; it may wait for those that others use."""
+        """Whether the coordinator has its devices and levels; it may wait for devices that others use."""
         return self.progress is not None and self.progress.ready is not None
 
     @property
     def idle(self) -> bool:
-        """Whether its coordinator has been given nothing."""
+        """Whether the coordinator has been given no shard."""
         return not self._count
 
     @property
     def spent(self) -> bool:
-        """Whether its coordinator has written all that it was given."""
+        """Whether the coordinator has written all shards that it was given."""
         return not self._open
 
     @property
     def silent(self) -> bool:
-        """Whether its coordinator has not answered yet, as while it starts."""
+        """Whether the coordinator has not yet answered a request, as while it starts."""
         return self._asked is not None
 
     @property
     def stuck(self) -> bool:
-        """Whether it has waited long for an actor, as when the node of all devices of a pool is lost."""
+        """Whether the cell has waited too long for an actor, as when the node with all devices of a pool is lost."""
         return self._waits_since is not None and time.monotonic() - self._waits_since > STUCK_SECONDS
 
     def give_up(self) -> None:
-        """End its coordinator, so that the next `poll` returns its shards; its successor waits for the devices."""
+        """End the coordinator, so that the next `poll` returns its shards; its successor waits for the devices."""
         ray.kill(self.coordinator)
 
     @property
     def wants(self) -> bool:
-        """Whether its coordinator should be given another shard."""
+        """Whether the coordinator should be given another shard."""
         return not self._closed and self.queued < AHEAD * self.devices
 
     def give(self, shard: int) -> None:
@@ -113,17 +113,17 @@ class Cell:
         self.coordinator.add.remote(shard)
 
     def close(self) -> None:
-        """Let the coordinator end when it has made what it was given."""
+        """Let the coordinator end when it has made the shards that it was given."""
         if not self._closed:
             self.coordinator.close.remote(self._count)
             self._closed = True
 
     def poll(self) -> list[int]:
-        """Ask for progress; the shards that must be given again, as the coordinator died with them.
+        """Ask for progress; returns the shards of a coordinator that has died, which must be handed out again.
 
         Raises:
-            PoolError: coordinators die faster than they work, or one says so of its actors.
-            NonFiniteError: a block ended with NaN or infinite values.
+            PoolError: if coordinators die faster than they work, or if the actors of a pool do.
+            UsageError, NonFiniteError: as `Coordinator.run`.
         """
         if self.finished:
             return []
@@ -138,7 +138,7 @@ class Cell:
                 return []
             self._asked = None
             progress: Progress = ray.get(answer)
-            # Its own clock began with it, after its imports. The least delay is that of the quickest answer.
+            # The coordinator's clock starts after its imports. The quickest answer estimates that delay best.
             self._late = min(self._late, time.monotonic() - self._began - progress.seconds)
             self.progress = progress.later(self._late)
             self._known += len(progress.written)
@@ -159,13 +159,13 @@ class Cell:
 
     def _replace(self, error: Exception) -> list[int]:
         logger.warning("a coordinator is lost (%s), starting another", type(error).__name__)
-        # One that is only out of reach would go on to write shards that are given to others.
+        # A coordinator that is only out of reach would go on writing shards that are given to others.
         ray.kill(self.coordinator)
-        # One that waits for its devices may go with any node that it happens to be on.
+        # The death of a coordinator without shards does not count: it may die with any node that it happens to run on.
         self._in_a_row += not (self.idle and self.progress)
         if self._in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
-        # A shard is made when its marker is there, which follows the file.
+        # A shard is made when its marker exists, which is written after the file.
         paths = {shard: shard_path(shard, self.job.shards) for shard in self._open}
         marked = whole_shards(self.out, marked_shards(self.out, read_manifest(self.out).fingerprint, paths.values()))
         self._made([shard for shard, path in paths.items() if path in marked])
@@ -177,7 +177,7 @@ class Cell:
                 state="sampling",
                 samples=self._samples,
                 blocks=self._blocks,
-                # Of the blocks that are lost nobody knows which calls were theirs.
+                # The calls of the lost blocks are unknown, so all calls are scaled by the share of the kept blocks.
                 calls={k: round(calls * self._blocks / max(1, total.blocks)) for k, calls in total.calls.items()},
                 queued=0,
                 pools=tuple(replace(pool, actors=0) for pool in total.pools),
@@ -194,30 +194,30 @@ class Cell:
             self._blocks += len(self.job.shard_blocks(shard))
 
     def total(self) -> Progress | None:
-        """The progress of the coordinator and of those before it; None before any has said something."""
+        """The progress of the coordinator and of those before it; None before the first report."""
         if self.progress is None:
-            # Its devices are the cell's, also before its successor says so.
+            # The successor has the cell's devices, though it has not reported them yet.
             return replace(self._past, devices=self.devices) if self._past else None
         return merged([self.progress, self._past]) if self._past else self.progress
 
 
 class Cells:
-    """The cells of a run, and the shards that none of them has been given."""
+    """The cells of a run, and the shards that no cell has been given yet."""
 
     def __init__(self, cells: Sequence[Cell], shards: Sequence[int]) -> None:
         self.cells, self.todo = cells, deque(shards)
 
     @property
     def done(self) -> bool:
-        """Whether all shards are made; a cell whose devices others use, and that has been given nothing, may wait."""
+        """Whether all shards are made; a cell without shards may still wait for devices that others use."""
         return not self.todo and all(cell.finished or cell.idle for cell in self.cells)
 
     def step(self) -> None:
-        """A round: ask each cell for its progress, and hand out what there is to do.
+        """Do one round: ask each cell for its progress, and hand out shards.
 
         Raises:
-            PoolError, NonFiniteError: as `Cell.poll`.
-            RuntimeError: Ray has died on this machine, where no coordinator can start then.
+            PoolError, UsageError, NonFiniteError: as `Cell.poll`.
+            RuntimeError: if Ray has died on this machine, so that no coordinator can start here.
         """
         for cell in self.cells:
             self.todo.extendleft(reversed(cell.poll()))
@@ -234,13 +234,13 @@ class Cells:
             min(hungry, key=lambda cell: cell.queued / cell.devices).give(self.todo.popleft())
 
     def _close(self) -> None:
-        # As long as a cell may lose its devices, another must be there to take its shards.
+        # As long as one cell may lose its devices, another must stay open to take over its shards.
         if len(self.cells) == 1 or all(cell.spent for cell in self.cells):
             for cell in self.cells:
                 cell.close()
 
     def _take_back(self) -> None:
-        # Those with nothing else to do make the shards of one that has lost the devices of a pool.
+        # Cells with nothing else to do take over the shards of a cell that has lost the devices of a pool.
         if any(cell.spent and not cell.stuck for cell in self.cells):
             for cell in [cell for cell in self.cells if cell.stuck]:
                 cell.give_up()
@@ -251,12 +251,12 @@ class Cells:
         return merged(said) if said else None
 
     def wait(self, seconds: float) -> None:
-        """Until a coordinator ends, at most so long."""
+        """Wait until a coordinator ends, at most for the given time."""
         ray.wait([cell.run for cell in self.cells if not cell.finished] or [self.cells[0].run], timeout=seconds)
 
 
 def merged(parts: Sequence[Progress]) -> Progress:
-    """The progress of several coordinators, the first of which says what is going on."""
+    """The progress of several coordinators together; its state is the first one other than "sampling", if any."""
     return Progress(
         state=next((part.state for part in parts if part.state != "sampling"), parts[0].state),
         seconds=max(part.seconds for part in parts),
@@ -273,7 +273,7 @@ def merged(parts: Sequence[Progress]) -> Progress:
 
 
 def _by_name(pools: Sequence[PoolProgress]) -> tuple[PoolProgress, ...]:
-    """The totals of pools of each name."""
+    """The totals of the pools of each name."""
     return tuple(
         reduce(PoolProgress.__add__, [pool for pool in pools if pool.name == name])
         for name in dict.fromkeys(pool.name for pool in pools)

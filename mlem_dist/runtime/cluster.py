@@ -1,4 +1,4 @@
-"""The Ray that the program runs on: connect to it or start it, and what devices it has."""
+"""The Ray cluster of a run: its address, the connection, a start on this machine, and the cluster's devices."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 ANSWER_SECONDS = 10
 
 OPEN_FILES = 112
-"""Open files that a Ray without workers needs."""
+"""Number of open files that Ray needs without workers."""
 
 OPEN_FILES_PER_CORE = 8
-"""Further open files that it needs for the workers of each core."""
+"""Number of further open files that Ray needs for the workers of each core."""
 
 TEMP_BYTES = 36
-"""Longest name of a folder for Ray's temporary files, in bytes: it makes names of 70 more for its sockets there, and a
-socket's name has 107 at most."""
+"""Longest path of the folder for Ray's temporary files, in bytes: Ray adds 70 bytes for the sockets there, and the path
+of a socket has at most 107."""
 
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -51,42 +51,42 @@ AT_REST = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "AUTOSCALER_UPDATE_INTERVAL_S": "60",
 }
-"""How often a Ray that is started for one run looks for log files, which nobody reads then, at its node, and for nodes
-to add: by its defaults so often that it takes another .8 % of a core from what samples."""
+"""Environment of a Ray that is started for one run: intervals at which it looks for log files, which nobody reads then,
+reports on its node, and looks for nodes to add. The default intervals take another 0.8 % of a core from sampling."""
 
 
 _connected = False
-"""Whether this module has connected, and not who uses it as a library."""
+"""Whether this module has made the connection, and not a program that uses the package as a library."""
 
 ORPHANED = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
-"""Seconds after which the workers of a Ray that is started for one run end where they cannot see that it is gone, as in
-a container whose first process does not reap; by default a minute."""
+"""Environment of a Ray that is started for one run: seconds until its workers end if they cannot see that it is gone,
+as in a container whose first process does not reap; the default is a minute."""
 
 
 def is_remote(address: str | None) -> bool:
-    """Whether Ray is somewhere already, rather than to be started here."""
+    """Whether Ray already runs somewhere, rather than being started here."""
     return _joined(address) or _resolved(address) != "local"
 
 
 def _joined(address: str | None) -> bool:
-    """Whether this process is connected to a Ray, and no other one is asked for."""
+    """Whether this process is connected to Ray, and no address is given."""
     return address is None and ray.is_initialized()
 
 
 def _resolved(address: str | None) -> str:
-    """Where Ray is. Left to itself, Ray would also join what `ray start` has begun on this machine."""
+    """The address of Ray, "local" by default; Ray's own default would join what `ray start` began on this machine."""
     return address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def connect(address: str | None) -> None:
-    """Connect to the Ray at `address`, to the one that RAY_ADDRESS names, as in a Ray job, or start one here.
+    """Connect to the Ray at `address`, or at RAY_ADDRESS, which a Ray job sets, or start Ray here.
 
-    Without an address a process that has connected to a Ray stays with that.
+    Without an address, a process that is connected to Ray already keeps its connection.
 
     Raises:
-        UsageError: nothing answers at the address within some seconds, or this machine allows fewer open files than Ray
-            needs, or has no folder for its temporary files.
-        RuntimeError: Ray cannot be started here.
+        UsageError: if nothing answers at the address within some seconds, or if this machine allows fewer open files
+            than Ray needs or has no folder for Ray's temporary files.
+        RuntimeError: if Ray cannot be started here.
     """
     global _connected
     if _joined(address):
@@ -119,16 +119,16 @@ def connect(address: str | None) -> None:
             "`engine` inline generates without Ray"
         ) from None
     finally:
-        # ray.init has put its own in place.
+        # ray.init has installed its own handler.
         signal.signal(signal.SIGTERM, handler)
     _connected = True
 
 
 def _job_config() -> JobConfig:
-    """The import path of workers: their node's, with the current folder only where this process imports from it, too.
+    """The import path of workers: their node's, with the current folder only if this process imports from it, too.
 
-    Left to itself, Ray lets workers import first of all from the folder in which the driver was started, and so other
-    code than the driver does, where a checkout or a file named like a library lies there.
+    By default, Ray puts the folder in which the driver was started first on the workers' import path. A checkout there,
+    or a file named like a library, would let the workers import other code than the driver.
     """
     here = str(Path.cwd())
     path = [here] if {"", here} & {*sys.path} else []
@@ -136,7 +136,7 @@ def _job_config() -> JobConfig:
 
 
 def _local_options() -> dict[str, Any]:
-    """Arguments of `ray.init` for a Ray that is started here, after its environment is made ready."""
+    """Prepare the environment of a Ray that is started here, and return the arguments of `ray.init` for it."""
     cores = available_cores()
     require_open_files(OPEN_FILES + OPEN_FILES_PER_CORE * cores, "Ray")
     for name, value in (AT_REST | ORPHANED).items():
@@ -146,7 +146,7 @@ def _local_options() -> dict[str, Any]:
 
 
 def _provide_token() -> None:
-    """Give Ray a token for this process and its children, where the home folder cannot hold the one that Ray writes."""
+    """Give Ray a token for this process and its children if the home folder cannot hold the token that Ray writes."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token" or {*TOKEN_VARIABLES} & os.environ.keys():
         return
     try:
@@ -154,16 +154,16 @@ def _provide_token() -> None:
         if not os.access(folder / "auth_token", os.R_OK):
             folder.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=folder).close()
-    # Without a home there is a RuntimeError.
+    # Path.home raises a RuntimeError if there is no home folder.
     except (OSError, RuntimeError):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _temp_folder() -> str:
-    """A folder for Ray's temporary files: the usual one, or one whose name is short enough for Ray's sockets.
+    """A folder for Ray's temporary files, writable and with a path short enough for sockets; the usual one if possible.
 
     Raises:
-        UsageError: there is none that can be written.
+        UsageError: if there is none.
     """
     usual = next(filter(None, map(os.environ.get, TEMP_VARIABLES)), TEMP_FOLDERS[0])
     for folder in (usual, *TEMP_FOLDERS):
@@ -182,7 +182,7 @@ def _temp_folder() -> str:
 
 
 def disconnect() -> None:
-    """Leave the Ray that `connect` has connected to, and end it where it was started here."""
+    """Disconnect from the Ray that `connect` has connected to, and end it if it was started here."""
     global _connected
     if _connected:
         ray.shutdown()
@@ -208,7 +208,7 @@ def _check_answer(address: str) -> None:
     except (OSError, OverflowError, subprocess.TimeoutExpired):
         healthy, why = False, ""
     if not healthy:
-        # As when its Ray is of another version.
+        # The reason, as when the head runs another version of Ray.
         said = next((f" ({line.strip()})" for line in why.splitlines()[::-1] if "ersion" in line), "")
         raise UsageError(
             f"no Ray head answers at `address` or RAY_ADDRESS {address}{said}; start one with `ray start --head`, "
@@ -217,10 +217,10 @@ def _check_answer(address: str) -> None:
 
 
 def check_alive() -> None:
-    """See whether Ray is there on this machine.
+    """Check that Ray runs on this machine.
 
     Raises:
-        RuntimeError: it is not, and nothing can be started from here.
+        RuntimeError: if it does not, so that nothing can be started from here.
     """
     here = ray.get_runtime_context().get_node_id()
     if not any(node["NodeID"] == here for node in live_nodes()):
@@ -231,17 +231,17 @@ def check_alive() -> None:
 
 
 def device_type(device: str) -> str:
-    """ "cpu" or "cuda" for "auto" on the connected cluster."""
+    """The device type, "cpu" or "cuda"; for "auto", "cuda" if the connected cluster has a GPU."""
     if device != "auto":
         return device
     return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
 
 
 def count_devices(device: str, wanted: int | None) -> int:
-    """How many CPU cores or GPUs of the connected cluster to use.
+    """Number of CPU cores or GPUs of the connected cluster to use: the wanted number, or all.
 
     Raises:
-        UsageError: there are none, or fewer than wanted.
+        UsageError: if there are none, or fewer than wanted.
     """
     resource = RESOURCES[device]
     available = _count(resource, {})
@@ -255,13 +255,13 @@ def count_devices(device: str, wanted: int | None) -> int:
 
 
 def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
-    """The connected cluster's devices of each kind, all that there are.
+    """All devices of each kind in the connected cluster.
 
     A kind is "cpu", any CPU core; KEY=VALUE, the devices of type `device` on nodes with that label; or the name of an
-    accelerator, such as "L4", for Ray's own label of it.
+    accelerator, such as "L4", by Ray's own label.
 
     Raises:
-        UsageError: there are none of a kind, or two kinds are on one node.
+        UsageError: if a kind has no devices, or two kinds of one device type are on one node.
     """
     devices = []
     for kind in kinds:
@@ -286,7 +286,7 @@ def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
 
 
 def live_nodes() -> list[dict[str, Any]]:
-    """The connected cluster's nodes, as Ray describes them."""
+    """The live nodes of the connected cluster, as Ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -295,5 +295,5 @@ def _has(node: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 
 
 def _count(resource: str, labels: Mapping[str, str]) -> int:
-    # Whole devices of each node: a bundle cannot lie across two.
+    # Whole devices of each node: a bundle cannot span two nodes.
     return sum(int(node["Resources"].get(resource, 0)) for node in live_nodes() if _has(node, labels))

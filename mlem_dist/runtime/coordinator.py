@@ -1,4 +1,4 @@
-"""The coordinator: decides what runs where. It sees references, never tensors, and does without importing torch."""
+"""The coordinator, which decides where each block runs. It handles references, never tensors, and needs no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def lost(error: Exception) -> bool:
-    """Whether a value that a call needs or gives is lost, as when its node died."""
+    """Whether an argument or a result of a call is lost, as when its node has died."""
     return isinstance(cause(error), ObjectLostError)
 
 
@@ -41,14 +41,14 @@ class Coordinator:
 
     Args:
         pools: the levels (from 1) of each pool.
-        names: of the pools, for messages.
-        devices: what each pool is on.
-        seats: of each pool; none for a pool that the plan never calls.
-        group: a bundle of one device for each device that the seats name.
+        names: the names of the pools, for messages.
+        devices: the devices of each pool.
+        seats: the seats of each pool; none for a pool that the plan never calls.
+        group: a placement group with a bundle of one device for each device that the seats name.
         labels: class names.
-        coalesce: at most so many blocks are evaluated together by another pool than the first.
-        writers: actors that write shards, beside the devices.
-        block_bytes: of a block's state.
+        coalesce: largest number of blocks that pools other than the first evaluate together.
+        writers: number of actors that write shards; they reserve no devices.
+        block_bytes: size of a block's state, in bytes.
     """
 
     def __init__(
@@ -83,25 +83,25 @@ class Coordinator:
         self.running: dict[int, Pool] = {}
         self.batchers: dict[int, Batcher] = {}
         self.refused: set[tuple[int, int]] = set()
-        # Blocks that are under way, and those of them that wait for another pool.
+        # Numbers of blocks in flight, and of the blocks among them that wait for another pool.
         self.flying = self.waiting = 0
         self.runners: set[asyncio.Task[None]] = set()
         self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-        # Shards that the driver may not know of yet, and how many it knows of.
+        # Written shards that the driver may not know of yet, and the number of those that it knows of.
         self.written: deque[int] = deque()
         self.known = 0
         self.added = 0
         self.expected: int | None = None
 
     async def add(self, shard: int) -> None:
-        """One more shard to make."""
+        """Add a shard to make."""
         for block in self.job.shard_blocks(shard):
             self.todo.put_nowait((shard, block))
         self.added += 1
         self._end_if_complete()
 
     async def close(self, shards: int) -> None:
-        """There will be no more than so many shards; some may still be on their way, as calls overtake each other."""
+        """Set the final number of shards; some may still be on their way, as calls overtake each other."""
         self.expected = shards
         self._end_if_complete()
 
@@ -110,11 +110,12 @@ class Coordinator:
             self.todo.put_nowait(None)
 
     async def run(self) -> None:
-        """Make every shard that is added, until told that there are no more.
+        """Make every shard that is added, until there are no more.
 
         Raises:
-            PoolError: actors die faster than they work.
-            NonFiniteError: a block ended with NaN or infinite values.
+            PoolError: if actors die faster than they work.
+            UsageError: as `Pool.start`.
+            NonFiniteError: if a block ends with NaN or infinite values.
         """
         await self._start_pools()
         self.images: dict[int, dict[int, ray.ObjectRef[Any]]] = {}
@@ -122,7 +123,7 @@ class Coordinator:
         balancing = asyncio.create_task(self._balance())
         try:
             while self.runners:
-                # A limit, as runners may join meanwhile.
+                # With a time limit, as runners may join meanwhile.
                 watched = self.runners | {balancing}
                 done, _ = await asyncio.wait(watched, timeout=WINDOW_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 self.runners -= done
@@ -136,11 +137,11 @@ class Coordinator:
         self.runners |= {asyncio.create_task(self._runner()) for _ in range(actors * self.depth)}
 
     async def _balance(self) -> None:
-        """Give pools that hold up the others actors of those with little to do."""
+        """Move actors from pools with little to do to pools that hold up the others."""
         busy, queued, before = dict.fromkeys(self.running, 0.0), dict.fromkeys(self.running, False), time.monotonic()
         proposed = None
         while True:
-            # A call counts when it has ended: a window must hold several.
+            # A call counts only when it has ended, so a window must hold several calls.
             longest = max(pool.call_seconds for pool in self.running.values())
             await asyncio.sleep(max(WINDOW_SECONDS, WINDOW_CALLS * longest))
             seconds, before = time.monotonic() - before, time.monotonic()
@@ -152,7 +153,7 @@ class Coordinator:
             }
             busy, queued, last = total, queue, proposed
             proposed = choose_move(list(loads.values()), self.refused)
-            # One window may be chance, so that two must say the same.
+            # One window may be chance, so two in a row must propose the same move.
             if proposed and proposed == last:
                 await self._move(proposed)
                 busy = {i: pool.metrics.totals["busy_seconds"] for i, pool in self.running.items()}
@@ -163,14 +164,14 @@ class Coordinator:
         logger.info("an actor moves from pool %s to %s", self.names[giver], self.names[taker])
         await self.running[giver].leave(move.seat)
         if not await self.running[taker].join(move.seat):
-            # As its levels do not fit there beside the others: the same again would end the same.
+            # The levels may not fit there beside the others; another attempt would fail, too.
             self.refused.add((move.taker, move.seat.device))
             await self.running[giver].rejoin(move.seat)
         elif taker == 0:
             self._add_runners(1)
 
     async def progress(self, known: int) -> Progress:
-        """What has been done so far, to one who knows of so many shards that they are written."""
+        """The progress so far; `known` is the number of written shards that the caller knows of."""
         while self.known < known:
             self.written.popleft()
             self.known += 1
@@ -226,11 +227,11 @@ class Coordinator:
             images, calls = await self._block(block)
             self.calls += calls
             await self._finished(shard, block, images)
-        # For the next one to see.
+        # Put the end mark back for the next runner.
         self.todo.put_nowait(None)
 
     async def _block(self, block: int) -> tuple[ray.ObjectRef[Any], Counter[int]]:
-        """Run a block to its images and its calls by level; if its worker dies, from the start on another."""
+        """Run a block, and return its images and its calls by level; if its worker dies, start again on another."""
         tries = self.running[0].tries
         for _ in range(tries):
             async with self.running[0].member() as member:
@@ -276,7 +277,7 @@ class Coordinator:
             self.waiting -= 1
 
     def _flush_if_stuck(self) -> None:
-        """Where every block waits for another pool, no more asks will come."""
+        """Flush the batchers if every block waits for another pool, as no more asks will come."""
         if self.waiting == self.flying:
             for batcher in self.batchers.values():
                 batcher.flush()
@@ -295,7 +296,7 @@ class Coordinator:
             self.written.append(shard)
 
     async def _write(self, shard: int, images: Sequence[ray.ObjectRef[Any]]) -> None:
-        """Write a shard; if images are lost with the node that made them, make its blocks again."""
+        """Write a shard; if images are lost with the node that made them, make the shard's blocks again."""
         for _ in range(TRIES):
             try:
                 await self.writers.call("write", shard, *self.job.shard_samples(shard), *images)
@@ -305,6 +306,6 @@ class Coordinator:
             else:
                 return
             logger.warning("images of shard %d are lost with their node, making it again", shard)
-            # Their calls are counted already.
+            # The calls of these blocks are counted already.
             images = [ref for ref, _ in await asyncio.gather(*map(self._block, self.job.shard_blocks(shard)))]
         raise PoolError(f"shard {shard}: images of it were lost {TRIES} times in turn")

@@ -23,7 +23,7 @@ HISTOGRAMS = {"wait_seconds": "from a call until an actor takes it", "call_secon
 
 
 class PoolMetrics:
-    """Totals of one pool, each also the Ray metric mlem_pool_NAME with the tag `pool`; see docs/clusters.md."""
+    """Totals of one pool. Each is also the Ray metric mlem_pool_NAME with the tag `pool`; see docs/clusters.md."""
 
     def __init__(self, pool: str) -> None:
         self.pool = pool
@@ -47,7 +47,7 @@ class PoolMetrics:
             self._metrics[name].inc(value)
 
     def finished(self, work: Work, seconds: float) -> None:
-        """A call has answered, `seconds` after an actor took it."""
+        """Count a call that has answered `seconds` after an actor took it."""
         self.count("calls")
         self.count("samples", work.samples)
         self.count("busy_seconds", work.busy)
@@ -55,17 +55,17 @@ class PoolMetrics:
         self._metrics["call_seconds"].observe(seconds)
 
     def taken(self, seconds: float) -> None:
-        """An actor takes a call or block that has waited so long."""
+        """Add the wait, in seconds, of a call or block that an actor takes now."""
         self.waited += seconds
         self._metrics["wait_seconds"].observe(seconds)
 
     def state(self, queue: int, actors: int) -> None:
-        """How many wait, and how many actors can work."""
+        """Set the number of calls and blocks that wait, and the number of actors that can work."""
         self._metrics["queue"].set(queue)
         self._metrics["actors"].set(actors)
 
     def progress(self, actors: int) -> PoolProgress:
-        """The totals."""
+        """The totals, with the number of actors that can work."""
         totals = self.totals
         return PoolProgress(
             self.pool,

@@ -1,4 +1,4 @@
-"""A pool of identical Ray actors that outlives the death of any of them."""
+"""A pool of identical Ray actors that survives the death of any of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def cause(error: Exception) -> Exception:
-    """The error that a task or an actor's call has raised, without Ray's wrapping."""
+    """The error that a task or an actor's call raised, without Ray's wrapping."""
     return error.cause if isinstance(error, RayTaskError) and isinstance(error.cause, Exception) else error
 
 
@@ -47,9 +47,9 @@ class PoolError(RuntimeError):
 
 @dataclass(eq=False)
 class Member:
-    """A seat with the actor that sits there now, if any, whether it has worked, and how many of its slots are taken.
+    """A seat with its current actor, if any, whether that actor has finished a call, and the number of its taken slots.
 
-    An actor is there `since` a time of the monotonic clock.
+    The actor has been ready `since` a time of the monotonic clock, in seconds.
     """
 
     seat: Seat
@@ -60,21 +60,21 @@ class Member:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def release(self) -> None:
-        """One of its slots is free again."""
+        """Free a slot."""
         self.taken -= 1
         if not self.taken:
             self.idle.set()
 
 
 class Pool:
-    """Actors behind a queue: at most `slots` calls or holders each, the least busy first, first come first served.
+    """Actors behind a queue: first come, first served by the least busy actor, at most `slots` calls or holders each.
 
-    An actor that dies is replaced. Four deaths in a row of actors that have not finished a call break the pool, each of
-    one that began after the death before, as a lost node takes many at once; and so do four of one seat's that have not
-    started.
+    An actor that dies is replaced. Four deaths in a row of actors that have not finished a call break the pool. As a
+    lost node takes many actors at once, a death counts only if the actor started after the death before. Four deaths of
+    starting actors at one seat break the pool, too.
 
     Attributes:
-        metrics: what it has done.
+        metrics: the pool's totals.
     """
 
     def __init__(self, name: str, seats: Sequence[Seat], slots: int, create: Callable[[Seat], Any]) -> None:
@@ -93,8 +93,8 @@ class Pool:
         """Create every actor and wait until all are ready.
 
         Raises:
-            PoolError: they die.
-            UsageError: what they need is not there.
+            PoolError: if actors die or fail to start.
+            UsageError: if something that the actors need is missing, such as the ladder.
         """
         await asyncio.gather(*(self._fill(member) for member in self.members))
         if self._broken:
@@ -102,21 +102,21 @@ class Pool:
 
     @property
     def alive(self) -> int:
-        """Actors that can take work now."""
+        """Number of actors that can take work now."""
         return len(self.working)
 
     @property
     def working(self) -> tuple[Seat, ...]:
-        """The seats of actors that can take work now."""
+        """The seats of the actors that can take work now."""
         return tuple(member.seat for member in self.members if member.actor is not None)
 
     @property
     def queue(self) -> int:
-        """Calls and blocks that wait for an actor."""
+        """Number of calls and blocks that wait for an actor."""
         return len(self._waiting)
 
     async def leave(self, seat: Seat) -> None:
-        """End the actor of one of `working` when its calls and holders have ended; it gets no more of them."""
+        """End the actor at a seat of `working` when its calls and holders have ended; it gets no new ones."""
         member = next(member for member in self.members if member.seat == seat and member.actor is not None)
         self.members.remove(member)
         while member.taken:
@@ -125,7 +125,7 @@ class Pool:
             ray.kill(member.actor)
 
     async def join(self, seat: Seat) -> bool:
-        """Start an actor at a further seat; False if it cannot be started there, which does not harm the pool."""
+        """Start an actor at a further seat; returns False, without harm to the pool, if it cannot start there."""
         actor = self._create(seat)
         try:
             await actor.prepare.remote()
@@ -138,19 +138,19 @@ class Pool:
         return True
 
     async def rejoin(self, seat: Seat) -> None:
-        """Start an actor at a seat that has left, as often as it takes."""
+        """Start an actor again at a seat that has left; its failures count as in `start`."""
         member = Member(seat)
         self.members.append(member)
         await self._fill(member)
 
     @property
     def tries(self) -> int:
-        """Attempts at a call or a block whose actor dies: a lost node may have held every actor."""
+        """Number of attempts at a call or block whose actor dies: a lost node may have held every actor."""
         return TRIES + len(self.members)
 
     @property
     def call_seconds(self) -> float:
-        """Device seconds of a finished call in the mean, 0 before the first."""
+        """Mean device seconds of the finished calls; 0 before the first."""
         return self.metrics.totals["busy_seconds"] / max(1, self.metrics.totals["calls"])
 
     def progress(self) -> PoolProgress:
@@ -163,7 +163,7 @@ class Pool:
         """A slot of the least busy actor, for as long as the context lasts.
 
         Raises:
-            PoolError: the pool is broken.
+            PoolError, UsageError: if the pool is broken, by the error that broke it.
         """
         began = time.monotonic()
         member = await self._acquire()
@@ -175,13 +175,14 @@ class Pool:
             self._hand_out()
 
     async def call(self, method: str, *args: Any, payloads: int = 1) -> tuple[Any, list[ray.ObjectRef[Any]]]:
-        """Call a method of any actor; if the actor dies, of another.
+        """Call a method of any actor; if the actor dies, call that of another.
 
-        The method returns (record, payload, ...), the record with a `Work` or being one. The record is fetched, the
-        payloads stay where they are.
+        The method returns (record, payload, ...), where the record is a `Work` or has one as `work`. The record is
+        fetched, the payloads stay where they are.
 
         Raises:
-            PoolError: the pool is broken, or every try met a death.
+            PoolError: if an actor died at every try.
+            PoolError, UsageError: as `member`.
         """
         tries = self.tries
         for _ in range(tries):
@@ -195,10 +196,10 @@ class Pool:
     async def call_member(
         self, member: Member, method: str, *args: Any, payloads: int = 1
     ) -> tuple[Any, list[ray.ObjectRef[Any]]]:
-        """Call a method of one held actor, as `call` does but once.
+        """Call a method of a held actor, as `call` but with a single try.
 
         Raises:
-            one of DEATHS: the actor died; its replacement is under way.
+            one of DEATHS: if the actor died; its replacement is under way.
         """
         actor = member.actor
         if actor is None:
@@ -224,7 +225,7 @@ class Pool:
             self._in_a_row += 1
             self._died = time.monotonic()
         logger.warning("pool %s lost an actor (%s), starting another", self.name, type(error).__name__)
-        # An unavailable actor may still run: its late answer must not meet its replacement's.
+        # An unavailable actor may still run: its late answer must not mix with that of its replacement.
         ray.kill(actor)
         if self._in_a_row >= BREAKER:
             self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
@@ -247,7 +248,7 @@ class Pool:
                 if died >= BREAKER:
                     self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
             except Exception as error:
-                # Not a death but a defect: nobody awaits a restart, so the pool must say it.
+                # Not a death but a defect: nobody awaits a restart, so the pool must report the defect.
                 why = cause(error)
                 self._break(why if isinstance(why, UsageError) else self._error(f"an actor cannot start: {why}"))
             else:

@@ -1,4 +1,4 @@
-"""The Ray engine's driver: start the cells, hand out shards, relay their progress."""
+"""The driver of the Ray engine: it starts the cells, hands out shards, and relays progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mlem_dist.runtime.coordinator import Coordinator
 
 
 def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
-    """A bundle of one device for each of `counts` devices of each kind, kind by kind."""
+    """A placement group with one bundle per device: `counts` devices of each kind, kind by kind."""
     of_bundle = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
     bundles = [{RESOURCES[kind.type]: 1.0} for kind in of_bundle]
     selectors = [dict(kind.labels) for kind in of_bundle]
@@ -42,27 +42,28 @@ def run_ray(
     arrangement: Arrangement,
     coalesce: int = 1,
 ) -> Iterator[Progress]:
-    """Make the given shards on the connected Ray, with a snapshot twice a second and one at the end.
+    """Make the given shards on the connected Ray; yields a snapshot twice a second and one at the end.
 
-    Pools on equal devices divide them by their load. Each cell, of at least one device of each kind, has its own
-    actors. This process does a few calls per cell twice a second. At most `coalesce` blocks are evaluated together by
-    another pool than the first; more than one changes the rounding.
+    Pools on equal devices divide them by their load. Each cell has at least one device of each kind, and its own
+    actors. This process makes a few calls per cell twice a second. Pools other than the first evaluate at most
+    `coalesce` blocks together; more than one changes the rounding.
 
     Raises:
-        PoolError: actors or coordinators die faster than they work.
-        RuntimeError: Ray has died on this machine.
-        NonFiniteError: a block ended with NaN or infinite values.
+        PoolError: if actors or coordinators die faster than they work.
+        UsageError: as `Pool.start`.
+        RuntimeError: if Ray has died on this machine.
+        NonFiniteError: if a block ends with NaN or infinite values.
     """
     began = time.monotonic()
     layout, load = arrangement.layout, seat_loads(job.workload, arrangement.layout)
     names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in layout.pools]
     devices = [kind.devices for kind in layout.kinds]
     kinds, sizes = list(layout.groups), layout.cells(arrangement.cell_devices)
-    # This process owns the devices: they are free again when it ends, however it ends.
+    # This process owns the placement groups: the devices are free again when it ends, however it ends.
     groups = [_reserve([kind.devices for kind in kinds], size) for size in sizes]
     coordinator: Any = ray.remote(Coordinator)
     block_bytes = job.block_size * state_bytes(ladder.sample_shape)
-    # A lone one beside the driver, where no lost node takes it: its successor would wait for all devices.
+    # A lone coordinator runs beside the driver, safe from lost nodes: a successor would wait for all devices.
     strategy: Any = "DEFAULT"
     if len(sizes) == 1:
         strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
