@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, read_plan, single_level, switched
-from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.recipes import make_recipe
-from mlem_dist.tuning.tune import FAMILIES, JUDGING_SEED
+from mlem_dist.tuning.tune import FAMILIES, TEST_SEED
 from mlem_dist.tuning.tuned_plans import plan_path
 
 STEPS = 250
@@ -69,7 +69,7 @@ def main(nfe: int, draws: int, out: Path) -> None:
     if kept != about:
         raise click.UsageError(f"{out} is of other options than these; choose another --out")
     for solver in ("ddpm", "ddim"):
-        judge = Judge(ladder, solver, "cpu", STEPS, BLOCK["cpu"], JUDGING_SEED)
+        judge = PlanComparison(ladder, solver, "cpu", STEPS, BLOCK["cpu"], TEST_SEED)
         plans = {family: [plan] for family, plan in fixed(ladder, solver, nfe)}
         for family, choices in DRAWN.items():
             recipe = make_recipe(ladder, ladder.cost("cpu"), solver, STEPS, nfe, **choices)

@@ -15,10 +15,10 @@ import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import held, on_levels, systematic
-from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.least_squares import Times
 from mlem_dist.tuning.recipes import NeymanRule
-from mlem_dist.tuning.tune import JUDGING_SEED
+from mlem_dist.tuning.tune import TEST_SEED
 
 STEPS, CALLS, BEGIN = 250, (10, 15, 20, 30, 40), 0.3
 
@@ -31,7 +31,7 @@ def main(samples: int, threads: int, out: Path) -> None:
     """Mean and median squared error to the best level at every step, by lower level and number of calls."""
     ladder = Ladder.load("fashion")
     best, rows = len(ladder.levels), []
-    judge = Judge(ladder, "ddpm", "cpu", STEPS, samples, JUDGING_SEED, out.parent / "cache", threads)
+    judge = PlanComparison(ladder, "ddpm", "cpu", STEPS, samples, TEST_SEED, out.parent / "cache", threads)
     rule = NeymanRule(ladder, ladder.cost("cpu"), "ddpm", STEPS)
     for lower in range(1, best):
         rungs = (1, best) if lower == 1 else (1, lower, best)

@@ -27,25 +27,25 @@ from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
-from mlem_dist.tuning.comparison import Judge, Verdict
+from mlem_dist.tuning.comparison import Measurement, PlanComparison
 from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.least_squares import Fitter
 from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.refinement import fitted_plan
 from mlem_dist.tuning.tune import (
-    CHOOSING_SEED,
     DRAWS,
     FITTED,
     FITTING_SAMPLES,
     FITTING_SEED,
-    JUDGING_SEED,
     OPTIMISED,
+    SELECTION_SEED,
+    TEST_SEED,
     Optimiser,
     best_draw,
 )
 from mlem_dist.tuning.tune import FAMILIES as TUNED
 
-BASE_STEPS, CHOOSING_SAMPLES = 1000, 64
+BASE_STEPS, SELECTION_SAMPLES = 1000, 64
 BEST_EM_STEPS = (5, 8, 10, 20, 25, 40, 50, 100, 125, 200, 250, 500)
 EM_STEPS = (5, 10, 25, 50, 100, 250, 500)
 BUDGETS, DDPM_BUDGET = (5, 10, 20, 40, 80), 160
@@ -74,10 +74,10 @@ def untold(*progress: object) -> None:
 
 
 EVERY_DRAW = "ML-EM, learned, 15 draws"
-Case = tuple[str, str, Callable[[], Verdict]]
+Case = tuple[str, str, Callable[[], Measurement]]
 
 
-def cases(judge: Judge, choosing: Judge) -> Iterator[Case]:
+def cases(judge: PlanComparison, choosing: PlanComparison) -> Iterator[Case]:
     """Family, label, and how to run it; the most interesting first."""
     ladder, solver = judge.ladder, judge.solver
     levels, cost = len(ladder.levels), ladder.cost(judge.device)
@@ -85,17 +85,17 @@ def cases(judge: Judge, choosing: Judge) -> Iterator[Case]:
     def recipe(nfe: float, choices: dict[str, Any]) -> Recipe:
         return make_recipe(ladder, cost, solver, BASE_STEPS, nfe, **choices)
 
-    def memorised(nfe: float) -> Verdict:
+    def memorised(nfe: float) -> Measurement:
         recipes = {name: recipe(nfe, choices) for name, choices in OURS.items()}
-        return judge.judge(best_draw(choosing, recipes, cost))
+        return judge.measure(best_draw(choosing, recipes, cost))
 
     for name, choices in FAMILIES.items():
         for nfe in (*BUDGETS, DDPM_BUDGET) if solver == "ddpm" and name in OURS else BUDGETS:
-            yield name, f"{nfe} NFE", lambda nfe=nfe, choices=choices: judge.judge(recipe(nfe, choices))
+            yield name, f"{nfe} NFE", lambda nfe=nfe, choices=choices: judge.measure(recipe(nfe, choices))
     for k in range(levels, 0, -1):
         for steps in BEST_EM_STEPS if k == levels else EM_STEPS:
             plan = single_level(k, levels, steps)
-            yield f"EM, {ladder.levels[k - 1].name}", f"{steps} steps", lambda plan=plan: judge.judge(plan)
+            yield f"EM, {ladder.levels[k - 1].name}", f"{steps} steps", lambda plan=plan: judge.measure(plan)
     if solver == "ddim":
         for name in FAST:
             for steps in FAST_STEPS:
@@ -104,21 +104,23 @@ def cases(judge: Judge, choosing: Judge) -> Iterator[Case]:
         yield "memorised", f"{nfe} NFE", partial(memorised, nfe)
     optimiser = Optimiser(choosing, 1, untold, OPTIMISER_SAMPLES)
     for nfe in SEARCHED_BUDGETS:
-        yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(optimiser.plan(nfe))
+        yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.measure(optimiser.plan(nfe))
     if solver == "ddim":
-        fitter = Fitter(Judge(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, FITTING_SEED, threads=2))
+        fitter = Fitter(
+            PlanComparison(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, FITTING_SEED, threads=2)
+        )
         for nfe in FITTED_BUDGETS:
-            yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.judge(fitted_plan(fitter, nfe, untold, untold))
+            yield FITTED, f"{nfe} NFE", lambda nfe=nfe: judge.measure(fitted_plan(fitter, nfe, untold, untold))
     for small in range(3, levels):
         for steps in STITCH_STEPS:
             for part in STITCHES:
                 at = round(part * steps)
                 plan = switched(small, levels, levels, steps, at)
                 label = f"{ladder.levels[small - 1].name} for {at} of {steps} steps"
-                yield "T-Stitch", label, lambda plan=plan: judge.judge(plan)
+                yield "T-Stitch", label, lambda plan=plan: judge.measure(plan)
 
 
-def learned_cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator[Case]:
+def learned_cases(judge: PlanComparison, choosing: PlanComparison, frontier: Frontier) -> Iterator[Case]:
     """The paper's: learned coefficients moved by Delta, draws on one set of noises, the best of them on the other."""
     logistic, rungs = learned(choosing, frontier.path.parent / f"learned-{judge.solver}.json")
     cost = judge.ladder.cost(judge.device)
@@ -130,14 +132,14 @@ def learned_cases(judge: Judge, choosing: Judge, frontier: Frontier) -> Iterator
         plans = [recipe.plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
         labels = [f"{delta:+d}, draw {seed}" for seed in range(DRAWS)]
         for label, plan in zip(labels, plans, strict=True):
-            yield EVERY_DRAW, label, lambda plan=plan: choosing.judge(plan)
+            yield EVERY_DRAW, label, lambda plan=plan: choosing.measure(plan)
         rows = [frontier.find(EVERY_DRAW, label) for label in labels]
         best = plans[int(np.argmin([row.error for row in rows if row]))]
-        yield "ML-EM, learned, best draw", f"{delta:+d}", lambda best=best: judge.judge(best)
-        yield "ML-EM, learned", f"{delta:+d}", lambda recipe=recipe: judge.judge(recipe)
+        yield "ML-EM, learned, best draw", f"{delta:+d}", lambda best=best: judge.measure(best)
+        yield "ML-EM, learned", f"{delta:+d}", lambda recipe=recipe: judge.measure(recipe)
 
 
-def learned(choosing: Judge, path: Path) -> tuple[Logistic, tuple[int, ...]]:
+def learned(choosing: PlanComparison, path: Path) -> tuple[Logistic, tuple[int, ...]]:
     """Coefficients learned from Neyman's probabilities at one budget, for `BASE_STEPS`, and the rungs they are for.
 
     They are learned on fewer steps. The number of evaluations is what matters, not that of steps they are drawn at
@@ -187,7 +189,7 @@ FAST = {
 }
 
 
-def fast(name: str, steps: int, judge: Judge) -> Verdict:
+def fast(name: str, steps: int, judge: PlanComparison) -> Measurement:
     """A fast solver of diffusers with the best level alone."""
     import diffusers
 
@@ -204,7 +206,7 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
             x = scheduler.step(best(x, times, judge.label(block)), t, x).prev_sample
         return x
 
-    return judge.verdict(judge.timed(lambda: end(0)), end)
+    return judge.measurement(judge.timed(lambda: end(0)), end)
 
 
 @click.command()
@@ -217,8 +219,8 @@ def fast(name: str, steps: int, judge: Judge) -> Verdict:
 def main(name: str, solver: str, samples: int, device: str, families: tuple[str, ...], out: Path) -> None:
     """Write OUT/frontier-SOLVER.json and .png."""
     ladder = Ladder.load(name)
-    judge = Judge(ladder, solver, device, BASE_STEPS, samples, JUDGING_SEED, out / "cache")
-    choosing = Judge(ladder, solver, device, BASE_STEPS, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache")
+    judge = PlanComparison(ladder, solver, device, BASE_STEPS, samples, TEST_SEED, out / "cache")
+    choosing = PlanComparison(ladder, solver, device, BASE_STEPS, SELECTION_SAMPLES, SELECTION_SEED, out / "cache")
     about = {
         "ladder": ladder.digest,
         "solver": solver,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mlem_dist.ladder.ladder import WIDE, Ladder
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.unet import UNetLevel
-from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 LADDER, SOLVER, STEPS, SEED = "fashion", "ddim", 250, 1
@@ -80,7 +80,7 @@ def rows(ladder: Ladder) -> Iterator[dict[str, Any]]:
 
 def plans(ladder: Ladder) -> Iterator[dict[str, Any]]:
     """A row for each budget that has a tuned plan."""
-    judge = Judge(ladder, SOLVER, "cpu", STEPS, BLOCK["cpu"], SEED)
+    judge = PlanComparison(ladder, SOLVER, "cpu", STEPS, BLOCK["cpu"], SEED)
     ways = {"first": {k: channels_first(level) for k, level in judge.levels.items()}, "loaded": judge.levels}
     for nfe in tuned_budgets(ladder.folder, SOLVER):
         plan = tuned_plan(ladder, SOLVER, STEPS, nfe)

@@ -33,7 +33,7 @@ from mlem_dist.engine.blocks import Blocks
 from mlem_dist.engine.job import Job
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import seconds_per_sample
-from mlem_dist.runtime.cluster import AT_REST
+from mlem_dist.runtime.cluster import QUIET_ENVIRONMENT
 from mlem_dist.solver.integrate import Drift, integrate
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.tuning.recipes import make_recipe
@@ -245,7 +245,7 @@ def main(out: Path, most: int, scaling: bool) -> None:
     done = len(result["validation"])
     if todo := RUNS[done : done + most]:
         # As the program itself starts it where it is not told of one.
-        os.environ |= AT_REST
+        os.environ |= QUIET_ENVIRONMENT
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
         try:
             time.sleep(SETTLED_SECONDS)

@@ -17,7 +17,7 @@ from processes import generated
 
 from mlem_dist.engine.job import PRECISIONS
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
@@ -26,7 +26,7 @@ LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
 def errors(cores: int) -> list[dict[str, Any]]:
     """A row for each budget that has a tuned plan, and precision."""
     ladder = Ladder.load(LADDER)
-    judge = Judge(ladder, SOLVER, "cpu", STEPS, SAMPLES, SEED, threads=cores)
+    judge = PlanComparison(ladder, SOLVER, "cpu", STEPS, SAMPLES, SEED, threads=cores)
     rows = []
     # The first of them is float32, and with its first verdict comes the reference.
     for precision in PRECISIONS:
@@ -34,8 +34,8 @@ def errors(cores: int) -> list[dict[str, Any]]:
         for nfe in tuned_budgets(ladder.folder, SOLVER):
             plan = tuned_plan(ladder, SOLVER, STEPS, nfe)
             assert plan, "the bundled plans have 250 steps"
-            verdict = judge.judge(plan)
-            found = {"error": float(verdict.errors.mean()), "seconds": verdict.seconds}
+            measurement = judge.measure(plan)
+            found = {"error": float(measurement.errors.mean()), "seconds": measurement.seconds}
             rows.append({"nfe": nfe, "precision": precision, **found})
             print(rows[-1], flush=True)
     return rows

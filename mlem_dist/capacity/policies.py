@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mlem_dist.capacity.placement import Devices, Seat
 
-FULL, FREE = 0.8, 0.7
+FULL_SHARE, SPARE_SHARE = 0.8, 0.7
 """Busy share from which a pool has too few seats, and largest busy share of a pool after giving up a seat."""
 
 
@@ -50,7 +50,7 @@ def choose_move(loads: Sequence[Load], refused: Collection[tuple[int, int]] = ()
     A seat goes to a pool on devices of the same kind. It does not go to a pool that has an actor on that device
     already, as the actors of a device share it as they need it.
     """
-    full = [i for i, load in enumerate(loads) if load.queued and load.share() >= FULL]
+    full = [i for i, load in enumerate(loads) if load.queued and load.share() >= FULL_SHARE]
     for taker in sorted(full, key=lambda i: -loads[i].share()):
         sat_on = {seat.device for seat in loads[taker].seats}
         free = [
@@ -62,7 +62,7 @@ def choose_move(loads: Sequence[Load], refused: Collection[tuple[int, int]] = ()
         ]
         if free:
             left, move = min(free, key=lambda option: option[0])
-            if left <= FREE:
+            if left <= SPARE_SHARE:
                 return move
     return None
 
@@ -99,7 +99,7 @@ def writer_count(images_per_second: float, seconds: float) -> int:
     return 1 + int(images_per_second * seconds / WRITER_SHARE)
 
 
-AHEAD = 6
+QUEUED_BLOCKS_PER_DEVICE = 6
 """Blocks per device that wait at a coordinator, so that it never waits for the driver."""
 
 POLL_SECONDS = 0.5

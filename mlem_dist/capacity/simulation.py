@@ -12,7 +12,7 @@ import numpy as np
 import simpy
 
 from mlem_dist.capacity.placement import Costs, Devices, Seat
-from mlem_dist.capacity.policies import AHEAD, POLL_SECONDS, SLOTS, trajectory_depth, writer_count
+from mlem_dist.capacity.policies import POLL_SECONDS, QUEUED_BLOCKS_PER_DEVICE, SLOTS, trajectory_depth, writer_count
 from mlem_dist.engine.program import Program
 
 Process = Generator[simpy.Event, Any, None]
@@ -167,7 +167,7 @@ class CellSimulation:
             self.devices += [
                 (overheads, shared if overheads.shared else simpy.Resource(env)) for _ in range(devices.count)
             ]
-        self.sitting = Counter(seat.device for actors in seats for seat in actors)
+        self.actors_on_device = Counter(seat.device for actors in seats for seat in actors)
         seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
         writers = writer_count(len(self.devices) / max(float(seconds), 1e-9), self.overheads.write)
         self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
@@ -187,7 +187,7 @@ class CellSimulation:
         actors = []
         for number, seat in enumerate(seats):
             overheads, device = self.devices[seat.device]
-            slowdown = overheads.slowdown * (overheads.sliced if self.sitting[seat.device] > 1 else 1)
+            slowdown = overheads.slowdown * (overheads.sliced if self.actors_on_device[seat.device] > 1 else 1)
             actors.append(Actor(index, number, simpy.Resource(self.env), overheads, device, slowdown))
         store.items.extend(actors * slots)
         return store
@@ -205,7 +205,7 @@ class CellSimulation:
     def _driver(self) -> Process:
         left = self.blocks
         while left:
-            while left and len(self.todo.items) < AHEAD * len(self.devices):
+            while left and len(self.todo.items) < QUEUED_BLOCKS_PER_DEVICE * len(self.devices):
                 shard = min(left, self.shard_blocks)
                 for _ in range(shard):
                     self.todo.put(True)

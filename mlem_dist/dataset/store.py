@@ -70,7 +70,7 @@ def parse_location(text: str) -> Location:
         package = PACKAGES[kind]
         raise UsageError(f"{text} needs the package {package}, which is not installed: pip install {package}") from None
     except Exception as error:
-        raise UsageError(f"{text} cannot be opened: {_said(error)}; expected {kind}://BUCKET/NAME") from None
+        raise UsageError(f"{text} cannot be opened: {_reason(error)}; expected {kind}://BUCKET/NAME") from None
     return folder
 
 
@@ -109,7 +109,7 @@ def reached(out: Location) -> Iterator[None]:
     except Exception as error:
         if isinstance(out, Path):
             raise
-        raise StoreError(f"{out} cannot be reached: {_said(error)}; check the name and the credentials") from None
+        raise StoreError(f"{out} cannot be reached: {_reason(error)}; check the name and the credentials") from None
 
 
 def publish(path: Location, content: str | bytes, work: Location) -> None:
@@ -130,7 +130,9 @@ def publish(path: Location, content: str | bytes, work: Location) -> None:
         # The object appears when its upload is complete.
         path.fs.pipe_file(path.path, content if isinstance(content, bytes) else content.encode())
     except Exception as error:
-        raise StoreError(f"{path} cannot be written: {_said(error)}; mend that, and the same command goes on") from None
+        raise StoreError(
+            f"{path} cannot be written: {_reason(error)}; mend that, and the same command goes on"
+        ) from None
 
 
 def read_whole(path: Location) -> bytes:
@@ -195,5 +197,5 @@ def of_each(look: Callable[[T], U], items: Sequence[T]) -> list[U]:
     return results
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -79,9 +79,9 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
             if not flying:
                 return
             shard, block, future = flying.popleft()
-            of_block, called = future.result()
-            images.append(of_block)
-            calls += called
+            block_images, block_calls = future.result()
+            images.append(block_images)
+            calls += block_calls
             first = first or time.monotonic() - began
             if block == job.shard_blocks(shard)[-1]:
                 writer.write(shard, *job.shard_samples(shard), *images)

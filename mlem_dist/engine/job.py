@@ -18,7 +18,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, plan_to_dict
 from mlem_dist.solver.steps import SOLVERS
 
-MOST_SHARDS = 10**6
+MAX_SHARDS = 10**6
 
 PRECISIONS = ("float32", "bfloat16")
 """Data types of the UNets' weights and activations, by torch's names."""
@@ -194,7 +194,7 @@ def check_shards(workload: Workload) -> None:
         UsageError: if the workload is refused; the message says how to change the shard size.
     """
     num, shard_size, block_size = workload.num, workload.shard_size, workload.block_size
-    if (shards := -(-num // shard_size)) > MOST_SHARDS:
+    if (shards := -(-num // shard_size)) > MAX_SHARDS:
         raise UsageError(f"{num:,} samples in shards of {shard_size} are {shards:,} files; raise the shard size")
     if shard_size % block_size:
         lower = max(1, shard_size // block_size) * block_size

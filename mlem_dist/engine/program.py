@@ -11,7 +11,7 @@ from mlem_dist.engine.job import Workload
 from mlem_dist.engine.progress import Work
 from mlem_dist.solver.plan import Increment, Plan, Recipe
 
-RARE = 1e-6
+RARE_COUNT = 1e-6
 """Number of evaluations added, for each increment that may be drawn, to those in the plans of the first blocks."""
 
 Together = tuple[Increment, ...]
@@ -176,7 +176,7 @@ def _evaluations(plan: Plan | Recipe, plans: Sequence[Plan]) -> Evaluations:
         rungs = plan.rungs or range(1, len(plan.probabilities) + 1)
         for below, level, p in zip((0, *rungs), rungs, plan.probabilities, strict=False):
             if p.any():
-                counts[(Increment(level, below),)] += RARE
+                counts[(Increment(level, below),)] += RARE_COUNT
     return {together: count / len(plans) for together, count in counts.items()}
 
 

@@ -82,7 +82,7 @@ def increments_by_noise(ladder: Ladder, calibration: Calibration) -> Figure:
 def save_frontier(frontier: Frontier, path: Path) -> Path:
     """Write a figure of error against time, with a curve through each family's best points, and return the path.
 
-    Rows that are not judged on the common noises are dots outside the curves.
+    Rows that are not measured on the common noises are dots outside the curves.
     """
     settings = frontier.settings
     figure = _figure(f"{settings['solver'].upper()}, {settings['samples']} samples, {settings['machine']}", 1, 1, 7.5)

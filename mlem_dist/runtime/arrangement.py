@@ -121,13 +121,13 @@ def measured_cost(
     Raises:
         UsageError: if the ladder cannot be loaded there.
     """
-    cost, here = ladder.cost(devices.type), replace(job, device=devices.type)
+    cost, device_job = ladder.cost(devices.type), replace(job, device=devices.type)
     if devices.type == "cpu" and not remote:
-        return _replaced(cost, numbers, time_levels(here, numbers))
+        return _replaced(cost, numbers, time_levels(device_job, numbers))
     # The process ends after this call: otherwise it would keep its GPU memory.
     task: Any = ray.remote(max_calls=1)(time_levels)
     resources = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
-    timed = task.options(**resources, label_selector=dict(devices.labels)).remote(here, numbers)
+    timed = task.options(**resources, label_selector=dict(devices.labels)).remote(device_job, numbers)
     if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
         ray.cancel(timed, force=True)
         return None

@@ -33,7 +33,7 @@ class Batcher:
     """
 
     def __init__(self, pool: Pool, limit: int) -> None:
-        self._pool, self._most = pool, limit
+        self._pool, self._limit = pool, limit
         self._waiting: dict[Together, list[Waiting]] = {}
         self._timers: dict[Together, asyncio.TimerHandle] = {}
         self._calls: set[asyncio.Task[None]] = set()
@@ -44,7 +44,7 @@ class Batcher:
         waiting = Waiting(block, ask, state, loop.create_future())
         group = self._waiting.setdefault(ask.increments, [])
         group.append(waiting)
-        if len(group) == self._most:
+        if len(group) == self._limit:
             self._call(ask.increments)
         elif len(group) == 1:
             self._timers[ask.increments] = loop.call_later(WAIT_SECONDS, self._call, ask.increments)

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from mlem_dist.capacity.policies import AHEAD
+from mlem_dist.capacity.policies import QUEUED_BLOCKS_PER_DEVICE
 from mlem_dist.dataset.manifest import read_manifest
 from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
 from mlem_dist.dataset.store import Location
@@ -47,7 +47,7 @@ class Cell:
 
     def __init__(self, create: Callable[[], Any], devices: int, job: Job, out: Location, began: float) -> None:
         self.devices, self.job, self.out = devices, job, out
-        self._in_a_row = 0
+        self._deaths_in_a_row = 0
         self.finished = False
         self._create = create
         # Shards that are still to be made, and the numbers of samples and blocks in the shards that have been made.
@@ -63,9 +63,9 @@ class Cell:
         self.progress: Progress | None = None
         # The unanswered request for progress and whether the coordinator had ended before it; and the number of blocks
         # given since that request.
-        self._asked: tuple[Any, bool] | None = None
-        self._since = 0
-        self._late = math.inf
+        self._request: tuple[Any, bool] | None = None
+        self._given_since_request = 0
+        self._clock_offset = math.inf
         self._waits_since: float | None = None
         self._closed = False
         self._count = self._known = self.queued = 0
@@ -88,7 +88,7 @@ class Cell:
     @property
     def silent(self) -> bool:
         """Whether the coordinator has not yet answered a request, as while it starts."""
-        return self._asked is not None
+        return self._request is not None
 
     @property
     def stuck(self) -> bool:
@@ -102,14 +102,14 @@ class Cell:
     @property
     def wants(self) -> bool:
         """Whether the coordinator should be given another shard."""
-        return not self._closed and self.queued < AHEAD * self.devices
+        return not self._closed and self.queued < QUEUED_BLOCKS_PER_DEVICE * self.devices
 
     def give(self, shard: int) -> None:
         """Hand a shard to the coordinator."""
         self._open[shard] = None
         self._count += 1
         self.queued += len(self.job.shard_blocks(shard))
-        self._since += len(self.job.shard_blocks(shard))
+        self._given_since_request += len(self.job.shard_blocks(shard))
         self.coordinator.add.remote(shard)
 
     def close(self) -> None:
@@ -128,28 +128,28 @@ class Cell:
         if self.finished:
             return []
         try:
-            if self._asked is None:
+            if self._request is None:
                 ended = bool(ray.wait([self.run], timeout=0)[0])
                 if ended:
                     ray.get(self.run)
-                self._asked, self._since = (self.coordinator.progress.remote(self._known), ended), 0
-            answer, ended = self._asked
+                self._request, self._given_since_request = (self.coordinator.progress.remote(self._known), ended), 0
+            answer, ended = self._request
             if not ray.wait([answer], timeout=ANSWER_SECONDS)[0]:
                 return []
-            self._asked = None
+            self._request = None
             progress: Progress = ray.get(answer)
             # The coordinator's clock starts after its imports. The quickest answer estimates that delay best.
-            self._late = min(self._late, time.monotonic() - self._began - progress.seconds)
-            self.progress = progress.later(self._late)
+            self._clock_offset = min(self._clock_offset, time.monotonic() - self._began - progress.seconds)
+            self.progress = progress.later(self._clock_offset)
             self._known += len(progress.written)
             self._made(progress.written)
-            self.queued = self.progress.queued + self._since
+            self.queued = self.progress.queued + self._given_since_request
             if not self.progress.state.startswith(WAITS):
                 self._waits_since = None
             elif self._waits_since is None:
                 self._waits_since = time.monotonic()
             if self.progress.blocks:
-                self._in_a_row = 0
+                self._deaths_in_a_row = 0
             self.finished = ended
         except RayTaskError as error:
             raise cause(error) from None
@@ -162,8 +162,8 @@ class Cell:
         # A coordinator that is only out of reach would go on writing shards that are given to others.
         ray.kill(self.coordinator)
         # The death of a coordinator without shards does not count: it may die with any node that it happens to run on.
-        self._in_a_row += not (self.idle and self.progress)
-        if self._in_a_row >= TRIES:
+        self._deaths_in_a_row += not (self.idle and self.progress)
+        if self._deaths_in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker exists, which is written after the file.
         paths = {shard: shard_path(shard, self.job.shards) for shard in self._open}
@@ -247,8 +247,8 @@ class Cells:
 
     def progress(self) -> Progress | None:
         """The progress of all cells that have reported; None before the first report."""
-        said = [total for cell in self.cells if (total := cell.total())]
-        return merged(said) if said else None
+        totals = [total for cell in self.cells if (total := cell.total())]
+        return merged(totals) if totals else None
 
     def wait(self, seconds: float) -> None:
         """Wait until a coordinator ends, at most for the given time."""

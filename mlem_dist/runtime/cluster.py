@@ -45,7 +45,7 @@ TEMP_FOLDERS = ("/tmp", "/var/tmp")
 RESOURCES = {"cpu": "CPU", "cuda": "GPU"}
 ACCELERATOR = "ray.io/accelerator-type"
 
-AT_REST = {
+QUIET_ENVIRONMENT = {
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
@@ -58,7 +58,7 @@ reports on its node, and looks for nodes to add. The default intervals take anot
 _connected = False
 """Whether this module has made the connection, and not a program that uses the package as a library."""
 
-ORPHANED = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
+ORPHAN_ENVIRONMENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
 """Environment of a Ray that is started for one run: seconds until its workers end if they cannot see that it is gone,
 as in a container whose first process does not reap; the default is a minute."""
 
@@ -109,13 +109,13 @@ def connect(address: str | None) -> None:
         )
     # Ray raises bare exceptions, too.
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, ConnectionError | RayError) and address != "local":
-            raise UsageError(f"no Ray answers at {address}: {said}") from None
+            raise UsageError(f"no Ray answers at {address}: {reason}") from None
         if address != "local":
             raise
         raise RuntimeError(
-            f"Ray does not start on this machine ({said}); its logs are in {_temp_folder()}/session_latest/logs; "
+            f"Ray does not start on this machine ({reason}); its logs are in {_temp_folder()}/session_latest/logs; "
             "`engine` inline generates without Ray"
         ) from None
     finally:
@@ -139,7 +139,7 @@ def _local_options() -> dict[str, Any]:
     """Prepare the environment of a Ray that is started here, and return the arguments of `ray.init` for it."""
     cores = available_cores()
     require_open_files(OPEN_FILES + OPEN_FILES_PER_CORE * cores, "Ray")
-    for name, value in (AT_REST | ORPHANED).items():
+    for name, value in (QUIET_ENVIRONMENT | ORPHAN_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     _provide_token()
     return {"num_cpus": cores, "_temp_dir": _temp_folder()}
@@ -209,9 +209,9 @@ def _check_answer(address: str) -> None:
         healthy, why = False, ""
     if not healthy:
         # The reason, as when the head runs another version of Ray.
-        said = next((f" ({line.strip()})" for line in why.splitlines()[::-1] if "ersion" in line), "")
+        reason = next((f" ({line.strip()})" for line in why.splitlines()[::-1] if "ersion" in line), "")
         raise UsageError(
-            f"no Ray head answers at `address` or RAY_ADDRESS {address}{said}; start one with `ray start --head`, "
+            f"no Ray head answers at `address` or RAY_ADDRESS {address}{reason}; start one with `ray start --head`, "
             "export RAY_AUTH_MODE=token if it uses tokens, or take `address` local"
         )
 

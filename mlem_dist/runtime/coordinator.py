@@ -68,8 +68,8 @@ class Coordinator:
         self.coalesce = coalesce
         self.job, self.pools = job, tuple(pools)
         create: Any = ray.remote(Writer).options(num_cpus=0)
-        desks = [Seat(0, 0.0)] * writers
-        self.writers = Pool("writers", desks, SLOTS, lambda _: create.remote(job, out, tuple(labels)))
+        writer_seats = [Seat(0, 0.0)] * writers
+        self.writers = Pool("writers", writer_seats, SLOTS, lambda _: create.remote(job, out, tuple(labels)))
         self.seats, self.names, self.group = seats, names, group
         self.kinds, self.devices = devices, group.bundle_count
         types = {seat.device: kind.type for kind, pool_seats in zip(devices, seats, strict=True) for seat in pool_seats}
@@ -84,7 +84,7 @@ class Coordinator:
         self.batchers: dict[int, Batcher] = {}
         self.refused: set[tuple[int, int]] = set()
         # Numbers of blocks in flight, and of the blocks among them that wait for another pool.
-        self.flying = self.waiting = 0
+        self.in_flight = self.waiting = 0
         self.runners: set[asyncio.Task[None]] = set()
         self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
         # Written shards that the driver may not know of yet, and the number of those that it knows of.
@@ -235,7 +235,7 @@ class Coordinator:
         tries = self.running[0].tries
         for _ in range(tries):
             async with self.running[0].member() as member:
-                self.flying += 1
+                self.in_flight += 1
                 try:
                     return await self._segments(block, member)
                 except DEATHS:
@@ -246,7 +246,7 @@ class Coordinator:
                     if member.actor is not None:
                         member.actor.drop.remote(block)
                 finally:
-                    self.flying -= 1
+                    self.in_flight -= 1
                     self._flush_if_stuck()
             self.running[0].metrics.count("retries")
         raise PoolError(f"block {block}: its worker died {tries} times in turn")
@@ -278,7 +278,7 @@ class Coordinator:
 
     def _flush_if_stuck(self) -> None:
         """Flush the batchers if every block waits for another pool, as no more asks will come."""
-        if self.waiting == self.flying:
+        if self.waiting == self.in_flight:
             for batcher in self.batchers.values():
                 batcher.flush()
 

@@ -46,7 +46,7 @@ class PoolMetrics:
         if value:
             self._metrics[name].inc(value)
 
-    def finished(self, work: Work, seconds: float) -> None:
+    def count_call(self, work: Work, seconds: float) -> None:
         """Count a call that has answered `seconds` after an actor took it."""
         self.count("calls")
         self.count("samples", work.samples)

@@ -83,7 +83,7 @@ class Pool:
         self.slots = slots
         self.metrics = PoolMetrics(name)
         self._create = create
-        self._in_a_row = 0
+        self._deaths_in_a_row = 0
         self._died = -math.inf
         self._broken: PoolError | UsageError | None = None
         self._waiting: deque[asyncio.Future[Member]] = deque()
@@ -212,8 +212,8 @@ class Pool:
             self._lost(member, actor, error)
             raise
         member.worked = True
-        self._in_a_row = 0
-        self.metrics.finished(result if isinstance(result, Work) else result.work, time.monotonic() - began)
+        self._deaths_in_a_row = 0
+        self.metrics.count_call(result if isinstance(result, Work) else result.work, time.monotonic() - began)
         return result, found_payloads
 
     def _lost(self, member: Member, actor: Any, error: Exception) -> None:
@@ -222,12 +222,12 @@ class Pool:
         member.actor = None
         self.metrics.count("deaths")
         if not member.worked and member.since > self._died:
-            self._in_a_row += 1
+            self._deaths_in_a_row += 1
             self._died = time.monotonic()
         logger.warning("pool %s lost an actor (%s), starting another", self.name, type(error).__name__)
         # An unavailable actor may still run: its late answer must not mix with that of its replacement.
         ray.kill(actor)
-        if self._in_a_row >= BREAKER:
+        if self._deaths_in_a_row >= BREAKER:
             self._break(self._error(f"{BREAKER} actors in a row died; the last one: {error}"))
             return
         if member not in self.members:

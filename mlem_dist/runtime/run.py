@@ -26,9 +26,9 @@ from mlem_dist.runtime.coordinator import Coordinator
 
 def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:
     """A placement group with one bundle per device: `counts` devices of each kind, kind by kind."""
-    of_bundle = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
-    bundles = [{RESOURCES[kind.type]: 1.0} for kind in of_bundle]
-    selectors = [dict(kind.labels) for kind in of_bundle]
+    bundle_kinds = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+    bundles = [{RESOURCES[kind.type]: 1.0} for kind in bundle_kinds]
+    selectors = [dict(kind.labels) for kind in bundle_kinds]
     if not any(selectors):
         return placement_group(bundles, strategy="PACK")
     return placement_group(bundles, strategy="PACK", bundle_label_selector=selectors)
@@ -77,8 +77,10 @@ def run_ray(
         arguments = (job, out.absolute(), layout.pools, *seating, ladder.labels, coalesce, writers(size), block_bytes)
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
-    made = (Cell(creator(size, group), sum(size), job, out, began) for size, group in zip(sizes, groups, strict=True))
-    cells = Cells(list(made), shards)
+    created = (
+        Cell(creator(size, group), sum(size), job, out, began) for size, group in zip(sizes, groups, strict=True)
+    )
+    cells = Cells(list(created), shards)
     try:
         while not cells.done:
             cells.step()

@@ -50,7 +50,7 @@ UNREAD_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".jxl"})
 """Suffixes of pictures that Pillow may be unable to read. Files that it cannot read are refused, not skipped."""
 
 HELD_OUT_SHARE = 0.1
-MOST_HELD_OUT = 10_000
+MAX_HELD_OUT = 10_000
 
 FIRST_MODES = {"LAB": "RGB", "La": "LA"}
 """Pixel modes that Pillow cannot convert to grey directly, each with the mode to convert to first."""
@@ -170,7 +170,7 @@ def _assemble(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> 
     if dataset.test is None:
         n = len(train.pixels)
         rows = np.random.default_rng(0).permutation(n)
-        cut = min(max(1, int(n * HELD_OUT_SHARE)), MOST_HELD_OUT)
+        cut = min(max(1, int(n * HELD_OUT_SHARE)), MAX_HELD_OUT)
         test, train = _rows(train, np.sort(rows[:cut])), _rows(train, np.sort(rows[cut:]))
     else:
         test = dataset.test
@@ -229,13 +229,15 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as scan:
             entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
-        lost = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
-        taken = [entry for entry in entries if entry.is_file() or (entry.is_dir() and own_names([entry.name]))]
+        dangling_links = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
+        visible_entries = [
+            entry for entry in entries if entry.is_file() or (entry.is_dir() and own_names([entry.name]))
+        ]
     except OSError as error:
         raise UsageError(f"{error.filename} cannot be read: {error.strerror}; mend or remove it") from None
-    if lost:
-        raise UsageError(f"{lost[0]} is a link to nothing; mend or remove it")
-    return taken
+    if dangling_links:
+        raise UsageError(f"{dangling_links[0]} is a link to nothing; mend or remove it")
+    return visible_entries
 
 
 def _visible(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -551,15 +553,17 @@ def _named_parts(folders: Sequence[Path]) -> list[tuple[str, Path]]:
     `Train` and `val2017` are parts. `birds_train` and `birds_test` are parts if both exist; `bullet_train` alone is a
     class.
     """
-    alike: dict[tuple[str, ...], list[tuple[str, Path]]] = {}
+    by_other_words: dict[tuple[str, ...], list[tuple[str, Path]]] = {}
     for folder in folders:
         words = _words(folder.name)
         kinds = _kinds([folder.name])
         if len(kinds) == 1:
-            alike.setdefault(tuple(word for word in words if word not in kinds), []).append((kinds.pop(), folder))
+            by_other_words.setdefault(tuple(word for word in words if word not in kinds), []).append(
+                (kinds.pop(), folder)
+            )
     return [
         named
-        for others, group in alike.items()
+        for others, group in by_other_words.items()
         if not others or len({kind for kind, _ in group}) > 1
         for named in group
     ]
@@ -607,12 +611,12 @@ def _read_pictures(folder: Path, sample_shape: Shape, classes: bool) -> _Dataset
 
 def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Part, tuple[str, ...] | None]:
     """Pictures of a folder, and the class names if `classes` is set and the pictures lie in class folders."""
-    beside, folders = _visible(folder)
+    loose_files, folders = _visible(folder)
     groups = [list(_files_below(group)) for group in folders]
     if folders:
-        _check_classes(folder, beside, folders, groups)
+        _check_classes(folder, loose_files, folders, groups)
     else:
-        beside, groups = [], [beside]
+        loose_files, groups = [], [loose_files]
     with ThreadPoolExecutor() as pool:
         pictures = [
             [file for file, taken in zip(files, pool.map(_is_picture, files), strict=True) if taken] for files in groups
@@ -629,7 +633,7 @@ def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Pa
         paths = [file for files in pictures for file in files]
         images = pool.map(lambda path: _decode(path.read_bytes(), str(path), sample_shape), paths)
         pixels, resized = zip(*images, strict=True)
-    skipped = len(beside) + sum(map(len, groups)) - len(paths)
+    skipped = len(loose_files) + sum(map(len, groups)) - len(paths)
     if not folders or not classes:
         return _Part(np.stack(pixels), sum(resized), None, skipped), None
     label = np.repeat(np.arange(len(pictures)), list(map(len, pictures)))
@@ -637,7 +641,7 @@ def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Pa
 
 
 def _check_classes(
-    folder: Path, beside: Sequence[Path], folders: Sequence[Path], groups: Sequence[Sequence[Path]]
+    folder: Path, loose_files: Sequence[Path], folders: Sequence[Path], groups: Sequence[Sequence[Path]]
 ) -> None:
     """Refuse pictures beside class folders, and parts of a dataset as class folders or inside them.
 
@@ -648,7 +652,7 @@ def _check_classes(
         groups: the files in each class folder.
     """
     # Other files beside them may describe the dataset, but pictures would be skipped silently.
-    if stray := next(filter(_is_picture, beside), None):
+    if stray := next(filter(_is_picture, loose_files), None):
         raise UsageError(f"{stray} lies beside the class folders of {folder}; move it into one of them")
     if len(_named_parts(folders)) == len(folders):
         raise UsageError(

@@ -83,9 +83,11 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
         raise UsageError(f"`out` {out} holds {what}; choose an empty or new folder")
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if min(count) < 2:
-        poor = count.index(min(count))
-        name = f"class {images.labels[poor]!r}" if images.labels else "the dataset"
-        raise UsageError(f"{name} has {count[poor]} training images, expected at least 2; add some or leave it out")
+        smallest_class = count.index(min(count))
+        name = f"class {images.labels[smallest_class]!r}" if images.labels else "the dataset"
+        raise UsageError(
+            f"{name} has {count[smallest_class]} training images, expected at least 2; add some or leave it out"
+        )
     for level in config.levels:
         if level.kind == "unet":
             unet = _on_meta(config, level, len(images.labels))
@@ -139,15 +141,15 @@ def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], 
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error}); restore it, {away}") from None
     if (folder / SETTINGS).exists():
-        was = json.loads((folder / SETTINGS).read_bytes())
+        stored_settings = json.loads((folder / SETTINGS).read_bytes())
         skipped = set(FREE)
-        if TEACHER + "patch" not in was:
+        if TEACHER + "patch" not in stored_settings:
             # Versions before 0.3 stored fewer settings of a teacher.
-            skipped |= {key for key in wanted.keys() - was.keys() if key.startswith(TEACHER)}
-        for key in sorted({*was, *wanted} - skipped):
-            if was.get(key) != wanted.get(key):
+            skipped |= {key for key in wanted.keys() - stored_settings.keys() if key.startswith(TEACHER)}
+        for key in sorted({*stored_settings, *wanted} - skipped):
+            if stored_settings.get(key) != wanted.get(key):
                 raise UsageError(
-                    f"level {level.name!r}: its checkpoint was trained with {key} {was.get(key)}, not "
+                    f"level {level.name!r}: its checkpoint was trained with {key} {stored_settings.get(key)}, not "
                     f"{wanted.get(key)}; take that back, {away}"
                 )
     if {name: list(value.shape) for name, value in unet.state_dict().items()} != {

@@ -100,9 +100,9 @@ def level_share(config: TrainConfig) -> tuple[int, float]:
     # A head node may have no cores, and then trains no level.
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     pupils = sum(bool(level.teacher) for level in config.levels)
-    beside = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
+    parallel_levels = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
-    return max(1, min([sum(cores) // beside, *cores])), 1 / max(1, -(-beside // max(1, gpus)))
+    return max(1, min([sum(cores) // parallel_levels, *cores])), 1 / max(1, -(-parallel_levels // max(1, gpus)))
 
 
 def _result(ref: Any, name: str) -> Any:

@@ -168,24 +168,24 @@ def train_unet(
     optimizer = torch.optim.AdamW(unet.parameters(), lr=level.learning_rate, weight_decay=1e-4)
     state = _State(unet, average.model, optimizer)
     start = state.load(checkpoint) if checkpoint.exists() else 0
-    kept = "".join(json.dumps(line) + "\n" for line in read_log(log_file) if line["step"] <= start)
-    replace_file(log_file, kept)
+    kept_lines = "".join(json.dumps(line) + "\n" for line in read_log(log_file) if line["step"] <= start)
+    replace_file(log_file, kept_lines)
     if lines := read_log(log_file):
         progress(start, lines[-1]["loss"])
 
     model.train()
-    began = saved_at = time.monotonic()
+    began_at = saved_at = time.monotonic()
     losses: list[float] = []
 
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _batch(images, config.seed, level, len(a), step)
 
     # The next batch is prepared while the model trains on the current one.
-    with log_file.open("a", encoding="utf-8") as log, ThreadPoolExecutor(1) as maker:
-        coming = maker.submit(batch, start)
+    with log_file.open("a", encoding="utf-8") as log, ThreadPoolExecutor(1) as batch_executor:
+        next_batch = batch_executor.submit(batch, start)
         for step in range(start, level.steps):
-            x0, label, noise, t = (value.to(device) for value in coming.result())
-            coming = maker.submit(batch, step + 1)
+            x0, label, noise, t = (value.to(device) for value in next_batch.result())
+            next_batch = batch_executor.submit(batch, step + 1)
             x = add_noise(x0, noise, t, a)
             with torch.no_grad():
                 target = noise if teacher is None else teacher(x, t, label)
@@ -208,7 +208,7 @@ def train_unet(
                 line: dict[str, Any] = {
                     "step": done,
                     "loss": sum(losses) / len(losses),
-                    "seconds": time.monotonic() - began,
+                    "seconds": time.monotonic() - began_at,
                 }
                 if done % max(100, level.steps // 2000 * 100) == 0 or done == level.steps:
                     line["denoising_error"] = denoising_error(average, images, schedule, device, per_band=100)

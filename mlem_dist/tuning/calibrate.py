@@ -28,7 +28,7 @@ from mlem_dist.solver.schedule import BANDS
 from mlem_dist.solver.steps import ETA, StepTable, step_table
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 from mlem_dist.tuning.neyman import nfe_at_error, rung_sets
-from mlem_dist.tuning.tell import TellStage
+from mlem_dist.tuning.reporting import ReportStage
 
 BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}
 """Batch sizes at which levels are timed, by device type. The last one gives the costs by which levels are compared."""
@@ -131,7 +131,7 @@ def calibrate(
     images: Tensor,
     label: Tensor,
     device: str,
-    progress: TellStage = lambda stage, done, total: None,
+    progress: ReportStage = lambda stage, done, total: None,
     *,
     per_band: int = 500,
     steps: int = 100,
@@ -165,16 +165,16 @@ def calibrate(
     for k, level in zip(numbers, ladder.levels, strict=True):
         progress("time and denoising error", k, len(modules))
         seconds = _seconds(ladder, modules[k], device)
-        fast = {}
+        compiled_seconds = {}
         if compiled and level.kind == "unet":
             # Compile another copy: all other measurements run the level as `generate` does.
             module: Any = ladder.load_level(k, device)
             module.model.compile(dynamic=False)
-            fast = _seconds(ladder, module, device)
+            compiled_seconds = _seconds(ladder, module, device)
         errors.append(
             denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band, ladder.value_range)
         )
-        levels.append(LevelCalibration(level.name, level.kind, seconds, fast, errors[-1].mean(1)))
+        levels.append(LevelCalibration(level.name, level.kind, seconds, compiled_seconds, errors[-1].mean(1)))
     cost = np.array([level.seconds[BATCH[device]] for level in levels])
 
     steps = min(steps, len(ladder.alpha_bar))
@@ -209,7 +209,7 @@ def _along_trajectories(
     steps: int,
     label: Tensor,
     cost: np.ndarray,
-    progress: TellStage,
+    progress: ReportStage,
 ) -> tuple[SolverCalibration, np.ndarray]:
     """Measurements with one solver on samples of classes `label` (B,), and their increments, float64 (K, N, B)."""
 
@@ -250,13 +250,15 @@ def _gamma(
 ) -> dict[str, Reading]:
     """Readings of gamma from errors (K, bands, per_band) and increments (K, samples), or {} for too few UNets."""
     unets = [k for k, level in enumerate(levels) if level.kind == "unet"]
-    upper = [k for k in unets if k - 1 in unets]
-    if len(upper) < 2:
+    upper_unets = [k for k in unets if k - 1 in unets]
+    if len(upper_unets) < 2:
         return {}
     rng = np.random.default_rng(0)
     return {
         "error": read_error(tuple(levels[k].name for k in unets), cost[unets], errors[unets], rng),
-        "increments": read_increments(tuple(levels[k].name for k in upper), cost[upper], increments[upper], rng),
+        "increments": read_increments(
+            tuple(levels[k].name for k in upper_unets), cost[upper_unets], increments[upper_unets], rng
+        ),
     }
 
 
@@ -266,7 +268,7 @@ def best_trajectory(
     table: StepTable,
     noise: Noise,
     label: Tensor,
-    progress: TellStage = lambda stage, done, total: None,
+    progress: ReportStage = lambda stage, done, total: None,
 ) -> list[Tensor]:
     """States x_0 ... x_N of Euler-Maruyama with the best of the levels 1 ... K, each float32 (B, C, H, W)."""
     run = trajectory(table, single_level(len(levels), len(levels), len(table)), noise)
@@ -287,7 +289,7 @@ def propagate(
     states: Sequence[Tensor],
     label: Tensor,
     probe: Tensor,
-    progress: TellStage = lambda stage, done, total: None,
+    progress: ReportStage = lambda stage, done, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Increments along a trajectory of the best level, and their first-order effects on the final sample.
 
@@ -355,8 +357,8 @@ def _speed_up(
     def nfe(rungs: tuple[int, ...], index: np.ndarray) -> float:
         return nfe_at_error(products_of(change[:, :, index]), rungs, cost, float(em[index].mean()), collapse)
 
-    everyone = np.arange(len(em))
-    least, rungs = min((nfe(rungs, everyone), rungs) for rungs in rung_sets(len(cost)))
+    all_samples = np.arange(len(em))
+    least, rungs = min((nfe(rungs, all_samples), rungs) for rungs in rung_sets(len(cost)))
     resampled = [em_steps / nfe(rungs, rng.integers(len(em), size=len(em))) for _ in range(RESAMPLES)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return SpeedUp(em_steps, float(em.mean()), least, rungs, em_steps / least, (float(low), float(high)))

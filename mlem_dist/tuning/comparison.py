@@ -24,14 +24,14 @@ from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
-from mlem_dist.tuning.tell import Tell
+from mlem_dist.tuning.reporting import ReportProgress
 
 BLOCK = {"cpu": 32, "cuda": 128}
 """Largest number of samples per block, by device type. All samples of a block share one drawn plan."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Measurement:
     """Cost of a plan and its error against the reference.
 
     Attributes:
@@ -44,8 +44,8 @@ class Verdict:
     errors: np.ndarray
 
 
-class Judge:
-    """Judge of plans on `samples` trajectories of a ladder with one solver, in blocks of 32 or, on a GPU, of 128.
+class PlanComparison:
+    """Error and time of plans on `samples` trajectories of a ladder with one solver, in blocks of 32 or, on a GPU, of 128.
 
     The samples take the classes in turn.
 
@@ -55,7 +55,7 @@ class Judge:
         device: "cpu" or "cuda".
         steps: number of steps of the reference. For the SDE, the number of steps of a plan must divide it.
         samples: number of samples: a multiple of the block size, or fewer than one block.
-        seed: seed of the noises and coins; plans are chosen with one seed and judged with another.
+        seed: seed of the noises and coins; plans are chosen with one seed and tested with another.
         cache: folder that keeps the reference, or None to compute it each time.
         threads: number of blocks that advance at a time, each on one thread; always 1 on a GPU.
 
@@ -121,7 +121,7 @@ class Judge:
             save_tensors(self.cache / name, {"reference": ends.cpu()})
         return ends
 
-    def judge(self, plan: Plan | Recipe) -> Verdict:
+    def measure(self, plan: Plan | Recipe) -> Measurement:
         """Verdict on a memorised plan, or on a recipe from which each block draws its own plan."""
         plans = self._plans(plan)
         plain = block_noise(self.seed, 0, (self.block, *self.ladder.sample_shape), self.device)
@@ -131,9 +131,9 @@ class Judge:
         # The costs of drawn plans differ, with independent coins by a third and more: scale to the mean cost.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
-        return self.verdict(seconds, lambda block: self.end(plans[block], block))
+        return self.measurement(seconds, lambda block: self.end(plans[block], block))
 
-    def errors(self, plans: Sequence[Plan | Recipe], progress: Tell = lambda done, total: None) -> np.ndarray:
+    def errors(self, plans: Sequence[Plan | Recipe], progress: ReportProgress = lambda done, total: None) -> np.ndarray:
         """Errors of several plans or recipes, float64 (plans, n), as in their verdicts but without timing.
 
         `progress` is called with the number of plans done and their total number.
@@ -152,9 +152,9 @@ class Judge:
         blocks = range(self.samples // self.block)
         return [plan if isinstance(plan, Plan) else plan.plan(block_rng(self.seed, block)) for block in blocks]
 
-    def verdict(self, seconds: float, end: Callable[[int], Tensor]) -> Verdict:
+    def measurement(self, seconds: float, end: Callable[[int], Tensor]) -> Measurement:
         """Verdict on any method `end` that returns the final samples (B, C, H, W) of a block, given its number."""
-        return Verdict(seconds, _errors(self._ends(end), self.reference))
+        return Measurement(seconds, _errors(self._ends(end), self.reference))
 
     def timed(self, run: Callable[[], Tensor]) -> float:
         """Seconds per sample of `run`, which advances one block: CPU time of this thread, or wall time on a GPU."""

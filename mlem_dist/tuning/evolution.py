@@ -26,9 +26,9 @@ from mlem_dist.solver.integrate import Drift, block_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.calibrate import adjoint, best_trajectory
-from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.recipes import NeymanRule, collapses
-from mlem_dist.tuning.tell import Tell
+from mlem_dist.tuning.reporting import ReportProgress
 
 KNOTS = 6
 """Number of knots per level, equally spaced over the trajectory. The log factor of a density is linear between them."""
@@ -65,13 +65,13 @@ class FirstOrder:
         """Mean squared error per value of a plan against the best level at every step."""
         levels, steps = plan.fire.shape
         j = np.arange(steps)
-        off = np.zeros(self.effects.shape[3])
+        error_per_sample = np.zeros(self.effects.shape[3])
         for k in range(levels):
             latest, before = evaluations_in_use(plan.fire[k])
             used = plan.weight[k, :, None] * (latest >= 0)[:, None] * self.effects[k, latest, j]
             used += plan.previous[k, :, None] * (before >= 0)[:, None] * self.effects[k, before, j]
-            off += (used - self.effects[k, j, j]).sum(0)
-        return float(np.square(off).mean())
+            error_per_sample += (used - self.effects[k, j, j]).sum(0)
+        return float(np.square(error_per_sample).mean())
 
 
 def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,38 +81,40 @@ def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return at[count + 1], at[count]
 
 
-def model_steps(judge: Judge) -> int:
+def model_steps(comparison: PlanComparison) -> int:
     """Number of steps of the model, at most `MODEL_STEPS`.
 
     The other limit is the number of steps of the plans where they pay for the base level at every step, and the length
     of the schedule otherwise.
     """
-    free = collapses(judge.ladder, judge.solver)
-    return min(MODEL_STEPS, len(judge.ladder.alpha_bar if free else judge.fine))
+    base_is_free = collapses(comparison.ladder, comparison.solver)
+    return min(MODEL_STEPS, len(comparison.ladder.alpha_bar if base_is_free else comparison.fine))
 
 
-def first_order(judge: Judge, samples: int, threads: int, progress: Tell = lambda done, total: None) -> FirstOrder:
-    """First-order model for the ladder and solver of a judge, on noises of its own and `model_steps` steps.
+def first_order(
+    comparison: PlanComparison, samples: int, threads: int, progress: ReportProgress = lambda done, total: None
+) -> FirstOrder:
+    """First-order model for the ladder and solver of a comparison, on noises of its own and `model_steps` steps.
 
     At each step of each sample, evaluates every level once and makes one backward pass through the best level. Holds
     all increments of `threads` blocks, and 4 K N^2 bytes per sample.
 
     Args:
-        samples: number of samples, a multiple of the judge's block size.
+        samples: number of samples, a multiple of the comparison's block size.
         threads: number of blocks computed at a time.
         progress: callback with the number of blocks done and their total number.
     """
     generator = torch.Generator().manual_seed(MODEL_SEED)
-    table = solver_table(judge.ladder.alpha_bar, model_steps(judge), judge.solver)
-    blocks = range(samples // judge.block)
-    shape = (judge.block, *judge.ladder.sample_shape)
-    probes = [torch.randint(2, shape, generator=generator).to(judge.device) * 2.0 - 1 for _ in blocks]
+    table = solver_table(comparison.ladder.alpha_bar, model_steps(comparison), comparison.solver)
+    blocks = range(samples // comparison.block)
+    shape = (comparison.block, *comparison.ladder.sample_shape)
+    probes = [torch.randint(2, shape, generator=generator).to(comparison.device) * 2.0 - 1 for _ in blocks]
     done = 0
 
     def block_effects(block: int) -> np.ndarray:
         nonlocal done
-        noise = block_noise(MODEL_SEED, block, shape, judge.device)
-        effects = pair_effects(judge.levels, table, noise, judge.label(block), probes[block])
+        noise = block_noise(MODEL_SEED, block, shape, comparison.device)
+        effects = pair_effects(comparison.levels, table, noise, comparison.label(block), probes[block])
         done += 1
         progress(done, len(blocks))
         return effects
@@ -136,13 +138,13 @@ def pair_effects(
     """
     states = best_trajectory(levels, table, noise, label)
     steps, scale = len(table), probe[0].numel() ** 0.5
-    pulls, values = torch.empty(steps, *probe.shape), torch.empty(steps, len(levels), *probe.shape)
+    adjoints, values = torch.empty(steps, *probe.shape), torch.empty(steps, len(levels), *probe.shape)
     for i, g, increments in adjoint(levels, table, states, label, probe):
-        pulls[i], values[i] = float(table.b[i]) * g / scale, increments
-    pulls, values = pulls.flatten(2), values.flatten(3)
+        adjoints[i], values[i] = float(table.b[i]) * g / scale, increments
+    adjoints, values = adjoints.flatten(2), values.flatten(3)
     effects = np.zeros((len(levels), steps, steps, len(label)), dtype=np.float32)
     for j in range(steps):
-        effects[:, : j + 1, j] = torch.einsum("bd,ikbd->kib", pulls[j], values[: j + 1]).numpy()
+        effects[:, : j + 1, j] = torch.einsum("bd,ikbd->kib", adjoints[j], values[: j + 1]).numpy()
     return effects
 
 
@@ -202,7 +204,7 @@ def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) ->
         )
         while not search.stop():
             candidates = search.ask()
-            search.tell(
+            search.progress_types(
                 candidates,
                 [error(numbers) + PENALTY * first * float(np.square(numbers).mean()) for numbers in candidates],
             )

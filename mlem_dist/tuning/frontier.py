@@ -12,7 +12,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, replace_file
-from mlem_dist.tuning.comparison import Verdict
+from mlem_dist.tuning.comparison import Measurement
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Frontier:
         """Row of a family and label, or None."""
         return next((row for row in self.rows if (row.family, row.label) == (family, label)), None)
 
-    def add(self, family: str, label: str, verdict: Verdict) -> Row:
+    def add(self, family: str, label: str, measurement: Measurement) -> Row:
         """Append a row, write the file and return the row."""
-        row = Row(family, label, verdict.seconds, verdict.errors)
+        row = Row(family, label, measurement.seconds, measurement.errors)
         self.rows.append(row)
         lines = [json.dumps(_plain(row)) for row in self.rows]
         text = json.dumps(self.settings, indent=1)[:-2] + ',\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"

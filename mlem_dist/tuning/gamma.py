@@ -151,12 +151,14 @@ def _read(
     values: np.ndarray,
     resampled: np.ndarray,
     fit: Fit,
-    needed: int,
+    parameters: int,
 ) -> Reading:
     slope, factor, floor = fit(seconds, values)
     slopes, _, floors = fit(seconds, resampled)
     n = len(levels)
-    without = [float(fit(np.delete(seconds, k), np.delete(values, k))[0]) for k in range(n)] if n > needed else None
+    slopes_without_one = (
+        [float(fit(np.delete(seconds, k), np.delete(values, k))[0]) for k in range(n)] if n > parameters else None
+    )
     return Reading(
         quantity=quantity,
         levels=levels,
@@ -164,7 +166,7 @@ def _read(
         values=values,
         slope=float(slope),
         slope_interval=_interval(slopes),
-        slope_range=(min(without), max(without)) if without else None,
+        slope_range=(min(slopes_without_one), max(slopes_without_one)) if slopes_without_one else None,
         floor=float(floor),
         floor_interval=_interval(floors),
         factor=float(factor),

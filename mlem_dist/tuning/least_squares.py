@@ -31,8 +31,8 @@ from mlem_dist.solver.closed_form import ClosedForm, Projected
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
 from mlem_dist.solver.plan import Plan, Term, extrapolated, on_levels, single_level
 from mlem_dist.solver.steps import half_log_snr
-from mlem_dist.tuning.comparison import Judge
-from mlem_dist.tuning.tell import Tell
+from mlem_dist.tuning.comparison import PlanComparison
+from mlem_dist.tuning.reporting import ReportProgress
 
 RIDGE = 1e-3
 """Weight of the ridge penalty on the squared distance of the factors from those of extrapolated increments, relative to
@@ -91,12 +91,12 @@ class Times:
         """Whether each rung fires at each step, bool (R, N), for steps at lambda `log_snr` (N,), increasing."""
         steps = len(log_snr)
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
-        passed = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
+        path_position = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
         path = np.linspace(self.begin, 1, 1001)
         density = np.exp(np.interp(path, np.linspace(self.begin, 1, len(KNOTS)), KNOTS))
         below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         quantiles = np.arange(self.calls * self.between) / (self.calls * self.between)
-        at = np.searchsorted(passed, np.interp(quantiles, below / below[-1], path))
+        at = np.searchsorted(path_position, np.interp(quantiles, below / below[-1], path))
         # Quantiles that fall on one step are one call: moving some to other steps is worse (docs/frontier.md).
         fire = np.zeros((2 if self.middle == 1 else 3, steps), dtype=bool)
         fire[0] = True
@@ -132,7 +132,7 @@ class Segment:
 
     start: int
     stop: int
-    fresh: list[int]
+    firing: list[int]
     choices: tuple[Choice, ...]
     factors: np.ndarray
     squares: np.ndarray
@@ -168,24 +168,24 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
 
 
 class Fitter:
-    """Fits plans on the noises of a judge of the ODE, for a ladder whose first level is a Gaussian.
+    """Fits plans on the noises of a comparison of the ODE, for a ladder whose first level is a Gaussian.
 
     Candidate times are tried on half of the blocks, several at a time. The weights of the best times are fitted to all
     blocks.
     """
 
-    def __init__(self, judge: Judge) -> None:
-        base = judge.levels[1]
+    def __init__(self, comparison: PlanComparison) -> None:
+        base = comparison.levels[1]
         assert isinstance(base, GaussianLevel)
-        assert not judge.fine.c.any()
-        self.judge = judge
-        self.table = judge.fine
-        self.log_snr = half_log_snr(judge.ladder.alpha_bar, self.table.t)
-        self.cost = judge.ladder.cost(judge.device)
-        self.blocks = range(judge.samples // judge.block)
+        assert not comparison.fine.c.any()
+        self.comparison = comparison
+        self.table = comparison.fine
+        self.log_snr = half_log_snr(comparison.ladder.alpha_bar, self.table.t)
+        self.cost = comparison.ladder.cost(comparison.device)
+        self.blocks = range(comparison.samples // comparison.block)
         drift = base.affine(self.table.t)
-        self.forms = [ClosedForm(drift, self.table, judge.label(block)) for block in self.blocks]
-        self.pool = ThreadPoolExecutor(judge.threads)
+        self.forms = [ClosedForm(drift, self.table, comparison.label(block)) for block in self.blocks]
+        self.pool = ThreadPoolExecutor(comparison.threads)
         self._errors: dict[Times, float] = {}
 
     @cached_property
@@ -202,21 +202,21 @@ class Fitter:
             plan = on_levels(extrapolated(fire, self.log_snr), (1, best))
 
         positions = torch.empty(
-            steps + 1, self.judge.samples, *self.judge.ladder.sample_shape, device=self.judge.device
+            steps + 1, self.comparison.samples, *self.comparison.ladder.sample_shape, device=self.comparison.device
         )
 
         def follow(block: int) -> None:
             states: list[Tensor] = []
 
-            def seen(level: Drift, x: Tensor, *about: Tensor) -> Tensor:
+            def recording(level: Drift, x: Tensor, *about: Tensor) -> Tensor:
                 # Several levels may be evaluated at one state.
                 if not states or states[-1] is not x:
                     states.append(x)
                 return level(x, *about)
 
-            levels = {k: partial(seen, level) for k, level in self.judge.levels.items()}
-            noise = self.judge.noise(block, steps)
-            end = integrate(levels, self.table, plan, noise, self.judge.label(block))
+            levels = {k: partial(recording, level) for k, level in self.comparison.levels.items()}
+            noise = self.comparison.noise(block, steps)
+            end = integrate(levels, self.table, plan, noise, self.comparison.label(block))
             positions[:, self.rows(block)] = torch.stack([*states, end])
 
         list(self.pool.map(follow, self.blocks))
@@ -224,9 +224,9 @@ class Fitter:
 
     def rows(self, block: int) -> slice:
         """Slice of a block's samples."""
-        return slice(block * self.judge.block, (block + 1) * self.judge.block)
+        return slice(block * self.comparison.block, (block + 1) * self.comparison.block)
 
-    def search(self, nfe: float, progress: Tell = lambda done, total: None) -> Fit:
+    def search(self, nfe: float, progress: ReportProgress = lambda done, total: None) -> Fit:
         """Fit of least error among the candidate times, for a budget of `nfe` evaluations of the best level.
 
         The search chooses the middle rung first, then the number of its calls, then the first call. `progress` is
@@ -244,7 +244,7 @@ class Fitter:
         best = self._best([times[0] for times in starts.values()], report)
         best = self._beginning(self._best(starts[best.middle], report), report)
         if nfe > LARGEST:
-            best = self._beginning(replace(best, calls=self._calls(nfe, best.middle, best.between)), report)
+            best = self._beginning(replace(best, calls=self.affordable_calls(nfe, best.middle, best.between)), report)
         fit = self._fit_times(best, self.blocks)
         progress(total, total)
         if fit.error == math.inf:
@@ -286,13 +286,13 @@ class Fitter:
         by_number: dict[int, list[Times]] = {}
         for middle in range(1, len(self.cost)):
             for between in BETWEEN if middle > 1 else (1,):
-                if calls := self._calls(nfe, middle, between):
+                if calls := self.affordable_calls(nfe, middle, between):
                     by_number.setdefault(middle, []).append(Times(middle, calls, between))
         if not by_number:
             raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
         return by_number
 
-    def _calls(self, nfe: float, middle: int, between: int) -> int:
+    def affordable_calls(self, nfe: float, middle: int, between: int) -> int:
         """Number of calls of the best level that a budget pays for, with their calls of the middle rung.
 
         Each step that evaluates increments also costs a call of level 1 and a run in closed form.
@@ -305,19 +305,19 @@ class Fitter:
         """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.
 
         Before the first evaluation, the Gaussian level acts alone. The plan is fitted to `blocks`, by default all
-        blocks of the judge.
+        blocks of the comparison.
         """
         samples = [Block(self, rungs, block) for block in blocks or self.blocks]
         segments = []
         fires = np.flatnonzero(fire[1:].any(0)).tolist()
         self._each(samples, partial(Block.begin, at=fires[0]))
         for start, stop in pairwise([*fires, fire.shape[1]]):
-            fresh = [r for r in range(1, len(rungs)) if fire[r, start]]
-            self._each(samples, partial(Block.evaluate, at=start, fresh=fresh))
+            firing = [r for r in range(1, len(rungs)) if fire[r, start]]
+            self._each(samples, partial(Block.evaluate, at=start, firing=firing))
             choices = tuple(self._choices(fire, start, stop))
             normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
             squares, products = (np.mean([sums[i] for sums in normal], 0) / samples[0].x.numel() for i in (0, 1))
-            segments.append(Segment(start, stop, fresh, choices, _solve(squares, products, choices), squares))
+            segments.append(Segment(start, stop, firing, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
         error = float(np.mean([float((block.x - block.path[-1]).square().mean()) for block in samples]))
         return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf)
@@ -345,17 +345,17 @@ class Fitter:
             yield Choice(rung, 0, line, 1.0)
             yield Choice(rung, 1, line, -1.0)
             if last == start:
-                once = np.zeros(stop - start)
-                once[0] = np.abs(self.table.b[before:start]).sum() / abs(self.table.b[start])
-                yield Choice(rung, 0, once, 0.0)
-                yield Choice(rung, 1, once, 0.0)
+                single_step = np.zeros(stop - start)
+                single_step[0] = np.abs(self.table.b[before:start]).sum() / abs(self.table.b[start])
+                yield Choice(rung, 0, single_step, 0.0)
+                yield Choice(rung, 1, single_step, 0.0)
 
 
 def _solve(squares: np.ndarray, products: np.ndarray, choices: Sequence[Choice]) -> np.ndarray:
     """Factors of least squared error, with a ridge penalty on their distance from the priors."""
     prior = np.array([choice.prior for choice in choices])
-    drawn = ridge(squares)
-    return np.asarray(np.linalg.solve(squares + drawn, products + drawn @ prior))
+    penalty = ridge(squares)
+    return np.asarray(np.linalg.solve(squares + penalty, products + penalty @ prior))
 
 
 def ridge(squares: np.ndarray) -> np.ndarray:
@@ -367,9 +367,14 @@ class Block:
     """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung above the first."""
 
     def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
-        judge = fitter.judge
-        self.levels: Mapping[int, Drift] = judge.levels
-        self.table, self.label, self.form, self.rungs = judge.fine, judge.label(block), fitter.forms[block], rungs
+        comparison = fitter.comparison
+        self.levels: Mapping[int, Drift] = comparison.levels
+        self.table, self.label, self.form, self.rungs = (
+            comparison.fine,
+            comparison.label(block),
+            fitter.forms[block],
+            rungs,
+        )
         self.path = fitter.path[:, fitter.rows(block)]
         self.x: Tensor = self.path[0]
         self.at = 0
@@ -379,12 +384,12 @@ class Block:
         """Advance to the first evaluation, at step `at`, by the Gaussian level alone."""
         self.x = self.run(at, []) if at else self.path[0].clone()
 
-    def evaluate(self, at: int, fresh: Sequence[int]) -> None:
+    def evaluate(self, at: int, firing: Sequence[int]) -> None:
         """Evaluate the increments of the rungs `fresh` at x, before step `at`."""
         self.at = at
-        terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in fresh]
+        terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in firing]
         values = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
-        for r, value in zip(fresh, values, strict=True):
+        for r, value in zip(firing, values, strict=True):
             self.values[r] = [Projected(value), *self.values[r][:1]]
 
     def normal(self, stop: int, choices: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlem_dist.solver.plan import Plan
 from mlem_dist.tuning.least_squares import LARGEST, Block, Fit, Fitter, ridge
-from mlem_dist.tuning.tell import Tell
+from mlem_dist.tuning.reporting import ReportProgress
 
 PASSES = 2
 """Number of Gauss-Newton steps, each with derivatives on all samples. A third gains two per cent on other samples."""
@@ -32,7 +32,7 @@ MEMORY = 0.7
 """Weight of a pass relative to the next one, in the mean of J^T J over the passes."""
 
 
-def fitted_plan(fitter: Fitter, nfe: float, progress: Tell, refining: Tell) -> Plan:
+def fitted_plan(fitter: Fitter, nfe: float, progress: ReportProgress, refining: ReportProgress) -> Plan:
     """Fitted plan of at most `nfe` evaluations of the best level; up to a budget of `LARGEST`, the fit is refined.
 
     Args:
@@ -46,30 +46,30 @@ def fitted_plan(fitter: Fitter, nfe: float, progress: Tell, refining: Tell) -> P
     return (refine(fitter, fit, refining) if nfe <= LARGEST else fit).plan()
 
 
-def refine(fitter: Fitter, fit: Fit, progress: Tell = lambda done, total: None) -> Fit:
+def refine(fitter: Fitter, fit: Fit, progress: ReportProgress = lambda done, total: None) -> Fit:
     """Fit with its factors moved to less error on all of the fitter's samples; never a worse fit.
 
-    For one block per thread of the judge, holds the states of the block and the activations of one evaluation.
+    For one block per thread of the comparison, holds the states of the block and the activations of one evaluation.
     `progress` is called with the number of passes done and their total number.
     """
     metric = torch.block_diag(*(torch.from_numpy(segment.squares) for segment in fit.segments)).numpy()
     metric += ridge(metric)
-    best = moved = np.concatenate([segment.factors for segment in fit.segments])
+    best = candidate = np.concatenate([segment.factors for segment in fit.segments])
     least, curvature, weight, step = np.inf, np.zeros_like(metric), 0.0, np.zeros_like(best)
     for done in range(PASSES):
         progress(done, PASSES)
-        parts = list(fitter.pool.map(partial(derivatives, fitter, fit, moved, done), fitter.blocks))
+        parts = list(fitter.pool.map(partial(derivatives, fitter, fit, candidate, done), fitter.blocks))
         error, gradient, squares = (np.mean(of_blocks, 0) for of_blocks in zip(*parts, strict=True))
         if error < least:
-            best, least = moved, float(error)
+            best, least = candidate, float(error)
             curvature, weight = MEMORY * curvature + squares, MEMORY * weight + 1
             step = -np.linalg.solve(curvature / weight + DAMPING * metric, gradient)
         else:
             step = step / 2
-        moved = best + step
-    error = float(np.mean(list(fitter.pool.map(partial(_error, fitter, fit, moved), fitter.blocks))))
+        candidate = best + step
+    error = float(np.mean(list(fitter.pool.map(partial(_error, fitter, fit, candidate), fitter.blocks))))
     progress(PASSES, PASSES)
-    return with_factors(fit, *((moved, error) if error < least else (best, least)))
+    return with_factors(fit, *((candidate, error) if error < least else (best, least)))
 
 
 def with_factors(fit: Fit, factors: np.ndarray, error: float) -> Fit:
@@ -89,23 +89,23 @@ def derivatives(
     """Error, J^T e (P,) and an estimate of J^T J (P, P) of a block at float64 (P,) factors, as means per value."""
     state = Block(fitter, fit.rungs, block)
     # Each sample has its own copy of the factors, so that one backward pass gives one row per sample.
-    own = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
-    end = _end(state, fit, own.requires_grad_())
-    off = (end - state.path[-1]).detach()
+    sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
+    end = _end(state, fit, sample_factors.requires_grad_())
+    residual = (end - state.path[-1]).detach()
     generator = torch.Generator().manual_seed(seed * len(fitter.blocks) + block)
-    probe = (torch.randint(2, off.shape, generator=generator) * 2.0 - 1).to(off.device)
-    (of_error,) = torch.autograd.grad(end, own, off, retain_graph=True)
-    (of_probe,) = torch.autograd.grad(end, own, probe)
-    rows = of_probe.double()
-    gradient, squares = of_error.double().sum(0) / off.numel(), rows.T @ rows / off.numel()
-    return float(off.square().mean()), gradient.cpu().numpy(), squares.cpu().numpy()
+    probe = (torch.randint(2, residual.shape, generator=generator) * 2.0 - 1).to(residual.device)
+    (error_gradient,) = torch.autograd.grad(end, sample_factors, residual, retain_graph=True)
+    (probe_gradient,) = torch.autograd.grad(end, sample_factors, probe)
+    rows = probe_gradient.double()
+    gradient, squares = error_gradient.double().sum(0) / residual.numel(), rows.T @ rows / residual.numel()
+    return float(residual.square().mean()), gradient.cpu().numpy(), squares.cpu().numpy()
 
 
 @torch.inference_mode()
 def _error(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
     state = Block(fitter, fit.rungs, block)
-    own = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1)
-    return float((_end(state, fit, own) - state.path[-1]).square().mean())
+    sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1)
+    return float((_end(state, fit, sample_factors) - state.path[-1]).square().mean())
 
 
 def _end(state: Block, fit: Fit, factors: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def _end(state: Block, fit: Fit, factors: Tensor) -> Tensor:
     # Checkpoints keep only the state of an evaluation, and compute the rest again in the backward pass.
     state.levels = {k: partial(checkpoint, level, use_reentrant=False) for k, level in state.levels.items()}
     state.begin(fit.segments[0].start)
-    for segment, own in zip(fit.segments, factors.split(_sizes(fit), dim=1), strict=True):
-        state.evaluate(segment.start, segment.fresh)
+    for segment, sample_factors in zip(fit.segments, factors.split(_sizes(fit), dim=1), strict=True):
+        state.evaluate(segment.start, segment.firing)
         columns = torch.stack([state.column(choice) for choice in segment.choices])
-        state.x = state.run(segment.stop, []) + torch.einsum("bc,cbd->bd", own, columns).view_as(state.x)
+        state.x = state.run(segment.stop, []) + torch.einsum("bc,cbd->bd", sample_factors, columns).view_as(state.x)
     return state.x

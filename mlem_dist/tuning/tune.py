@@ -1,4 +1,4 @@
-"""Search for the best plan for a budget: plans are chosen on one set of noises and judged on another."""
+"""Search for the best plan for a budget: plans are chosen on one set of noises and tested on another."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mlem_dist.files import file_digest
 from mlem_dist.ladder.calibration import NAME
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
-from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.evolution import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.least_squares import Fitter, fitting_samples
 from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
 from mlem_dist.tuning.refinement import fitted_plan
-from mlem_dist.tuning.tell import Tell, TellStage
+from mlem_dist.tuning.reporting import ReportProgress, ReportStage
 from mlem_dist.tuning.tuned_plans import plan_path
 
-CHOOSING_SEED, JUDGING_SEED, FITTING_SEED = 0, 1, 2
-CHOOSING_SAMPLES, JUDGING_SAMPLES, FITTING_SAMPLES = 32, 64, 256
+SELECTION_SEED, TEST_SEED, FITTING_SEED = 0, 1, 2
+SELECTION_SAMPLES, TEST_SAMPLES, FITTING_SAMPLES = 32, 64, 256
 
 DRAWS = 15
 """Number of drawn plans among which the memorised one is chosen, as in Jacot, arXiv:2603.24594."""
@@ -54,21 +54,21 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "machine": "one CPU thread" if device == "cpu" else device,
         "costs": [float(f"{seconds:.4g}") for seconds in ladder.cost(device)],
         "calibration": file_digest(calibration)[:16] if calibration.exists() else None,
-        "samples": JUDGING_SAMPLES,
+        "samples": TEST_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
     return Frontier(out / f"frontier-{solver}.json", settings)
 
 
 def tune(
-    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: TellStage
+    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: ReportStage
 ) -> Iterator[Row]:
     """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
     For the ODE and a Gaussian first level, the plan of a budget is the fitted one. Otherwise it is the memorised one,
-    or the optimised one if the ladder is calibrated and that plan is better on the choosing noises. The memorised plan
+    or the optimised one if the ladder is calibrated and that plan is better on the selection noises. The memorised plan
     is the best of 15 draws from the better recipe, with held or with extrapolated increments. A budget that pays for
-    the best level at every step is spent on that. Rows hold the error on the judging noises.
+    the best level at every step is spent on that. Rows hold the error on the test noises.
 
     Args:
         ladder: the ladder.
@@ -91,9 +91,9 @@ def tune(
         nfe: {name: make_recipe(ladder, cost, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
         for nfe in budgets
     }
-    choosing = Judge(ladder, solver, device, steps, CHOOSING_SAMPLES, CHOOSING_SEED, out / "cache", threads)
-    judging = Judge(ladder, solver, device, steps, JUDGING_SAMPLES, JUDGING_SEED, out / "cache", threads)
-    search = searched(choosing, {nfe: recipes[nfe] for nfe in budgets if nfe < steps}, threads, progress)
+    selection = PlanComparison(ladder, solver, device, steps, SELECTION_SAMPLES, SELECTION_SEED, out / "cache", threads)
+    test = PlanComparison(ladder, solver, device, steps, TEST_SAMPLES, TEST_SEED, out / "cache", threads)
+    search = plan_searches(selection, {nfe: recipes[nfe] for nfe in budgets if nfe < steps}, threads, progress)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # For the SDE, a grid can only take every second, third, ... step of one Brownian path; the ODE has no path.
@@ -103,7 +103,7 @@ def tune(
         compared: dict[str, Plan | Recipe] = {**recipes[nfe], EM: euler}
         for done, (family, plan) in enumerate(compared.items(), 1):
             progress(f"{label}, {family}", done, len(compared))
-            yield frontier.find(family, label) or frontier.add(family, label, judging.judge(plan))
+            yield frontier.find(family, label) or frontier.add(family, label, test.measure(plan))
         path = plan_path(out, solver, nfe)
         if nfe >= steps:
             # The plan is the reference itself, and no other plan can be better.
@@ -112,65 +112,65 @@ def tune(
         rows = {family: frontier.find(family, label) for family in search}
         if not path.exists() or not all(rows.values()):
             plans = {family: find(nfe) for family, find in search.items()}
-            best = best_plan(choosing, list(plans.values()), cost)
+            best = best_plan(selection, list(plans.values()), cost)
             write_plan(path, best, ladder.digest, solver)
             rows = {
-                family: rows[family] or frontier.add(family, label, judging.judge(plan))
+                family: rows[family] or frontier.add(family, label, test.measure(plan))
                 for family, plan in plans.items()
             }
         yield from (row for row in rows.values() if row)
 
 
-def searched(
-    choosing: Judge, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: TellStage
+def plan_searches(
+    selection: PlanComparison, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: ReportStage
 ) -> dict[str, Callable[[float], Plan]]:
     """Families whose plans are searched for on this ladder, each with a function that finds the plan for a budget.
 
     Raises:
-        UsageError: as in `tune`, before any plan is judged.
+        UsageError: as in `tune`, before any plan is measured.
     """
-    ladder, solver, device, steps = choosing.ladder, choosing.solver, choosing.device, len(choosing.fine)
+    ladder, solver, device, steps = selection.ladder, selection.solver, selection.device, len(selection.fine)
 
     def report(nfe: float, stage: str) -> Callable[[int, int], None]:
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
     if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
-        # Fitted plans only: no drawn plan comes near them, and the errors of a few choosing samples would choose
+        # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
         # between fitted and drawn plans only by chance.
         samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])
-        fitter = Fitter(Judge(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
+        fitter = Fitter(PlanComparison(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)
         return {FITTED: lambda nfe: fitted_plan(fitter, nfe, report(nfe, "fits"), report(nfe, "refinement"))}
     cost = ladder.cost(device)
-    search = {MEMORISED: lambda nfe: best_draw(choosing, recipes[nfe], cost, report(nfe, "draws"))}
+    search = {MEMORISED: lambda nfe: best_draw(selection, recipes[nfe], cost, report(nfe, "draws"))}
     if calibrated(ladder):
         require("cma", "searches for plans")
-        search[OPTIMISED] = Optimiser(choosing, threads, progress).plan
+        search[OPTIMISED] = Optimiser(selection, threads, progress).plan
     return search
 
 
 def best_draw(
-    choosing: Judge,
+    selection: PlanComparison,
     recipes: dict[str, Recipe],
     cost: np.ndarray,
-    progress: Tell = lambda done, total: None,
+    progress: ReportProgress = lambda done, total: None,
 ) -> Plan:
     """Best of `DRAWS` plans drawn from the better of the recipes "held" and "extrapolated", for level costs `cost`.
 
     One plan for all images has no variance. It is biased, as the increments of both recipes are.
     """
-    remembering = [recipes["held"], recipes["extrapolated"]]
-    better = remembering[_least(choosing.errors(remembering).mean(1))]
+    biased_recipes = [recipes["held"], recipes["extrapolated"]]
+    better = biased_recipes[_least(selection.errors(biased_recipes).mean(1))]
     plans = [better.plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
-    return best_plan(choosing, plans, cost, progress)
+    return best_plan(selection, plans, cost, progress)
 
 
 def best_plan(
-    choosing: Judge,
+    selection: PlanComparison,
     plans: Sequence[Plan],
     cost: np.ndarray,
-    progress: Tell = lambda done, total: None,
+    progress: ReportProgress = lambda done, total: None,
 ) -> Plan:
     """Best of several plans of nearly the same cost, for level costs `cost`.
 
@@ -181,8 +181,8 @@ def best_plan(
         return plans[0]
     # Compare error times cost, because the error falls at least as fast as 1 / cost. The ladder's costs, unlike the
     # clock, give the same choice in every run.
-    worth = choosing.errors(plans, progress).mean(1) * [plan.nfe(cost) for plan in plans]
-    return plans[_least(worth)]
+    error_times_cost = selection.errors(plans, progress).mean(1) * [plan.nfe(cost) for plan in plans]
+    return plans[_least(error_times_cost)]
 
 
 def _least(values: np.ndarray) -> int:
@@ -194,40 +194,42 @@ def _least(values: np.ndarray) -> int:
 
 
 class Optimiser:
-    """Search by `optimise`; the choosing noises decide between the shapes found. The model is computed at first use.
+    """Search by `optimise`; the selection noises decide between the shapes found. The model is computed at first use.
 
     Args:
-        choosing: judge of a calibrated ladder.
+        selection: comparison of plans of a calibrated ladder.
         threads: number of blocks computed at a time.
         progress: callback with the current stage.
         samples: number of samples of the model.
     """
 
-    def __init__(self, choosing: Judge, threads: int, progress: TellStage, samples: int = MODEL_SAMPLES) -> None:
-        self.choosing, self.threads, self.progress, self.samples = choosing, threads, progress, samples
-        self.cost = choosing.ladder.cost(choosing.device)
-        of_judge, of_model = (
-            NeymanRule(choosing.ladder, self.cost, choosing.solver, steps)
-            for steps in (len(choosing.fine), model_steps(choosing))
+    def __init__(
+        self, selection: PlanComparison, threads: int, progress: ReportStage, samples: int = MODEL_SAMPLES
+    ) -> None:
+        self.selection, self.threads, self.progress, self.samples = selection, threads, progress, samples
+        self.cost = selection.ladder.cost(selection.device)
+        comparison_rule, model_rule = (
+            NeymanRule(selection.ladder, self.cost, selection.solver, steps)
+            for steps in (len(selection.fine), model_steps(selection))
         )
-        self.rule, self.model_rule = of_judge, of_model
+        self.rule, self.model_rule = comparison_rule, model_rule
 
     @cached_property
     def model(self) -> FirstOrder:
         """First-order model of the error of plans."""
         report = partial(self.progress, "effects of increments")
-        return first_order(self.choosing, self.samples, self.threads, report)
+        return first_order(self.selection, self.samples, self.threads, report)
 
     def shape(self, nfe: float) -> Shape:
         """Best shape for a budget among those found for several choices of rungs."""
         # Refuse too small a budget before the model is computed.
         self.rule.choices(nfe)
-        reach = float(DEFAULT_INCREMENTS[self.choosing.solver] == "extrapolated")
+        reach = float(DEFAULT_INCREMENTS[self.selection.solver] == "extrapolated")
         model = self.model
         self.progress(f"{nfe:g} NFE, search", 0, 1)
         shapes = optimise(model, self.model_rule, reach, nfe - self.rule.base)
         plans = [self.plan_of(shape, nfe) for shape in shapes]
-        return shapes[plans.index(best_plan(self.choosing, plans, self.cost))]
+        return shapes[plans.index(best_plan(self.selection, plans, self.cost))]
 
     def plan_of(self, shape: Shape, nfe: float) -> Plan:
         """Plan of a shape for a budget; there is only one, because a shape draws no coins."""

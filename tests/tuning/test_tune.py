@@ -14,9 +14,9 @@ from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import ETA, step_table
-from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.frontier import Row, lower_envelope
-from mlem_dist.tuning.tune import JUDGING_SAMPLES, JUDGING_SEED, best_plan, open_frontier
+from mlem_dist.tuning.tune import TEST_SAMPLES, TEST_SEED, best_plan, open_frontier
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
@@ -46,8 +46,8 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     table = step_table(ladder.alpha_bar, 50, ETA["ddpm"])
     label = torch.arange(BLOCK["cpu"]) % 10
     errors = []
-    for block in range(JUDGING_SAMPLES // BLOCK["cpu"]):
-        noise = block_noise(JUDGING_SEED, block, (BLOCK["cpu"], *ladder.sample_shape), "cpu")
+    for block in range(TEST_SAMPLES // BLOCK["cpu"]):
+        noise = block_noise(TEST_SEED, block, (BLOCK["cpu"], *ladder.sample_shape), "cpu")
         best = integrate(levels, table, single_level(2, 2, 50), noise, label)
         single_steps = Plan(plan.fire, plan.weight, plan.previous)
         end = integrate(levels, table, single_steps, noise, label)
@@ -90,7 +90,7 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
     assert solver == "ddpm" or np.mean(errors["fitted"]) < np.mean(errors["extrapolated"])
     ladder = Ladder.load(calibrated)
     plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, 2, solver, 40)
-    found = Judge(ladder, solver, "cpu", 40, JUDGING_SAMPLES, JUDGING_SEED).judge(plan).errors
+    found = PlanComparison(ladder, solver, "cpu", 40, TEST_SAMPLES, TEST_SEED).measure(plan).errors
     assert any(np.allclose(found, errors[family], rtol=1e-2) for family in searched)
 
 
@@ -102,7 +102,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     # A few samples of the judging noises: the best level at 250 steps takes most of the time.
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
     table = step_table(fashion.alpha_bar, 250, ETA["ddim"])
-    noise, label = block_noise(JUDGING_SEED, 0, (4, *fashion.sample_shape), "cpu"), torch.arange(4)
+    noise, label = block_noise(TEST_SEED, 0, (4, *fashion.sample_shape), "cpu"), torch.arange(4)
     form = ClosedForm(levels[1].affine(table.t), table, label)
     ends = [integrate(levels, table, plan, noise, label, form) for plan in plans]
     best = integrate(levels, table, single_level(len(levels), len(levels), 250), noise, label)
@@ -113,17 +113,17 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
 
 def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
     ladder = Ladder.load(small)
-    judge = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
-    verdict = judge.judge(single_level(2, 2, 40))
-    assert verdict.errors.max() == 0
-    assert verdict.seconds > 0
-    kept = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
+    judge = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
+    measurement = judge.measure(single_level(2, 2, 40))
+    assert measurement.errors.max() == 0
+    assert measurement.seconds > 0
+    kept = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert torch.equal(kept.reference, judge.reference)
-    assert torch.equal(Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
+    assert torch.equal(PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
     # As a version with other noise would have kept it.
     monkeypatch.setattr("mlem_dist.tuning.comparison.block_noise", lambda seed, *rest: block_noise(seed + 1, *rest))
-    other = Judge(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
-    assert other.judge(single_level(2, 2, 40)).errors.max() == 0
+    other = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
+    assert other.measure(single_level(2, 2, 40)).errors.max() == 0
 
 
 @pytest.mark.parametrize(
@@ -155,33 +155,33 @@ def test_a_budget_for_every_step_is_spent_on_the_best_level(small, tmp_path, sol
     run("tune", str(small), "--solver", solver, "--steps", "8", "--nfe", "8", "--device", "cpu", "--out", str(out))
     ladder = Ladder.load(small)
     plan = read_plan(out / f"plan-{solver}-8.json", ladder.digest, 2, solver, 8)
-    assert Judge(ladder, solver, "cpu", 8, BLOCK["cpu"], JUDGING_SEED).errors([plan]).max() == 0
+    assert PlanComparison(ladder, solver, "cpu", 8, BLOCK["cpu"], TEST_SEED).errors([plan]).max() == 0
 
 
 def test_a_plan_that_does_not_stay_finite_never_wins(small):
     ladder = Ladder.load(small)
-    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
+    selection = PlanComparison(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
     good = single_level(2, 2, 8)
     bad = Plan(good.fire, 1e38 * good.weight, good.previous)
-    assert not np.isfinite(choosing.errors([bad])).all()
+    assert not np.isfinite(selection.errors([bad])).all()
     for plans in ([bad, good], [good, bad]):
-        assert best_plan(choosing, plans, ladder.cost("cpu")) is good
+        assert best_plan(selection, plans, ladder.cost("cpu")) is good
     with pytest.raises(UsageError, match="no plan that was tried ends in finite numbers"):
-        best_plan(choosing, [bad, bad], ladder.cost("cpu"))
+        best_plan(selection, [bad, bad], ladder.cost("cpu"))
 
 
 def test_the_plan_of_least_error_wins(small):
     ladder = Ladder.load(small)
-    choosing = Judge(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
+    selection = PlanComparison(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
     # Of equal cost, as both call level 2 at every step.
     best, worse = single_level(2, 2, 8), replace(single_level(2, 2, 8), weight=1.1 * single_level(2, 2, 8).weight)
     for plans in ([best, worse], [worse, best]):
-        assert best_plan(choosing, plans, ladder.cost("cpu")) is best
+        assert best_plan(selection, plans, ladder.cost("cpu")) is best
 
 
 def test_every_class_has_its_turn(many, fashion):
     for ladder, blocks in ((many, 5), (fashion, 2)):
-        judge = Judge(ladder, "ddim", "cpu", 10, blocks * BLOCK["cpu"], 0)
+        judge = PlanComparison(ladder, "ddim", "cpu", 10, blocks * BLOCK["cpu"], 0)
         label = torch.cat([judge.label(block) for block in range(blocks)])
         assert {*label.tolist()} == {*range(len(ladder.labels))}
         assert label.bincount().min() > 0.6 * label.bincount().max()

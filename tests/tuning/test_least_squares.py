@@ -6,15 +6,15 @@ import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.least_squares import BEGINNINGS, BETWEEN, LARGEST, TIME_SHARE, Fitter, Times, fitting_samples
 from mlem_dist.tuning.recipes import make_recipe
 
 STEPS = 40
 
 
-def judge(ladder: Ladder, seed: int) -> Judge:
-    return Judge(ladder, "ddim", "cpu", STEPS, 3 * BLOCK["cpu"], seed, threads=2)
+def judge(ladder: Ladder, seed: int) -> PlanComparison:
+    return PlanComparison(ladder, "ddim", "cpu", STEPS, 3 * BLOCK["cpu"], seed, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_the_error_of_a_fit_is_that_of_its_plan(fitter, times):
     """The plan that is written does what the fit has seen, by the integrator that generates."""
     fit = fitter.fit(times.rungs(3), times.fire(fitter.log_snr))
     plan = fit.plan()
-    assert fit.error == pytest.approx(fitter.judge.errors([plan]).mean(), rel=1e-3)
+    assert fit.error == pytest.approx(fitter.comparison.errors([plan]).mean(), rel=1e-3)
     assert plan.calls[2].sum() == times.calls
     assert plan.calls[1].sum() == (times.calls * times.between if times.middle == 2 else 0)
 
@@ -36,13 +36,13 @@ def test_a_fit_is_to_the_classes_of_each_block(many):
     """Of 40 classes a block holds 32."""
     fitter = Fitter(judge(many, 0))
     fit = fitter.fit((1, 2), Times(1, 4, 1).fire(fitter.log_snr))
-    assert fit.error == pytest.approx(fitter.judge.errors([fit.plan()]).mean(), rel=1e-3)
+    assert fit.error == pytest.approx(fitter.comparison.errors([fit.plan()]).mean(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("steps", "apart"), [(40, 0.0), (150, 2e-6)])
 def test_what_is_fitted_to_is_the_path_of_the_best_level(small, steps, apart):
     """Of many steps it is extrapolated between calls."""
-    one = Judge(Ladder.load(small), "ddim", "cpu", steps, BLOCK["cpu"], 0)
+    one = PlanComparison(Ladder.load(small), "ddim", "cpu", steps, BLOCK["cpu"], 0)
     states, table, label = [one.noise(0, steps)(-1)], one.fine, one.label(0)
     for t, a, b in zip(table.t, table.a, table.b, strict=True):
         with torch.inference_mode():
@@ -67,7 +67,7 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(lowest, fitter):
     found, of_default = judging.errors([plan, default]).mean(1)
     assert found < 0.7 * of_default
     # On the noises that it was fitted to it is no better than chance allows.
-    assert found < 1.7 * fitter.judge.errors([plan]).mean()
+    assert found < 1.7 * fitter.comparison.errors([plan]).mean()
     assert [done for done, _ in told[:-1]] == list(range(1, len(told)))
     assert told[-1][0] == told[-1][1] >= len(told)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Tell = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """Callback with the amount of work done and the total amount."""
 
-TellStage = Callable[[str, int, int], None]
+ReportStage = Callable[[str, int, int], None]
 """Callback with the current stage, and the amount of its work done and its total amount."""

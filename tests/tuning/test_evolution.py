@@ -7,7 +7,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
 from mlem_dist.solver.steps import ETA, step_table
-from mlem_dist.tuning.comparison import Judge
+from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.evolution import FirstOrder, evaluations_in_use, pair_effects
 from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tune import Optimiser
@@ -73,22 +73,22 @@ def test_evaluations_in_use_are_those_of_the_plan():
 
 def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(calibrated):
     ladder = Ladder.load(calibrated)
-    choosing, judging = (Judge(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
-    plan = Optimiser(choosing, 2, lambda stage, done, total: None, samples=64).plan(6)
+    selection, judging = (PlanComparison(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
+    plan = Optimiser(selection, 2, lambda stage, done, total: None, samples=64).plan(6)
     default = make_recipe(ladder, ladder.cost("cpu"), "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
     cost = ladder.cost("cpu")
     assert plan.nfe(cost) == pytest.approx(6, rel=0.1)
-    assert judging.judge(plan).errors.mean() < 0.8 * judging.judge(default).errors.mean()
+    assert judging.measure(plan).errors.mean() < 0.8 * judging.measure(default).errors.mean()
 
 
 @pytest.mark.parametrize(("steps", "nfe"), [(40, 10.0), (110, 26.0)])
 def test_a_base_level_that_is_paid_for_at_every_step_leaves_the_rest_to_be_optimised(two_unets, steps, nfe):
     """Also where the model has fewer steps than the plan, or the base level alone takes more than is searched for."""
     cost = two_unets.cost("cpu")
-    choosing = Judge(two_unets, "ddim", "cpu", steps, 4, 0)
-    plan = Optimiser(choosing, 1, lambda stage, done, total: None, samples=4).plan(nfe)
+    selection = PlanComparison(two_unets, "ddim", "cpu", steps, 4, 0)
+    plan = Optimiser(selection, 1, lambda stage, done, total: None, samples=4).plan(nfe)
     assert plan.nfe(cost) == pytest.approx(nfe, abs=1)
     assert plan.calls[0].all()
     assert 0 < plan.calls[1].sum() < steps
     with pytest.raises(UsageError, match="below the cost of the base level alone"):
-        Optimiser(choosing, 1, lambda stage, done, total: None, samples=4).plan(nfe / 2)
+        Optimiser(selection, 1, lambda stage, done, total: None, samples=4).plan(nfe / 2)

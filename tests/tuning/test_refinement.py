@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.comparison import BLOCK, Judge
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.least_squares import Fit, Fitter, Times
 from mlem_dist.tuning.refinement import derivatives, fitted_plan, refine, with_factors
 
@@ -11,7 +11,7 @@ STEPS = 40
 
 
 def fitter_of(ladder: Ladder, seed: int, blocks: int) -> Fitter:
-    return Fitter(Judge(ladder, "ddim", "cpu", STEPS, blocks * BLOCK["cpu"], seed, threads=2))
+    return Fitter(PlanComparison(ladder, "ddim", "cpu", STEPS, blocks * BLOCK["cpu"], seed, threads=2))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_derivatives_are_those_of_the_plans_end(fitter):
     factors = factors_of(fit)
 
     def end(moved: np.ndarray) -> torch.Tensor:
-        return fitter.judge.end(with_factors(fit, moved, 0.0).plan(), 0).double()
+        return fitter.comparison.end(with_factors(fit, moved, 0.0).plan(), 0).double()
 
     width = 1e-2
     jacobian = torch.stack(
@@ -49,13 +49,16 @@ def test_derivatives_are_those_of_the_plans_end(fitter):
 
 
 def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(lowest):
-    fitter, judging = fitter_of(lowest, 0, 6), Judge(lowest, "ddim", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2)
+    fitter, judging = (
+        fitter_of(lowest, 0, 6),
+        PlanComparison(lowest, "ddim", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2),
+    )
     fit = fitter.fit((1, 2, 3), Times(2, 4, 2).fire(fitter.log_snr))
     told = []
     refined = refine(fitter, fit, lambda done, total: told.append((done, total)))
     # Of four draws of the noises .88 to .93, and .90 to .95 on others.
     assert refined.error < 0.95 * fit.error
-    assert refined.error == pytest.approx(fitter.judge.errors([refined.plan()]).mean(), rel=1e-2)
+    assert refined.error == pytest.approx(fitter.comparison.errors([refined.plan()]).mean(), rel=1e-2)
     before, after = judging.errors([fit.plan(), refined.plan()]).mean(1)
     assert after < 0.97 * before
     assert (refined.plan().fire == fit.plan().fire).all()
@@ -84,4 +87,4 @@ def test_small_budgets_are_refined(lowest, fitter):
     assert {nfe for nfe, *_ in told} == {4}
     cost = lowest.cost("cpu")
     assert few.nfe(cost) <= 4 < many.nfe(cost) <= 12
-    assert fitter.judge.errors([few]).mean() < fitter.search(4).error
+    assert fitter.comparison.errors([few]).mean() < fitter.search(4).error
