@@ -45,9 +45,9 @@ class Measurement:
 
 
 class PlanComparison:
-    """Error and time of plans on `samples` trajectories of a ladder with one solver, in blocks of 32 or, on a GPU, of 128.
+    """Error and time of plans on `samples` trajectories of a ladder with one solver.
 
-    The samples take the classes in turn.
+    Blocks have 32 samples, or 128 on a GPU. The samples take the classes in turn.
 
     Args:
         ladder: the ladder.

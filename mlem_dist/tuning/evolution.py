@@ -204,7 +204,7 @@ def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) ->
         )
         while not search.stop():
             candidates = search.ask()
-            search.progress_types(
+            search.tell(
                 candidates,
                 [error(numbers) + PENALTY * first * float(np.square(numbers).mean()) for numbers in candidates],
             )

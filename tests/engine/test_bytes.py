@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlem_dist.api import find_plan
+from mlem_dist.api.arguments import find_plan
 from mlem_dist.engine.inline import sample_blocks
 from mlem_dist.engine.job import Job
 from mlem_dist.ladder.ladder import Ladder
