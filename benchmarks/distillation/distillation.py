@@ -21,7 +21,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.integrate import block_noise
-from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.solver.steps import solver_table
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import load_images
 from mlem_dist.training.train import train_unet
@@ -54,7 +54,7 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
     images = load_images(data, ladder.sample_shape, ladder.labels)
     gaussian, best = ladder.load_level(1, "cpu"), ladder.load_level(len(ladder.levels), "cpu")
     assert isinstance(gaussian, GaussianLevel)
-    table = step_table(ladder.alpha_bar, STEPS, ETA["ddpm"])
+    table = solver_table(ladder.process, STEPS, "ddpm")
     label = torch.arange(SAMPLES) % len(ladder.labels)
     noise = block_noise(0, 0, (SAMPLES, *ladder.sample_shape), "cpu")
     states = best_trajectory({1: best}, table, noise, label, lambda *_: None)
@@ -66,7 +66,7 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             module = train_unet(config, level, images, Path(folder), gaussian, teacher, "cpu", lambda *_: None).eval()
         seconds = time.thread_time() - began
-        errors = denoising_errors(module, images.test, images.test_label, ladder.alpha_bar, 10, 500)
+        errors = denoising_errors(module, images.test, images.test_label, ladder.process, 10, 500)
         with torch.inference_mode():
             increments = [
                 float((best(x, t, label) - module(x, t, label)).square().mean())

@@ -26,7 +26,7 @@ from mlem_dist.models.graphs import as_run
 from mlem_dist.report.figures import save_frontier
 from mlem_dist.solver.plan import Recipe, single_level, switched
 from mlem_dist.solver.probabilities import expected_cost
-from mlem_dist.solver.steps import ETA, half_log_snr, step_table, timesteps
+from mlem_dist.solver.steps import solver_table
 from mlem_dist.tuning.comparison import Measurement, PlanComparison
 from mlem_dist.tuning.frontier import Frontier
 from mlem_dist.tuning.least_squares import Fitter
@@ -151,7 +151,7 @@ def learned(choosing: PlanComparison, path: Path) -> tuple[Logistic, tuple[int, 
     cost = ladder.cost(choosing.device)[np.array(rungs) - 1]
 
     def tau(steps: int) -> np.ndarray:
-        return scaled(half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps)))
+        return scaled(ladder.process.grid(steps).log_snr)
 
     if not path.exists():
         blocks = choosing.samples // choosing.block
@@ -159,7 +159,7 @@ def learned(choosing: PlanComparison, path: Path) -> tuple[Logistic, tuple[int, 
         path_of_all = torch.stack([torch.cat([z(i) for z in noises]) for i in range(-1, LEARN_STEPS)])
         steps = learn(
             {r: choosing.levels[k] for r, k in enumerate(rungs, 1)},
-            step_table(ladder.alpha_bar, LEARN_STEPS, ETA[solver]),
+            solver_table(ladder.process, LEARN_STEPS, solver),
             fit_logistic(recipe.probabilities, tau(LEARN_STEPS)),
             cost,
             lambda i: path_of_all[i + 1],

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from processes import SCRIPT, cpu_seconds
 
 from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.solver.process import BetaProcess
 
 SIDE, CLASSES, LEVELS = 4, 10, 3
 
@@ -31,14 +31,14 @@ def make_ladder(folder: Path) -> None:
     folder.mkdir()
     x0 = torch.randn(2000, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     label = torch.arange(len(x0)) % CLASSES
-    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    scheduler = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    process = BetaProcess(scheduler)
     levels = []
     for k in range(1, LEVELS + 1):
-        level = GaussianLevel(CLASSES, SIDE * SIDE, 2 * k, alpha_bar)
+        level = GaussianLevel(CLASSES, SIDE * SIDE, 2 * k, process)
         level.fit(x0, label)
         entry = save_level(folder, f"gaussian-{k}", level, torch.float32)
         levels.append(replace(entry, seconds={"cpu": 1e-6 * 4**k}, denoising_error=[0.1]))
-    scheduler = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
     save_ladder(folder, "dry", (1, SIDE, SIDE), [str(c) for c in range(CLASSES)], scheduler, levels)
 
 

@@ -48,7 +48,7 @@ class Blocks:
     @cached_property
     def table(self) -> StepTable:
         """The solver's step table."""
-        return solver_table(self.ladder.alpha_bar, self.job.steps, self.job.solver)
+        return solver_table(self.ladder.process, self.job.steps, self.job.solver)
 
     def label(self, block: int) -> Tensor:
         """int64 (B,): the classes of a block's samples, on the job's device."""

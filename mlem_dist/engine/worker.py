@@ -80,7 +80,7 @@ class LevelWorker:
         size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
         label = self.blocks.label(0)[:size]
-        t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        t = torch.ones(len(x), device=x.device)
         own = [Increment(number, 0) for number in levels_of(evaluations(self.job.workload), self.pools)[self.pool]]
         evaluate(self.levels, own, x, t, label)
 
@@ -97,7 +97,7 @@ class LevelWorker:
         """
         clock = self._clock()
         x = torch.cat([torch.tensor(state, device=self.blocks.job.device) for state in states])
-        times = [int(self.blocks.table.t[ask.step]) for _, ask in asks]
+        times = [float(self.blocks.table.t[ask.step]) for _, ask in asks]
         t = torch.cat([torch.full((len(state),), time) for time, state in zip(times, states, strict=True)])
         label = torch.cat([self.blocks.label(block) for block, _ in asks])
         values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), label)).cpu()

@@ -38,8 +38,9 @@ from mlem_dist.ladder.schema import (
 )
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
-from mlem_dist.models.unet import PREDICTIONS, UNetLevel, check_condition, on_meta
-from mlem_dist.solver.schedule import alpha_bar
+from mlem_dist.models.unet import UNetLevel, check_condition, on_meta
+from mlem_dist.solver.conversion import PREDICTIONS
+from mlem_dist.solver.process import Process, process_of
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
 
@@ -122,7 +123,7 @@ class Ladder:
             raise UsageError(f"{self.folder}: labels has a name twice: {', '.join(self.labels)}")
         check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
         try:
-            _ = self.alpha_bar
+            _ = self.process
         except (TypeError, ValueError) as error:
             raise UsageError(f"{self.folder / SCHEDULER}: {error}") from None
         for level in self.levels:
@@ -165,9 +166,15 @@ class Ladder:
 
     def _check_unet(self, level: Level) -> None:
         channels, height, width = self.sample_shape
-        if level.prediction not in PREDICTIONS:
+        if level.prediction not in (*PREDICTIONS, "residual"):
             raise UsageError(
-                f"level {level.name!r}: prediction is {level.prediction!r}, expected one of {', '.join(PREDICTIONS)}"
+                f"level {level.name!r}: prediction is {level.prediction!r}, expected residual or one of "
+                f"{', '.join(PREDICTIONS)}"
+            )
+        if self.process.prediction not in ("epsilon", level.prediction):
+            raise UsageError(
+                f"level {level.name!r}: prediction is {level.prediction!r}, expected {self.process.prediction!r} by "
+                "the prediction_type of the ladder's noise schedule; set either"
             )
         if level.prediction == "residual" and (self.levels[0].kind != "gaussian" or self.value_range != (-1.0, 1.0)):
             raise UsageError(
@@ -188,7 +195,7 @@ class Ladder:
             "num_class_embeds": len(self.labels) or None,
         }
         self._check_fit(level, config | {"sample_size": size if isinstance(size, list) else [size, size]}, expected)
-        check_condition(level.name, config, len(self.alpha_bar))
+        check_condition(level.name, config, self.process)
 
     def _check_fit(self, level: Level, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         for key, value in expected.items():
@@ -218,9 +225,9 @@ class Ladder:
         """A UNet level by its configuration alone."""
         from diffusers import UNet2DModel
 
-        gaussian = GaussianLevel(1, 1, 1, self.alpha_bar) if level.prediction == "residual" else None
+        gaussian = GaussianLevel(1, 1, 1, self.process) if level.prediction == "residual" else None
         model = UNet2DModel.from_config(self._config(level))
-        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian)
+        return UNetLevel(model, level.patch, level.prediction, self.process, gaussian)
 
     @property
     def source(self) -> str:
@@ -228,9 +235,9 @@ class Ladder:
         return self.folder.name if self.folder.parent == PACKAGE else str(self.folder)
 
     @cached_property
-    def alpha_bar(self) -> np.ndarray:
-        """The noise schedule, float64 (T,)."""
-        return alpha_bar(self.scheduler)
+    def process(self) -> Process:
+        """The process of the scheduler's configuration."""
+        return process_of(self.scheduler)
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -318,7 +325,7 @@ class Ladder:
     def _load_gaussian(self, level: Level) -> GaussianLevel:
         state = {key: value.float() for key, value in load_file(self.folder / level.path).items()}
         classes, d, rank = state["basis"].shape
-        module = GaussianLevel(classes, d, rank, self.alpha_bar)
+        module = GaussianLevel(classes, d, rank, self.process)
         module.load_state_dict(state)
         module.orthonormalise()
         return module
@@ -343,7 +350,7 @@ class Ladder:
             model.to(memory_format=torch.channels_last)
         gaussian = self.load_level(1, device) if level.prediction == "residual" else None
         assert gaussian is None or isinstance(gaussian, GaussianLevel)
-        return UNetLevel(model, level.patch, level.prediction, self.alpha_bar, gaussian, getattr(torch, precision))
+        return UNetLevel(model, level.patch, level.prediction, self.process, gaussian, getattr(torch, precision))
 
 
 def bundled() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is measured of levels: seconds per sample, and the error of the noise that they predict."""
+"""What is measured of levels: seconds per sample, and the error of their drift."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.pixels import to_range
-from mlem_dist.solver.schedule import add_noise
+from mlem_dist.solver.process import Process
 
 WARM, REPEATS = 2, 7
 """Evaluations before those that are timed, and those."""
@@ -41,7 +41,7 @@ def seconds_per_sample(
     keep_memory()
     clock = time.perf_counter if device == "cuda" else time.thread_time
     x = torch.randn(batch, *shape, device=device)
-    t = torch.zeros(batch, dtype=torch.int64, device=device)
+    t = torch.ones(batch, device=device)
     label = torch.arange(batch, device=device) % max(1, classes)
     times = []
     threads = torch.get_num_threads()
@@ -83,28 +83,33 @@ def denoising_errors(
     module: nn.Module,
     images: Tensor,
     label: Tensor,
-    a: np.ndarray,
+    process: Process,
     bands: int,
     per_band: int,
     value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> np.ndarray:
-    """Squared error of the predicted noise, mean over the values of a sample, float64 (bands, per_band).
+    """Squared error of a level's drift, mean over the values of a sample, float64 (bands, per_band).
 
-    Band j holds the timesteps j T / bands ... (j + 1) T / bands of the schedule a (T,). Images (n, C, H, W) uint8 with
-    classes label (n,) int64 lie on the module's device. Which images, timesteps and noises are drawn from them depends
-    on nothing but the numbers, so the errors of several levels are pairs.
+    Args:
+        module: the level.
+        images: uint8 (n, C, H, W), on the module's device.
+        label: classes of the images, int64 (n,).
+        process: the ladder's process.
+        bands: number of equal bands of noise, of which the first has the least.
+        per_band: number of samples of a band. Their images, times and noises are the same for every level.
+        value_range: the interval of a finished sample's values.
     """
     device = images.device
-    schedule = torch.tensor(a, dtype=torch.float32, device=device)
     errors = np.empty((bands, per_band))
     for band in range(bands):
         rng = torch.Generator().manual_seed(band)
         index = torch.randint(len(images), (per_band,), generator=rng)
-        times = torch.randint(band * len(a) // bands, (band + 1) * len(a) // bands, (per_band,), generator=rng)
+        times = process.times(band, bands, per_band, rng)
         for rows in torch.arange(per_band).split(100):
             x0 = to_range(images[index[rows]], value_range)
             noise = torch.randn(x0.shape, generator=rng).to(device)
             t = times[rows].to(device)
-            predicted = module(add_noise(x0, noise, t, schedule), t, label[index[rows]])
-            errors[band, rows.numpy()] = (predicted - noise).square().mean(dim=(1, 2, 3)).cpu().numpy()
+            value = module(process.mixed(x0, noise, t), t, label[index[rows]])
+            error = value - process.target(x0, noise, t)
+            errors[band, rows.numpy()] = error.square().mean(dim=(1, 2, 3)).cpu().numpy()
     return errors

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mlem_dist.solver.closed_form import AffineDrift
+from mlem_dist.solver.conversion import combination
+from mlem_dist.solver.process import Process
 
 CHUNK_BYTES = 2**28
 """Memory limit for the bases of samples that are evaluated at a time on a GPU, each with its class's basis."""
@@ -26,8 +29,10 @@ class GaussianLevel(nn.Module):
     """The exact denoiser of one Gaussian per class, low rank plus isotropic.
 
     For x0 ~ N(mu, S), S = Q diag(v) Q^T + r (I - Q Q^T), the expected noise given x is
-    sqrt(1 - a) (a S + (1 - a) I)^-1 (x - sqrt(a) mu) with a = alpha_bar[t]; cf. Wang & Vastola,
-    "The unreasonable effectiveness of Gaussian score approximation" (2024).
+    sigma (alpha^2 S + sigma^2 I)^-1 (x - alpha mu); cf. Wang & Vastola, "The unreasonable effectiveness of Gaussian
+    score approximation" (2024). With the expected image beside it, the drift A x0 + B epsilon of the process is
+
+        A mu + (A alpha S + B sigma I) (alpha^2 S + sigma^2 I)^-1 (x - alpha mu)
 
     Buffers: mean (classes, d), basis Q (classes, d, rank), variance v (classes, rank),
     residual r (classes,), all float32, with d the number of values of a sample.
@@ -37,15 +42,14 @@ class GaussianLevel(nn.Module):
     basis: Tensor
     variance: Tensor
     residual: Tensor
-    alpha_bar: Tensor
 
-    def __init__(self, classes: int, d: int, rank: int, alpha_bar: np.ndarray) -> None:
+    def __init__(self, classes: int, d: int, rank: int, process: Process) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(classes, d))
         self.register_buffer("basis", torch.zeros(classes, d, rank))
         self.register_buffer("variance", torch.zeros(classes, rank))
         self.register_buffer("residual", torch.zeros(classes))
-        self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
+        self.process = process
 
     def fit(self, x0: Tensor, label: Tensor, in_range: Callable[[Tensor], Tensor] = Tensor.double) -> None:
         """Take mean and covariance per class from x0 (n, C, H, W) and label (n,).
@@ -91,37 +95,48 @@ class GaussianLevel(nn.Module):
             basis[:, unit] = (1.5 * q - 0.5 * q @ (q.T @ q)).float()
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, *_: Tensor) -> Tensor:
-        """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64."""
+        """Drift for x (B, C, H, W) float32 at times t (B,) with classes label (B,) int64."""
         flat = x.flatten(1)
-        a = self.alpha_bar[t][:, None]
+        alpha, sigma = (value[:, None] for value in self.process.marginal(t))
         if x.is_cuda:
             size = max(1, CHUNK_BYTES // self.basis[0].nbytes)
-            parts = zip(flat.split(size), a.split(size), label.split(size), strict=True)
+            parts = zip(*(value.split(size) for value in (flat, alpha, sigma, label)), strict=True)
             return torch.cat([self._gathered(*part) for part in parts]).view_as(x)
         out = torch.empty_like(flat)
         # A loop over the classes present: gathering one basis per sample would move far more memory than it computes.
         for c in label.unique().tolist():
             rows = (label == c).nonzero(as_tuple=True)[0]
-            ac = a[rows]
-            centred = flat[rows] - ac.sqrt() * self.mean[c]
-            outside = 1 / (ac * self.residual[c] + 1 - ac)
-            inside = 1 / (ac * self.variance[c] + 1 - ac)
+            centred = flat[rows] - alpha[rows] * self.mean[c]
+            outside = self._gain(self.residual[c], alpha[rows], sigma[rows])
+            inside = self._gain(self.variance[c], alpha[rows], sigma[rows])
             thin = ((inside - outside) * (centred @ self.basis[c])) @ self.basis[c].T
-            out[rows] = (1 - ac).sqrt() * (outside * centred + thin)
+            out[rows] = self._offset(self.mean[c], alpha[rows], sigma[rows]) + outside * centred + thin
         return out.view_as(x)
 
-    def _gathered(self, x: Tensor, a: Tensor, label: Tensor) -> Tensor:
-        """The same for x (B, d) and a (B, 1) by kernels that do not depend on values, as a CUDA graph needs them."""
+    def _gathered(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
+        """The drift for x (B, d), by kernels that do not depend on values, as a CUDA graph needs them."""
         basis, residual = self.basis[label], self.residual[label][:, None]
-        centred = x - a.sqrt() * self.mean[label]
-        outside = 1 / (a * residual + 1 - a)
-        inside = 1 / (a * self.variance[label] + 1 - a)
+        centred = x - alpha * self.mean[label]
+        outside = self._gain(residual, alpha, sigma)
+        inside = self._gain(self.variance[label], alpha, sigma)
         thin = (inside - outside) * torch.bmm(centred[:, None], basis)[:, 0]
-        return (1 - a).sqrt() * (outside * centred + torch.bmm(basis, thin[:, :, None])[:, :, 0])
+        offset = self._offset(self.mean[label], alpha, sigma)
+        return offset + outside * centred + torch.bmm(basis, thin[:, :, None])[:, :, 0]
+
+    def _gain(self, variance: Any, alpha: Any, sigma: Any) -> Any:
+        """The eigenvalue of the drift where S has the eigenvalue `variance`."""
+        image, noise = combination(self.process.drift, alpha, sigma)
+        return (image * alpha * variance + noise * sigma) / (alpha**2 * variance + sigma**2)
+
+    def _offset(self, mean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | float:
+        """A mu; zero where the drift is the noise."""
+        image, _ = combination(self.process.drift, alpha, sigma)
+        return image * mean if isinstance(image, Tensor) or image else 0.0
 
     def affine(self, t: np.ndarray) -> AffineDrift:
-        """The same drift at timesteps t (N,), as numbers by eigenmode."""
-        a = self.alpha_bar.double().cpu().numpy()[t][:, None]
+        """The same drift at times t (N,), as numbers by eigenmode."""
+        alpha, sigma = (value.numpy()[:, None] for value in self.process.marginal(torch.from_numpy(t)))
         variance = torch.cat([self.variance, self.residual[:, None]], 1).double().cpu().numpy()
-        gain = np.sqrt(1 - a) / (a * variance[:, None] + 1 - a)
-        return AffineDrift(self.mean, self.basis, gain, np.sqrt(a[:, 0]))
+        image, _ = combination(self.process.drift, alpha, sigma)
+        offset = np.broadcast_to(image, alpha.shape)[:, 0]
+        return AffineDrift(self.mean, self.basis, self._gain(variance[:, None], alpha, sigma), alpha[:, 0], offset)

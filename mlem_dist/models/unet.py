@@ -1,9 +1,8 @@
-"""Levels: approximators of one drift, each a torch module that predicts the noise of a sample."""
+"""Levels: approximators of one drift, each a torch module."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -11,34 +10,30 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from mlem_dist.errors import UsageError
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
-
-PREDICTIONS = ("epsilon", "v_prediction", "residual")
+from mlem_dist.solver.conversion import combination, convert
+from mlem_dist.solver.process import Process
 
 
 class UNetLevel(nn.Module):
-    """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none), as a prediction of the noise.
+    """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none), as a drift of its process.
 
-    What the model's output u means, with a = alpha_bar[t]:
+    The model's output is one of `conversion.PREDICTIONS`, which is converted to the drift, or the "residual" u of
 
-        "epsilon"       noise = u(x)
-        "v_prediction"  noise = sqrt(1 - a) x + sqrt(a) u(x)       (Salimans & Ho, arXiv:2202.00512)
-        "residual"      noise = (x - sqrt(a) x0) / sqrt(1 - a) + sqrt(a) u(x, x0)
+        epsilon = (x - alpha x0) / sigma + alpha u(x, x0)
 
-    where x0 is the image that the ladder's Gaussian level expects, clamped to [-1, 1]; the model sees it as further
-    channels. A small model need not spend its capacity on what a linear one knows, and clamping alone is worth much
-    where images are black or white.
+    where x0 is the image that the ladder's Gaussian level expects, clamped to [-1, 1]. The model takes x0 as further
+    channels. A small model then need not spend its capacity on what a linear model knows, and clamping alone is worth
+    much where images are black or white.
 
-    The model's weights are of dtype `precision`, and so is what it computes; all else is float32.
+    The model computes in the dtype `precision` of its weights; all else is float32.
     """
-
-    alpha_bar: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         patch: int,
         prediction: str,
-        alpha_bar: np.ndarray,
+        process: Process,
         gaussian: GaussianLevel | None,
         precision: torch.dtype = torch.float32,
     ) -> None:
@@ -46,35 +41,49 @@ class UNetLevel(nn.Module):
         self.model = model
         self.patch = patch
         self.prediction = prediction
+        self.process = process
         self.gaussian = gaussian
         self.precision = precision
         config: Any = model.config
         self.conditional: bool = config.num_class_embeds is not None
-        self.register_buffer("alpha_bar", torch.tensor(alpha_bar, dtype=torch.float32), persistent=False)
+        self.whole_times: bool = config.time_embedding_type == "learned"
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, base: Tensor | None = None) -> Tensor:
-        """Predicted noise for x (B, C, H, W) float32 at timesteps t (B,) int64 with classes label (B,) int64.
+        """Drift for x (B, C, H, W) float32 at times t (B,) with classes label (B,) int64.
 
-        The base is what the Gaussian level predicts there; a residual evaluates it if it is not given.
+        The base is the value of the Gaussian level at x and t. A residual evaluates it if it is None.
         """
-        a = self.alpha_bar[t][:, None, None, None]
+        alpha, sigma = (value[:, None, None, None] for value in self.process.marginal(t))
         if self.gaussian is None:
-            out = self._model(x, t, label)
-            return out if self.prediction == "epsilon" else (1 - a).sqrt() * x + a.sqrt() * out
+            scale = self.process.input_scale(sigma)
+            out = self._model(x if isinstance(scale, float) else x * scale, t, label)
+            if self.prediction == self.process.drift:
+                return out
+            r, s = self._conversion(alpha, sigma)
+            return s * out + r * x
         base = self.gaussian(x, t, label) if base is None else base
-        x0 = ((x - (1 - a).sqrt() * base) / a.sqrt()).clamp(-1, 1)
-        return (x - a.sqrt() * x0) / (1 - a).sqrt() + a.sqrt() * self._model(torch.cat([x, x0], 1), t, label)
+        x0 = ((x - sigma * base) / alpha).clamp(-1, 1)
+        return (x - alpha * x0) / sigma + alpha * self._model(torch.cat([x, x0], 1), t, label)
 
     def _model(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         small = pixel_unshuffle(x, self.patch).to(self.precision)
+        t = t.long() if self.whole_times else t
         out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
         # However the model lays out its channels, what leaves it lies as what came.
         return pixel_shuffle(out, self.patch).to(x.dtype).contiguous()
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """(B, 1, 1, 1): the weight that turns the squared error of the noise into that of the model's output."""
-        a = self.alpha_bar[t][:, None, None, None]
-        return torch.ones_like(a) if self.prediction == "epsilon" else 1 / a
+        """The weight that turns the squared error of the drift into that of the model's output, (B, 1, 1, 1)."""
+        alpha, sigma = (value[:, None, None, None] for value in self.process.marginal(t))
+        if self.prediction == "residual":
+            return 1 / alpha.square()
+        _, s = self._conversion(alpha, sigma)
+        return torch.ones_like(alpha) / s**2
+
+    def _conversion(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
+        """(r, s) with drift = r x + s output."""
+        given = combination(self.prediction, alpha, sigma, self.process.sigma_data)
+        return convert(given, combination(self.process.drift, alpha, sigma), alpha, sigma)
 
 
 def new_unet_level(
@@ -82,7 +91,7 @@ def new_unet_level(
     classes: int,
     patch: int,
     prediction: str,
-    alpha_bar: np.ndarray,
+    process: Process,
     model: Mapping[str, Any],
     gaussian: GaussianLevel | None,
 ) -> UNetLevel:
@@ -100,7 +109,7 @@ def new_unet_level(
         num_class_embeds=classes or None,
         **model,
     )
-    return UNetLevel(unet, patch, prediction, alpha_bar, gaussian)
+    return UNetLevel(unet, patch, prediction, process, gaussian)
 
 
 def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Callable[[], UNetLevel]) -> UNetLevel:
@@ -113,10 +122,10 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
         with quiet_diffusers(), torch.device("meta"), torch.no_grad():
             level = build()
             config: Any = level.model.config
-            check_condition(name, config, len(level.alpha_bar))
+            check_condition(name, config, level.process)
             # More than one sample, to which alone a condition of a wrong shape would be broadcast.
-            x, t = torch.empty(2, *sample_shape), torch.zeros(2, dtype=torch.int64)
-            level(x, t, t, x)
+            x, label = torch.empty(2, *sample_shape), torch.zeros(2, dtype=torch.int64)
+            level(x, torch.ones(2), label, x)
     except UsageError:
         raise
     # Diffusers refuses wrong arguments with all kinds of errors, many of them only when a sample passes.
@@ -129,8 +138,8 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
     return level
 
 
-def check_condition(name: str, config: Mapping[str, Any], timesteps: int) -> None:
-    """Refuse a `UNet2DModel` that wants to be told something else than one of `timesteps` and a class, if any.
+def check_condition(name: str, config: Mapping[str, Any], process: Process) -> None:
+    """Refuse a `UNet2DModel` that takes another condition than a time of the process and a class, if any.
 
     Raises:
         UsageError: by the level's name and the key of its model's `config`.
@@ -141,14 +150,16 @@ def check_condition(name: str, config: Mapping[str, Any], timesteps: int) -> Non
             f"level {name!r}: class_embed_type of its model is {kind!r}, expected null: a ladder gives a model the "
             f"timestep and {'the number of a class' if classes else 'no class'}; take a model that needs nothing else"
         )
-    if (kind := config.get("time_embedding_type")) == "fourier":
+    kind = config.get("time_embedding_type")
+    if (kind == "fourier") != (process.prediction == "score"):
+        expected = "fourier" if process.prediction == "score" else "positional"
         raise UsageError(
-            f"level {name!r}: time_embedding_type of its model is {kind!r}, expected positional: a ladder gives a "
-            "model timesteps, not levels of noise; take a model that was trained on timesteps"
+            f"level {name!r}: time_embedding_type of its model is {kind!r}, expected {expected} by the ladder's noise "
+            "schedule; take a model that was trained on that"
         )
     known = config.get("num_train_timesteps")
-    if kind == "learned" and not (isinstance(known, int) and known >= timesteps):
+    if kind == "learned" and not (isinstance(known, int) and known >= process.length):
         raise UsageError(
-            f"level {name!r}: num_train_timesteps of its model is {known}, expected at least the {timesteps} of the "
-            "noise schedule; take that with which the model was trained"
+            f"level {name!r}: num_train_timesteps of its model is {known}, expected at least the {process.length} of "
+            "the noise schedule; take that with which the model was trained"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from mlem_dist.capacity.placement import pools_text
 from mlem_dist.capacity.planner import Capacity, Forecast
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.schedule import BANDS
+from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.tuning.calibrate import Calibration
 from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
@@ -53,7 +53,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
             pairs = [(level.compiled[batch], level.seconds[batch]) for batch in batches]
             fast.append([level.name, *(f"{new * 1e3:.3f} ({old / new:.2f})" for new, old in pairs)])
     compiled = ["ms by torch.compile (times as fast):", _aligned(fast), ""] if len(fast) > 1 else []
-    train_steps = len(ladder.alpha_bar)
+    train_steps = ladder.process.length
     bands = [["timesteps", *(level.name for level in calibration.levels)]]
     for band in range(BANDS):
         start, stop = band * train_steps // BANDS, (band + 1) * train_steps // BANDS

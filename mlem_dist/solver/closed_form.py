@@ -24,19 +24,21 @@ KNOWN_BYTES = 2**26
 
 @dataclass(frozen=True)
 class AffineDrift:
-    """f(x, t_i) = G_i (x - m_i mu), with matrices G_i that share their eigenvectors.
+    """f(x, t_i) = G_i (x - m_i mu) + o_i mu, with matrices G_i that share their eigenvectors.
 
     Attributes:
         mean: mu by class, float32 (classes, d), with d the number of values of a sample.
         basis: Q by class, float32 (classes, d, r): orthonormal columns, or zero ones.
         gain: float64 (classes, N, r + 1): the eigenvalues of G_i in the columns of Q and, last, outside them.
         centre: m, float64 (N,).
+        offset: o, float64 (N,).
     """
 
     mean: Tensor
     basis: Tensor
     gain: np.ndarray
     centre: np.ndarray
+    offset: np.ndarray
 
 
 class Projected:
@@ -124,7 +126,9 @@ class ClosedForm:
         def carried(factors: np.ndarray) -> np.ndarray:
             return np.asarray((after * factors).sum(1))
 
-        coefficients = [after[:, 0] * factor[:, 0], -carried((b * self.drift.centre[steps])[:, None] * gain)]
+        centred = base * self.drift.offset[steps]
+        mean = carried(b[:, None] * (centred[:, None] - self.drift.centre[steps, None] * gain))
+        coefficients = [after[:, 0] * factor[:, 0], mean]
         coefficients += [carried((b * weights)[:, None]) for weights in held]
         if self.path:
             return coefficients + [after[:, i] * c[i] for i in np.flatnonzero(c).tolist()]

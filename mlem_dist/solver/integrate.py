@@ -17,7 +17,7 @@ class Drift(Protocol):
     """f^k as a function."""
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, /, *base: Tensor) -> Tensor:
-        """The shape of x (B, C, H, W) float32, for t (B,) int64 and label (B,) int64.
+        """The shape of x (B, C, H, W) float32, for t (B,) float32 and label (B,) int64.
 
         Where f^1 of the same is known it is given as well: a level that needs it does not evaluate it then.
         """
@@ -33,7 +33,7 @@ class Request:
     """Values that the trajectory needs before it can take step `step`: those of `terms` at the state x and time t."""
 
     step: int
-    t: int
+    t: float
     x: Tensor
     terms: tuple[Term, ...]
 
@@ -82,6 +82,8 @@ def trajectory(
     collapses needs `closed_form`. A table with a memory adds d_i m_{i-1}, m_i = u_i x_i + v_i sum_j w_j(i) v_j.
     """
     x = noise(-1)
+    if table.scale != 1:
+        x = table.scale * x
     memory = torch.zeros_like(x)
     live: list[tuple[Term, Tensor]] = []
     held: dict[Term, Projected] = {}
@@ -90,7 +92,7 @@ def trajectory(
     for run in plan.runs:
         i = run.start
         if run.terms:
-            live += zip(run.terms, (yield Request(i, int(table.t[i]), x, run.terms)), strict=True)
+            live += zip(run.terms, (yield Request(i, float(table.t[i]), x, run.terms)), strict=True)
         live = [(term, value) for term, value in live if i < term.stop]
         if run.base:
             assert closed_form is not None
@@ -116,13 +118,17 @@ def trajectory(
 
 
 def evaluate(
-    levels: Mapping[int, Drift], terms: Sequence[Term] | Sequence[Increment], x: Tensor, t: int | Tensor, label: Tensor
+    levels: Mapping[int, Drift],
+    terms: Sequence[Term] | Sequence[Increment],
+    x: Tensor,
+    t: float | Tensor,
+    label: Tensor,
 ) -> list[Tensor]:
     """f^level - f^below of each term at x (B, C, H, W); a level that several terms share is called once.
 
-    What level 1 says, where it is called, the others are given. The time t is one for all samples, or int64 (B,).
+    Other levels receive the value of level 1 if it is called. The time t is a number for all samples, or float32 (B,).
     """
-    times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+    times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     called: dict[int, Tensor] = {}
     for k in sorted({k for term in terms for k in term.calls}):
         base = (called[1],) if 1 in called else ()

@@ -1,10 +1,13 @@
 """Affine step tables: one row per step of a solver that evaluates the drift once a step."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlem_dist.errors import UsageError
+from mlem_dist.solver.conversion import combination, convert
+from mlem_dist.solver.process import Grid, Process, Spacing
 
 SOLVERS = ("ddpm", "ddim", "dpm++")
 ETA = {"ddpm": 1.0, "ddim": 0.0}
@@ -14,9 +17,7 @@ ETA = {"ddpm": 1.0, "ddim": 0.0}
 class Memory:
     """The memory of a two-step solver: it adds d_i m_{i-1} to step i, with m_i = u_i x_i + v_i f(x_i, t_i).
 
-    Each is float64 (N,).
-
-    d_0 = 0.
+    Each is float64 (N,), and d_0 = 0.
     """
 
     d: np.ndarray
@@ -28,95 +29,73 @@ class Memory:
 class StepTable:
     """Rows of x_{i+1} = a_i x_i + b_i f(x_i, t_i) + c_i z_i with z_i ~ N(0, I), for i = 0 ... N-1.
 
-    t is int64 (N,), a timestep of the noise schedule; a, b, c are float64 (N,). Two-step solvers have a `memory`.
+    Attributes:
+        t: times that networks are given, float64 (N,).
+        a: float64 (N,), as b and c.
+        scale: standard deviation of x_0.
+        memory: of two-step solvers.
     """
 
     t: np.ndarray
     a: np.ndarray
     b: np.ndarray
     c: np.ndarray
+    scale: float = 1.0
     memory: Memory | None = None
 
     def __len__(self) -> int:
         return len(self.t)
 
 
-def timesteps(train_steps: int, steps: int) -> np.ndarray:
-    """The N = `steps` timesteps of a schedule of `train_steps`, int64, decreasing: diffusers' spacing "trailing".
+def step_table(grid: Grid, eta: float, drift: str = "epsilon") -> StepTable:
+    """The table of the SDE (eta = 1; DDPM), the ODE (eta = 0; DDIM, Euler's method for flows), or any eta between.
 
-    Raises:
-        UsageError: unless 1 <= steps <= train_steps.
-    """
-    if not 1 <= steps <= train_steps:
-        raise UsageError(f"steps is {steps}, expected 1 to {train_steps}, the length of the ladder's noise schedule")
-    # Same rounding as diffusers' arange(T, 0, -T/N), which can return one element too many.
-    return (np.arange(train_steps, 0, -train_steps / steps)[:steps].round() - 1).astype(np.int64)
+    The step goes from (alpha, sigma) to (alpha', sigma'), with noise of standard deviation c (Song et al.,
+    arXiv:2010.02502, eq. 12 and 16):
 
-
-def half_log_snr(alpha_bar: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """lambda = log(alpha_bar / (1 - alpha_bar)) / 2 at the timesteps t, float64 (N,)."""
-    ab = alpha_bar[t]
-    return np.asarray(np.log(ab / (1 - ab)) / 2)
-
-
-def step_table(alpha_bar: np.ndarray, steps: int, eta: float) -> StepTable:
-    """The table of DDPM (eta = 1, the SDE), DDIM (eta = 0, the ODE) or any eta between, for a noise prediction f.
-
-    With s the time after t, and alpha_bar_s = 1 after the last step (Song et al., arXiv:2010.02502, eq. 12 and 16):
-
-        c = eta sqrt((1 - ab_s) / (1 - ab_t) (1 - ab_t / ab_s))
-        a = sqrt(ab_s / ab_t)
-        b = sqrt(1 - ab_s - c^2) - a sqrt(1 - ab_t)
+        c = eta sigma' / sigma sqrt(sigma^2 - (alpha / alpha')^2 sigma'^2)
+        x' = alpha' x0 + sqrt(sigma'^2 - c^2) epsilon + c z
 
     Args:
-        alpha_bar: float64 (T,), the noise schedule.
-        steps: N, from 1 to T.
-
-    Raises:
-        UsageError: if `steps` is out of range.
+        grid: the times.
+        eta: from 0 to 1.
+        drift: the prediction that f is, one of `conversion.PREDICTIONS`.
     """
-    t = timesteps(len(alpha_bar), steps)
-    ab_t = alpha_bar[t]
-    ab_s = np.append(alpha_bar[t[1:]], 1.0)
-    c = eta * np.sqrt((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s))
-    a = np.sqrt(ab_s / ab_t)
-    # 1 - ab_s - c^2 is zero but for rounding after the last step.
-    b = np.sqrt(np.maximum(1 - ab_s - c**2, 0)) - a * np.sqrt(1 - ab_t)
-    return StepTable(t, a, b, c)
+    alpha, sigma, after, low = grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:]
+    # Zero but for rounding after the last step.
+    c = eta * low / sigma * np.sqrt(np.maximum(sigma**2 - (alpha / after * low) ** 2, 0))
+    wanted = after, np.sqrt(np.maximum(low**2 - c**2, 0))
+    a, b = convert(combination(drift, alpha, sigma), wanted, alpha, sigma)
+    return StepTable(grid.t, np.asarray(a), np.asarray(b), c, grid.scale)
 
 
-def two_step_table(alpha_bar: np.ndarray, steps: int) -> StepTable:
-    """The table of DPM-Solver++(2M) on the trailing grid, for a noise prediction f (Lu et al., arXiv:2211.01095).
+def two_step_table(grid: Grid, drift: str = "epsilon") -> StepTable:
+    """The table of DPM-Solver++(2M) (Lu et al., arXiv:2211.01095, algorithm 2).
 
-    With s the time after t, alpha = sqrt(ab), sigma = sqrt(1 - ab), h = lambda_s - lambda_t, r = h_{i-1} / h_i and the
-    predicted image m_i = (x_i - sigma_t f) / alpha_t (algorithm 2):
+    With h the growth of lambda in a step, r = h_{i-1} / h_i and m_i the image that f predicts at step i:
 
-        x_{i+1} = sigma_s / sigma_t x_i - alpha_s (e^-h - 1) ((1 + 1 / 2r) m_i - 1 / 2r m_{i-1})
+        x_{i+1} = sigma' / sigma x_i - alpha' (e^-h - 1) ((1 + 1 / 2r) m_i - 1 / 2r m_{i-1})
 
-    The first step has nothing to remember and the last one, to alpha_bar = 1, has an infinite h: both are of first
-    order, which is DDIM.
-
-    Raises:
-        UsageError: if `steps` is out of range.
+    The first step has nothing to remember and the last one, to sigma' = 0, has an infinite h: both are of first order.
+    So is a second step after alpha = 0, where 1 / r = 0.
     """
-    first_order = step_table(alpha_bar, steps, 0.0)
-    t = first_order.t
-    ab = alpha_bar[t]
-    alpha, sigma = np.sqrt(ab), np.sqrt(1 - ab)
-    # of the image predicted at each step, by a first-order step
-    share = alpha * first_order.a - alpha / sigma * np.append(sigma[1:], 0.0)
-    h = np.diff(half_log_snr(alpha_bar, t))
-    ahead = np.zeros(steps)
+    first_order = step_table(grid, 0.0, drift)
+    alpha, sigma, after, low = grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:]
+    share = after - alpha * low / sigma
+    h = np.diff(grid.log_snr)
+    ahead = np.zeros(len(grid))
     ahead[1:-1] = h[1:] / h[:-1] / 2
     d = -share * ahead
-    u, v = 1 / alpha, -sigma / alpha
-    return StepTable(t, first_order.a - d * u, first_order.b - d * v, first_order.c, Memory(d, u, v))
+    u, v = convert(combination(drift, alpha, sigma), (1.0, 0.0), alpha, sigma)
+    memory = Memory(d, np.asarray(u), np.asarray(v))
+    return replace(first_order, a=first_order.a - d * u, b=first_order.b - d * v, memory=memory)
 
 
-def solver_table(alpha_bar: np.ndarray, steps: int, solver: str) -> StepTable:
-    """The table of one of `SOLVERS` on the trailing grid.
+def solver_table(process: Process, steps: int, solver: str, spacing: Spacing = "trailing") -> StepTable:
+    """The table of one of `SOLVERS` for the drift of a process.
 
     Raises:
         UsageError: if `steps` is out of range.
     """
-    return two_step_table(alpha_bar, steps) if solver == "dpm++" else step_table(alpha_bar, steps, ETA[solver])
+    grid = process.grid(steps, spacing)
+    return two_step_table(grid, process.drift) if solver == "dpm++" else step_table(grid, ETA[solver], process.drift)

@@ -22,7 +22,7 @@ from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.ladder.schema import LADDER, Level
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import UNetLevel
-from mlem_dist.solver.schedule import alpha_bar
+from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.resume import (
@@ -199,18 +199,18 @@ def _store(
         if isinstance(module, GaussianLevel):
             module.orthonormalise()
         return Level(**saved["level"])
-    a = alpha_bar(config.scheduler)
+    process = process_of(config.scheduler)
     # A few samples suffice, because both errors are measured on the same ones.
-    full = denoising_error(module, images, a, device, per_band=100)
+    full = denoising_error(module, images, process, device, per_band=100)
     weights.load_state_dict(rounded)
-    half = sum(denoising_error(module, images, a, device, per_band=100)) <= (1 + HALF_LOSS) * sum(full)
+    half = sum(denoising_error(module, images, process, device, per_band=100)) <= (1 + HALF_LOSS) * sum(full)
     if not half:
         weights.load_state_dict(state)
     level = save_level(folder, name, module, torch.float16 if half else torch.float32)
     if isinstance(module, GaussianLevel):
         # As `Ladder.load_level` does.
         module.orthonormalise()
-    level = replace(level, denoising_error=denoising_error(module, images, a, device))
+    level = replace(level, denoising_error=denoising_error(module, images, process, device))
     replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level.__dict__}))
     return level
 

@@ -9,7 +9,7 @@ import yaml
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
-from mlem_dist.solver.schedule import alpha_bar
+from mlem_dist.solver.process import process_of
 
 RESERVED = ("training", "scheduler")
 """Names of the folders in a ladder that belong to no level."""
@@ -108,7 +108,7 @@ def read_config(path: Path) -> TrainConfig:
         seed=config.seed,
     )
     try:
-        alpha_bar(config.scheduler)
+        process_of(config.scheduler)
     except UsageError:
         raise
     except (TypeError, ValueError) as error:

@@ -24,7 +24,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import new_unet_level, on_meta
-from mlem_dist.solver.schedule import alpha_bar
+from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 from mlem_dist.training.train import CHECKPOINT
@@ -123,9 +123,9 @@ def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module
     Raises:
         UsageError: if the UNet cannot be built, or not for samples of this shape.
     """
-    a, shape, patch = alpha_bar(config.scheduler), config.sample_shape, level.patch
-    gaussian = GaussianLevel(1, 1, 1, a) if level.prediction == "residual" else None
-    build = partial(new_unet_level, shape, classes, patch, level.prediction, a, level.model, gaussian)
+    process, shape, patch = process_of(config.scheduler), config.sample_shape, level.patch
+    gaussian = GaussianLevel(1, 1, 1, process) if level.prediction == "residual" else None
+    build = partial(new_unet_level, shape, classes, patch, level.prediction, process, level.model, gaussian)
     return on_meta(level.name, shape, patch, build).model
 
 

@@ -21,7 +21,8 @@ from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.pixels import to_range
 from mlem_dist.models.unet import UNetLevel, new_unet_level
 from mlem_dist.models.weights import save_tensors
-from mlem_dist.solver.schedule import BANDS, add_noise, alpha_bar
+from mlem_dist.solver.process import Process, process_of
+from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
 
@@ -41,7 +42,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def _batch(
-    images: Images, seed: int, level: LevelConfig, timesteps: int, step: int
+    images: Images, seed: int, level: LevelConfig, process: Process, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images, labels, noise and timesteps of step `step`: a function of the seed and the batch size on any device."""
     n = len(images.train)
@@ -53,7 +54,7 @@ def _batch(
     rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
     x0 = to_range(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
-    t = torch.randint(timesteps, (level.batch_size,), generator=rng)
+    t = process.times(0, 1, level.batch_size, rng)
     return x0, images.train_label[index], noise, t
 
 
@@ -133,7 +134,7 @@ def train_unet(
 ) -> UNetLevel:
     """Train one UNet level on `device`, and return its exponential moving average.
 
-    The level learns to predict the noise or, with a `teacher`, the teacher's prediction; a "residual" corrects
+    The level learns the drift of the process or, with a `teacher`, the teacher's prediction; a "residual" corrects
     `gaussian`. In bfloat16, the UNet computes with float32 weights. On a GPU, convolutions are laid out channels last.
 
     `folder` keeps `checkpoint.safetensors` and `log.jsonl`. The checkpoint is written every 45 seconds; a later call
@@ -147,11 +148,10 @@ def train_unet(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = folder / CHECKPOINT, folder / LOG
-    schedule = alpha_bar(config.scheduler)
-    a = torch.tensor(schedule, dtype=torch.float32, device=device)
+    process = process_of(config.scheduler)
     torch.manual_seed(config.seed)
     model = new_unet_level(
-        config.sample_shape, len(images.labels), level.patch, level.prediction, schedule, level.model, gaussian
+        config.sample_shape, len(images.labels), level.patch, level.prediction, process, level.model, gaussian
     ).to(device)
     unet: Any = model.model
     if teacher is not None:
@@ -178,7 +178,7 @@ def train_unet(
     losses: list[float] = []
 
     def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _batch(images, config.seed, level, len(a), step)
+        return _batch(images, config.seed, level, process, step)
 
     # The next batch is prepared while the model trains on the current one.
     with log_file.open("a", encoding="utf-8") as log, ThreadPoolExecutor(1) as batch_executor:
@@ -186,9 +186,9 @@ def train_unet(
         for step in range(start, level.steps):
             x0, label, noise, t = (value.to(device) for value in next_batch.result())
             next_batch = batch_executor.submit(batch, step + 1)
-            x = add_noise(x0, noise, t, a)
+            x = process.mixed(x0, noise, t)
             with torch.no_grad():
-                target = noise if teacher is None else teacher(x, t, label)
+                target = process.target(x0, noise, t) if teacher is None else teacher(x, t, label)
             loss = (model.loss_weight(t) * (model(x, t, label) - target).square()).mean()
             losses.append(loss.item())
             _check_finite("loss", losses[-1], level, step, folder)
@@ -211,7 +211,7 @@ def train_unet(
                     "seconds": time.monotonic() - began_at,
                 }
                 if done % max(100, level.steps // 2000 * 100) == 0 or done == level.steps:
-                    line["denoising_error"] = denoising_error(average, images, schedule, device, per_band=100)
+                    line["denoising_error"] = denoising_error(average, images, process, device, per_band=100)
                     _check_finite("held-out denoising error", sum(line["denoising_error"]), level, done, folder)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -224,18 +224,18 @@ def train_unet(
 def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> GaussianLevel:
     """Gaussian level fitted to the training images."""
     classes, d = max(1, len(images.labels)), math.prod(config.sample_shape)
-    gaussian = GaussianLevel(classes, d, level.rank, alpha_bar(config.scheduler))
+    gaussian = GaussianLevel(classes, d, level.rank, process_of(config.scheduler))
     gaussian.fit(images.train, images.train_label, to_range)
     gaussian.eval()
     return gaussian
 
 
 def denoising_error(
-    model: nn.Module, images: Images, a: np.ndarray, device: str = "cpu", per_band: int = 1000
+    model: nn.Module, images: Images, process: Process, device: str = "cpu", per_band: int = 1000
 ) -> list[float]:
-    """Mean squared error per value of the predicted noise on held-out images, by equal bands of timesteps.
+    """Mean squared error per value of the drift on held-out images, by equal bands of noise.
 
     The images, timesteps and noises are the same for every level. `device` is the device of the model.
     """
     test, label = images.test.to(device), images.test_label.to(device)
-    return denoising_errors(model, test, label, a, BANDS, per_band).mean(1).tolist()
+    return denoising_errors(model, test, label, process, BANDS, per_band).mean(1).tolist()

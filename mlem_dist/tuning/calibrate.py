@@ -24,8 +24,8 @@ from mlem_dist.ladder.schema import Level
 from mlem_dist.models.graphs import as_run
 from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
 from mlem_dist.solver.plan import single_level
-from mlem_dist.solver.schedule import BANDS
-from mlem_dist.solver.steps import ETA, StepTable, step_table
+from mlem_dist.solver.schedulers import BANDS
+from mlem_dist.solver.steps import ETA, StepTable, solver_table
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 from mlem_dist.tuning.neyman import nfe_at_error, rung_sets
 from mlem_dist.tuning.reporting import ReportStage
@@ -171,13 +171,11 @@ def calibrate(
             module: Any = ladder.load_level(k, device)
             module.model.compile(dynamic=False)
             compiled_seconds = _seconds(ladder, module, device)
-        errors.append(
-            denoising_errors(modules[k], images, label, ladder.alpha_bar, BANDS, per_band, ladder.value_range)
-        )
+        errors.append(denoising_errors(modules[k], images, label, ladder.process, BANDS, per_band, ladder.value_range))
         levels.append(LevelCalibration(level.name, level.kind, seconds, compiled_seconds, errors[-1].mean(1)))
     cost = np.array([level.seconds[BATCH[device]] for level in levels])
 
-    steps = min(steps, len(ladder.alpha_bar))
+    steps = min(steps, ladder.process.length)
     number, classes = torch.arange(samples, device=device), max(1, len(ladder.labels))
     chosen = number * classes // samples if classes > samples else number % classes
     solvers, increments = {}, {}
@@ -216,7 +214,7 @@ def _along_trajectories(
     def report(stage: str, done: int, total: int) -> None:
         progress(f"{solver}: {stage}", done, total)
 
-    table = step_table(ladder.alpha_bar, steps, ETA[solver])
+    table = solver_table(ladder.process, steps, solver)
     noise = block_noise(0, 0, (len(label), *ladder.sample_shape), label.device)
     states = best_trajectory(levels, table, noise, label, report)
     if not states[-1].isfinite().all():
@@ -231,7 +229,7 @@ def _along_trajectories(
     rows = []
     for done, m in enumerate(counts, 1):
         report("Euler-Maruyama with fewer steps", done, len(counts))
-        coarse = step_table(ladder.alpha_bar, m, ETA[solver])
+        coarse = solver_table(ladder.process, m, solver)
         plan = single_level(len(levels), len(levels), m)
         end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), label)
         em = _per_sample((end - states[-1]).square())
@@ -328,7 +326,7 @@ def adjoint(
     """
     best, g = len(levels), probe
     for i in reversed(range(len(table))):
-        t = torch.full_like(label, int(table.t[i]))
+        t = torch.full((len(label),), float(table.t[i]), device=label.device)
         # A copy, because the states may be inference tensors, which record no gradient.
         x = states[i].clone().requires_grad_()
         top = levels[best](x, t, label)

@@ -85,7 +85,7 @@ class PlanComparison:
         self.samples, self.seed, self.cache = samples, seed, cache
         self._warm = False
         self.use({k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)})
-        self.fine = solver_table(ladder.alpha_bar, steps, solver)
+        self.fine = solver_table(ladder.process, steps, solver)
 
     def use(self, levels: dict[int, nn.Module]) -> None:
         """Run `levels` instead of the ladder's levels. A reference that is already computed does not change."""
@@ -183,7 +183,7 @@ class PlanComparison:
 
     def _grid(self, plan: Plan, label: Tensor, path: bool) -> tuple[StepTable, ClosedForm | None]:
         """Step table of a plan and, if the plan collapses, its closed form; with `path`, for the noise of each step."""
-        table = solver_table(self.ladder.alpha_bar, plan.fire.shape[1], self.solver)
+        table = solver_table(self.ladder.process, plan.fire.shape[1], self.solver)
         if not plan.collapse:
             return table, None
         base = self.levels[1]

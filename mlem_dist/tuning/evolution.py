@@ -88,7 +88,7 @@ def model_steps(comparison: PlanComparison) -> int:
     of the schedule otherwise.
     """
     base_is_free = collapses(comparison.ladder, comparison.solver)
-    return min(MODEL_STEPS, len(comparison.ladder.alpha_bar if base_is_free else comparison.fine))
+    return min(MODEL_STEPS, comparison.ladder.process.length if base_is_free else len(comparison.fine))
 
 
 def first_order(
@@ -105,7 +105,7 @@ def first_order(
         progress: callback with the number of blocks done and their total number.
     """
     generator = torch.Generator().manual_seed(MODEL_SEED)
-    table = solver_table(comparison.ladder.alpha_bar, model_steps(comparison), comparison.solver)
+    table = solver_table(comparison.ladder.process, model_steps(comparison), comparison.solver)
     blocks = range(samples // comparison.block)
     shape = (comparison.block, *comparison.ladder.sample_shape)
     probes = [torch.randint(2, shape, generator=generator).to(comparison.device) * 2.0 - 1 for _ in blocks]

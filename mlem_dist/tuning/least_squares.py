@@ -30,7 +30,6 @@ from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.closed_form import ClosedForm, Projected
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
 from mlem_dist.solver.plan import Plan, Term, extrapolated, on_levels, single_level
-from mlem_dist.solver.steps import half_log_snr
 from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.reporting import ReportProgress
 
@@ -180,7 +179,7 @@ class Fitter:
         assert not comparison.fine.c.any()
         self.comparison = comparison
         self.table = comparison.fine
-        self.log_snr = half_log_snr(comparison.ladder.alpha_bar, self.table.t)
+        self.log_snr = comparison.ladder.process.grid(len(self.table)).log_snr
         self.cost = comparison.ladder.cost(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
         drift = base.affine(self.table.t)
@@ -388,7 +387,7 @@ class Block:
         """Evaluate the increments of the rungs `fresh` at x, before step `at`."""
         self.at = at
         terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in firing]
-        values = evaluate(self.levels, terms, self.x, int(self.table.t[at]), self.label)
+        values = evaluate(self.levels, terms, self.x, float(self.table.t[at]), self.label)
         for r, value in zip(firing, values, strict=True):
             self.values[r] = [Projected(value), *self.values[r][:1]]
 

@@ -9,7 +9,6 @@ from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments, Recipe
 from mlem_dist.solver.probabilities import Rule, rule_weights, scale_to_budget
-from mlem_dist.solver.steps import half_log_snr, timesteps
 from mlem_dist.tuning.neyman import coin_error, merged, neyman_weights, on_grid, rung_sets
 
 DIGITS = 12
@@ -42,7 +41,7 @@ def make_recipe(
     """
     if not nfe > 0:
         raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
-    log_snr = _log_snr(ladder, steps)
+    log_snr = ladder.process.grid(steps).log_snr
     if probabilities in (None, "neyman") and calibrated(ladder):
         rule = NeymanRule(ladder, cost, solver, steps)
         rungs = rule.choices(nfe)[0]
@@ -89,9 +88,10 @@ class NeymanRule:
             raise _uncalibrated(ladder)
         self.cost = cost
         self.collapse = collapses(ladder, solver)
-        self.log_snr = _log_snr(ladder, steps)
+        grid = ladder.process.grid(steps)
+        self.log_snr = grid.log_snr
         self.base = 0.0 if self.collapse else steps * float(cost[0] / cost[-1])
-        self._products = on_grid(measured[1], measured[0], timesteps(len(ladder.alpha_bar), steps))
+        self._products = on_grid(measured[1], measured[0], grid.t)
 
     def choices(self, nfe: float) -> list[tuple[int, ...]]:
         """Every choice of rungs, in order of the error that its coins add at the budget, least first.
@@ -114,10 +114,6 @@ class NeymanRule:
         cost = self.cost[np.array(rungs) - 1]
         weights = neyman_weights(merged(self._products, rungs), cost) * density
         return scale_to_budget(weights, cost, nfe, self.collapse)
-
-
-def _log_snr(ladder: Ladder, steps: int) -> np.ndarray:
-    return half_log_snr(ladder.alpha_bar, timesteps(len(ladder.alpha_bar), steps))
 
 
 def _measured(solver: str) -> str:

@@ -1,4 +1,4 @@
-"""Images stay what version 0.3.0 made of the same configurations, to the last bit."""
+"""Images of a few configurations stay the same to the last bit, on one kind of processor."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ CONFIGURATIONS = {
     "inline, dpm++": {"num": 40, "nfe": 6, "solver": "dpm++", "labels": (0, 3, 9)},
     "auto, tuned plan": {"num": 60, "nfe": 10, "steps": 250},
 }
-"""Arguments of the datasets, which 0.3.0 made by the engine and placement in the name."""
+"""Arguments of the datasets by name."""
 
 DIGESTS = json.loads(Path(__file__).with_name("digests.json").read_text("utf-8"))
 """SHA-256 of the pixels of each dataset, by processor and version of torch: others round otherwise."""
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_images_are_those_of_the_version_before(fashion: Ladder, name: str):
+def test_images_are_the_same_to_the_last_bit(fashion: Ladder, name: str):
     if processor() not in DIGESTS:
         pytest.skip(f"no digests of {processor()}")
     arguments = {"labels": tuple(range(10)), "solver": "ddim", "steps": 40, "seed": 0} | CONFIGURATIONS[name]

@@ -1,19 +1,23 @@
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from processes import process_of_products
 from safetensors.torch import load_file
 from torch import nn
 
 from mlem_dist.ladder.ladder import WIDE
 from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
 from mlem_dist.models.unet import UNetLevel, new_unet_level
-from mlem_dist.solver.integrate import evaluate
-from mlem_dist.solver.plan import Increment
-from mlem_dist.solver.schedule import add_noise
+from mlem_dist.solver.closed_form import ClosedForm
+from mlem_dist.solver.integrate import evaluate, integrate
+from mlem_dist.solver.plan import Increment, single_level
+from mlem_dist.solver.process import process_of
+from mlem_dist.solver.steps import solver_table
 
 
 def test_the_gaussian_level_is_the_exact_posterior_mean():
@@ -24,7 +28,7 @@ def test_the_gaussian_level_is_the_exact_posterior_mean():
     mix = torch.randn(2, d, d, generator=rng, dtype=torch.float64)
     label = torch.arange(n) % 2
     x0 = torch.einsum("nd,ndk->nk", torch.randn(n, d, generator=rng, dtype=torch.float64), mix[label])
-    level = GaussianLevel(2, d, rank, alpha_bar)
+    level = GaussianLevel(2, d, rank, process_of_products(alpha_bar))
     level.fit(x0.float().reshape(n, 1, 3, 4), label)
     x = torch.randn(6, 1, 3, 4, generator=rng)
     which = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -51,7 +55,7 @@ def test_a_fit_has_the_mean_and_covariance_of_its_class(n, rank):
         torch.einsum("nd,ndk->nk", torch.randn(2 * n, d, generator=rng, dtype=torch.float64), mix[label])
         + label[:, None]
     )
-    level = GaussianLevel(2, d, rank, np.linspace(0.999, 0.01, 20))
+    level = GaussianLevel(2, d, rank, process_of_products(np.linspace(0.999, 0.01, 20)))
     level.fit(x0.reshape(-1, 1, 3, 4), label)
     for c in (0, 1):
         members = x0[label == c]
@@ -69,7 +73,7 @@ def test_a_fit_has_the_mean_and_covariance_of_its_class(n, rank):
 class Velocity(nn.Module):
     """What a diffusers checkpoint of prediction type v_prediction returns, for a known image and noise."""
 
-    config = SimpleNamespace(num_class_embeds=None)
+    config = SimpleNamespace(num_class_embeds=None, time_embedding_type="positional")
 
     def __init__(self, scheduler: DDPMScheduler, x0: torch.Tensor, noise: torch.Tensor) -> None:
         super().__init__()
@@ -87,7 +91,8 @@ def test_a_v_prediction_is_that_of_diffusers():
         torch.randn(3, 1, 4, 4, generator=rng),
         torch.tensor([5, 400, 990]),
     )
-    level = UNetLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", scheduler.alphas_cumprod.numpy(), None)
+    process = process_of_products(scheduler.alphas_cumprod.double().numpy())
+    level = UNetLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", process, None)
     x = scheduler.add_noise(x0, noise, t)
     found = level(x, t, torch.zeros(3, dtype=torch.int64))
     torch.testing.assert_close(found, noise, atol=1e-5, rtol=1e-5)
@@ -102,7 +107,13 @@ def test_a_conditional_unet_is_told_the_class():
     blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     torch.manual_seed(0)
     level = new_unet_level(
-        (1, 8, 8), 2, 1, "epsilon", np.linspace(0.999, 0.01, 20), blocks | {"norm_num_groups": 4}, None
+        (1, 8, 8),
+        2,
+        1,
+        "epsilon",
+        process_of_products(np.linspace(0.999, 0.01, 20)),
+        blocks | {"norm_num_groups": 4},
+        None,
     )
     x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
     zero, one = level(x, torch.tensor([3, 3]), torch.tensor([0, 1]))
@@ -112,10 +123,10 @@ def test_a_conditional_unet_is_told_the_class():
 def test_a_residual_of_zero_is_the_clamped_gaussian_level():
     alpha_bar = np.linspace(0.999, 1e-4, 20)
     rng = torch.Generator().manual_seed(0)
-    gaussian = GaussianLevel(2, 64, 4, alpha_bar)
+    gaussian = GaussianLevel(2, 64, 4, process_of_products(alpha_bar))
     gaussian.fit(torch.randn(100, 1, 8, 8, generator=rng), torch.arange(100) % 2)
     blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-    level = new_unet_level((1, 8, 8), 2, 2, "residual", alpha_bar, blocks | {"norm_num_groups": 4}, gaussian)
+    level = new_unet_level((1, 8, 8), 2, 2, "residual", gaussian.process, blocks | {"norm_num_groups": 4}, gaussian)
     x, t, label = torch.randn(3, 1, 8, 8, generator=rng), torch.tensor([0, 9, 19]), torch.tensor([0, 1, 1])
     a = torch.tensor(alpha_bar, dtype=torch.float32)[t][:, None, None, None]
     image = (x - (1 - a).sqrt() * gaussian(x, t, label)) / a.sqrt()
@@ -161,7 +172,7 @@ def test_a_basis_stored_in_half_precision_is_orthonormal_again(fashion):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            level = GaussianLevel(classes, d, rank + 1, fashion.alpha_bar)
+            level = GaussianLevel(classes, d, rank + 1, fashion.process)
             level.basis[:, :, 1:] = stored
             level.orthonormalise()
             found.append(level.basis)
@@ -180,7 +191,7 @@ def test_the_gaussian_level_by_the_kernels_of_a_gpu_is_the_same(fashion):
     rng = torch.Generator().manual_seed(0)
     x, t = torch.randn(20, *fashion.sample_shape, generator=rng), torch.randint(1000, (20,), generator=rng)
     label = torch.arange(20) % 10
-    found = level._gathered(x.flatten(1), level.alpha_bar[t][:, None], label).view_as(x)
+    found = level._gathered(x.flatten(1), *(value[:, None] for value in fashion.process.marginal(t)), label).view_as(x)
     torch.testing.assert_close(found, level(x, t, label), rtol=1e-4, atol=1e-4)
 
 
@@ -190,12 +201,11 @@ def test_every_level_predicts_the_noise(fashion):
     label = torch.tensor([0, 1, 5, 8])
     images = fashion.load_level(1, "cpu").mean[label].view(4, *fashion.sample_shape)
     noise = torch.randn(images.shape, generator=rng)
-    a = torch.tensor(fashion.alpha_bar, dtype=torch.float32)
     for number in range(1, len(fashion.levels) + 1):
         level = fashion.load_level(number, "cpu")
         for step, most in ((990, 1e-3), (400, 0.02)):
             t = torch.full((4,), step)
-            x = add_noise(images, noise, t, a)
+            x = fashion.process.mixed(images, noise, t)
             right, wrong = ((level(x, t, label.roll(by)) - noise).square().mean() for by in (0, 1))
             assert right < most
             assert right < wrong
@@ -236,9 +246,8 @@ def test_wide_unets_compute_with_channels_last_on_a_cpu(fashion):
 
 @torch.inference_mode()
 def test_what_leaves_a_unet_with_channels_last_has_them_first():
-    level = new_unet_level(
-        (3, 8, 8), 0, 1, "epsilon", np.linspace(0.999, 0.01, 20), {"block_out_channels": (WIDE,) * 4}, None
-    )
+    process = process_of_products(np.linspace(0.999, 0.01, 20))
+    level = new_unet_level((3, 8, 8), 0, 1, "epsilon", process, {"block_out_channels": (WIDE,) * 4}, None)
     level.model.to(memory_format=torch.channels_last)
     assert level(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)).is_contiguous()
 
@@ -246,3 +255,38 @@ def test_what_leaves_a_unet_with_channels_last_has_them_first():
 def test_the_bundled_ladder_is_small(fashion):
     size = sum(path.stat().st_size for path in fashion.folder.rglob("*") if path.is_file())
     assert size < 25 * 2**20
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+        {"_class_name": "EDMEulerScheduler"},
+        {"_class_name": "ScoreSdeVeScheduler"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    ],
+    ids=lambda config: config.get("_class_name", "zero terminal SNR"),
+)
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_the_gaussian_level_brings_noise_of_any_process_to_its_gaussian(config, solver):
+    """From pure noise to the mean and covariance, in closed form as in single steps."""
+    process = process_of(config)
+    rng = torch.Generator().manual_seed(0)
+    steps, d, n = 400, 6, 20_000
+    level = GaussianLevel(1, d, 3, process)
+    mix = torch.randn(d, d, generator=rng) / 3
+    x0 = (torch.randn(5_000, d, generator=rng) @ mix + torch.linspace(-1, 1, d)).reshape(-1, 1, 2, 3)
+    level.fit(x0, torch.zeros(len(x0), dtype=torch.int64))
+    label = torch.zeros(n, dtype=torch.int64)
+    table = solver_table(process, steps, solver)
+    noises = {step: torch.randn(n, 1, 2, 3, generator=rng) for step in range(-1, steps)}
+    plan = single_level(1, 1, steps)
+    singly = integrate({1: level}, table, plan, noises.__getitem__, label)
+    closed_form = ClosedForm(level.affine(table.t), table, label, path=True)
+    at_once = integrate({}, table, replace(plan, collapse=True), noises.__getitem__, label, closed_form)
+    assert (singly - at_once).abs().max() < 1e-3
+    flat = at_once.flatten(1).double()
+    q, v, r = level.basis[0].double(), level.variance[0].double(), level.residual[0].double()
+    covariance = q @ torch.diag(v) @ q.T + r * (torch.eye(d) - q @ q.T)
+    assert (flat.mean(0) - level.mean[0]).abs().max() < 0.03
+    assert (flat.T.cov() - covariance).abs().max() < 0.03

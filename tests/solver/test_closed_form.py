@@ -3,11 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from processes import process_of_betas
 
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm, Projected
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Recipe, held, single_level
-from mlem_dist.solver.steps import ETA, StepTable, half_log_snr, step_table
+from mlem_dist.solver.steps import StepTable, solver_table
 
 STEPS = 60
 
@@ -19,14 +20,14 @@ def levels(fashion):
 
 def recipe(fashion, table: StepTable, increments: str, collapse: bool) -> Recipe:
     p = np.repeat([[1.0], [0.2], [0.06]], len(table), axis=1)
-    return Recipe(p, "systematic", increments, collapse, half_log_snr(fashion.alpha_bar, table.t))
+    return Recipe(p, "systematic", increments, collapse, fashion.process.grid(len(table)).log_snr)
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 @pytest.mark.parametrize("increments", ["held", "extrapolated", "impulse"])
 def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, increments):
     """On one Brownian path, with a real Gaussian level and real UNets on top: equal but for rounding."""
-    table = step_table(fashion.alpha_bar, STEPS, ETA[solver])
+    table = solver_table(fashion.process, STEPS, solver)
     label = torch.tensor([0, 7, 7, 3])
     noise = block_noise(4, 0, (4, *fashion.sample_shape), "cpu")
     single, runs = (
@@ -42,7 +43,7 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
 
 def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     """Where a level is called at steps in turn, its values are differences that level 1 has no part in."""
-    table = step_table(fashion.alpha_bar, STEPS, 0.0)
+    table = solver_table(fashion.process, STEPS, "ddim")
     label = torch.tensor([0, 7])
     noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
     fire = np.zeros((2, STEPS), dtype=bool)
@@ -56,7 +57,7 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
 
 
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
-    table = step_table(fashion.alpha_bar, 1000, 0.0)
+    table = solver_table(fashion.process, 1000, "ddim")
     label = torch.tensor([1, 9])
     noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
     expected = integrate(levels, table, single_level(1, 3, 1000), noise, label)
@@ -70,12 +71,13 @@ def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
 def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, StepTable]:
     rng = np.random.default_rng(0)
     basis = np.stack([np.linalg.qr(rng.standard_normal((d, rank)))[0] for _ in range(classes)])
-    table = step_table(np.cumprod(1 - np.linspace(0.01, 0.3, 20)), 10, 1.0)
+    table = solver_table(process_of_betas(np.linspace(0.01, 0.3, 20)), 10, "ddpm")
     drift = AffineDrift(
         torch.tensor(rng.standard_normal((classes, d))),
         torch.tensor(basis),
         rng.uniform(0.2, 1.2, (classes, 10, rank + 1)),
         rng.uniform(0.2, 1, 10),
+        rng.uniform(-1, 1, 10),
     )
     return drift, table
 
@@ -110,7 +112,8 @@ def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
         for i, w in enumerate(run, start):
             inside, outside = drift.gain[c, i, :-1], drift.gain[c, i, -1]
             gain = q @ np.diag(inside - outside) @ q.T + outside * np.eye(4)
-            x = table.a[i] * x + table.b[i] * w * gain @ (x - drift.centre[i] * mu)
+            drifted = gain @ (x - drift.centre[i] * mu) + drift.offset[i] * mu
+            x = table.a[i] * x + table.b[i] * w * drifted
         np.testing.assert_allclose(ends[0][sample].numpy(), x, atol=1e-12)
 
 

@@ -3,10 +3,11 @@ import itertools
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from processes import process_of_betas
 
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import Recipe, block_rng, single_level
-from mlem_dist.solver.steps import StepTable, step_table
+from mlem_dist.solver.steps import StepTable, solver_table
 
 
 def test_independent_impulses_have_the_exact_mean_over_trajectories():
@@ -40,7 +41,7 @@ def test_the_best_level_alone_is_the_diffusers_loop(fashion):
     noise = block_noise(1, 0, (4, *fashion.sample_shape), "cpu")
     label = torch.tensor([0, 3, 7, 9])
     x = noise(-1)
-    table = step_table(fashion.alpha_bar, 20, 1.0)
+    table = solver_table(fashion.process, 20, "ddpm")
     with torch.inference_mode():
         for i, t in enumerate(scheduler.timesteps):
             predicted = level(x, torch.full((4,), int(t)), label)
@@ -81,7 +82,7 @@ def test_blocks_begin_apart():
 
 
 def test_the_noise_of_a_coarse_step_is_what_its_fine_steps_carry_to_its_end():
-    fine = step_table(np.cumprod(1 - np.linspace(1e-4, 0.2, 40)), 12, 1.0)
+    fine = solver_table(process_of_betas(np.linspace(1e-4, 0.2, 40)), 12, "ddpm")
     x, steps = torch.zeros(12, 1), range(4, 8)
     # The end of the fine steps 4 to 7 from 0, without a drift, by the noise of each; a row for each.
     for i in steps:

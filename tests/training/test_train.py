@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mlem_dist.errors import UsageError
-from mlem_dist.solver.schedule import add_noise
+from mlem_dist.solver.process import BetaProcess
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.data import load_images
 from mlem_dist.training.train import DivergedError, denoising_error
@@ -59,7 +59,7 @@ def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, da
     ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
     assert [level.name for level in ladder.levels] == ["gaussian", "unet", "large"]
     for number, level in enumerate(ladder.levels, 1):
-        found = denoising_error(ladder.load_level(number, "cpu"), images, ladder.alpha_bar)
+        found = denoising_error(ladder.load_level(number, "cpu"), images, ladder.process)
         assert found == pytest.approx(level.denoising_error, rel=1e-6)
     log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 20
@@ -83,15 +83,17 @@ def test_a_diverging_loss_stops_at_once_and_keeps_the_checkpoint(tmp_path, data,
     images = load_images(data, config.sample_shape, config.labels)
     monkeypatch.setattr("mlem_dist.training.train.CHECKPOINT_SECONDS", 0.0)
 
+    mixed = BetaProcess.mixed
+
     def poisoned(*given):
-        return add_noise(*given) * (float("nan") if poisoned.on else 1)
+        return mixed(*given) * (float("nan") if poisoned.on else 1)
 
     poisoned.on = False
 
     def watch(name: str, done: int, loss: float) -> None:
         poisoned.on = done >= 20
 
-    monkeypatch.setattr("mlem_dist.training.train.add_noise", poisoned)
+    monkeypatch.setattr(BetaProcess, "mixed", poisoned)
     with pytest.raises(DivergedError, match="the loss is nan at step 20; the last good checkpoint is kept in"):
         train_ladder(config, images, tmp_path / "out", watch)
     assert (tmp_path / "out" / "training" / "unet" / "checkpoint.safetensors").exists()

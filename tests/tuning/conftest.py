@@ -10,7 +10,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import new_unet_level
-from mlem_dist.solver.schedule import alpha_bar
+from mlem_dist.solver.process import process_of
 from mlem_dist.tuning.calibrate import calibrate, store
 
 
@@ -67,7 +67,7 @@ def two_unets(tmp_path) -> Ladder:
         torch.manual_seed(0)
         model = {"block_out_channels": [channels], "norm_num_groups": 4, "layers_per_block": 1}
         model |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-        level = new_unet_level((1, 8, 8), 0, 1, "epsilon", alpha_bar(scheduler), model, None)
+        level = new_unet_level((1, 8, 8), 0, 1, "epsilon", process_of(scheduler), model, None)
         entry = save_level(folder, name, level, torch.float32)
         levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))
     save_ladder(folder, "unets", (1, 8, 8), [], scheduler, levels)
@@ -88,7 +88,7 @@ def two_gaussians(folder: Path, scheduler: dict) -> Ladder:
     x0 = torch.rand(40, 1, 4, 4, generator=generator)[label] + 0.1 * torch.randn(2000, 1, 4, 4, generator=generator)
     levels = []
     for name, rank, seconds in (("small", 1, 1e-5), ("large", 8, 1e-3)):
-        level = GaussianLevel(40, 16, rank, alpha_bar(scheduler))
+        level = GaussianLevel(40, 16, rank, process_of(scheduler))
         level.fit(x0.clamp(0, 1), label)
         entry = save_level(folder, name, level, torch.float32)
         levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))

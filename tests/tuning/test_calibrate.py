@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from processes import process_of_betas
 
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
@@ -19,12 +20,12 @@ from mlem_dist.ladder.save import save_level
 from mlem_dist.report.tables import calibration_table
 from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
 from mlem_dist.solver.plan import impulse, single_level
-from mlem_dist.solver.steps import step_table
+from mlem_dist.solver.steps import solver_table, step_table
 from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store
 from mlem_dist.tuning.neyman import coin_error, neyman
 
 FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
-SCHEDULE = np.cumprod(1 - np.linspace(1e-3, 0.1, 100))
+SCHEDULE = process_of_betas(np.linspace(1e-3, 0.1, 100))
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -56,7 +57,7 @@ def toy():
 def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
     """Averaged over all sixteen sign probes, it is |J_i b_i D|^2 with J_i = prod_{j > i} (a_j I + b_j M)."""
     levels, matrices = toy
-    table = step_table(SCHEDULE, 10, eta)
+    table = step_table(SCHEDULE.grid(10), eta)
     label = torch.zeros(3, dtype=torch.int64)
     states = best_trajectory(levels, table, block_noise(0, 0, (3, 1, 2, 2), "cpu"), label, silent)
     found = [propagate(levels, table, states, label, probe) for probe in signs(3)]
@@ -77,7 +78,7 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
 def test_coins_make_the_error_that_their_effects_predict(toy):
     """ML-EM with Neyman probabilities against the best level, over many plans; to first order, so within a tenth."""
     levels, _ = toy
-    table = step_table(SCHEDULE, 20, 1.0)
+    table = solver_table(SCHEDULE, 20, "ddpm")
     label = torch.zeros(100, dtype=torch.int64)
     noise = block_noise(0, 0, (100, 1, 2, 2), "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
@@ -99,7 +100,7 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
     levels = {k: fashion.load_level(k, "cpu") for k in (1, len(fashion.levels))}
     # A ladder of its first and last level.
     levels = dict(enumerate(levels.values(), 1))
-    table = step_table(fashion.alpha_bar, 5, 0.0)
+    table = solver_table(fashion.process, 5, "ddim")
     label = torch.tensor([2, 7])
     noise = block_noise(0, 0, (2, *fashion.sample_shape), "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
@@ -123,14 +124,14 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
 
 def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
     """Strong order 1, as the noise is additive: half the step, a quarter of the squared error."""
-    table = step_table(SCHEDULE, 100, 1.0)
+    table = solver_table(SCHEDULE, 100, "ddpm")
     levels = {1: lambda x, t, label: torch.tanh(x)}
     label = torch.zeros(500, dtype=torch.int64)
     noise = block_noise(0, 0, (500, 1, 2, 2), "cpu")
     fine = best_trajectory(levels, table, noise, label, silent)[-1]
 
     def error(steps: int, noise) -> float:
-        coarse = integrate(levels, step_table(SCHEDULE, steps, 1.0), single_level(1, 1, steps), noise, label)
+        coarse = integrate(levels, solver_table(SCHEDULE, steps, "ddpm"), single_level(1, 1, steps), noise, label)
         return float((coarse - fine).square().mean())
 
     errors = [error(steps, coarse_noise(noise, table, 100 // steps)) for steps in (5, 10, 20)]
@@ -142,7 +143,7 @@ def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
 
 def test_the_ode_has_no_coarse_noise():
     noise = block_noise(0, 0, (2, 1, 2, 2), "cpu")
-    coarse = coarse_noise(noise, step_table(SCHEDULE, 100, 0.0), 5)
+    coarse = coarse_noise(noise, solver_table(SCHEDULE, 100, "ddim"), 5)
     assert torch.equal(coarse(-1), noise(-1))
     assert not coarse(3).any()
 
@@ -222,7 +223,7 @@ def test_images_are_in_the_ladders_range_and_trajectories_of_all_its_classes(man
     label = torch.arange(20)
     found = calibrate(many, images, label, "cpu", per_band=4, steps=10, samples=4)
     assert chosen[0] == [0, 10, 20, 30]
-    exact = denoising_errors(many.load_level(1, "cpu"), images, label, many.alpha_bar, 10, 4, (0.0, 1.0))
+    exact = denoising_errors(many.load_level(1, "cpu"), images, label, many.process, 10, 4, (0.0, 1.0))
     np.testing.assert_array_equal(found.levels[0].denoising_error, exact.mean(1))
 
 

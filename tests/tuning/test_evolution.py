@@ -1,19 +1,20 @@
 import numpy as np
 import pytest
 import torch
+from processes import process_of_betas
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
-from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.solver.steps import solver_table
 from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.evolution import FirstOrder, evaluations_in_use, pair_effects
 from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tune import Optimiser
 
 STEPS, SAMPLES = 24, 16
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+PROCESS = process_of_betas(np.linspace(1e-4, 0.02, 1000))
 
 
 def scalar_levels(size: float):
@@ -34,7 +35,7 @@ def scalar_levels(size: float):
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 @pytest.mark.parametrize("kind", ["held", "extrapolated"])
 def test_the_model_is_the_error_to_first_order(solver, kind):
-    table = step_table(ALPHA_BAR, STEPS, ETA[solver])
+    table = solver_table(PROCESS, STEPS, solver)
     label = torch.zeros(SAMPLES, dtype=torch.int64)
     noise = block_noise(0, 0, (SAMPLES, 1, 1, 1), "cpu")
     fire = draw_coins(np.repeat([[1.0], [0.4], [0.2]], STEPS, axis=1), "systematic", np.random.default_rng(1))

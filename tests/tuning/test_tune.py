@@ -13,7 +13,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import block_noise, integrate
 from mlem_dist.solver.plan import Plan, read_plan, single_level
-from mlem_dist.solver.steps import ETA, step_table
+from mlem_dist.solver.steps import solver_table
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.tune import TEST_SAMPLES, TEST_SEED, best_plan, open_frontier
@@ -43,7 +43,7 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     plan = read_plan(small / PLAN, ladder.digest, 2, "ddpm", 50)
     assert plan.collapse
     levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
-    table = step_table(ladder.alpha_bar, 50, ETA["ddpm"])
+    table = solver_table(ladder.process, 50, "ddpm")
     label = torch.arange(BLOCK["cpu"]) % 10
     errors = []
     for block in range(TEST_SAMPLES // BLOCK["cpu"]):
@@ -101,7 +101,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     assert all(plan.nfe(fashion.cost("cpu")) <= nfe for plan, nfe in zip(plans, budgets, strict=True))
     # A few samples of the judging noises: the best level at 250 steps takes most of the time.
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
-    table = step_table(fashion.alpha_bar, 250, ETA["ddim"])
+    table = solver_table(fashion.process, 250, "ddim")
     noise, label = block_noise(TEST_SEED, 0, (4, *fashion.sample_shape), "cpu"), torch.arange(4)
     form = ClosedForm(levels[1].affine(table.t), table, label)
     ends = [integrate(levels, table, plan, noise, label, form) for plan in plans]

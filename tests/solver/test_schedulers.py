@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mlem_dist.errors import UsageError
-from mlem_dist.solver.schedule import DEFAULTS, SAMPLING, SCHEDULERS, alpha_bar
+from mlem_dist.solver.process import process_of
+from mlem_dist.solver.schedulers import BETA_SCHEDULERS, DEFAULTS, SAMPLING, alpha_bar
 
 
 @pytest.fixture
-def scheduler_class(monkeypatch):
+def scheduler_class_of(monkeypatch):
     """A function that finds a scheduler class by its name, also where the library that its steps need is not there."""
     modules = {"DPMSolverSDEScheduler": "dpmsolver_sde", "LMSDiscreteScheduler": "lms_discrete"}
 
@@ -26,10 +27,10 @@ def scheduler_class(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:__array")
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_schedule_of_a_class_is_that_of_diffusers(scheduler_class, tmp_path, name):
+@pytest.mark.parametrize("name", BETA_SCHEDULERS)
+def test_the_schedule_of_a_class_is_that_of_diffusers(scheduler_class_of, tmp_path, name):
     """As the class saves it, and by its defaults where there is its name alone."""
-    scheduler = scheduler_class(name)()
+    scheduler = scheduler_class_of(name)()
     scheduler.save_config(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert saved["_class_name"] == name
@@ -45,34 +46,36 @@ def test_the_schedule_of_a_class_is_that_of_diffusers(scheduler_class, tmp_path,
         "CMStochasticIterativeScheduler",
         "CogVideoXDDIMScheduler",
         "CogVideoXDPMScheduler",
-        "EDMDPMSolverMultistepScheduler",
-        "EDMEulerScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
         "IPNDMScheduler",
-        "ScoreSdeVeScheduler",
+        "LTXEulerAncestralRFScheduler",
+        "SCMScheduler",
     ],
 )
-def test_a_class_with_a_schedule_of_its_own_is_refused(scheduler_class, tmp_path, name):
-    """Also where what it saves has lost its name, unless nothing else tells."""
-    scheduler_class(name)().save_config(tmp_path)
+def test_a_class_whose_schedule_is_not_known_is_refused(scheduler_class_of, tmp_path, name):
+    scheduler_class_of(name)().save_config(tmp_path)
     config = json.loads((tmp_path / "scheduler_config.json").read_text())
-    with pytest.raises(UsageError, match=f"noise schedule: _class_name is '{name}', expected .* that of its betas"):
-        alpha_bar(config)
+    with pytest.raises(UsageError, match=f"noise schedule: _class_name is '{name}', expected .* schedule is known"):
+        process_of(config)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler", "ScoreSdeVeScheduler"],
+)
+def test_a_configuration_that_has_lost_its_class_is_refused(scheduler_class_of, tmp_path, name):
+    scheduler_class_of(name)().save_config(tmp_path)
+    config = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert process_of(config)
     del config["_class_name"]
-    if name != "IPNDMScheduler":
-        with pytest.raises(UsageError, match=r"noise schedule: (sigma_min is|snr_shift_scale is|the key)"):
-            alpha_bar(config)
+    with pytest.raises(UsageError, match=r"noise schedule: (sigma_min is|the key)"):
+        process_of(config)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "neutral"),
     [
-        ("prediction_type", "v_prediction", "epsilon"),
-        ("prediction_type", "sample", "epsilon"),
-        ("prediction_type", "flow_prediction", "epsilon"),
         ("predict_epsilon", False, True),
-        ("rescale_betas_zero_snr", True, False),
         ("snr_shift_scale", 3.0, 1.0),
         ("use_flow_sigmas", True, False),
         ("flow_shift", 3.0, 1.0),

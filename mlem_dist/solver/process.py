@@ -1,0 +1,457 @@
+"""Processes: how image and noise mix, x = alpha x0 + sigma epsilon, over the times that networks are given."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlem_dist.errors import UsageError
+from mlem_dist.solver.conversion import SIGMA_DATA, combination
+from mlem_dist.solver.schedulers import (
+    EDM_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    SCORE_SCHEDULERS,
+    alpha_bar,
+    is_flow,
+    scheduler_class,
+)
+
+Spacing = Literal["trailing", "model"]
+"""Which times a grid has: "trailing" ends of equal intervals, or those of the scheduler's own configuration."""
+
+
+MULTISTEP = {
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+}
+"""Scheduler classes that space one timestep more than they take."""
+
+LEADING = {
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+}
+"""Scheduler classes whose spacing is "leading" by default."""
+
+CONTINUOUS = {
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+}
+"""Scheduler classes whose timesteps are not rounded in the spacing "linspace"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The times of N steps, with alpha and sigma there and after the last step.
+
+    Attributes:
+        t: times that networks are given, float64 (N,).
+        alpha: float64 (N + 1,).
+        sigma: float64 (N + 1,), decreasing.
+        scale: standard deviation of the initial state.
+    """
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    scale: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    @property
+    def log_snr(self) -> np.ndarray:
+        """lambda = log(alpha / sigma) at each step, float64 (N,); minus infinity at alpha = 0."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(self.alpha[:-1]) - np.log(self.sigma[:-1]))
+
+
+class Process(ABC):
+    """A noise process by its marginals.
+
+    Attributes:
+        drift: the prediction that levels are converted to; its steps are regular on every grid of the process.
+        prediction: what a network trained with the scheduler predicts.
+        sigma_data: standard deviation of the data in EDM's preconditioning.
+        length: T, the number of timesteps in training.
+    """
+
+    length: int
+    drift: str = "epsilon"
+    prediction: str = "epsilon"
+    sigma_data: float = SIGMA_DATA
+
+    @abstractmethod
+    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at the times t (B,), in float32 as t, each (B,)."""
+
+    @abstractmethod
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
+        """The grid of so many steps.
+
+        Raises:
+            UsageError: if `steps` is out of range.
+        """
+
+    @abstractmethod
+    def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
+        """Random times (count,) from one of `bands` equal bands of noise, of which band 0 has the least."""
+
+    def mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x = alpha x0 + sigma noise at times t (B,), in the shape of x0 (B, C, H, W)."""
+        alpha, sigma = (value[:, None, None, None] for value in self.marginal(t))
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The drift that an exact level has where x is a mixture of x0 and noise alone, as `mixed`."""
+        if self.drift == "epsilon":
+            return noise
+        alpha, sigma = (value[:, None, None, None] for value in self.marginal(t))
+        image, share = combination(self.drift, alpha, sigma)
+        return image * x0 + share * noise
+
+    def input_scale(self, sigma: Any) -> Any:
+        """The factor on x (B, C, H, W) before it enters a network: 1 but for EDM's preconditioning."""
+        return 1 / (sigma**2 + self.sigma_data**2) ** 0.5 if self.prediction.startswith("edm") else 1.0
+
+
+class BetaProcess(Process):
+    """A variance-preserving process, alpha^2 + sigma^2 = 1, with alpha^2 = alpha_bar at the timesteps of its betas.
+
+    Between timesteps sigma / alpha is linear or, for Karras' noise levels, its logarithm, as in diffusers.
+
+    Args:
+        config: a scheduler's configuration.
+
+    Raises:
+        UsageError: as `schedulers.alpha_bar`, or a prediction that says nothing at alpha = 0.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.name = scheduler_class(config)
+        self.alpha_bar = alpha_bar(config)
+        self.prediction = _prediction(config, ("epsilon", "sample", "v_prediction"))
+        if not self.alpha_bar[-1]:
+            if self.prediction == "epsilon":
+                raise UsageError(
+                    "noise schedule: rescale_betas_zero_snr is true, and prediction_type is 'epsilon', expected "
+                    "'v_prediction' or 'sample': at pure noise a prediction of the noise says nothing of the image"
+                )
+            self.drift = "v_prediction"
+        self.length = len(self.alpha_bar)
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
+        """As `Process.times`: timesteps band T / bands ... (band + 1) T / bands, int64."""
+        return torch.randint(band * self.length // bands, (band + 1) * self.length // bands, (count,), generator=rng)
+
+    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Process.marginal`, for timesteps from 0 to T - 1."""
+        key = t.device, t.dtype if t.is_floating_point() else torch.float32
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self.alpha_bar, dtype=key[1], device=t.device)
+        table = self._tables[key]
+        below = t.long()
+        a = table[below]
+        if t.is_floating_point():
+            low, high = (((1 - table[i]) / table[i]).sqrt() for i in (below, (below + 1).clamp(max=len(table) - 1)))
+            share = t - below
+            if self.config.get("use_karras_sigmas"):
+                ratio = torch.lerp(low.log(), high.log(), share).exp()
+            else:
+                ratio = torch.lerp(low, high, share)
+            a = torch.where(share == 0, a, 1 / (1 + ratio.square()))
+        return a.sqrt(), (1 - a).sqrt()
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
+        """As `Process.grid`: timesteps at the ends of equal intervals, or by the configuration's own spacing.
+
+        Raises:
+            UsageError: if `steps` is out of range, or the configuration's own spacing is not understood.
+        """
+        count = self.length
+        if not 1 <= steps <= count:
+            raise UsageError(f"steps is {steps}, expected 1 to {count}, the length of the ladder's noise schedule")
+        last = 1.0
+        if spacing == "trailing":
+            t = _trailing(count, steps)
+        else:
+            t = self._configured(steps)
+            ends_at_one = self.config.get("set_alpha_to_one", self.name != "PNDMScheduler")
+            if not ends_at_one or self.config.get("final_sigmas_type") == "sigma_min":
+                last = float(self.alpha_bar[0])
+        a = np.append(self._alpha_bar_at(t), last)
+        return Grid(t, np.sqrt(a), np.sqrt(1 - a))
+
+    def _alpha_bar_at(self, t: np.ndarray) -> np.ndarray:
+        alpha, _ = self.marginal(torch.from_numpy(t))
+        return alpha.square().numpy() if (t % 1).any() else self.alpha_bar[t.astype(np.int64)]
+
+    def _configured(self, steps: int) -> np.ndarray:
+        """The timesteps that diffusers takes by the configuration, float64 (steps,).
+
+        Raises:
+            UsageError: if a key asks for noise levels of another kind.
+        """
+        count, name = self.length, self.name
+        for key in ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas"):
+            if self.config.get(key):
+                raise UsageError(f"noise schedule: {key} is true, which `grid` model does not know; use trailing")
+        if self.config.get("interpolation_type") not in (None, "linear"):
+            raise UsageError("noise schedule: interpolation_type is not linear, which `grid` model does not know")
+        offset = self.config.get("steps_offset") or 0
+        # The solvers of several steps leave out the last of one timestep more.
+        extra = int(name in MULTISTEP)
+        kind = self.config.get("timestep_spacing") or ("leading" if name in LEADING else "linspace")
+        if kind == "leading":
+            t = np.arange(steps + extra)[::-1] * (count // (steps + extra)) + float(offset)
+        elif kind == "linspace":
+            t = np.linspace(0, count - 1, steps + extra)[::-1].copy()
+            t = t if name in CONTINUOUS else t.round()
+        else:
+            t = _trailing(count, steps)
+        t = t[:steps]
+        if self.config.get("use_karras_sigmas"):
+            alpha, sigma = self.marginal(torch.from_numpy(t))
+            ratio = _karras(float(sigma[0] / alpha[0]), float(sigma[-1] / alpha[-1]), steps)
+            known = np.log(np.sqrt((1 - self.alpha_bar) / self.alpha_bar))
+            t = np.interp(np.log(ratio), known, np.arange(count))
+        if not 0 <= t.min() <= t.max() <= count - 1:
+            raise UsageError(f"steps is {steps}, and steps_offset {offset}: beyond the {count} timesteps; lower either")
+        return np.ascontiguousarray(t, dtype=np.float64)
+
+
+class FlowProcess(Process):
+    """Flow matching: alpha = 1 - sigma, and a network is given T sigma.
+
+    Args:
+        config: a scheduler's configuration.
+        tokens: the length of a sample's sequence of patches, by which the shift is chosen where it is dynamic.
+
+    Raises:
+        UsageError: as `schedulers.scheduler_class`, or the shift is dynamic and `tokens` is None.
+    """
+
+    drift = prediction = "flow_prediction"
+
+    def __init__(self, config: Mapping[str, Any], tokens: int | None = None) -> None:
+        self.config = config
+        self.name = scheduler_class(config)
+        _prediction(config, ("flow_prediction",))
+        self.length = config.get("num_train_timesteps") or 1000
+        self.shift = float(config.get("flow_shift" if self.name not in FLOW_SCHEDULERS else "shift") or 1.0)
+        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+            if config.get(key):
+                raise UsageError(f"noise schedule: {key} is true, which is not understood for flows")
+        if config.get("use_dynamic_shifting"):
+            if tokens is None:
+                raise UsageError("noise schedule: use_dynamic_shifting is true, and the number of tokens is not known")
+            mu = _dynamic_shift(config, tokens)
+            self.shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Process.marginal`, for times from 0 to T."""
+        sigma = t / self.length
+        return 1 - sigma, sigma
+
+    def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
+        """As `Process.times`, in equal bands of sigma."""
+        return (band + torch.rand(count, generator=rng)) / bands * self.length
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
+        """As `Process.grid`: shifted from 1, 1 - 1/N ... 1/N, or from the scheduler's own noise levels."""
+        if not 1 <= steps <= self.length:
+            raise UsageError(f"steps is {steps}, expected 1 to {self.length}, the length of the noise schedule")
+        sigma = np.arange(steps, 0, -1) / steps
+        if spacing == "model":
+            if self.name in FLOW_SCHEDULERS:
+                # Shifted twice where the shift is static: diffusers takes the ends from the shifted schedule.
+                ends = np.array([1.0, 1 / self.length])
+                first, last = ends if self.config.get("use_dynamic_shifting") else self._shifted(ends)
+                sigma = np.linspace(first, last, steps)
+            elif self.name == "UniPCMultistepScheduler":
+                sigma = np.linspace(1, 1 / self.length, steps + 1)[:-1]
+            else:
+                sigma = (1 - np.linspace(1, 1 / self.length, steps + 1))[::-1][:-1]
+        sigma = self._shifted(sigma)
+        if terminal := self.config.get("shift_terminal"):
+            sigma = 1 - (1 - sigma) * (1 - terminal) / (1 - sigma[-1]) if steps > 1 else sigma
+        t = sigma * self.length
+        if spacing == "model" and self.name not in FLOW_SCHEDULERS:
+            # These classes hand networks whole timesteps.
+            t = np.trunc(t)
+        sigma = np.append(sigma, 0.0)
+        return Grid(t, 1 - sigma, sigma)
+
+    def _shifted(self, sigma: np.ndarray) -> np.ndarray:
+        """s sigma / (1 + (s - 1) sigma), with s the shift (Esser et al., arXiv:2403.03206, eq. 23)."""
+        return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))
+
+
+class ExplodingProcess(Process):
+    """A variance-exploding process: alpha = 1, with noise levels sigma between two bounds.
+
+    Args:
+        config: a scheduler's configuration.
+        high: the greatest noise level by default.
+        low: the least noise level by default.
+
+    Raises:
+        UsageError: as `schedulers.scheduler_class`, or unless 0 < low < high.
+    """
+
+    def __init__(self, config: Mapping[str, Any], high: float, low: float) -> None:
+        self.config = config
+        self.name = scheduler_class(config)
+        self.length = config.get("num_train_timesteps") or 1000
+        self.high, self.low = float(config.get("sigma_max") or high), float(config.get("sigma_min") or low)
+        if not 0 < self.low < self.high < math.inf:
+            raise UsageError(
+                f"noise schedule: sigma_min is {self.low:g} and sigma_max {self.high:g}, expected 0 < sigma_min < "
+                "sigma_max"
+            )
+
+    @abstractmethod
+    def time(self, sigma: Any) -> Any:
+        """The time that a network is given at the noise level sigma, a tensor or an array."""
+
+    def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
+        """As `Process.times`, in equal bands of log(sigma)."""
+        share = (band + torch.rand(count, generator=rng)) / bands
+        return torch.as_tensor(self.time(self.low * (self.high / self.low) ** share))
+
+    def _exponential(self, steps: int) -> np.ndarray:
+        """Noise levels that fall by equal factors, float64 (steps,)."""
+        if steps < 1:
+            raise UsageError(f"steps is {steps}, expected at least 1")
+        return np.exp(np.linspace(math.log(self.high), math.log(self.low), steps))
+
+
+class EDMProcess(ExplodingProcess):
+    """EDM: a network is given log(sigma) / 4, with its input and output scaled (Karras et al., arXiv:2206.00364).
+
+    Args:
+        config: a scheduler's configuration.
+
+    Raises:
+        UsageError: as `ExplodingProcess`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, 80.0, 0.002)
+        self.prediction = "edm" if _prediction(config, ("epsilon", "v_prediction")) == "epsilon" else "edm_v"
+        self.sigma_data = float(config.get("sigma_data") or SIGMA_DATA)
+
+    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Process.marginal`, for times log(sigma) / 4."""
+        return torch.ones_like(t), (4 * t).exp()
+
+    def time(self, sigma: Any) -> Any:
+        """As `ExplodingProcess.time`."""
+        return np.log(sigma) / 4
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
+        """As `Process.grid`: noise levels of `sigma_schedule`, and 0 after the last step, in either spacing."""
+        sigma = self._exponential(steps)
+        if self.config.get("sigma_schedule") != "exponential":
+            sigma = _karras(self.high, self.low, steps, self.config.get("rho") or 7.0)
+        # Diffusers begins with this standard deviation.
+        return Grid(self.time(sigma), np.ones(steps + 1), np.append(sigma, 0.0), math.hypot(self.high, 1))
+
+
+class ScoreProcess(ExplodingProcess):
+    """A process of score networks, which are given sigma (Song et al., arXiv:2011.13456).
+
+    Args:
+        config: a scheduler's configuration.
+
+    Raises:
+        UsageError: as `ExplodingProcess`.
+    """
+
+    prediction = "score"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, 1348.0, 0.01)
+
+    def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Process.marginal`, for times sigma."""
+        return torch.ones_like(t), t
+
+    def time(self, sigma: Any) -> Any:
+        """As `ExplodingProcess.time`."""
+        return sigma
+
+    def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
+        """As `Process.grid`: noise levels that fall by equal factors, and 0 after the last step, in either spacing."""
+        sigma = self._exponential(steps)
+        return Grid(sigma, np.ones(steps + 1), np.append(sigma, 0.0), self.high)
+
+
+def process_of(config: Mapping[str, Any], tokens: int | None = None) -> Process:
+    """The process of a diffusers scheduler's configuration, as in `scheduler_config.json`.
+
+    Args:
+        config: the configuration; without `_class_name` that of a DDPMScheduler.
+        tokens: as for `FlowProcess`.
+
+    Raises:
+        UsageError: if the class, a key or a value is not understood.
+    """
+    name = scheduler_class(config)
+    if is_flow(config):
+        return FlowProcess(config, tokens)
+    if name in EDM_SCHEDULERS:
+        return EDMProcess(config)
+    if name in SCORE_SCHEDULERS:
+        return ScoreProcess(config)
+    return BetaProcess(config)
+
+
+def _prediction(config: Mapping[str, Any], known: tuple[str, ...]) -> str:
+    """The `prediction_type` of a configuration, by default the first of those known.
+
+    Raises:
+        UsageError: if it is another.
+    """
+    kind = config.get("prediction_type") or known[0]
+    if kind not in known:
+        raise UsageError(f"noise schedule: prediction_type is {kind!r}, expected {' or '.join(map(repr, known))}")
+    return str(kind)
+
+
+def _trailing(count: int, steps: int) -> np.ndarray:
+    """The timesteps count, count - count / steps ..., less 1, rounded: diffusers' spacing "trailing"."""
+    # Diffusers' arange can return an element too many.
+    return np.asarray(np.arange(count, 0, -count / steps)[:steps].round() - 1)
+
+
+def _karras(high: float, low: float, steps: int, rho: float = 7.0) -> np.ndarray:
+    """Noise levels from high to low, equally spaced in their rho-th root (Karras et al., arXiv:2206.00364, eq. 5)."""
+    return np.asarray(np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho)
+
+
+def _dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The shift's logarithm mu, linear in the number of tokens, as FLUX and SD3.5 take it."""
+    few, many = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
+    low, high = (config.get(key) or value for key, value in (("base_shift", 0.5), ("max_shift", 1.15)))
+    return float(low + (high - low) * (tokens - few) / (many - few))
