@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ladder", "Plan", "generate", "read", "sample"]
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _PLACES = {
     "Ladder": "mlem_dist.ladder.ladder",

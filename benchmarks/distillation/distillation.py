@@ -20,7 +20,7 @@ import torch
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.solver.integrate import block_noise
+from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.steps import solver_table
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import load_images
@@ -56,7 +56,7 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
     assert isinstance(gaussian, GaussianLevel)
     table = solver_table(ladder.process, STEPS, "ddpm")
     label = torch.arange(SAMPLES) % len(ladder.labels)
-    noise = block_noise(0, 0, (SAMPLES, *ladder.sample_shape), "cpu")
+    noise = image_noise(range(SAMPLES), ladder.sample_shape, "cpu")
     states = best_trajectory({1: best}, table, noise, label, lambda *_: None)
     rows = []
     for kind, teacher in (("plain", None), ("distilled", best)):

@@ -50,12 +50,13 @@ class Sampler:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         import torch
 
-        from mlem_dist.solver.integrate import block_noise, integrate
+        from mlem_dist.solver.integrate import integrate
+        from mlem_dist.solver.noise import image_noise
 
         ids = batch["id"]
         label = torch.tensor(ids % 10)
         with torch.inference_mode():
-            noise = block_noise(0, int(ids[0]) // BLOCK, (len(ids), *self.shape), "cpu")
+            noise = image_noise(ids.tolist(), self.shape, "cpu")
             x = integrate(self.levels, self.table, self.plan, noise, label, self.closed_form(label))
         return {"id": ids, "label": ids % 10, "image": as_png(x.numpy())}
 

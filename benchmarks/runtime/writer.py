@@ -43,16 +43,16 @@ def main(data: Path, out: Path) -> None:
     images = (
         load_images(data, ladder.sample_shape, ladder.labels).train[:SHARD].permute(0, 2, 3, 1).contiguous().numpy()
     )
-    ids, label = range(SHARD), [0] * SHARD
+    columns = {"sample_id": range(SHARD), "label": [0] * SHARD, "seed": range(SHARD)}
     pngs = encode_png(images)
-    size = len(encode_shard(pngs, ids, label, ladder.labels))
+    size = len(encode_shard(pngs, columns, ladder.labels))
     pixels = pa.table({"image": pa.array([image.tobytes() for image in images], pa.binary())})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         found = {
-            "shard": rate(lambda: write_shard(path, 0, 1, 0, images, label, ladder.labels, ""), size),
+            "shard": rate(lambda: write_shard(path, 0, 1, images, columns, ladder.labels, ""), size),
             "png alone": rate(lambda: encode_png(images), size),
-            "parquet of finished png": rate(lambda: encode_shard(pngs, ids, label, ladder.labels), size),
+            "parquet of finished png": rate(lambda: encode_shard(pngs, columns, ladder.labels), size),
             "pyarrow, pixels as bytes": rate(lambda: pq.write_table(pixels, path / "pixels.parquet"), np.size(images)),
         }
     for name, numbers in found.items():

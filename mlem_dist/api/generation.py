@@ -25,7 +25,7 @@ from mlem_dist.api.arguments import (
 )
 from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.engine.completion import Engine, complete, open_dataset
-from mlem_dist.engine.job import BLOCK_SIZE, Job
+from mlem_dist.engine.job import BLOCK_SIZE, SEEDS, Job
 from mlem_dist.engine.progress import GenerationReport, Progress
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 def sample(
     ladder: str | Path | Ladder = "fashion",
     *,
-    num: int,
+    num: int | None = None,
     labels: Sequence[int] | None = None,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     nfe: float | None = None,
     solver: Solver = "ddim",
     steps: int = 250,
@@ -52,11 +53,14 @@ def sample(
 ) -> np.ndarray:
     """Images made in this process; a dataset of the same arguments begins with them, but for rounding.
 
+    An image is a function of its class, its image seed and the plan, to rounding. Image i has the seed `seed` + i.
+
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        num: how many images.
+        num: number of images.
         labels: classes to generate, in turn; all by default.
-        seed: decides every noise and every draw of a plan.
+        seed: image seed of the first image, in [0, 2^32).
+        seeds: image seeds of all images, instead of `num` and `seed`.
         nfe: compute per image, in evaluations of the best level; 10 by default.
         solver: "ddim" or "dpm++" for the ODE, "ddpm" for the SDE.
         steps: base steps.
@@ -73,6 +77,7 @@ def sample(
     """
     from mlem_dist.engine.inline import sample_blocks
 
+    num, image_seed = _check_seeds(num, seed, seeds)
     loaded = load_ladder(ladder)
     device_type = local_device(device)
     chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=solver, steps=steps, nfe=nfe, plan=plan)
@@ -92,7 +97,26 @@ def sample(
         precision=precision,
     )
     loaded.check_models()
-    return np.concatenate(list(sample_blocks(job, loaded)))[:num]
+    return np.concatenate(list(sample_blocks(job, loaded, image_seed)))[:num]
+
+
+def _check_seeds(num: int | None, seed: int, seeds: Sequence[int] | None) -> tuple[int, Callable[[int], int] | None]:
+    """The number of images, and the image seed of each sample id if `seeds` are given.
+
+    Raises:
+        UsageError: if they contradict each other, or a seed is out of range.
+    """
+    if seeds is None:
+        if num is None:
+            raise UsageError("`num` is missing: expected `num`, or `seeds` with a seed for each image")
+        return num, None
+    if num not in (None, len(seeds)) or seed:
+        raise UsageError("`seeds` and `num` or `seed` exclude each other: `seeds` has a seed for each image")
+    if not len(seeds):
+        raise UsageError("`seeds` is empty, expected a seed for each image")
+    if bad := [value for value in seeds if not 0 <= value < SEEDS]:
+        raise UsageError(f"`seeds`: {bad[0]} is out of range, expected 0 to {SEEDS - 1}")
+    return len(seeds), lambda sample_id: int(seeds[sample_id % len(seeds)])
 
 
 def generate(
@@ -128,12 +152,13 @@ def generate(
         num: images of the whole dataset.
         out: a folder, or the URL of one in an object store.
         labels: classes to generate, in turn; all by default.
-        seed: decides every noise and every draw of a plan.
+        seed: image seed of sample 0, and seed of drawn plans; sample i has the image seed `seed` + i, below 2^32.
         nfe: compute per image, in evaluations of the best level; 10 by default.
         solver: "ddim" or "dpm++" for the ODE, "ddpm" for the SDE.
         steps: base steps.
         probabilities: how the budget is spread over levels and steps; Neyman's for a calibrated ladder by default.
-        draw: how the evaluations of a plan are drawn; "systematic" by default.
+        draw: how the evaluations of a plan are chosen: one plan for all images by default ("quantiles"), or a plan
+            drawn for each block ("systematic", "independent"), as impulses always are.
         increments: how an increment enters the steps; "held" for ddpm and "extrapolated" for others by default.
         plan: a plan or its file, instead of a budget.
         precision: type that networks compute in.
@@ -212,7 +237,7 @@ def generate(
             progress(last)
     if engine == "ray":
         cluster.disconnect()
-    return GenerationReport.of(last, str(place), num, job.shards, time.monotonic() - started, device_type)
+    return GenerationReport.of(last, str(place), num, seed, job.shards, time.monotonic() - started, device_type)
 
 
 def _check_engine(

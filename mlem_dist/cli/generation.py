@@ -103,6 +103,8 @@ def _print(report: GenerationReport) -> None:
     click.echo(f"Sampling: {report.images_per_second:.1f} images/s on {devices}, after {loading}.")
     calls = (f"{name} {count:.1f}" for name, count in report.calls_per_sample.items())
     click.echo(f"Evaluations per image: {', '.join(calls)}")
+    following = report.seed + report.num
+    click.echo(f"Seeds:    {report.seed} to {following - 1}; take --seed {following} for more images")
     click.echo(f"Open it:  python -c {_quoted(_opening_line(out), out)}")
     click.echo(f"See it:   mlem-dist show {shlex.quote(out)}")
 

@@ -162,8 +162,8 @@ def budget_options(command: Any) -> Any:
             click.option(
                 "--draw",
                 type=click.Choice(["systematic", "independent", "quantiles"]),
-                help="Coins evenly spread, or independent, or none but the quantiles of the probabilities.  "
-                "[default: systematic]",
+                help="One plan for all images at the quantiles of the probabilities, or a plan drawn for each block by "
+                "coins that are evenly spread or independent.  [default: quantiles; systematic for impulses]",
             ),
             click.option(
                 "--increments",
@@ -181,7 +181,11 @@ def budget_options(command: Any) -> Any:
 def plan_options(command: Any) -> Any:
     """The options that decide a plan."""
     command = click.option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Decides every noise and coin."
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Image seed of the first image; the next images count up. Also decides drawn plans.",
     )(device_option(command))
     command = budget_options(command)
     return click.option(

@@ -7,7 +7,9 @@ import pyarrow as pa
 
 
 def schema(labels: Sequence[str]) -> pa.Schema:
-    """The schema: sample_id int64, image struct<bytes: binary, path: string> and, if there are classes, label int64.
+    """The schema: sample_id, image struct<bytes: binary, path: string>, label if there are classes, and seed.
+
+    All but the image are int64.
 
     The metadata key `huggingface` names the features, so that `datasets` shows pictures and class names.
     """
@@ -18,6 +20,7 @@ def schema(labels: Sequence[str]) -> pa.Schema:
     ]
     if labels:
         fields.append(pa.field("label", pa.int64()))
+    fields.append(pa.field("seed", pa.int64()))
     metadata = {"huggingface": json.dumps({"info": {"features": features(labels)}})}
     return pa.schema(fields, metadata=metadata)
 
@@ -30,4 +33,5 @@ def features(labels: Sequence[str]) -> dict[str, dict[str, object]]:
     }
     if labels:
         columns["label"] = {"names": list(labels), "_type": "ClassLabel"}
+    columns["seed"] = {"dtype": "int64", "_type": "Value"}
     return columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from mlem_dist.files import file_digest
 WORK = ".mlem"
 
 DATA = "data"
+
+Columns = Mapping[str, Sequence[int]]
+"""Values of each column but the image, one per sample."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,17 @@ def encode_png(images: np.ndarray) -> list[bytes]:
     return files
 
 
-def encode_shard(pngs: Sequence[bytes], ids: Sequence[int], label: Sequence[int], labels: Sequence[str]) -> bytes:
-    """A Parquet file of PNG images with their sample ids and, if there are class names `labels`, their classes."""
+def encode_shard(pngs: Sequence[bytes], columns: Columns, labels: Sequence[str]) -> bytes:
+    """A Parquet file of PNG images and the other columns of `schema`, for class names `labels`."""
     names = schema(labels)
-    struct = names.field("image").type
-    columns = [pa.array(ids, pa.int64()), pa.array([{"bytes": png, "path": None} for png in pngs], struct)]
-    if labels:
-        columns.append(pa.array(label, pa.int64()))
-    table = pa.table(columns, schema=names)
+    values = {**columns, "image": [{"bytes": png, "path": None} for png in pngs]}
+    table = pa.table([pa.array(values[field.name], field.type) for field in names], schema=names)
     small = [name for name in names.names if name != "image"]
     buffer = io.BytesIO()
     pq.write_table(
         table,
         buffer,
-        row_group_size=max(1, min(len(ids), 100_000_000 // max(map(len, pngs)))),
+        row_group_size=max(1, min(len(pngs), 100_000_000 // max(map(len, pngs)))),
         compression={**dict.fromkeys(small, "zstd"), "image.bytes": "none", "image.path": "zstd"},
         use_dictionary=False,
         # Statistics of an image column would copy whole small images into the footer.
@@ -78,25 +78,24 @@ def write_shard(
     out: Location,
     index: int,
     shards: int,
-    first_id: int,
     images: np.ndarray,
-    label: Sequence[int],
+    columns: Columns,
     labels: Sequence[str],
     run: str,
 ) -> Shard:
-    """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), ids first_id, first_id + 1, ...
+    """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), and the other columns of `schema`.
 
     The file appears under its final name complete or not at all. A marker in `.mlem/` follows it, and names the `run`
     by the fingerprint of its configuration.
 
     Raises:
-        ValueError: if images and labels differ in number, or there are none.
+        ValueError: if images and values of a column differ in number, or there are none.
         OSError: as `publish`.
     """
-    if len(images) != len(label) or not len(images):
-        raise ValueError(f"shard {index}: {len(images)} images and {len(label)} labels")
-    ids = range(first_id, first_id + len(images))
-    data = encode_shard(encode_png(images), ids, label, labels)
+    if {len(images)} != {*map(len, columns.values())} or not len(images):
+        counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
+        raise ValueError(f"shard {index}: {len(images)} images, {counts}")
+    data = encode_shard(encode_png(images), columns, labels)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)

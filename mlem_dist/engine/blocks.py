@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,8 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
-from mlem_dist.solver.integrate import Noise, Request, block_noise, trajectory
+from mlem_dist.solver.integrate import Request, trajectory
+from mlem_dist.solver.noise import Noise, image_noise
 from mlem_dist.solver.plan import Plan
 from mlem_dist.solver.steps import StepTable, solver_table
 
@@ -25,9 +26,18 @@ class NonFiniteError(RuntimeError):
 
 
 class Blocks:
-    """The computation of a job's blocks, except for the evaluation of the levels."""
+    """The computation of a job's blocks, except for the evaluation of the levels.
 
-    def __init__(self, job: Job, ladder: Ladder) -> None:
+    Args:
+        job: the job.
+        ladder: its ladder.
+        image_seed: the image seed of each sample id, by default the job's.
+
+    Raises:
+        UsageError: if the ladder, or the version of a library, is not that of the job.
+    """
+
+    def __init__(self, job: Job, ladder: Ladder, image_seed: Callable[[int], int] | None = None) -> None:
         if ladder.digest != job.digest:
             raise UsageError(
                 f"the ladder {job.ladder!r} on {platform.node()} is not the one that the job was made for; every node "
@@ -42,6 +52,7 @@ class Blocks:
                 )
         self.job = job
         self.ladder = ladder
+        self.image_seed = image_seed or job.image_seed
         self._labels: dict[int, Tensor] = {}
         self._latest: tuple[int, ClosedForm] | None = None
 
@@ -64,8 +75,12 @@ class Blocks:
 
     def noise(self, block: int) -> Noise:
         """The block's noise, always for a whole block, so that a sample does not depend on `num`."""
-        shape = (self.job.block_size, *self.ladder.sample_shape)
-        return block_noise(self.job.seed, block, shape, self.job.device)
+        return image_noise(self.seeds(block), self.ladder.sample_shape, self.job.device)
+
+    def seeds(self, block: int) -> list[int]:
+        """The image seeds of a block's samples."""
+        first = block * self.job.block_size
+        return [self.image_seed(i) for i in range(first, first + self.job.block_size)]
 
     @cached_property
     def _affine(self) -> AffineDrift:

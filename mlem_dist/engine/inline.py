@@ -22,16 +22,19 @@ from mlem_dist.models.memory import keep_memory
 from mlem_dist.solver.integrate import integrate
 
 
-def block_maker(job: Job, ladder: Ladder) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+def block_maker(
+    job: Job, ladder: Ladder, image_seed: Callable[[int], int] | None = None
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     """A function that makes a block in this process; all levels that the job calls are loaded.
 
     The function returns the images, uint8 (B, H, W, C), and the number of evaluations of each level, int64 (K,).
+    `image_seed` is as for `Blocks`.
     """
     keep_memory()
     # One thread within a block, as in the actors: sums over several threads would be rounded in another order.
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
-    blocks, levels = Blocks(job, ladder), Levels(ladder, job.device, job.precision)
+    blocks, levels = Blocks(job, ladder, image_seed), Levels(ladder, job.device, job.precision)
 
     def make(block: int) -> tuple[np.ndarray, np.ndarray]:
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)
@@ -43,13 +46,13 @@ def block_maker(job: Job, ladder: Ladder) -> Callable[[int], tuple[np.ndarray, n
     return make
 
 
-def sample_blocks(job: Job, ladder: Ladder) -> Iterator[np.ndarray]:
-    """The images of each of a job's blocks in order, uint8 (B, H, W, C).
+def sample_blocks(job: Job, ladder: Ladder, image_seed: Callable[[int], int] | None = None) -> Iterator[np.ndarray]:
+    """The images of each of a job's blocks in order, uint8 (B, H, W, C); `image_seed` is as for `Blocks`.
 
     Raises:
         NonFiniteError: if a block ends with NaN or infinite values.
     """
-    make = block_maker(job, ladder)
+    make = block_maker(job, ladder, image_seed)
     for block in range(-(-job.num // job.block_size)):
         yield make(block)[0]
 
@@ -84,7 +87,7 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
             calls += block_calls
             first = first or time.monotonic() - began
             if block == job.shard_blocks(shard)[-1]:
-                writer.write(shard, *job.shard_samples(shard), *images)
+                writer.write(shard, *images)
                 images = []
             seconds = time.monotonic() - began
             samples += job.rows_of(shard, block)

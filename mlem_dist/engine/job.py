@@ -20,6 +20,12 @@ from mlem_dist.solver.steps import SOLVERS
 
 MAX_SHARDS = 10**6
 
+SEEDS = 2**32
+"""Number of image seeds: torch's generator for CPUs takes 32 bits of a seed."""
+
+NOISE_VERSION = 2
+"""Version of the noise: 1 was a function of the block, until 0.3; 2 is a function of the image seed."""
+
 PRECISIONS = ("float32", "bfloat16")
 """Data types of the UNets' weights and activations, by torch's names."""
 
@@ -72,6 +78,8 @@ class Workload:
         """The plan of a block: the memorised one, or its own draw."""
         if isinstance(self.plan, Plan):
             return self.plan
+        if self.plan.draw == "quantiles":
+            return self.first_plans[0]
         return self.plan.plan(block_rng(self.seed, block))
 
     @property
@@ -96,7 +104,7 @@ class Job:
         solver: one of `SOLVERS`.
         steps: N, the number of base steps.
         plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
-        seed: seed of all noise and coins.
+        seed: the image seed of sample 0, and the seed of drawn plans; sample i has the image seed `seed` + i.
         block_size: number of samples that advance together.
         shard_size: number of samples per file, a multiple of the block size.
         device: "cpu" or "cuda".
@@ -125,8 +133,11 @@ class Job:
         for name in ("num", "steps", "block_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more")
+        if not 0 <= self.seed <= SEEDS - self.num:
+            raise UsageError(
+                f"`seed` {self.seed}: expected 0 to {SEEDS - self.num}, as sample i has the image seed `seed` + i, and "
+                f"image seeds lie below {SEEDS}"
+            )
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
         if self.precision not in PRECISIONS:
@@ -145,6 +156,7 @@ class Job:
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
             config["plan"] = asdict(self.plan)
+        config["noise_version"] = NOISE_VERSION
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain
@@ -157,11 +169,6 @@ class Job:
     def shard_rows(self, shard: int) -> range:
         """The sample ids of a shard."""
         return range(shard * self.shard_size, min(self.num, (shard + 1) * self.shard_size))
-
-    def shard_samples(self, shard: int) -> tuple[int, list[int]]:
-        """The first sample id of a shard, and the classes of its samples."""
-        rows = self.shard_rows(shard)
-        return rows.start, [self.label(i) for i in rows]
 
     def shard_blocks(self, shard: int) -> range:
         """The blocks that hold a shard's samples; the last may reach beyond it."""
@@ -176,6 +183,10 @@ class Job:
     def label(self, sample_id: int) -> int:
         """The class of a sample."""
         return self.labels[sample_id % len(self.labels)]
+
+    def image_seed(self, sample_id: int) -> int:
+        """The image seed of a sample; that of a sample beyond the last one, which completes a block, wraps round."""
+        return (self.seed + sample_id) % SEEDS
 
     def block_plan(self, block: int) -> Plan:
         """The plan of a block: the memorised one, or its own draw."""
@@ -205,4 +216,6 @@ def check_shards(workload: Workload) -> None:
 def _first_plans(plan: Plan | Recipe, seed: int) -> tuple[Plan, ...]:
     if isinstance(plan, Plan):
         return (plan,)
+    if plan.draw == "quantiles":
+        return (plan.plan(block_rng(seed, 0)),)
     return tuple(plan.plan(block_rng(seed, block)) for block in range(SAMPLED_BLOCKS))

@@ -118,6 +118,7 @@ class GenerationReport:
     Attributes:
         out: the dataset's folder or URL.
         num: number of images in the whole dataset.
+        seed: image seed of the first image; image i has the seed `seed` + i.
         shards: number of files in the whole dataset.
         seconds: duration of the whole call.
         device: "cpu" or "cuda".
@@ -137,6 +138,7 @@ class GenerationReport:
 
     out: str
     num: int
+    seed: int
     shards: int
     seconds: float
     device: str
@@ -159,6 +161,7 @@ class GenerationReport:
         last: Progress | None,
         out: str,
         num: int,
+        seed: int,
         shards: int,
         seconds: float,
         device: str,
@@ -169,6 +172,7 @@ class GenerationReport:
         return cls(
             out=out,
             num=num,
+            seed=seed,
             shards=shards,
             seconds=seconds,
             device=device,

@@ -45,16 +45,20 @@ class Writer:
             )
         self.run = manifest.fingerprint
 
-    def write(self, shard: int, first_id: int, label: Sequence[int], *blocks: np.ndarray) -> tuple[Work, Shard]:
+    def write(self, shard: int, *blocks: np.ndarray) -> tuple[Work, Shard]:
         """Write one shard.
 
         Args:
             shard: the shard's number.
-            first_id: the first of its sample ids.
-            label: the class of each of its samples.
             blocks: images of its blocks, uint8 (B, H, W, C); the last block may hold more images than the shard.
         """
         start = time.process_time()
-        images = np.concatenate(blocks)[: len(label)]
-        written = write_shard(self.out, shard, self.job.shards, first_id, images, label, self.labels, self.run)
+        ids = self.job.shard_rows(shard)
+        columns = {
+            "sample_id": ids,
+            "label": [self.job.label(i) for i in ids],
+            "seed": [self.job.image_seed(i) for i in ids],
+        }
+        images = np.concatenate(blocks)[: len(ids)]
+        written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), written

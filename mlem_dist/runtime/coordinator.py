@@ -299,7 +299,7 @@ class Coordinator:
         """Write a shard; if images are lost with the node that made them, make the shard's blocks again."""
         for _ in range(TRIES):
             try:
-                await self.writers.call("write", shard, *self.job.shard_samples(shard), *images)
+                await self.writers.call("write", shard, *images)
             except (ObjectLostError, RayTaskError) as error:
                 if not lost(error):
                     raise

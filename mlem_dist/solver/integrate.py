@@ -1,14 +1,14 @@
 """The integrator: one loop, driven in one process here and across actors by the runtime."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlem_dist.solver.closed_form import ClosedForm, Projected
+from mlem_dist.solver.noise import Noise
 from mlem_dist.solver.plan import Increment, Plan, Term
 from mlem_dist.solver.steps import StepTable
 
@@ -24,10 +24,6 @@ class Drift(Protocol):
         ...
 
 
-Noise = Callable[[int], Tensor]
-"""z_i by step i, the shape of x; step -1 is the initial state."""
-
-
 @dataclass(frozen=True)
 class Request:
     """Values that the trajectory needs before it can take step `step`: those of `terms` at the state x and time t."""
@@ -36,41 +32,6 @@ class Request:
     t: float
     x: Tensor
     terms: tuple[Term, ...]
-
-
-def block_noise(seed: int, block: int, shape: Sequence[int], device: torch.device | str) -> Noise:
-    """The noise of a block: float32 of `shape`, a function of (seed, block, step) and the device type alone."""
-
-    def noise(step: int) -> Tensor:
-        key = np.random.SeedSequence(seed, spawn_key=(block, step + 1))
-        if torch.device(device).type == "cpu":
-            # Torch's generator for CPUs takes 32 bits of a seed: of millions of blocks some would be the same.
-            return torch.from_numpy(np.random.default_rng(key).standard_normal(tuple(shape), dtype=np.float32))
-        word = key.generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
-        return torch.randn(*shape, generator=generator, device=device)
-
-    return noise
-
-
-def coarse_noise(noise: Noise, fine: StepTable, ratio: int) -> Noise:
-    """The Brownian path of `noise`, drawn for the steps of `fine`, for the table of every `ratio`-th of its times.
-
-    The noise of a coarse step is the sum of those of the fine steps it spans, each carried forward by the a of the fine
-    steps after it, scaled to unit variance; zeros where no fine step takes any, as along the ODE.
-    """
-
-    def coarse(step: int) -> Tensor:
-        if step < 0:
-            return noise(step)
-        spanned = range(step * ratio, (step + 1) * ratio)
-        weight = [fine.c[i] * fine.a[i + 1 : spanned.stop].prod() for i in spanned]
-        scale = float(np.linalg.norm(weight))
-        if not scale:
-            return torch.zeros_like(noise(-1))
-        return torch.stack([noise(i) * float(w / scale) for i, w in zip(spanned, weight, strict=True)]).sum(0)
-
-    return coarse
 
 
 def trajectory(

@@ -22,7 +22,8 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schema import Level
 from mlem_dist.models.graphs import as_run
-from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, evaluate, integrate, trajectory
+from mlem_dist.solver.integrate import Drift, evaluate, integrate, trajectory
+from mlem_dist.solver.noise import Noise, coarse_noise, image_noise
 from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.solver.steps import ETA, StepTable, solver_table
@@ -215,7 +216,7 @@ def _along_trajectories(
         progress(f"{solver}: {stage}", done, total)
 
     table = solver_table(ladder.process, steps, solver)
-    noise = block_noise(0, 0, (len(label), *ladder.sample_shape), label.device)
+    noise = image_noise(range(len(label)), ladder.sample_shape, label.device)
     states = best_trajectory(levels, table, noise, label, report)
     if not states[-1].isfinite().all():
         raise _not_finite(ladder.levels[-1], "does not end")

@@ -21,13 +21,23 @@ from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.weights import save_tensors
 from mlem_dist.solver.closed_form import ClosedForm
-from mlem_dist.solver.integrate import Drift, Noise, block_noise, coarse_noise, integrate
+from mlem_dist.solver.integrate import Drift, integrate
+from mlem_dist.solver.noise import Noise, coarse_noise, image_noise
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.reporting import ReportProgress
 
 BLOCK = {"cpu": 32, "cuda": 128}
 """Largest number of samples per block, by device type. All samples of a block share one drawn plan."""
+
+
+SET_SIZE = 2**20
+"""Number of image seeds that a set of noises for selection or tests has, at most."""
+
+
+def set_seed(number: int) -> int:
+    """First image seed of set `number` of noises, counted from the highest seeds, which datasets use last."""
+    return 2**32 - (number + 1) * SET_SIZE
 
 
 @dataclass(frozen=True)
@@ -98,13 +108,16 @@ class PlanComparison:
         first = block * self.block if classes > self.block else 0
         return torch.arange(first, first + self.block, device=self.device) % classes
 
+    def _step_noise(self, block: int) -> Noise:
+        first = set_seed(self.seed) + block * self.block
+        return image_noise(range(first, first + self.block), self.ladder.sample_shape, self.device)
+
     def noise(self, block: int, steps: int) -> Noise:
         """Noise of a block for `steps` steps, from one Brownian path for every number of steps.
 
         For the SDE, `steps` must divide the length of `self.fine`.
         """
-        fine = block_noise(self.seed, block, (self.block, *self.ladder.sample_shape), self.device)
-        return coarse_noise(fine, self.fine, len(self.fine) // steps)
+        return coarse_noise(self._step_noise(block), self.fine, len(self.fine) // steps)
 
     @cached_property
     def reference(self) -> Tensor:
@@ -124,7 +137,7 @@ class PlanComparison:
     def measure(self, plan: Plan | Recipe) -> Measurement:
         """Verdict on a memorised plan, or on a recipe from which each block draws its own plan."""
         plans = self._plans(plan)
-        plain = block_noise(self.seed, 0, (self.block, *self.ladder.sample_shape), self.device)
+        plain = self._step_noise(0)
         label = self.label(0)
         table, closed_form = self._grid(plans[0], label, path=False)
         seconds = self.timed(lambda: integrate(self._run, table, plans[0], plain, label, closed_form))

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlem_dist.solver.integrate import Drift, block_noise
+from mlem_dist.solver.integrate import Drift
+from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.calibrate import adjoint, best_trajectory
-from mlem_dist.tuning.comparison import PlanComparison
+from mlem_dist.tuning.comparison import PlanComparison, set_seed
 from mlem_dist.tuning.recipes import NeymanRule, collapses
 from mlem_dist.tuning.reporting import ReportProgress
 
@@ -113,7 +114,8 @@ def first_order(
 
     def block_effects(block: int) -> np.ndarray:
         nonlocal done
-        noise = block_noise(MODEL_SEED, block, shape, comparison.device)
+        first = set_seed(MODEL_SEED) + block * comparison.block
+        noise = image_noise(range(first, first + comparison.block), shape[1:], comparison.device)
         effects = pair_effects(comparison.levels, table, noise, comparison.label(block), probes[block])
         done += 1
         progress(done, len(blocks))

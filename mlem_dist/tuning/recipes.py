@@ -31,14 +31,20 @@ def make_recipe(
 
     `cost` (K,) is the cost of each level, in seconds per sample.
 
-    None selects a default: Neyman's probabilities for a calibrated ladder and the theory's for others, systematic
-    coins, held increments for DDPM and extrapolated ones for the ODE. Neyman's probabilities come with the choice of
-    rungs whose coins add the least error at this budget; other probabilities take every level.
+    None selects a default: Neyman's probabilities for a calibrated ladder and the theory's for others; one plan for all
+    blocks, unless increments are impulses; held increments for the SDE and extrapolated ones for the ODE. Neyman's
+    probabilities come with the choice of rungs whose coins add the least error at this budget; other probabilities take
+    every level.
 
     Raises:
         UsageError: if `steps` or `nfe` is out of range, or Neyman's probabilities are requested for a ladder that is
             not calibrated.
     """
+    if increments == "impulse" and draw == "quantiles":
+        raise UsageError(
+            "`draw` quantiles and `increments` impulse exclude each other: impulses are unbiased over drawn plans "
+            "only; choose systematic or independent"
+        )
     if not nfe > 0:
         raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
     log_snr = ladder.process.grid(steps).log_snr
@@ -56,7 +62,7 @@ def make_recipe(
     # its plan.
     return Recipe(
         p.round(DIGITS),
-        draw or "systematic",
+        draw or ("systematic" if increments == "impulse" else "quantiles"),
         increments or DEFAULT_INCREMENTS[solver],
         collapses(ladder, solver),
         log_snr.round(DIGITS),

@@ -33,8 +33,8 @@ DRAWS = 15
 MEMORISED, OPTIMISED, FITTED = "memorised", "optimised", "fitted"
 EM = "Euler-Maruyama"
 FAMILIES: dict[str, dict[str, Any]] = {
-    "held": {"increments": "held"},
-    "extrapolated": {"increments": "extrapolated"},
+    "held": {"increments": "held", "draw": "systematic"},
+    "extrapolated": {"increments": "extrapolated", "draw": "systematic"},
     "ML-EM": {"increments": "impulse", "draw": "independent"},
 }
 """Recipes from which every block draws its own plan; only the last recipe is unbiased."""

@@ -15,7 +15,8 @@ from learn import (
 )
 from processes import process_of_betas
 
-from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import impulse
 from mlem_dist.solver.steps import solver_table
 
@@ -24,7 +25,7 @@ COST = np.array([0.1, 1.0, 4.0])
 TAU = np.array([-1.2, 0.1, 1.1])
 TABLE = solver_table(process_of_betas(np.linspace(0.05, 0.4, 12)), STEPS, "ddpm")
 LABEL = torch.zeros(5, dtype=torch.int64)
-NOISE = block_noise(0, 0, (5, 1, 2, 2), "cpu")
+NOISE = image_noise(range(5), (1, 2, 2), "cpu")
 LEVELS = {k: (lambda x, t, label, *_, k=k: torch.tanh(x * (0.5 + 0.3 * k)) + 0.1 * k) for k in (1, 2, 3)}
 TARGET = torch.full((5, 1, 2, 2), 0.3)
 LOGISTIC = Logistic(np.array([[0.7, -0.4], [-0.3, -1.0]]), TAU)
@@ -108,7 +109,7 @@ def test_the_slope_is_that_of_the_trajectory():
 def test_a_real_ladder_can_be_differentiated(fashion):
     levels = {k: fashion.load_level(k, "cpu") for k in (1, 2, 3)}
     table = solver_table(fashion.process, 6, "ddpm")
-    noise = block_noise(0, 0, (2, *fashion.sample_shape), "cpu")
+    noise = image_noise(range(2), fashion.sample_shape, "cpu")
     label = torch.tensor([0, 8])
     weight = np.array([[1.0] * 6, [0, 2, 0, 2, 2, 0], [0, 0, 0, 3, 0, 0]])
     slope = np.array([[0.0] * 6, [0, 1, 0, -1, 0.5, 0], [0, 0, 0, 1, 0, 0]])
@@ -123,7 +124,7 @@ def test_learning_lowers_error_and_cost_together():
     """From probabilities that spend most on a level that adds nothing."""
     useless = LEVELS | {3: LEVELS[2]}
     start = Logistic(np.array([[0.0, 0.0], [-1.5, 1.0]]), TAU)
-    noise = block_noise(0, 0, (16, 1, 2, 2), "cpu")
+    noise = image_noise(range(16), (1, 2, 2), "cpu")
     label = torch.zeros(16, dtype=torch.int64)
     target = integrate(useless, TABLE, impulse(np.ones((3, STEPS), dtype=bool), np.ones((3, STEPS))), noise, label)
     steps = list(itertools.islice(learn(useless, TABLE, start, COST, noise, label, target, seed=0), 100))

@@ -96,3 +96,9 @@ def test_a_run_goes_on_where_its_ladder_has_moved(tmp_path):
     assert found.config["ladder"] == "/a/mine"
     with pytest.raises(UsageError, match="digest was"):
         check_out(tmp_path, {"ladder": "/a/mine", "digest": "2", "seed": 0})
+
+
+def test_a_dataset_with_the_noise_of_an_earlier_version_is_not_gone_on_with(tmp_path):
+    Manifest({"digest": "1", "seed": 0}, (), {"mlem_dist": "0.3.0"}, {}, ()).write(tmp_path)
+    with pytest.raises(UsageError, match=r"was begun by mlem-dist 0\.3\.0, whose noise is not that of this version"):
+        check_out(tmp_path, {"digest": "1", "seed": 0, "noise_version": 2})

@@ -127,4 +127,4 @@ def test_the_footer_holds_no_images(dataset):
     assert pq.read_metadata(path).serialized_size < 5000
     columns = pq.read_metadata(path).row_group(0)
     statistics = {columns.column(i).path_in_schema: columns.column(i).is_stats_set for i in range(columns.num_columns)}
-    assert statistics == {"sample_id": True, "image.bytes": False, "image.path": False, "label": True}
+    assert statistics == {"sample_id": True, "image.bytes": False, "image.path": False, "label": True, "seed": True}

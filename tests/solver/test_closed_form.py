@@ -6,7 +6,8 @@ import torch
 from processes import process_of_betas
 
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm, Projected
-from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import Recipe, held, single_level
 from mlem_dist.solver.steps import StepTable, solver_table
 
@@ -29,7 +30,7 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
     """On one Brownian path, with a real Gaussian level and real UNets on top: equal but for rounding."""
     table = solver_table(fashion.process, STEPS, solver)
     label = torch.tensor([0, 7, 7, 3])
-    noise = block_noise(4, 0, (4, *fashion.sample_shape), "cpu")
+    noise = image_noise(range(40, 40 + 4), fashion.sample_shape, "cpu")
     single, runs = (
         recipe(fashion, table, increments, collapse).plan(np.random.default_rng(0)) for collapse in (False, True)
     )
@@ -45,7 +46,7 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     """Where a level is called at steps in turn, its values are differences that level 1 has no part in."""
     table = solver_table(fashion.process, STEPS, "ddim")
     label = torch.tensor([0, 7])
-    noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
+    noise = image_noise(range(40, 40 + 2), fashion.sample_shape, "cpu")
     fire = np.zeros((2, STEPS), dtype=bool)
     fire[0] = True
     fire[1, [20, 21, 22, 40]] = True
@@ -59,7 +60,7 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
     table = solver_table(fashion.process, 1000, "ddim")
     label = torch.tensor([1, 9])
-    noise = block_noise(4, 0, (2, *fashion.sample_shape), "cpu")
+    noise = image_noise(range(40, 40 + 2), fashion.sample_shape, "cpu")
     expected = integrate(levels, table, single_level(1, 3, 1000), noise, label)
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
     plan = replace(single_level(1, 3, 1000), collapse=True)

@@ -18,7 +18,8 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.ladder.save import save_level
 from mlem_dist.report.tables import calibration_table
-from mlem_dist.solver.integrate import block_noise, coarse_noise, integrate
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.noise import coarse_noise, image_noise
 from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import solver_table, step_table
 from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store
@@ -59,7 +60,7 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
     levels, matrices = toy
     table = step_table(SCHEDULE.grid(10), eta)
     label = torch.zeros(3, dtype=torch.int64)
-    states = best_trajectory(levels, table, block_noise(0, 0, (3, 1, 2, 2), "cpu"), label, silent)
+    states = best_trajectory(levels, table, image_noise(range(3), (1, 2, 2), "cpu"), label, silent)
     found = [propagate(levels, table, states, label, probe) for probe in signs(3)]
     effect = np.mean([change**2 for _, change in found], axis=0)
     below = [np.zeros((4, 4)), *matrices]
@@ -80,7 +81,7 @@ def test_coins_make_the_error_that_their_effects_predict(toy):
     levels, _ = toy
     table = solver_table(SCHEDULE, 20, "ddpm")
     label = torch.zeros(100, dtype=torch.int64)
-    noise = block_noise(0, 0, (100, 1, 2, 2), "cpu")
+    noise = image_noise(range(100), (1, 2, 2), "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
     changes = np.concatenate([propagate(levels, table, states, label, v)[1] for v in signs(100)], axis=2)
     effect = np.einsum("kki->ki", products_of(changes))
@@ -102,7 +103,7 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
     levels = dict(enumerate(levels.values(), 1))
     table = solver_table(fashion.process, 5, "ddim")
     label = torch.tensor([2, 7])
-    noise = block_noise(0, 0, (2, *fashion.sample_shape), "cpu")
+    noise = image_noise(range(2), fashion.sample_shape, "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
     probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(1)) * 2.0 - 1
     _, change = propagate(levels, table, states, label, probe)
@@ -127,7 +128,7 @@ def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
     table = solver_table(SCHEDULE, 100, "ddpm")
     levels = {1: lambda x, t, label: torch.tanh(x)}
     label = torch.zeros(500, dtype=torch.int64)
-    noise = block_noise(0, 0, (500, 1, 2, 2), "cpu")
+    noise = image_noise(range(500), (1, 2, 2), "cpu")
     fine = best_trajectory(levels, table, noise, label, silent)[-1]
 
     def error(steps: int, noise) -> float:
@@ -142,7 +143,7 @@ def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
 
 
 def test_the_ode_has_no_coarse_noise():
-    noise = block_noise(0, 0, (2, 1, 2, 2), "cpu")
+    noise = image_noise(range(2), (1, 2, 2), "cpu")
     coarse = coarse_noise(noise, solver_table(SCHEDULE, 100, "ddim"), 5)
     assert torch.equal(coarse(-1), noise(-1))
     assert not coarse(3).any()

@@ -5,7 +5,8 @@ from processes import process_of_betas
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import Plan, draw_coins, extrapolated, held, single_level
 from mlem_dist.solver.steps import solver_table
 from mlem_dist.tuning.comparison import PlanComparison
@@ -37,7 +38,7 @@ def scalar_levels(size: float):
 def test_the_model_is_the_error_to_first_order(solver, kind):
     table = solver_table(PROCESS, STEPS, solver)
     label = torch.zeros(SAMPLES, dtype=torch.int64)
-    noise = block_noise(0, 0, (SAMPLES, 1, 1, 1), "cpu")
+    noise = image_noise(range(SAMPLES), (1, 1, 1), "cpu")
     fire = draw_coins(np.repeat([[1.0], [0.4], [0.2]], STEPS, axis=1), "systematic", np.random.default_rng(1))
     plan = held(fire) if kind == "held" else extrapolated(fire, np.arange(STEPS) ** 1.5, reach=[1.0, 1.4, 0.5])
     ratios = []

@@ -11,10 +11,11 @@ from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.closed_form import ClosedForm
-from mlem_dist.solver.integrate import block_noise, integrate
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import Plan, read_plan, single_level
 from mlem_dist.solver.steps import solver_table
-from mlem_dist.tuning.comparison import BLOCK, PlanComparison
+from mlem_dist.tuning.comparison import BLOCK, PlanComparison, set_seed
 from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.tune import TEST_SAMPLES, TEST_SEED, best_plan, open_frontier
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
@@ -47,7 +48,8 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     label = torch.arange(BLOCK["cpu"]) % 10
     errors = []
     for block in range(TEST_SAMPLES // BLOCK["cpu"]):
-        noise = block_noise(TEST_SEED, block, (BLOCK["cpu"], *ladder.sample_shape), "cpu")
+        first = set_seed(TEST_SEED) + block * BLOCK["cpu"]
+        noise = image_noise(range(first, first + BLOCK["cpu"]), ladder.sample_shape, "cpu")
         best = integrate(levels, table, single_level(2, 2, 50), noise, label)
         single_steps = Plan(plan.fire, plan.weight, plan.previous)
         end = integrate(levels, table, single_steps, noise, label)
@@ -102,7 +104,8 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     # A few samples of the judging noises: the best level at 250 steps takes most of the time.
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
     table = solver_table(fashion.process, 250, "ddim")
-    noise, label = block_noise(TEST_SEED, 0, (4, *fashion.sample_shape), "cpu"), torch.arange(4)
+    first, label = set_seed(TEST_SEED), torch.arange(4)
+    noise = image_noise(range(first, first + 4), fashion.sample_shape, "cpu")
     form = ClosedForm(levels[1].affine(table.t), table, label)
     ends = [integrate(levels, table, plan, noise, label, form) for plan in plans]
     best = integrate(levels, table, single_level(len(levels), len(levels), 250), noise, label)
@@ -111,7 +114,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     assert errors[0] < 0.01
 
 
-def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
+def test_the_reference_has_no_error(small, tmp_path, monkeypatch):
     ladder = Ladder.load(small)
     judge = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
     measurement = judge.measure(single_level(2, 2, 40))
@@ -121,7 +124,7 @@ def test_the_reference_is_its_own_judge(small, tmp_path, monkeypatch):
     assert torch.equal(kept.reference, judge.reference)
     assert torch.equal(PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
     # As a version with other noise would have kept it.
-    monkeypatch.setattr("mlem_dist.tuning.comparison.block_noise", lambda seed, *rest: block_noise(seed + 1, *rest))
+    monkeypatch.setattr("mlem_dist.tuning.comparison.set_seed", lambda number: number)
     other = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert other.measure(single_level(2, 2, 40)).errors.max() == 0
 
