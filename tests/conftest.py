@@ -67,7 +67,7 @@ def make_job(fashion: Ladder):
             "digest": of.digest,
             "num": 44,
             "labels": tuple(range(10)),
-            "solver": "ddpm",
+            "solver": "sde",
             "steps": 12,
             "plan": plan or Recipe(p, "systematic", "held", collapse=True),
             "seed": 3,

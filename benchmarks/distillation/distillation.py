@@ -54,7 +54,7 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
     images = load_images(data, ladder.sample_shape, ladder.labels)
     gaussian, best = ladder.load_level(1, "cpu"), ladder.load_level(len(ladder.levels), "cpu")
     assert isinstance(gaussian, GaussianLevel)
-    table = solver_table(ladder.process, STEPS, "ddpm")
+    table = solver_table(ladder.process, STEPS, "sde")
     label = torch.arange(SAMPLES) % len(ladder.labels)
     noise = image_noise(range(SAMPLES), ladder.sample_shape, "cpu")
     states = best_trajectory({1: best}, table, noise, label, lambda *_: None)

@@ -68,7 +68,7 @@ def main(nfe: int, draws: int, out: Path) -> None:
     rows = kept.pop("rows")
     if kept != about:
         raise click.UsageError(f"{out} is of other options than these; choose another --out")
-    for solver in ("ddpm", "ddim"):
+    for solver in ("sde", "ode"):
         judge = PlanComparison(ladder, solver, "cpu", STEPS, BLOCK["cpu"], TEST_SEED)
         plans = {family: [plan] for family, plan in fixed(ladder, solver, nfe)}
         for family, choices in DRAWN.items():

@@ -31,8 +31,8 @@ def main(samples: int, threads: int, out: Path) -> None:
     """Mean and median squared error to the best level at every step, by lower level and number of calls."""
     ladder = Ladder.load("fashion")
     best, rows = len(ladder.levels), []
-    judge = PlanComparison(ladder, "ddpm", "cpu", STEPS, samples, TEST_SEED, out.parent / "cache", threads)
-    rule = NeymanRule(ladder, ladder.cost("cpu"), "ddpm", STEPS)
+    judge = PlanComparison(ladder, "sde", "cpu", STEPS, samples, TEST_SEED, out.parent / "cache", threads)
+    rule = NeymanRule(ladder, ladder.cost("cpu"), "sde", STEPS)
     for lower in range(1, best):
         rungs = (1, best) if lower == 1 else (1, lower, best)
         # A budget small enough that no probability is 1, so that it has the density's shape.

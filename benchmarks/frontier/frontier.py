@@ -1,7 +1,7 @@
 """Error against time for every way to spend it: Figure 1 of Jacot, arXiv:2603.24594, on a ladder.
 
-python benchmarks/frontier/frontier.py --solver ddpm --out benchmarks/results/frontier
-python benchmarks/frontier/frontier.py --solver ddim --out benchmarks/results/frontier
+python benchmarks/frontier/frontier.py --solver sde --out benchmarks/results/frontier
+python benchmarks/frontier/frontier.py --solver ode --out benchmarks/results/frontier
 
 Every run starts from the same noises and follows the same Brownian path; the reference is the best level at every
 timestep of the noise schedule. A rerun goes on where the last one stopped.
@@ -90,13 +90,13 @@ def cases(judge: PlanComparison, choosing: PlanComparison) -> Iterator[Case]:
         return judge.measure(best_draw(choosing, recipes, cost))
 
     for name, choices in FAMILIES.items():
-        for nfe in (*BUDGETS, DDPM_BUDGET) if solver == "ddpm" and name in OURS else BUDGETS:
+        for nfe in (*BUDGETS, DDPM_BUDGET) if solver == "sde" and name in OURS else BUDGETS:
             yield name, f"{nfe} NFE", lambda nfe=nfe, choices=choices: judge.measure(recipe(nfe, choices))
     for k in range(levels, 0, -1):
         for steps in BEST_EM_STEPS if k == levels else EM_STEPS:
             plan = single_level(k, levels, steps)
             yield f"EM, {ladder.levels[k - 1].name}", f"{steps} steps", lambda plan=plan: judge.measure(plan)
-    if solver == "ddim":
+    if solver == "ode":
         for name in FAST:
             for steps in FAST_STEPS:
                 yield name, f"{steps} steps", partial(fast, name, steps, judge)
@@ -105,7 +105,7 @@ def cases(judge: PlanComparison, choosing: PlanComparison) -> Iterator[Case]:
     optimiser = Optimiser(choosing, 1, untold, OPTIMISER_SAMPLES)
     for nfe in SEARCHED_BUDGETS:
         yield OPTIMISED, f"{nfe} NFE", lambda nfe=nfe: judge.measure(optimiser.plan(nfe))
-    if solver == "ddim":
+    if solver == "ode":
         fitter = Fitter(
             PlanComparison(ladder, solver, judge.device, BASE_STEPS, FITTING_SAMPLES, FITTING_SEED, threads=2)
         )
@@ -211,7 +211,7 @@ def fast(name: str, steps: int, judge: PlanComparison) -> Measurement:
 
 @click.command()
 @click.option("--ladder", "name", default="fashion")
-@click.option("--solver", type=click.Choice(["ddpm", "ddim"]), required=True)
+@click.option("--solver", type=click.Choice(["sde", "ode"]), required=True)
 @click.option("--samples", default=256)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--family", "families", multiple=True, help="Only these, to compare them on one machine in one session.")

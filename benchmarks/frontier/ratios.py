@@ -1,6 +1,6 @@
 """What a frontier says: time at equal error and error at equal time, of each family over the best baseline.
 
-python benchmarks/frontier/ratios.py benchmarks/results/frontier/frontier-ddpm.json
+python benchmarks/frontier/ratios.py benchmarks/results/frontier/frontier-sde.json
 
 Writes ratios-SOLVER.json beside the frontier, and prints it as Markdown tables. A family's curve is the lower envelope
 of its points, in logarithmic axes a line from point to point; it is not continued beyond them.

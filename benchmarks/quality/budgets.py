@@ -28,15 +28,15 @@ def ways(ladder: Ladder, nfe: int) -> Iterator[tuple[str, str, Plan | None, int]
     levels = len(ladder.levels)
     cost = ladder.cost("cpu")
     best = single_level(levels, levels, nfe)
-    yield "EM, DDPM", "ddpm", best, nfe
-    yield "EM, DDIM", "ddim", best, nfe
+    yield "EM, DDPM", "sde", best, nfe
+    yield "EM, DDIM", "ode", best, nfe
     yield "DPM-Solver++(2M)", "dpm++", best, nfe
     steps = round(2 * nfe / (1 + cost[SMALL - 1] / cost[-1]))
     stitched = switched(SMALL, levels, levels, steps, steps // 2)
-    yield "T-Stitch, DDPM", "ddpm", stitched, steps
-    yield "T-Stitch, DDIM", "ddim", stitched, steps
-    yield "ours, DDPM", "ddpm", None, 250
-    yield "ours, DDIM", "ddim", None, 250
+    yield "T-Stitch, DDPM", "sde", stitched, steps
+    yield "T-Stitch, DDIM", "ode", stitched, steps
+    yield "ours, DDPM", "sde", None, 250
+    yield "ours, DDIM", "ode", None, 250
 
 
 @click.command()

@@ -132,13 +132,13 @@ def main(
     for number, level in enumerate(ladder.levels, 1):
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             plan = single_level(number, len(ladder.levels), steps)
-            json.dump(plan_to_dict(plan, ladder.digest, "ddpm"), file)
+            json.dump(plan_to_dict(plan, ladder.digest, "sde"), file)
             file.flush()
             row(
                 f"{level.name} alone",
-                *generate(num, [*common, "--solver", "ddpm", "--steps", str(steps), "--plan", file.name]),
+                *generate(num, [*common, "--solver", "sde", "--steps", str(steps), "--plan", file.name]),
             )
-    for solver in ("ddim", "ddpm"):
+    for solver in ("ode", "sde"):
         for budget in nfe.split(","):
             row(f"--solver {solver} --nfe {budget}", *generate(num, [*common, "--solver", solver, "--nfe", budget]))
     start = time.monotonic()

@@ -66,7 +66,7 @@ def run(ladder: Path, num: int, placement: str, devices: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [SCRIPT, "generate", "--num", str(num), "--ladder", str(ladder), "--out", f"{folder}/out"]
         command += ["--steps", "20", "--nfe", "5", "--placement", placement, "--devices", str(devices)]
-        command += ["--address", "local", "--solver", "ddpm", "--block-size", "100", "--shard-size", "5000", "--json"]
+        command += ["--address", "local", "--solver", "sde", "--block-size", "100", "--shard-size", "5000", "--json"]
         memory: list[tuple[float, float]] = []
         used: list[tuple[float, float]] = []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:

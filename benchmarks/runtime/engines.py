@@ -1,6 +1,6 @@
 """Images per second of the Ray runtime, by placement, against the in-process engine: same plan, same cores, same files.
 
-python benchmarks/runtime/engines.py --num 5000 --rounds 2 --solver ddim --engine "in process" --engine "ray, auto" \
+python benchmarks/runtime/engines.py --num 5000 --rounds 2 --solver ode --engine "in process" --engine "ray, auto" \
     --out benchmarks/results/engines.json
 """
 
@@ -39,7 +39,7 @@ def run(engine: str, num: int, devices: int, block_size: int, solver: str) -> tu
 @click.option("--rounds", default=1)
 @click.option("--devices", default=2)
 @click.option("--block-size", default=100)
-@click.option("--solver", default="ddpm")
+@click.option("--solver", default="sde")
 @click.option("--engine", "engines", type=click.Choice(list(ENGINES)), multiple=True, default=list(ENGINES))
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(

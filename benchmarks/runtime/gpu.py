@@ -102,9 +102,9 @@ def transfer_rows(ladder: Ladder, batches: tuple[int, ...]) -> Iterator[dict[str
 
 def job_of(ladder: Ladder, nfe: float, block_size: int, precision: str) -> Job:
     """DDIM by the plan that is tuned for a budget."""
-    plan = tuned_plan(ladder, "ddim", STEPS, nfe)
+    plan = tuned_plan(ladder, "ode", STEPS, nfe)
     assert plan
-    about = ladder.source, ladder.digest, 10**6, tuple(range(10)), "ddim", STEPS, plan, 0, block_size, block_size
+    about = ladder.source, ladder.digest, 10**6, tuple(range(10)), "ode", STEPS, plan, 0, block_size, block_size
     return Job(*about, "cuda", precision)
 
 
@@ -175,7 +175,7 @@ def run_row(
 ) -> dict[str, Any]:
     """`mlem-dist generate` as a command."""
     precision, placement = RUNS[name]
-    options = ["--device", "cuda", "--solver", "ddim", "--nfe", str(nfe), "--block-size", str(block_size)]
+    options = ["--device", "cuda", "--solver", "ode", "--nfe", str(nfe), "--block-size", str(block_size)]
     options += ["--ladder", ladder.source, "--precision", precision, "--shard-size", str(10 * block_size)]
     options += ["--placement", placement] if placement else ["--engine", "inline"]
     report, _ = generated(num, *options)

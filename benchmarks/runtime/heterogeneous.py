@@ -30,7 +30,7 @@ PLACEMENTS = ("1-6@size=large", "1-5@size=small,6@size=large")
 def measured(address: str, placement: str, num: int, nfe: float) -> float:
     """Images per second after loading."""
     options = ["--address", address, "--placement", placement, "--nfe", str(nfe), "--block-size", str(BLOCK)]
-    options += ["--shard-size", str(SHARD), "--solver", "ddpm", "--steps", str(STEPS), "--increments", "held"]
+    options += ["--shard-size", str(SHARD), "--solver", "sde", "--steps", str(STEPS), "--increments", "held"]
     report, _ = generated(num, *options)
     return float(report["images_per_second"])
 
@@ -45,8 +45,8 @@ def main(num: int, nfe: float, out: Path) -> None:
     levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
     alone = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", BLOCK) for level in levels])
     costs = costs_of(ladder, alone)
-    recipe = make_recipe(ladder, ladder.cost("cpu"), "ddpm", STEPS, nfe, increments="held")
-    job = Job("fashion", ladder.digest, num, tuple(range(10)), "ddpm", STEPS, recipe, 0, BLOCK, SHARD, "cpu")
+    recipe = make_recipe(ladder, ladder.cost("cpu"), "sde", STEPS, nfe, increments="held")
+    job = Job("fashion", ladder.digest, num, tuple(range(10)), "sde", STEPS, recipe, 0, BLOCK, SHARD, "cpu")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for size in ("small", "large"):
         cluster.add_node(num_cpus=1, labels={"size": size})

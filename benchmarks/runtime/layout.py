@@ -28,7 +28,7 @@ from mlem_dist.models.unet import UNetLevel
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
-LADDER, SOLVER, STEPS, SEED = "fashion", "ddim", 250, 1
+LADDER, SOLVER, STEPS, SEED = "fashion", "ode", 250, 1
 BLOCKS = [(16, 24, 32), (32, 32, 32), (32, 48, 64), (64, 64, 64), (48, 64, 96), (64, 128, 128), (128, 256, 256)]
 SIZES = [(16, 100), (32, 25), (16, 8)]
 """Pixels of a side, and samples of a batch."""

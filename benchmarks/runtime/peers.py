@@ -42,8 +42,8 @@ class Sampler:
         ladder = Ladder.load(LADDER)
         self.shape = ladder.sample_shape
         self.levels = {k: ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)}
-        self.table = solver_table(ladder.process, STEPS, "ddim")
-        self.plan = tuned_plan(ladder, "ddim", STEPS, NFE)
+        self.table = solver_table(ladder.process, STEPS, "ode")
+        self.plan = tuned_plan(ladder, "ode", STEPS, NFE)
         affine = self.levels[1].affine(self.table.t)
         self.closed_form = lambda label: ClosedForm(affine, self.table, label)
 

@@ -48,16 +48,16 @@ SAMPLES = 200
 
 # Solver, placement, evaluations of the best level, block size, devices, images.
 RUNS = [
-    ("ddpm", "together", 10, 100, 2, 8000),
-    ("ddpm", "together", 5, 50, 2, 3000),
-    ("ddpm", "together", 20, 100, 2, 1200),
-    ("ddpm", "together", 10, 100, 1, 800),
-    ("ddpm", "1-3,4-6", 10, 100, 2, 1800),
-    ("ddpm", "1-2,3-6", 5, 100, 2, 3000),
-    ("ddpm", "1-5,6", 10, 50, 2, 1800),
-    ("ddpm", "pools", 10, 100, 2, 1200),
-    ("ddpm", "pools", 10, 50, 2, 1200),
-    ("ddim", "together", 10, 100, 2, 14000),
+    ("sde", "together", 10, 100, 2, 8000),
+    ("sde", "together", 5, 50, 2, 3000),
+    ("sde", "together", 20, 100, 2, 1200),
+    ("sde", "together", 10, 100, 1, 800),
+    ("sde", "1-3,4-6", 10, 100, 2, 1800),
+    ("sde", "1-2,3-6", 5, 100, 2, 3000),
+    ("sde", "1-5,6", 10, 50, 2, 1800),
+    ("sde", "pools", 10, 100, 2, 1200),
+    ("sde", "pools", 10, 50, 2, 1200),
+    ("ode", "together", 10, 100, 2, 14000),
 ]
 KEPT = ("ready_seconds", "first_block_seconds", "sampling_seconds", "calls_per_sample", "pools")
 DEVICES = [4**i for i in range(7)]
@@ -70,7 +70,7 @@ def make_job(
 ) -> Job:
     """With held increments for the SDE, and for the ODE the plan that the ladder has for this budget."""
     plan: Plan | Recipe | None
-    if solver == "ddpm":
+    if solver == "sde":
         plan = make_recipe(ladder, cost, solver, STEPS, nfe, increments="held")
     else:
         plan = tuned_plan(ladder, solver, STEPS, nfe)
@@ -85,7 +85,7 @@ def measure(
     """One run's report, on the Ray at `address`."""
     options = ["--address", address, "--placement", placement, "--devices", str(devices), "--nfe", str(nfe)]
     options += ["--block-size", str(block), "--shard-size", str(SHARD), "--steps", str(STEPS), "--solver", solver]
-    options += ["--increments", "held"] if solver == "ddpm" else []
+    options += ["--increments", "held"] if solver == "sde" else []
     return generated(num, *options)[0]
 
 
@@ -194,7 +194,7 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
                 # One coordinator of more devices with a pool per level is saturated long before.
                 for devices in DEVICES if placement == "together" or cell != 4096 else DEVICES[:5]:
                     kind = Kind(device, Devices(device, devices), costs_of(ladder, cost / speed), OVERHEADS[device])
-                    job = make_job(ladder, cost, "ddpm", 10, block, 10**9, 20 * block, device)
+                    job = make_job(ladder, cost, "sde", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
                     found = forecast(job.workload, Layout(pools, (kind,) * len(pools)), cell)
                     row = {"devices": devices, "kind": name, "placement": placement, "cell": cell}

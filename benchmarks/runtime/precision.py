@@ -20,7 +20,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
-LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ddim", 250, 256, 1
+LADDER, SOLVER, STEPS, SAMPLES, SEED = "fashion", "ode", 250, 256, 1
 
 
 def errors(cores: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def main(out: Path) -> None:
     """Cores by kind of process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [SCRIPT, "generate", "--num", str(NUM), "--out", f"{folder}/out", "--devices", str(CORES)]
-        command += ["--solver", "ddpm", "--address", "local", "--placement", "together", "--nfe", "10"]
+        command += ["--solver", "sde", "--address", "local", "--placement", "together", "--nfe", "10"]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as driver:
             time.sleep(BEFORE_SECONDS)
             began, before = time.monotonic(), cpu_seconds(driver.pid)

@@ -17,7 +17,7 @@ from mlem_dist.tuning.tuned_plans import choose_plan
 DEFAULT_NFE = 10.0
 """Budget per sample, in evaluations of the best level."""
 
-Solver = Literal["ddim", "ddpm", "dpm++"]
+Solver = Literal["ode", "sde", "dpm++", "ddim", "ddpm"]
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 

@@ -32,6 +32,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
+from mlem_dist.solver.steps import canonical_solver
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.placement import Placement
@@ -45,7 +46,7 @@ def sample(
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     nfe: float | None = None,
-    solver: Solver = "ddim",
+    solver: Solver = "ode",
     steps: int = 250,
     plan: Plan | str | Path | None = None,
     precision: Precision = "float32",
@@ -62,7 +63,8 @@ def sample(
         seed: image seed of the first image, in [0, 2^32).
         seeds: image seeds of all images, instead of `num` and `seed`.
         nfe: compute per image, in evaluations of the best level; 10 by default.
-        solver: "ddim" or "dpm++" for the ODE, "ddpm" for the SDE.
+        solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
+            aliases of "ode" and "sde".
         steps: base steps.
         plan: a plan or its file, instead of a budget.
         precision: type that networks compute in.
@@ -78,16 +80,17 @@ def sample(
     from mlem_dist.engine.inline import sample_blocks
 
     num, image_seed = _check_seeds(num, seed, seeds)
+    method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     device_type = local_device(device)
-    chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=solver, steps=steps, nfe=nfe, plan=plan)
+    chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=method, steps=steps, nfe=nfe, plan=plan)
     block_size = min(num, BLOCK_SIZE[device_type])
     job = Job(
         ladder=loaded.source,
         digest=loaded.digest,
         num=num,
         labels=check_labels(labels, loaded),
-        solver=solver,
+        solver=method,
         steps=steps,
         plan=chosen,
         seed=seed,
@@ -127,7 +130,7 @@ def generate(
     labels: Sequence[int] | None = None,
     seed: int = 0,
     nfe: float | None = None,
-    solver: Solver = "ddim",
+    solver: Solver = "ode",
     steps: int = 250,
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
@@ -154,12 +157,13 @@ def generate(
         labels: classes to generate, in turn; all by default.
         seed: image seed of sample 0, and seed of drawn plans; sample i has the image seed `seed` + i, below 2^32.
         nfe: compute per image, in evaluations of the best level; 10 by default.
-        solver: "ddim" or "dpm++" for the ODE, "ddpm" for the SDE.
+        solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
+            aliases of "ode" and "sde".
         steps: base steps.
         probabilities: how the budget is spread over levels and steps; Neyman's for a calibrated ladder by default.
         draw: how the evaluations of a plan are chosen: one plan for all images by default ("quantiles"), or a plan
             drawn for each block ("systematic", "independent"), as impulses always are.
-        increments: how an increment enters the steps; "held" for ddpm and "extrapolated" for others by default.
+        increments: how an increment enters the steps; "held" for sde and "extrapolated" for others by default.
         plan: a plan or its file, instead of a budget.
         precision: type that networks compute in.
         block_size: samples that advance together; 100 on CPUs and 500 on GPUs by default.
@@ -182,6 +186,7 @@ def generate(
         NonFiniteError: a block ended with NaN or infinite values.
     """
     started = time.monotonic()
+    method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     place = parse_location(out) if isinstance(out, str) else out
     classes = check_labels(labels, loaded)
@@ -197,7 +202,7 @@ def generate(
     chosen, note = find_plan(
         loaded,
         loaded.cost(device_type),
-        solver=solver,
+        solver=method,
         steps=steps,
         nfe=nfe,
         plan=plan,
@@ -210,7 +215,7 @@ def generate(
         digest=loaded.digest,
         num=num,
         labels=classes,
-        solver=solver,
+        solver=method,
         steps=steps,
         plan=chosen,
         seed=seed,
@@ -312,7 +317,7 @@ def draw(
     out: Path,
     seed: int = 0,
     nfe: float | None = None,
-    solver: Solver = "ddim",
+    solver: Solver = "ode",
     steps: int = 250,
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
@@ -330,12 +335,13 @@ def draw(
     from mlem_dist.solver.plan import block_rng, write_plan
     from mlem_dist.tuning.recipes import make_recipe
 
+    method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     check_new(out)
     cost = loaded.cost(local_device(device))
     recipe = make_recipe(
-        loaded, cost, solver, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments
+        loaded, cost, method, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments
     )
     plan = recipe.plan(block_rng(seed, 0))
-    write_plan(out, plan, loaded.digest, solver)
+    write_plan(out, plan, loaded.digest, method)
     return plan, plan.nfe(cost)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mlem_dist.api.arguments import Device, Notify, ignore, load_ladder, local_device
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
+from mlem_dist.solver.steps import canonical_solver
 
 if TYPE_CHECKING:
     from mlem_dist.training.data import Images
@@ -146,7 +147,7 @@ def tune(
     *,
     out: Path,
     nfe: Sequence[float] = (5, 10, 20, 40),
-    solver: Literal["ddim", "ddpm"] = "ddim",
+    solver: Literal["ode", "sde", "ddim", "ddpm"] = "ode",
     steps: int = 250,
     device: Device = "auto",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
@@ -157,7 +158,7 @@ def tune(
         ladder: a bundled name, a folder, or a ladder.
         out: folder for the plans, the frontier and its figure; `generate` uses the plans in a ladder's folder.
         nfe: budgets, in evaluations of the best level per image.
-        solver: "ddim" or "ddpm".
+        solver: "ode" or "sde".
         steps: base steps.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         progress: takes a stage, how much of it is done, and how much there is.
@@ -178,8 +179,9 @@ def tune(
     loaded = load_ladder(ladder)
     loaded.check_models()
     device_type = local_device(device)
-    frontier = open_frontier(loaded, solver, steps, device_type, out)
+    method = canonical_solver(solver)
+    frontier = open_frontier(loaded, method, steps, device_type, out)
     threads = available_cores() if device_type == "cpu" else 1
     rows = list(search(loaded, device_type, tuple(nfe), frontier, threads, progress))
     figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
-    return rows, [*(plan_path(out, solver, budget) for budget in nfe), frontier.path, figure]
+    return rows, [*(plan_path(out, method, budget) for budget in nfe), frontier.path, figure]

@@ -11,6 +11,7 @@ from mlem_dist.engine.job import BLOCK_SIZE
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments
 from mlem_dist.solver.probabilities import Rule
+from mlem_dist.solver.steps import canonical_solver
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.planner import Capacity
@@ -23,7 +24,7 @@ def capacity(
     pool_devices: str,
     cost: Sequence[str] = (),
     nfe: float | None = None,
-    solver: Solver = "ddim",
+    solver: Solver = "ode",
     steps: int = 250,
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
@@ -61,7 +62,7 @@ def capacity(
     chosen, _ = find_plan(
         loaded,
         kinds[0].costs.alone,
-        solver=solver,
+        solver=canonical_solver(solver),
         steps=steps,
         nfe=nfe,
         probabilities=probabilities,

@@ -97,7 +97,9 @@ def calibrate(ladder: str, **arguments: Any) -> None:
 @click.command()
 @click.argument("ladder", type=given)
 @click.option("--nfe", type=numbers, default="5,10,20,40", show_default=True, help="Budgets, as for generate.")
-@click.option("--solver", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True)
+@click.option(
+    "--solver", type=click.Choice(["ode", "sde", "ddim", "ddpm"]), metavar="[ode|sde]", default="ode", show_default=True
+)
 @click.option("--steps", type=number, default=250, show_default=True, help="Base steps, as for generate.")
 @device_option
 @click.option("--out", type=target, metavar="FOLDER", required=True, help="Folder; a rerun goes on.")

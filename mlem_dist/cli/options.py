@@ -144,10 +144,12 @@ def budget_options(command: Any) -> Any:
         [
             click.option(
                 "--solver",
-                type=click.Choice(["ddim", "ddpm", "dpm++"]),
-                default="ddim",
+                type=click.Choice(["ode", "sde", "dpm++", "ddim", "ddpm"]),
+                default="ode",
                 show_default=True,
-                help="The ODE by DDIM or DPM-Solver++(2M), or the SDE by DDPM.",
+                metavar="[ode|sde|dpm++]",
+                help="The ODE, by DDIM or Euler's method; the SDE, by DDPM; or the ODE by DPM-Solver++(2M). ddim and "
+                "ddpm are aliases of ode and sde.",
             ),
             click.option("--steps", type=number, default=250, show_default=True, help="Base steps."),
             click.option(
@@ -169,8 +171,8 @@ def budget_options(command: Any) -> Any:
                 "--increments",
                 type=click.Choice(["extrapolated", "held", "impulse"]),
                 help="Keep each increment until the next, or the line through the last two (both biased, smaller "
-                "error), or divide it by its probability (unbiased ML-EM).  [default: held for ddpm, extrapolated for "
-                "ddim]",
+                "error), or divide it by its probability (unbiased ML-EM).  [default: held for sde, extrapolated for "
+                "ode]",
             ),
         ]
     ):

@@ -15,6 +15,7 @@ import torch
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, read_object, replace_file
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.steps import ALIASES
 
 SCHEMA_VERSION = 2
 NAME = "calibration.json"
@@ -58,6 +59,8 @@ def _read(path: Path, ladder: Ladder) -> dict[str, Any]:
             f"{path} belongs to another ladder: its digest is {str(digest)[:12]}, that of {ladder.name!r} is "
             f"{ladder.digest[:12]}; move the file away or choose another `out`"
         )
+    for entry in devices.values():
+        entry["solvers"] = {ALIASES.get(name, name): measured for name, measured in entry["solvers"].items()}
     return devices
 
 

@@ -48,7 +48,7 @@ def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
         times, values, shown = zip(*above, strict=True)
         _points(left, times, values, shown, f"above the floor, {floor:.4f}", "C0")
         _line(left, error)
-    mean = np.sqrt(calibration.solvers["ddpm"].increments.mean(1))
+    mean = np.sqrt(calibration.solvers["sde"].increments.mean(1))
     _points(right, ms[1:], mean[1:], names[1:], "DDPM trajectories", "C1")
     if increments:
         _line(right, increments)

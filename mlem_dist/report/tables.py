@@ -68,7 +68,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
         for row in solver.speed_up:
             numbers = [f"{row.error:.3g}", f"{row.nfe:.1f}", ",".join(map(str, row.rungs))]
             speed_up.append([name, str(row.em_steps), *numbers, f"{row.ratio:.2f}", _between(row.interval)])
-    steps = len(calibration.solvers["ddpm"].t)
+    steps = len(calibration.solvers["sde"].t)
     return "\n".join(
         [
             head,

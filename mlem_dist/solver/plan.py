@@ -13,6 +13,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
+from mlem_dist.solver.steps import ALIASES
 
 Draw = Literal["independent", "systematic", "quantiles"]
 Increments = Literal["impulse", "held", "extrapolated"]
@@ -323,6 +324,8 @@ def read_plan(path: Path, ladder_digest: str, levels: int, solver: str, steps: i
         UsageError: the file is missing or no plan, or it was made for another ladder, solver or number of steps.
     """
     raw = read_object(path, "plan")
+    if raw.get("solver") in ALIASES:
+        raw["solver"] = ALIASES[raw["solver"]]
     for key, expected in (("ladder", ladder_digest), ("solver", solver), ("steps", steps)):
         if expected is not None and raw.get(key) != expected:
             raise UsageError(

@@ -6,11 +6,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlem_dist.errors import UsageError
 from mlem_dist.solver.conversion import combination, convert
 from mlem_dist.solver.process import Grid, Process, Spacing
 
-SOLVERS = ("ddpm", "ddim", "dpm++")
-ETA = {"ddpm": 1.0, "ddim": 0.0}
+SOLVERS = ("ode", "sde", "dpm++")
+
+ALIASES = {"ddim": "ode", "ddpm": "sde"}
+"""Names of solvers after the methods that they are on variance-preserving processes; files of 0.3 have them too."""
+
+ETA = {"sde": 1.0, "ode": 0.0}
+"""Share of the noise in a step."""
+
+
+def canonical_solver(name: str) -> str:
+    """The name of a solver in `SOLVERS`, for that name or an alias.
+
+    Raises:
+        UsageError: if there is no such solver.
+    """
+    name = ALIASES.get(name, name)
+    if name not in SOLVERS:
+        raise UsageError(f"`solver` {name!r}: expected one of {', '.join(SOLVERS)}")
+    return name
 
 
 @dataclass(frozen=True)

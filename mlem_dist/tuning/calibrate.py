@@ -113,7 +113,7 @@ class Calibration:
         samples: number of trajectories per solver.
         images: number of held-out images per band of timesteps.
         levels: measurements of each level, cheapest first.
-        solvers: measurements by solver, "ddpm" and "ddim".
+        solvers: measurements by solver, "sde" and "ode".
         gamma: readings of gamma: "error" from the denoising errors of the UNets, "increments" from the increments
             between UNets on the DDPM trajectories. Empty for fewer than three UNets, too few to fit a line to.
     """
@@ -189,7 +189,7 @@ def calibrate(
         images=per_band,
         levels=tuple(levels),
         solvers=solvers,
-        gamma=_gamma(levels, cost, np.stack(errors), increments["ddpm"].mean(1)),
+        gamma=_gamma(levels, cost, np.stack(errors), increments["sde"].mean(1)),
     )
 
 

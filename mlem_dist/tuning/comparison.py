@@ -61,7 +61,7 @@ class PlanComparison:
 
     Args:
         ladder: the ladder.
-        solver: "ddpm" or "ddim".
+        solver: "sde" or "ode".
         device: "cpu" or "cuda".
         steps: number of steps of the reference. For the SDE, the number of steps of a plan must divide it.
         samples: number of samples: a multiple of the block size, or fewer than one block.

@@ -13,7 +13,7 @@ from mlem_dist.tuning.neyman import coin_error, merged, neyman_weights, on_grid,
 
 DIGITS = 12
 
-DEFAULT_INCREMENTS: dict[str, Increments] = {"ddpm": "held", "ddim": "extrapolated", "dpm++": "extrapolated"}
+DEFAULT_INCREMENTS: dict[str, Increments] = {"sde": "held", "ode": "extrapolated", "dpm++": "extrapolated"}
 """Default increments by solver. On the SDE's noisy path, extrapolated increments are hardly better than held ones."""
 
 
@@ -72,7 +72,7 @@ def make_recipe(
 
 def calibrated(ladder: Ladder) -> bool:
     """Whether the effects of the ladder's increments have been measured."""
-    return read_effect(ladder, "ddpm") is not None
+    return read_effect(ladder, "sde") is not None
 
 
 class NeymanRule:
@@ -123,7 +123,7 @@ class NeymanRule:
 
 
 def _measured(solver: str) -> str:
-    return "ddpm" if solver == "ddpm" else "ddim"
+    return "sde" if solver == "sde" else "ode"
 
 
 def collapses(ladder: Ladder, solver: str) -> bool:

@@ -97,7 +97,7 @@ def tune(
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # For the SDE, a grid can only take every second, third, ... step of one Brownian path; the ODE has no path.
-        grids = [n for n in range(1, steps + 1) if solver == "ddim" or steps % n == 0]
+        grids = [n for n in range(1, steps + 1) if solver == "ode" or steps % n == 0]
         count = max(n for n in grids if n <= max(1, round(nfe)))
         euler = single_level(levels, levels, count)
         compared: dict[str, Plan | Recipe] = {**recipes[nfe], EM: euler}
@@ -134,7 +134,7 @@ def plan_searches(
     def report(nfe: float, stage: str) -> Callable[[int, int], None]:
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
-    if solver == "ddim" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
+    if solver == "ode" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
         # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
         # between fitted and drawn plans only by chance.
         samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])

@@ -10,6 +10,7 @@ import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
+from mlem_dist.solver.steps import ALIASES
 from mlem_dist.tuning.recipes import make_recipe
 
 
@@ -18,13 +19,21 @@ def plan_path(folder: Path, solver: str, nfe: float) -> Path:
     return folder / f"plan-{solver}-{nfe:g}.json"
 
 
+def _stored_path(folder: Path, solver: str, nfe: float) -> Path:
+    """Path of the tuned plan that is there, perhaps under the solver's alias, as 0.3 has named it."""
+    names = (solver, *(alias for alias, name in ALIASES.items() if name == solver))
+    return next(
+        (path for name in names if (path := plan_path(folder, name, nfe)).exists()), plan_path(folder, solver, nfe)
+    )
+
+
 def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | None:
     """Plan tuned for a budget, or None if the ladder's folder has none with `steps` steps.
 
     Raises:
         UsageError: as in `read_plan`.
     """
-    path = plan_path(ladder.folder, solver, nfe)
+    path = _stored_path(ladder.folder, solver, nfe)
     if not path.exists():
         return None
     plan = read_plan(path, ladder.digest, len(ladder.levels), solver, None)
@@ -33,11 +42,13 @@ def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | No
 
 def tuned_budgets(folder: Path, solver: str) -> list[float]:
     """Budgets for which a folder has tuned plans of a solver, increasing."""
-    start, budgets = f"plan-{solver}-", []
-    for path in folder.glob(f"{start}*.json"):
+    budgets = set()
+    for path in folder.glob("plan-*-*.json"):
+        name, _, budget = path.stem.removeprefix("plan-").partition("-")
         # A user's own file may have another name.
         with suppress(ValueError):
-            budgets.append(float(path.stem.removeprefix(start)))
+            if ALIASES.get(name, name) == solver:
+                budgets.add(float(budget))
     return sorted(budgets)
 
 

@@ -23,7 +23,7 @@ from mlem_dist.solver.steps import solver_table
 STEPS = 3
 COST = np.array([0.1, 1.0, 4.0])
 TAU = np.array([-1.2, 0.1, 1.1])
-TABLE = solver_table(process_of_betas(np.linspace(0.05, 0.4, 12)), STEPS, "ddpm")
+TABLE = solver_table(process_of_betas(np.linspace(0.05, 0.4, 12)), STEPS, "sde")
 LABEL = torch.zeros(5, dtype=torch.int64)
 NOISE = image_noise(range(5), (1, 2, 2), "cpu")
 LEVELS = {k: (lambda x, t, label, *_, k=k: torch.tanh(x * (0.5 + 0.3 * k)) + 0.1 * k) for k in (1, 2, 3)}
@@ -108,7 +108,7 @@ def test_the_slope_is_that_of_the_trajectory():
 
 def test_a_real_ladder_can_be_differentiated(fashion):
     levels = {k: fashion.load_level(k, "cpu") for k in (1, 2, 3)}
-    table = solver_table(fashion.process, 6, "ddpm")
+    table = solver_table(fashion.process, 6, "sde")
     noise = image_noise(range(2), fashion.sample_shape, "cpu")
     label = torch.tensor([0, 8])
     weight = np.array([[1.0] * 6, [0, 2, 0, 2, 2, 0], [0, 0, 0, 3, 0, 0]])

@@ -17,7 +17,7 @@ from mlem_dist.solver.plan import Recipe
 def make(fashion) -> Job:
     p = np.repeat(0.4 ** np.arange(len(fashion.levels))[:, None], 10, axis=1)
     plan = Recipe(p, "systematic", "held", collapse=True)
-    return Job("fashion", fashion.digest, 44, tuple(range(10)), "ddpm", 10, plan, 0, 8, 16, "cpu")
+    return Job("fashion", fashion.digest, 44, tuple(range(10)), "sde", 10, plan, 0, 8, 16, "cpu")
 
 
 @pytest.fixture(scope="module")

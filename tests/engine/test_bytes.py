@@ -15,13 +15,13 @@ from mlem_dist.ladder.ladder import Ladder
 
 CONFIGURATIONS = {
     "pools": {"num": 60, "seed": 1, "nfe": 4},
-    "inline, ddpm": {"num": 60, "seed": 2, "nfe": 4, "solver": "ddpm"},
+    "inline, sde": {"num": 60, "seed": 2, "nfe": 4, "solver": "sde"},
     "together, bfloat16": {"num": 40, "seed": 3, "nfe": 4, "precision": "bfloat16"},
     "ranges, drawn impulses": {
         "num": 60,
         "seed": 4,
         "nfe": 6,
-        "solver": "ddpm",
+        "solver": "sde",
         "increments": "impulse",
         "draw": "independent",
     },
@@ -45,7 +45,7 @@ def processor() -> str:
 def test_images_are_the_same_to_the_last_bit(fashion: Ladder, name: str):
     if processor() not in DIGESTS:
         pytest.skip(f"no digests of {processor()}")
-    arguments = {"labels": tuple(range(10)), "solver": "ddim", "steps": 40, "seed": 0} | CONFIGURATIONS[name]
+    arguments = {"labels": tuple(range(10)), "solver": "ode", "steps": 40, "seed": 0} | CONFIGURATIONS[name]
     budget = {key: arguments.pop(key, None) for key in ("nfe", "probabilities", "increments", "draw")}
     place = {key: arguments[key] for key in ("solver", "steps")}
     plan, _ = find_plan(fashion, fashion.cost("cpu"), **place, **budget)

@@ -24,7 +24,7 @@ def assert_equal_to_rounding(a: np.ndarray, b: np.ndarray) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seeds=st.lists(st.integers(0, SEEDS - 1), min_size=1, max_size=7),
-    solver=st.sampled_from(["ddim", "ddpm", "dpm++"]),
+    solver=st.sampled_from(["ode", "sde", "dpm++"]),
     data=st.data(),
 )
 def test_an_image_does_not_depend_on_those_beside_it(three, seeds, solver, data):
@@ -43,7 +43,7 @@ def pixels(row: dict) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(row["image"]["bytes"])))
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("solver", ["ode", "sde"])
 def test_a_row_says_how_its_image_is_made_again(three, tmp_path, solver):
     """By `sample` with its seed and class; and in other blocks and shards it is the same."""
     settings = {"solver": solver, "labels": [2, 0, 9], **SMALL}

@@ -267,7 +267,7 @@ def test_the_bundled_ladder_is_small(fashion):
     ],
     ids=lambda config: config.get("_class_name", "zero terminal SNR"),
 )
-@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("solver", ["ode", "sde"])
 def test_the_gaussian_level_brings_noise_of_any_process_to_its_gaussian(config, solver):
     """From pure noise to the mean and covariance, in closed form as in single steps."""
     process = process_of(config)

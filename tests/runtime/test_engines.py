@@ -264,7 +264,7 @@ def test_ray_keeps_the_memory_of_a_two_step_solver(three, small_job, tmp_path):
     job = small_job(plans(len(three.levels))["held"], solver="dpm++")
     found, _ = make_ray(job, three, tmp_path / "out", 2, "1,2-3")
     assert found == make_inline(job, three, tmp_path / "reference")
-    other = small_job(plans(len(three.levels))["held"], solver="ddim")
+    other = small_job(plans(len(three.levels))["held"], solver="ode")
     assert found != make_inline(other, three, tmp_path / "other")
 
 

@@ -24,7 +24,7 @@ def recipe(fashion, table: StepTable, increments: str, collapse: bool) -> Recipe
     return Recipe(p, "systematic", increments, collapse, fashion.process.grid(len(table)).log_snr)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("solver", ["sde", "ode"])
 @pytest.mark.parametrize("increments", ["held", "extrapolated", "impulse"])
 def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, increments):
     """On one Brownian path, with a real Gaussian level and real UNets on top: equal but for rounding."""
@@ -44,7 +44,7 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
 
 def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     """Where a level is called at steps in turn, its values are differences that level 1 has no part in."""
-    table = solver_table(fashion.process, STEPS, "ddim")
+    table = solver_table(fashion.process, STEPS, "ode")
     label = torch.tensor([0, 7])
     noise = image_noise(range(40, 40 + 2), fashion.sample_shape, "cpu")
     fire = np.zeros((2, STEPS), dtype=bool)
@@ -58,7 +58,7 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
 
 
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
-    table = solver_table(fashion.process, 1000, "ddim")
+    table = solver_table(fashion.process, 1000, "ode")
     label = torch.tensor([1, 9])
     noise = image_noise(range(40, 40 + 2), fashion.sample_shape, "cpu")
     expected = integrate(levels, table, single_level(1, 3, 1000), noise, label)
@@ -72,7 +72,7 @@ def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
 def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, StepTable]:
     rng = np.random.default_rng(0)
     basis = np.stack([np.linalg.qr(rng.standard_normal((d, rank)))[0] for _ in range(classes)])
-    table = solver_table(process_of_betas(np.linspace(0.01, 0.3, 20)), 10, "ddpm")
+    table = solver_table(process_of_betas(np.linspace(0.01, 0.3, 20)), 10, "sde")
     drift = AffineDrift(
         torch.tensor(rng.standard_normal((classes, d))),
         torch.tensor(basis),

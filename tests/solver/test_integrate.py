@@ -42,7 +42,7 @@ def test_the_best_level_alone_is_the_diffusers_loop(fashion):
     noise = image_noise(range(10, 10 + 4), fashion.sample_shape, "cpu")
     label = torch.tensor([0, 3, 7, 9])
     x = noise(-1)
-    table = solver_table(fashion.process, 20, "ddpm")
+    table = solver_table(fashion.process, 20, "sde")
     with torch.inference_mode():
         for i, t in enumerate(scheduler.timesteps):
             predicted = level(x, torch.full((4,), int(t)), label)
@@ -62,7 +62,7 @@ def test_coins_depend_on_seed_and_block_alone():
 
 
 def test_the_noise_of_a_coarse_step_is_what_its_fine_steps_carry_to_its_end():
-    fine = solver_table(process_of_betas(np.linspace(1e-4, 0.2, 40)), 12, "ddpm")
+    fine = solver_table(process_of_betas(np.linspace(1e-4, 0.2, 40)), 12, "sde")
     x, steps = torch.zeros(12, 1), range(4, 8)
     # The end of the fine steps 4 to 7 from 0, without a drift, by the noise of each; a row for each.
     for i in steps:

@@ -284,12 +284,12 @@ def test_json_round_trip(tmp_path, increments):
     p = np.repeat([[1.0], [0.37], [0.1]], 40, axis=1)
     plan = Recipe(p, "independent", increments, True, np.linspace(-5, 4, 40) ** 3).plan(np.random.default_rng(5))
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(plan_to_dict(plan, "digest", "ddpm")))
-    found = read_plan(path, "digest", 3, "ddpm", 40)
+    path.write_text(json.dumps(plan_to_dict(plan, "digest", "sde")))
+    found = read_plan(path, "digest", 3, "sde", 40)
     assert np.array_equal(found.fire, plan.fire)
     assert np.array_equal(found.weight, plan.weight)
     assert found.terms == plan.terms
     assert found.runs == plan.runs
-    for changed in (("other", "ddpm", 40), ("digest", "ddim", 40), ("digest", "ddpm", 50)):
+    for changed in (("other", "sde", 40), ("digest", "ode", 40), ("digest", "sde", 50)):
         with pytest.raises(UsageError, match="made for another"):
             read_plan(path, changed[0], 3, *changed[1:])

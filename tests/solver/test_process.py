@@ -98,7 +98,7 @@ def test_the_ode_is_ddim(tmp_path, start, config, steps, spacing):
     config = config | (TRAILING if spacing == "trailing" else LEADING) | {"clip_sample": False}
     scheduler, config = saved("DDIMScheduler", tmp_path, **config)
     loop = theirs(exact(scheduler, config), steps, start)
-    assert_same(ours(process_of(config), steps, "ddim", start, spacing), loop)
+    assert_same(ours(process_of(config), steps, "ode", start, spacing), loop)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -109,7 +109,7 @@ def test_the_sde_is_ddpm(tmp_path, start, config, steps):
 
     scheduler, config = saved("DDPMScheduler", tmp_path, **config, **TRAILING, clip_sample=False)
     loop = theirs(exact(scheduler, config), steps, start, seeds=True)
-    assert_same(ours(process_of(config), steps, "ddpm", start, noise=noise), loop)
+    assert_same(ours(process_of(config), steps, "sde", start, noise=noise), loop)
 
 
 @pytest.mark.filterwarnings("ignore:__array")
@@ -126,7 +126,7 @@ def test_a_spacing_of_the_model_is_that_of_euler(tmp_path, start, config, steps)
     np.testing.assert_allclose(grid.sigma[:-1] / grid.alpha[:-1], scheduler.sigmas[:-1], rtol=2e-5)
     loop = theirs(scheduler, steps, start / grid.alpha[0])
     # It keeps its noise levels in float32.
-    assert_same(ours(process, steps, "ddim", start, "model"), loop, 3e-5)
+    assert_same(ours(process, steps, "ode", start, "model"), loop, 3e-5)
 
 
 @pytest.mark.filterwarnings("ignore:__array")
@@ -155,7 +155,7 @@ def test_flows_are_those_of_diffusers(tmp_path, start, kind, config, steps):
     process = process_of(config, tokens=1024)
     mu = 0.5 + (1.15 - 0.5) * (1024 - 256) / (4096 - 256) if config["use_dynamic_shifting"] else None
     if not (steps == 1 and config["shift_terminal"]):
-        assert_same(ours(process, steps, "ddim", start, "model"), theirs(scheduler, steps, start, mu=mu))
+        assert_same(ours(process, steps, "ode", start, "model"), theirs(scheduler, steps, start, mu=mu))
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     if not config["shift_terminal"]:
         np.testing.assert_allclose(process.grid(steps).t, scheduler.timesteps, rtol=1e-6)
@@ -167,7 +167,7 @@ def test_edm_is_that_of_diffusers(tmp_path, start, config, steps):
     """From the state of diffusers' beginning, sqrt(sigma_max^2 + 1) times the noise."""
     scheduler, config = saved("EDMEulerScheduler", tmp_path, **config)
     loop = theirs(scheduler, steps, start * scheduler.init_noise_sigma)
-    assert_same(ours(process_of(config), steps, "ddim", start), loop, 2e-5)
+    assert_same(ours(process_of(config), steps, "ode", start), loop, 2e-5)
 
 
 def test_variance_exploding_is_an_euler_loop(tmp_path, start):
@@ -182,7 +182,7 @@ def test_variance_exploding_is_an_euler_loop(tmp_path, start):
         for high, low in itertools.pairwise(sigma):
             given = float(np.float32(high))
             x = x + (low - high) * -given * torch.stack([network(part, given) for part in x])
-        assert_same(ours(process, steps, "ddim", start), x)
+        assert_same(ours(process, steps, "ode", start), x)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

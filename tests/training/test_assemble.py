@@ -9,7 +9,7 @@ def test_what_was_measured_of_an_earlier_training_is_set_aside(tmp_path, data, c
     images = load_images(data, (1, 8, 8), ["left", "right"])
     out = tmp_path / "out"
     old = train_ladder(configure({"steps": 20}), images, out, lambda *progress: None).digest
-    files = {name: json.dumps({"ladder": old, "of": name}) for name in ("calibration.json", "plan-ddim-10.json")}
+    files = {name: json.dumps({"ladder": old, "of": name}) for name in ("calibration.json", "plan-ode-10.json")}
     for name, text in files.items():
         (out / name).write_text(text)
     (out / "plan-mine.json").write_text("[]")
@@ -28,8 +28,8 @@ def test_what_was_measured_of_an_earlier_training_is_set_aside(tmp_path, data, c
 
     # One of the same name is kept as well, and those of this ladder stay.
     (out / "calibration.json").write_text(json.dumps({"ladder": old, "of": "another"}))
-    (out / "frontier-ddim.json").write_text(json.dumps({"ladder": ladder.digest}))
+    (out / "frontier-ode.json").write_text(json.dumps({"ladder": ladder.digest}))
     set_stale_aside(ladder)
     assert (aside / "calibration.json").read_text() == files["calibration.json"]
     assert json.loads((aside / "2-calibration.json").read_text())["of"] == "another"
-    assert (out / "frontier-ddim.json").exists()
+    assert (out / "frontier-ode.json").exists()

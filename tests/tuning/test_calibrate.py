@@ -79,7 +79,7 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
 def test_coins_make_the_error_that_their_effects_predict(toy):
     """ML-EM with Neyman probabilities against the best level, over many plans; to first order, so within a tenth."""
     levels, _ = toy
-    table = solver_table(SCHEDULE, 20, "ddpm")
+    table = solver_table(SCHEDULE, 20, "sde")
     label = torch.zeros(100, dtype=torch.int64)
     noise = image_noise(range(100), (1, 2, 2), "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
@@ -101,7 +101,7 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
     levels = {k: fashion.load_level(k, "cpu") for k in (1, len(fashion.levels))}
     # A ladder of its first and last level.
     levels = dict(enumerate(levels.values(), 1))
-    table = solver_table(fashion.process, 5, "ddim")
+    table = solver_table(fashion.process, 5, "ode")
     label = torch.tensor([2, 7])
     noise = image_noise(range(2), fashion.sample_shape, "cpu")
     states = best_trajectory(levels, table, noise, label, silent)
@@ -125,14 +125,14 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
 
 def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
     """Strong order 1, as the noise is additive: half the step, a quarter of the squared error."""
-    table = solver_table(SCHEDULE, 100, "ddpm")
+    table = solver_table(SCHEDULE, 100, "sde")
     levels = {1: lambda x, t, label: torch.tanh(x)}
     label = torch.zeros(500, dtype=torch.int64)
     noise = image_noise(range(500), (1, 2, 2), "cpu")
     fine = best_trajectory(levels, table, noise, label, silent)[-1]
 
     def error(steps: int, noise) -> float:
-        coarse = integrate(levels, solver_table(SCHEDULE, steps, "ddpm"), single_level(1, 1, steps), noise, label)
+        coarse = integrate(levels, solver_table(SCHEDULE, steps, "sde"), single_level(1, 1, steps), noise, label)
         return float((coarse - fine).square().mean())
 
     errors = [error(steps, coarse_noise(noise, table, 100 // steps)) for steps in (5, 10, 20)]
@@ -144,7 +144,7 @@ def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
 
 def test_the_ode_has_no_coarse_noise():
     noise = image_noise(range(2), (1, 2, 2), "cpu")
-    coarse = coarse_noise(noise, solver_table(SCHEDULE, 100, "ddim"), 5)
+    coarse = coarse_noise(noise, solver_table(SCHEDULE, 100, "ode"), 5)
     assert torch.equal(coarse(-1), noise(-1))
     assert not coarse(3).any()
 
@@ -238,7 +238,7 @@ def test_other_devices_keep_their_entries(tmp_path, fashion, measured):
     assert {*raw["devices"]} == {measured.device, "cuda/Some GPU"}
     assert raw["devices"]["cuda/Some GPU"]["samples"] == 77
     mine = raw["devices"][measured.device]
-    np.testing.assert_allclose(mine["solvers"]["ddpm"]["products"], measured.solvers["ddpm"].products, rtol=1e-5)
+    np.testing.assert_allclose(mine["solvers"]["sde"]["products"], measured.solvers["sde"].products, rtol=1e-5)
     assert mine["gamma"]["error"]["htmc"] == measured.gamma["error"].htmc
     assert [*(tmp_path / "new").iterdir()] == [path]
 

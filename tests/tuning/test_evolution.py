@@ -33,7 +33,7 @@ def scalar_levels(size: float):
     return {1: first, 2: second, 3: third}
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("solver", ["sde", "ode"])
 @pytest.mark.parametrize("kind", ["held", "extrapolated"])
 def test_the_model_is_the_error_to_first_order(solver, kind):
     table = solver_table(PROCESS, STEPS, solver)
@@ -75,9 +75,9 @@ def test_evaluations_in_use_are_those_of_the_plan():
 
 def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(calibrated):
     ladder = Ladder.load(calibrated)
-    selection, judging = (PlanComparison(ladder, "ddim", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
+    selection, judging = (PlanComparison(ladder, "ode", "cpu", 40, 64, seed, threads=2) for seed in (0, 1))
     plan = Optimiser(selection, 2, lambda stage, done, total: None, samples=64).plan(6)
-    default = make_recipe(ladder, ladder.cost("cpu"), "ddim", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
+    default = make_recipe(ladder, ladder.cost("cpu"), "ode", 40, 6, draw="quantiles").plan(np.random.default_rng(0))
     cost = ladder.cost("cpu")
     assert plan.nfe(cost) == pytest.approx(6, rel=0.1)
     assert judging.measure(plan).errors.mean() < 0.8 * judging.measure(default).errors.mean()
@@ -87,7 +87,7 @@ def test_the_optimiser_finds_a_better_plan_for_noises_that_it_has_not_seen(calib
 def test_a_base_level_that_is_paid_for_at_every_step_leaves_the_rest_to_be_optimised(two_unets, steps, nfe):
     """Also where the model has fewer steps than the plan, or the base level alone takes more than is searched for."""
     cost = two_unets.cost("cpu")
-    selection = PlanComparison(two_unets, "ddim", "cpu", steps, 4, 0)
+    selection = PlanComparison(two_unets, "ode", "cpu", steps, 4, 0)
     plan = Optimiser(selection, 1, lambda stage, done, total: None, samples=4).plan(nfe)
     assert plan.nfe(cost) == pytest.approx(nfe, abs=1)
     assert plan.calls[0].all()

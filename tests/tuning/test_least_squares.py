@@ -14,7 +14,7 @@ STEPS = 40
 
 
 def judge(ladder: Ladder, seed: int) -> PlanComparison:
-    return PlanComparison(ladder, "ddim", "cpu", STEPS, 3 * BLOCK["cpu"], seed, threads=2)
+    return PlanComparison(ladder, "ode", "cpu", STEPS, 3 * BLOCK["cpu"], seed, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_fit_is_to_the_classes_of_each_block(many):
 @pytest.mark.parametrize(("steps", "apart"), [(40, 0.0), (150, 2e-6)])
 def test_what_is_fitted_to_is_the_path_of_the_best_level(small, steps, apart):
     """Of many steps it is extrapolated between calls."""
-    one = PlanComparison(Ladder.load(small), "ddim", "cpu", steps, BLOCK["cpu"], 0)
+    one = PlanComparison(Ladder.load(small), "ode", "cpu", steps, BLOCK["cpu"], 0)
     states, table, label = [one.noise(0, steps)(-1)], one.fine, one.label(0)
     for t, a, b in zip(table.t, table.a, table.b, strict=True):
         with torch.inference_mode():
@@ -62,7 +62,7 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(lowest, fitter):
     told = []
     plan = fitter.search(6, lambda done, total: told.append((done, total))).plan()
     cost = lowest.cost("cpu")
-    default = make_recipe(lowest, cost, "ddim", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
+    default = make_recipe(lowest, cost, "ode", STEPS, 6, "theory", "quantiles").plan(np.random.default_rng(0))
     assert 4 < plan.nfe(cost) <= 6
     found, of_default = judging.errors([plan, default]).mean(1)
     assert found < 0.7 * of_default
@@ -113,7 +113,7 @@ def test_where_a_schedule_begins_late_calls_begin_at_once(late):
     fitter = Fitter(judge(late, 0))
     plan = fitter.search(20).plan()
     cost = late.cost("cpu")
-    default = make_recipe(late, cost, "ddim", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
+    default = make_recipe(late, cost, "ode", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
     found, of_default = judge(late, 1).errors([plan, default]).mean(1)
     assert found < of_default
 

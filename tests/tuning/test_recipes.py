@@ -1,21 +1,27 @@
+import shutil
+
 import numpy as np
 import pytest
 
-from mlem_dist.ladder.calibration import store_entry
+from mlem_dist.api.arguments import find_plan
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.calibration import read_effect, store_entry
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.probabilities import expected_cost
+from mlem_dist.solver.steps import canonical_solver
 from mlem_dist.tuning.recipes import NeymanRule, make_recipe
+from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 
 @pytest.mark.parametrize(
     ("solver", "increments", "collapse"),
-    [("ddpm", "held", True), ("ddim", "extrapolated", True), ("dpm++", "extrapolated", False)],
+    [("sde", "held", True), ("ode", "extrapolated", True), ("dpm++", "extrapolated", False)],
 )
 @pytest.mark.parametrize("probabilities", ["neyman", "theory"])
 def test_what_is_not_chosen_is_the_default_of_the_solver(fashion, solver, increments, collapse, probabilities):
     cost = fashion.cost("cpu")
     recipe = make_recipe(fashion, cost, solver, 50, 5, probabilities)
-    assert (recipe.draw, recipe.increments, recipe.collapse) == ("systematic", increments, collapse)
+    assert (recipe.draw, recipe.increments, recipe.collapse) == ("quantiles", increments, collapse)
     rungs = np.array(recipe.rungs or range(1, len(cost) + 1))
     assert expected_cost(recipe.probabilities, cost[rungs - 1], collapse) / cost[-1] == pytest.approx(5)
 
@@ -41,23 +47,42 @@ def test_the_rungs_are_those_that_are_worth_their_cost(ladder):
     # What the second level adds over the first is nothing, and the third's increment over it everything; or the other
     # way round.
     for effects, rungs in (((1.0, 1e-6, 1.0), (1, 3)), ((1.0, 1.0, 1e-3), (1, 2, 3))):
-        store(ladder, ddpm=[e * flat for e in effects], ddim=[e * flat for e in effects])
-        assert make_recipe(ladder, ladder.cost("cpu"), "ddpm", 50, 5).rungs == rungs
+        store(ladder, sde=[e * flat for e in effects], ode=[e * flat for e in effects])
+        assert make_recipe(ladder, ladder.cost("cpu"), "sde", 50, 5).rungs == rungs
 
 
 def test_each_solver_goes_by_its_own_effects(ladder):
     """Along the SDE increments matter at the end, along the ODE at the beginning."""
     rise = np.linspace(0.01, 1, 20)
-    store(ladder, ddpm=[rise] * 3, ddim=[rise[::-1]] * 3)
-    for solver, late in (("ddpm", True), ("ddim", False), ("dpm++", False)):
+    store(ladder, sde=[rise] * 3, ode=[rise[::-1]] * 3)
+    for solver, late in (("sde", True), ("ode", False), ("dpm++", False)):
         p = make_recipe(ladder, ladder.cost("cpu"), solver, 50, 5).probabilities[-1]
         assert (p[25:].sum() > p[:25].sum()) == late
 
 
 def test_probabilities_are_the_rules_times_a_density(ladder):
-    store(ladder, ddpm=[np.ones(20)] * 3, ddim=[np.ones(20)] * 3)
-    rule = NeymanRule(ladder, ladder.cost("cpu"), "ddim", 50)
+    store(ladder, sde=[np.ones(20)] * 3, ode=[np.ones(20)] * 3)
+    rule = NeymanRule(ladder, ladder.cost("cpu"), "ode", 50)
     density = np.stack([np.ones(50), np.linspace(1, 3, 50)])
     p = rule.probabilities(2, (1, 3), density)[1]
     assert p.max() < 1
     np.testing.assert_allclose(p / p[0], density[1], rtol=1e-6)
+
+
+def test_files_of_0_3_that_name_solvers_otherwise_are_read(fashion, tmp_path):
+    """Plans and a calibration, whose solvers were ddim and ddpm."""
+    folder = tmp_path / "fashion"
+    shutil.copytree(fashion.folder, folder)
+    for path in folder.glob("plan-ode-*.json"):
+        path.rename(folder / path.name.replace("ode", "ddim"))
+    for path in (*folder.glob("plan-*.json"), folder / "calibration.json"):
+        path.write_text(path.read_text().replace('"ode"', '"ddim"').replace('"sde"', '"ddpm"'))
+    ladder = Ladder.load(folder)
+    assert tuned_budgets(folder, "ode") == tuned_budgets(fashion.folder, "ode") != []
+    for solver in ("ode", "ddim"):
+        found, _ = find_plan(ladder, ladder.cost("cpu"), solver=canonical_solver(solver), steps=250, nfe=10)
+        assert np.array_equal(found.weight, tuned_plan(fashion, "ode", 250, 10).weight)
+    for solver in ("ode", "sde"):
+        assert np.array_equal(read_effect(ladder, solver)[1], read_effect(fashion, solver)[1])
+    with pytest.raises(UsageError, match="`solver` 'euler': expected one of ode, sde, dpm\\+\\+"):
+        canonical_solver("euler")

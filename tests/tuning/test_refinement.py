@@ -11,7 +11,7 @@ STEPS = 40
 
 
 def fitter_of(ladder: Ladder, seed: int, blocks: int) -> Fitter:
-    return Fitter(PlanComparison(ladder, "ddim", "cpu", STEPS, blocks * BLOCK["cpu"], seed, threads=2))
+    return Fitter(PlanComparison(ladder, "ode", "cpu", STEPS, blocks * BLOCK["cpu"], seed, threads=2))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_derivatives_are_those_of_the_plans_end(fitter):
 def test_a_refined_plan_is_better_on_noises_that_it_has_not_seen(lowest):
     fitter, judging = (
         fitter_of(lowest, 0, 6),
-        PlanComparison(lowest, "ddim", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2),
+        PlanComparison(lowest, "ode", "cpu", STEPS, 6 * BLOCK["cpu"], 1, threads=2),
     )
     fit = fitter.fit((1, 2, 3), Times(2, 4, 2).fire(fitter.log_snr))
     told = []

@@ -20,7 +20,7 @@ from mlem_dist.tuning.frontier import Row, lower_envelope
 from mlem_dist.tuning.tune import TEST_SAMPLES, TEST_SEED, best_plan, open_frontier
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
-FRONTIER, PLAN = "frontier-ddpm.json", "plan-ddpm-9.json"
+FRONTIER, PLAN = "frontier-sde.json", "plan-sde-9.json"
 
 
 def run(command: str, *arguments: str) -> Result:
@@ -32,19 +32,19 @@ def rows(folder) -> dict[tuple[str, str], list[float]]:
 
 
 def test_a_ladder_is_tuned_judged_and_used(small):
-    arguments = [str(small), "--nfe", "9", "--steps", "50", "--solver", "ddpm", "--device", "cpu", "--out", str(small)]
+    arguments = [str(small), "--nfe", "9", "--steps", "50", "--solver", "sde", "--device", "cpu", "--out", str(small)]
     printed = run("tune", *arguments).stdout
     found = rows(small)
     assert {family for family, _ in found} == {"held", "extrapolated", "ML-EM", "Euler-Maruyama", "memorised"}
     assert all(family in printed for family, _ in found)
-    assert (small / "frontier-ddpm.png").read_bytes().startswith(b"\x89PNG")
+    assert (small / "frontier-sde.png").read_bytes().startswith(b"\x89PNG")
 
     # The memorised plan's errors, from the plan's file and the judging noises, step by step.
     ladder = Ladder.load(small)
-    plan = read_plan(small / PLAN, ladder.digest, 2, "ddpm", 50)
+    plan = read_plan(small / PLAN, ladder.digest, 2, "sde", 50)
     assert plan.collapse
     levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
-    table = solver_table(ladder.process, 50, "ddpm")
+    table = solver_table(ladder.process, 50, "sde")
     label = torch.arange(BLOCK["cpu"]) % 10
     errors = []
     for block in range(TEST_SAMPLES // BLOCK["cpu"]):
@@ -68,9 +68,9 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     assert rows(small) == found
     assert (small / PLAN).read_bytes() == before[small / PLAN]
 
-    generate = ["--ladder", str(small), "--solver", "ddpm", "--engine", "inline"]
+    generate = ["--ladder", str(small), "--solver", "sde", "--engine", "inline"]
     generate += ["--num", "4", "--block-size", "4", "--shard-size", "4"]
-    (small / "plan-ddpm-mine.json").write_text("")
+    (small / "plan-sde-mine.json").write_text("")
     ways = (("50", [], "Using the plan tuned"), ("50", ["--increments", "held"], ""), ("25", [], "for --nfe 9, at"))
     for steps, options, said in ways:
         out = small.parent / f"out-{steps}-{len(options)}"
@@ -81,7 +81,7 @@ def test_a_ladder_is_tuned_judged_and_used(small):
         assert used == said.startswith("Using")
 
 
-@pytest.mark.parametrize(("solver", "searched"), [("ddim", {"fitted"}), ("ddpm", {"memorised", "optimised"})])
+@pytest.mark.parametrize(("solver", "searched"), [("ode", {"fitted"}), ("sde", {"memorised", "optimised"})])
 def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, solver, searched):
     arguments = [str(calibrated), "--nfe", "6", "--steps", "40", "--solver", solver, "--device", "cpu"]
     printed = run("tune", *arguments, "--out", str(calibrated)).stdout
@@ -89,7 +89,7 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
     errors = {row["family"]: row["errors"] for row in raw["rows"]}
     assert {*errors} == {"held", "extrapolated", "ML-EM", "Euler-Maruyama", *searched}
     assert all(family in printed for family in errors)
-    assert solver == "ddpm" or np.mean(errors["fitted"]) < np.mean(errors["extrapolated"])
+    assert solver == "sde" or np.mean(errors["fitted"]) < np.mean(errors["extrapolated"])
     ladder = Ladder.load(calibrated)
     plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, 2, solver, 40)
     found = PlanComparison(ladder, solver, "cpu", 40, TEST_SAMPLES, TEST_SEED).measure(plan).errors
@@ -97,13 +97,13 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
 
 
 def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
-    budgets = tuned_budgets(fashion.folder, "ddim")
-    plans = [tuned_plan(fashion, "ddim", 250, nfe) for nfe in budgets]
+    budgets = tuned_budgets(fashion.folder, "ode")
+    plans = [tuned_plan(fashion, "ode", 250, nfe) for nfe in budgets]
     assert budgets == [2, 3, 5, 10, 20, 40]
     assert all(plan.nfe(fashion.cost("cpu")) <= nfe for plan, nfe in zip(plans, budgets, strict=True))
     # A few samples of the judging noises: the best level at 250 steps takes most of the time.
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
-    table = solver_table(fashion.process, 250, "ddim")
+    table = solver_table(fashion.process, 250, "ode")
     first, label = set_seed(TEST_SEED), torch.arange(4)
     noise = image_noise(range(first, first + 4), fashion.sample_shape, "cpu")
     form = ClosedForm(levels[1].affine(table.t), table, label)
@@ -116,16 +116,16 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
 
 def test_the_reference_has_no_error(small, tmp_path, monkeypatch):
     ladder = Ladder.load(small)
-    judge = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
+    judge = PlanComparison(ladder, "ode", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache", threads=2)
     measurement = judge.measure(single_level(2, 2, 40))
     assert measurement.errors.max() == 0
     assert measurement.seconds > 0
-    kept = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
+    kept = PlanComparison(ladder, "ode", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert torch.equal(kept.reference, judge.reference)
-    assert torch.equal(PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
+    assert torch.equal(PlanComparison(ladder, "ode", "cpu", 40, 2 * BLOCK["cpu"], 3).reference, judge.reference)
     # As a version with other noise would have kept it.
     monkeypatch.setattr("mlem_dist.tuning.comparison.set_seed", lambda number: number)
-    other = PlanComparison(ladder, "ddim", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
+    other = PlanComparison(ladder, "ode", "cpu", 40, 2 * BLOCK["cpu"], 3, tmp_path / "cache")
     assert other.measure(single_level(2, 2, 40)).errors.max() == 0
 
 
@@ -148,11 +148,11 @@ def test_bad_input_is_refused_before_anything_is_judged(small, tmp_path, change,
 def test_without_cma_nothing_is_begun_that_needs_it(calibrated, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cma", None)
     with pytest.raises(UsageError, match=r"install the extra `train`"):
-        run("tune", str(calibrated), "--solver", "ddpm", "--steps", "40", "--nfe", "6", "--out", str(tmp_path / "out"))
+        run("tune", str(calibrated), "--solver", "sde", "--steps", "40", "--nfe", "6", "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+@pytest.mark.parametrize("solver", ["ode", "sde"])
 def test_a_budget_for_every_step_is_spent_on_the_best_level(small, tmp_path, solver):
     out = tmp_path / "out"
     run("tune", str(small), "--solver", solver, "--steps", "8", "--nfe", "8", "--device", "cpu", "--out", str(out))
@@ -163,7 +163,7 @@ def test_a_budget_for_every_step_is_spent_on_the_best_level(small, tmp_path, sol
 
 def test_a_plan_that_does_not_stay_finite_never_wins(small):
     ladder = Ladder.load(small)
-    selection = PlanComparison(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
+    selection = PlanComparison(ladder, "ode", "cpu", 8, BLOCK["cpu"], 0)
     good = single_level(2, 2, 8)
     bad = Plan(good.fire, 1e38 * good.weight, good.previous)
     assert not np.isfinite(selection.errors([bad])).all()
@@ -175,7 +175,7 @@ def test_a_plan_that_does_not_stay_finite_never_wins(small):
 
 def test_the_plan_of_least_error_wins(small):
     ladder = Ladder.load(small)
-    selection = PlanComparison(ladder, "ddim", "cpu", 8, BLOCK["cpu"], 0)
+    selection = PlanComparison(ladder, "ode", "cpu", 8, BLOCK["cpu"], 0)
     # Of equal cost, as both call level 2 at every step.
     best, worse = single_level(2, 2, 8), replace(single_level(2, 2, 8), weight=1.1 * single_level(2, 2, 8).weight)
     for plans in ([best, worse], [worse, best]):
@@ -184,7 +184,7 @@ def test_the_plan_of_least_error_wins(small):
 
 def test_every_class_has_its_turn(many, fashion):
     for ladder, blocks in ((many, 5), (fashion, 2)):
-        judge = PlanComparison(ladder, "ddim", "cpu", 10, blocks * BLOCK["cpu"], 0)
+        judge = PlanComparison(ladder, "ode", "cpu", 10, blocks * BLOCK["cpu"], 0)
         label = torch.cat([judge.label(block) for block in range(blocks)])
         assert {*label.tolist()} == {*range(len(ladder.labels))}
         assert label.bincount().min() > 0.6 * label.bincount().max()
@@ -197,11 +197,11 @@ def test_every_class_has_its_turn(many, fashion):
 
 
 def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):
-    settings = open_frontier(Ladder.load(small), "ddpm", 250, "cpu", tmp_path).settings
+    settings = open_frontier(Ladder.load(small), "sde", 250, "cpu", tmp_path).settings
     for key, other in (("ladder", "another"), ("costs", [1.0, 2.0]), ("calibration", "another")):
         (tmp_path / FRONTIER).write_text(json.dumps(settings | {key: other, "rows": []}))
         with pytest.raises(UsageError, match=f"of another {key}: .*; move it away, or"):
-            run("tune", str(small), "--out", str(tmp_path), "--nfe", "9", "--solver", "ddpm", "--device", "cpu")
+            run("tune", str(small), "--out", str(tmp_path), "--nfe", "9", "--solver", "sde", "--device", "cpu")
 
 
 def test_the_lower_envelope_holds_what_nothing_beats():
