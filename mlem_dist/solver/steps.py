@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.solver.conversion import combination, convert
-from mlem_dist.solver.process import Grid, Process, Spacing
+
+if TYPE_CHECKING:
+    from mlem_dist.solver.process import Grid, Process, Spacing
 
 SOLVERS = ("ode", "sde", "dpm++")
 
