@@ -97,8 +97,6 @@ class Ladder:
         raw = read_object(path, "ladder")
         if raw.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-        if raw.get("parametrisation") != "epsilon":
-            raise UsageError(f"{path}: parametrisation is {raw.get('parametrisation')!r}, expected 'epsilon'")
         try:
             ladder = cls(
                 folder=folder,
@@ -112,6 +110,11 @@ class Ladder:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UsageError(f"{path} has a missing, unknown or malformed entry: {error}") from None
         ladder._validate()
+        if raw.get("parametrisation") != ladder.process.drift:
+            raise UsageError(
+                f"{path}: parametrisation is {raw.get('parametrisation')!r}, expected {ladder.process.drift!r}, the "
+                "drift of its noise schedule"
+            )
         return ladder
 
     def _validate(self) -> None:

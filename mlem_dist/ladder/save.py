@@ -16,6 +16,7 @@ from mlem_dist.ladder.schema import LADDER, SCHEDULER, SCHEMA_VERSION, WEIGHTS, 
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import UNetLevel
 from mlem_dist.models.weights import save_tensors
+from mlem_dist.solver.process import process_of
 
 
 def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
@@ -55,7 +56,9 @@ def save_ladder(
     levels: Sequence[Level],
 ) -> Ladder:
     """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
-    config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
+    config = scheduler
+    if "_class_name" not in scheduler:
+        config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler
     replace_file(folder / SCHEDULER, json.dumps(config, indent=2) + "\n")
     raw = {
         "schema_version": SCHEMA_VERSION,
@@ -63,7 +66,7 @@ def save_ladder(
         "sample_shape": list(sample_shape),
         "value_range": [-1.0, 1.0],
         "labels": list(labels),
-        "parametrisation": "epsilon",
+        "parametrisation": process_of(config).drift,
         "scheduler_sha256": file_digest(folder / SCHEDULER),
         "levels": [level.__dict__ for level in levels],
     }

@@ -134,7 +134,8 @@ def plan_searches(
     def report(nfe: float, stage: str) -> Callable[[int, int], None]:
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
-    if solver == "ode" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1:
+    regular = np.isfinite(ladder.process.grid(steps).log_snr).all()
+    if solver == "ode" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1 and regular:
         # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
         # between fitted and drawn plans only by chance.
         samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])
