@@ -133,11 +133,6 @@ class Job:
         for name in ("num", "steps", "block_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.seed <= SEEDS - self.num:
-            raise UsageError(
-                f"`seed` {self.seed}: expected 0 to {SEEDS - self.num}, as sample i has the image seed `seed` + i, and "
-                f"image seeds lie below {SEEDS}"
-            )
         if self.solver not in SOLVERS:
             raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
         if self.precision not in PRECISIONS:
@@ -147,6 +142,13 @@ class Job:
                 "the plan takes runs of base steps in closed form, which `solver` dpm++ cannot; draw another"
             )
         check_shards(self.workload)
+        if self.num > SEEDS:
+            raise UsageError(f"`num` {self.num:,}: expected at most {SEEDS:,}, the number of image seeds")
+        if not 0 <= self.seed <= SEEDS - self.num:
+            raise UsageError(
+                f"`seed` {self.seed}: expected 0 to {SEEDS - self.num}, as sample i has the image seed `seed` + i, and "
+                f"image seeds lie below {SEEDS}"
+            )
 
     @property
     def config(self) -> dict[str, Any]:

@@ -38,8 +38,7 @@ from mlem_dist.ladder.schema import (
 )
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
-from mlem_dist.models.unet import UNetLevel, check_condition, on_meta
-from mlem_dist.solver.conversion import PREDICTIONS
+from mlem_dist.models.unet import UNetLevel, check_condition, check_prediction, on_meta
 from mlem_dist.solver.process import Process, process_of
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
@@ -169,16 +168,7 @@ class Ladder:
 
     def _check_unet(self, level: Level) -> None:
         channels, height, width = self.sample_shape
-        if level.prediction not in (*PREDICTIONS, "residual"):
-            raise UsageError(
-                f"level {level.name!r}: prediction is {level.prediction!r}, expected residual or one of "
-                f"{', '.join(PREDICTIONS)}"
-            )
-        if self.process.prediction not in ("epsilon", level.prediction):
-            raise UsageError(
-                f"level {level.name!r}: prediction is {level.prediction!r}, expected {self.process.prediction!r} by "
-                "the prediction_type of the ladder's noise schedule; set either"
-            )
+        check_prediction(level.name, level.prediction, self.process)
         if level.prediction == "residual" and (self.levels[0].kind != "gaussian" or self.value_range != (-1.0, 1.0)):
             raise UsageError(
                 f"level {level.name!r}: prediction residual needs a Gaussian as first level and the value range "

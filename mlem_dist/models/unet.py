@@ -10,7 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from mlem_dist.errors import UsageError
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
-from mlem_dist.solver.conversion import combination, convert
+from mlem_dist.solver.conversion import PREDICTIONS, combination, convert
 from mlem_dist.solver.process import Process
 
 
@@ -136,6 +136,34 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
             f"{' '.join(str(error).split())}"
         ) from None
     return level
+
+
+def check_prediction(name: str, prediction: str, process: Process) -> None:
+    """Refuse a prediction that a UNet of the process does not make.
+
+    Raises:
+        UsageError: by the level's name, if the prediction is unknown, contradicts the scheduler's `prediction_type`, or
+            is a residual where the drift is not the noise.
+    """
+    if prediction not in (*PREDICTIONS, "residual"):
+        raise UsageError(
+            f"level {name!r}: prediction is {prediction!r}, expected residual or one of {', '.join(PREDICTIONS)}"
+        )
+    if prediction == "residual" and process.drift != "epsilon":
+        raise UsageError(
+            f"level {name!r}: prediction is residual, expected {process.drift}: a residual corrects a prediction of "
+            "the noise, which says nothing at the beginning of this noise schedule"
+        )
+    if process.prediction not in ("epsilon", prediction) and prediction != "residual":
+        raise UsageError(
+            f"level {name!r}: prediction is {prediction!r}, expected {process.prediction!r} by the prediction_type of "
+            "the noise schedule; set either"
+        )
+    if process.prediction == "epsilon" and prediction in ("flow_prediction", "score", "edm", "edm_v"):
+        raise UsageError(
+            f"level {name!r}: prediction is {prediction!r}, which models of this noise schedule do not make; take the "
+            "scheduler configuration that the model was trained with"
+        )
 
 
 def check_condition(name: str, config: Mapping[str, Any], process: Process) -> None:

@@ -367,7 +367,7 @@ class EDMProcess(ExplodingProcess):
 
     def time(self, sigma: Any) -> Any:
         """As `ExplodingProcess.time`."""
-        return np.log(sigma) / 4
+        return (sigma.log() if isinstance(sigma, Tensor) else np.log(sigma)) / 4
 
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
         """As `Process.grid`: noise levels of `sigma_schedule`, and 0 after the last step, in either spacing."""

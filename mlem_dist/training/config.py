@@ -9,6 +9,7 @@ import yaml
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
+from mlem_dist.models.unet import check_prediction
 from mlem_dist.solver.process import process_of
 
 RESERVED = ("training", "scheduler")
@@ -29,7 +30,7 @@ class LevelConfig:
     kind: Literal["gaussian", "unet"]
     rank: int = 0
     patch: int = 1
-    prediction: Literal["epsilon", "v_prediction", "residual"] = "epsilon"
+    prediction: str = "epsilon"
     teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
@@ -108,7 +109,7 @@ def read_config(path: Path) -> TrainConfig:
         seed=config.seed,
     )
     try:
-        process_of(config.scheduler)
+        process = process_of(config.scheduler)
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
@@ -124,6 +125,8 @@ def read_config(path: Path) -> TrainConfig:
     for level in config.levels:
         if wrong := _wrong(level, config):
             raise UsageError(f"{path}: level {level.name!r}: {wrong}")
+        if level.kind == "unet":
+            check_prediction(level.name, level.prediction, process)
     return config
 
 

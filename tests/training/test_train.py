@@ -66,6 +66,44 @@ def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, da
     assert len(log[-1]["denoising_error"]) == 10
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "prediction"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}, "flow_prediction"),
+        ({"_class_name": "EDMEulerScheduler"}, "edm"),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "v_prediction"),
+    ],
+    ids=["flow", "EDM", "zero terminal SNR"],
+)
+def test_a_ladder_of_another_process_is_trained(tmp_path, data, configure, scheduler, prediction):
+    config = configure({"steps": 200, "prediction": prediction}, scheduler=scheduler)
+    images = load_images(data, config.sample_shape, config.labels)
+    ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
+    assert ladder.process.prediction == prediction
+    found = denoising_error(ladder.load_level(2, "cpu"), images, ladder.process)
+    assert found == pytest.approx(ladder.levels[1].denoising_error, rel=1e-6)
+    log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
+    assert log[1]["loss"] < 0.9 * log[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction", "message"),
+    [
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "epsilon",
+            "is 'epsilon', expected 'flow_prediction'",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "residual", "is residual, expected flow_prediction"),
+        ({}, "score", "is 'score', which models of this noise schedule do not make"),
+        ({}, "noise", "is 'noise', expected residual or one of epsilon, sample"),
+    ],
+)
+def test_a_prediction_that_the_process_does_not_have_is_refused(configure, scheduler, prediction, message):
+    with pytest.raises(UsageError, match=f"level 'unet': prediction {message}"):
+        configure({"prediction": prediction}, scheduler=scheduler)
+
+
 def test_a_pupil_comes_closer_to_its_teacher_than_to_the_noise(tmp_path, data, configure):
     """The noise that no model can know is not in what it learns from."""
     config = configure({"teacher": "large"}, {"name": "large"})
