@@ -88,7 +88,7 @@ def ahead(monkeypatch):
     """A function that sets how many blocks per device coordinators are given; none before it is called."""
 
     def set_to(blocks: int) -> None:
-        monkeypatch.setattr(cells, "AHEAD", blocks)
+        monkeypatch.setattr(cells, "QUEUED_BLOCKS_PER_DEVICE", blocks)
 
     set_to(0)
     return set_to

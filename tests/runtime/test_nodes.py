@@ -31,13 +31,13 @@ there = arrange(job, ladder, parse_placement("together", len(ladder.levels)), No
 dataset = open_dataset(job, ladder, out)
 engine = lambda shards: run_ray(job, ladder, out, shards, there)
 # Nothing is handed out before this process is told to.
-ahead, cells.AHEAD = cells.AHEAD, 0
+ahead, cells.QUEUED_BLOCKS_PER_DEVICE = cells.QUEUED_BLOCKS_PER_DEVICE, 0
 for progress in complete(dataset, ladder, engine):
     print("at", progress.blocks, progress.devices, sum(pool.calls for pool in progress.pools), flush=True)
-    if progress.state == "sampling" and not cells.AHEAD:
+    if progress.state == "sampling" and not cells.QUEUED_BLOCKS_PER_DEVICE:
         print("ready", flush=True)
         sys.stdin.readline()
-        cells.AHEAD = ahead
+        cells.QUEUED_BLOCKS_PER_DEVICE = ahead
 """
 
 
