@@ -450,7 +450,7 @@ def test_a_killed_coordinator_costs_no_sample(three, long_job, reference_cache, 
 def test_a_pool_that_holds_up_the_others_takes_an_actor(three, small_job, tmp_path, monkeypatch):
     """The large levels are said to cost nothing, so that they get one actor, and the trajectories all devices."""
     # The busiest pool is full, however little of the machine other programs leave to it.
-    monkeypatch.setattr(run, "Coordinator", coordinator_with(policies, "FULL", 0.02))
+    monkeypatch.setattr(run, "Coordinator", coordinator_with(policies, "FULL_SHARE", 0.02))
     levels = len(three.levels)
     # More than any machine makes meanwhile.
     job = small_job(num=10**6, steps=40, shard_size=32)
