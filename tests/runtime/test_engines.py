@@ -211,6 +211,7 @@ def test_a_ladder_that_a_device_does_not_find_is_bad_input(three, small_job):
 
 def coordinator_with(module, name, value):
     """A coordinator in whose process a constant of a module is another."""
+    assert hasattr(module, name)
 
     # Within a function: Ray's workers cannot import this file.
     class Changed(Coordinator):
