@@ -1,4 +1,4 @@
-"""The public functions: what the command line does, by the same names."""
+"""The public functions, which have the names of the commands of the command line."""
 
 from mlem_dist.api.arguments import load_ladder
 from mlem_dist.api.datasets import read, show, verify

@@ -1,4 +1,4 @@
-"""Arguments that several functions of the API share: their defaults, types and checks."""
+"""Defaults, types and checks of arguments that several functions of the API share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.tuning.tuned_plans import choose_plan
 
 DEFAULT_NFE = 10.0
-"""Budget per sample, in evaluations of the best level."""
+"""Default budget per sample, in evaluations of the best level."""
 
 Solver = Literal["ode", "sde", "dpm++", "ddim", "ddpm"]
 Precision = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 Notify = Callable[[str], None]
-"""A function that receives a sentence for the user."""
+"""Function that receives a sentence for the user."""
 
 
 def ignore(value: object) -> None:
@@ -30,19 +30,19 @@ def ignore(value: object) -> None:
 
 
 def load_ladder(ladder: str | Path | Ladder) -> Ladder:
-    """A ladder by its bundled name or folder; a loaded one as it is.
+    """The ladder of a bundled name or a folder; a loaded ladder is returned unchanged.
 
     Raises:
-        UsageError: as `Ladder.load`.
+        UsageError: as for `Ladder.load`.
     """
     return ladder if isinstance(ladder, Ladder) else Ladder.load(ladder)
 
 
 def local_device(device: str) -> str:
-    """ "cpu" or "cuda" on this machine; "auto" is a GPU if there is one.
+    """The device type on this machine, "cpu" or "cuda"; "auto" selects a GPU if there is one.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: if `device` is unknown, or this machine has no such device.
     """
     import torch
 
@@ -63,11 +63,11 @@ def find_plan(
     plan: Plan | str | Path | None = None,
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
-    """The given plan, or that of a budget by the levels' `cost` (K,); and a note for the user, or "".
+    """The given plan, or the plan or recipe of a budget for level costs `cost` (K,), and a note for the user or "".
 
     Raises:
-        UsageError: the plan is for another ladder, solver or number of steps; a budget is given beside it; or as
-            `choose_plan`.
+        UsageError: if the plan is for another ladder, solver or number of steps, or a budget is given as well; or as
+            for `choose_plan`.
     """
     if plan is None:
         return choose_plan(ladder, cost, solver, steps, DEFAULT_NFE if nfe is None else nfe, **choices)
@@ -84,10 +84,10 @@ def find_plan(
 
 
 def check_labels(labels: Sequence[int] | None, ladder: Ladder) -> tuple[int, ...]:
-    """The classes to generate; all of the ladder's if none are given, (0,) where it has none.
+    """The classes to generate: `labels`, or by default all classes of the ladder, or (0,) if it is unconditional.
 
     Raises:
-        UsageError: the ladder has no such class, or one is given twice.
+        UsageError: if `labels` is empty, the ladder lacks one of the classes, or a class is given twice.
     """
     classes = len(ladder.labels)
     if labels is None:
@@ -105,10 +105,10 @@ def check_labels(labels: Sequence[int] | None, ladder: Ladder) -> tuple[int, ...
 
 
 def check_new(out: Path) -> None:
-    """Refuse a file to write that is there, or in a folder that cannot be written.
+    """Refuse an output file that exists or whose folder is not writable.
 
     Raises:
-        UsageError: it is, with the way out.
+        UsageError: if the file exists, or its folder is not writable.
     """
     check_writable(out.parent)
     try:

@@ -1,4 +1,4 @@
-"""Datasets that exist: reading, showing, verifying."""
+"""Functions that read, show and verify an existing dataset."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def read(out: str | Location) -> ray.data.Dataset:
-    """The finished shards of a dataset as a Ray Dataset, with its columns as they are stored.
+    """The finished shards of a dataset as a Ray Dataset with the stored columns.
 
     Args:
         out: the dataset's folder, or its URL in an object store.
 
     Raises:
-        UsageError: there is no dataset, or no finished shard of it.
+        UsageError: if there is no dataset, or it has no finished shard.
     """
     import ray.data
 
@@ -38,10 +38,14 @@ def read(out: str | Location) -> ray.data.Dataset:
 
 
 def show(dataset: str | Location, *, out: Path | None = None) -> Location:
-    """Write the contact sheet of a dataset, `preview.png` in its folder by default, and return its path.
+    """Write the contact sheet of a dataset as a PNG file, and return the file's path.
+
+    Args:
+        dataset: the dataset's folder, or its URL in an object store.
+        out: path of the PNG file; `preview.png` in the dataset's folder by default.
 
     Raises:
-        UsageError: there is no dataset or no finished shard of it, or the sheet cannot be written there.
+        UsageError: if there is no dataset, it has no finished shard, or `out` cannot be written.
     """
     from mlem_dist.report.sheet import save_contact_sheet
 
@@ -53,13 +57,16 @@ def show(dataset: str | Location, *, out: Path | None = None) -> Location:
 
 
 def verify(dataset: str | Location) -> tuple[list[Shard], list[str], bool]:
-    """Compare every file of a dataset with the digest recorded when it was written.
+    """Compare every file of a dataset with the digest that was recorded when the file was written.
+
+    Args:
+        dataset: the dataset's folder, or its URL in an object store.
 
     Returns:
-        The shards that are recorded, a sentence for each problem, and whether the dataset is finished.
+        The recorded shards, a sentence for each problem, and whether the dataset is finished.
 
     Raises:
-        UsageError: there is no dataset.
+        UsageError: if there is no dataset.
     """
     from mlem_dist.dataset.manifest import read_manifest, recorded_shards
     from mlem_dist.dataset.shards import damage, foreign

@@ -1,4 +1,4 @@
-"""Images and datasets from a ladder."""
+"""Generation of images and datasets from a ladder."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def sample(
     precision: Precision = "float32",
     device: Device = "auto",
 ) -> np.ndarray:
-    """Images made in this process; a dataset of the same arguments begins with them, but for rounding.
+    """Generate images in this process.
 
-    An image is a function of its class, its image seed and the plan, to rounding. Image i has the seed `seed` + i.
+    Up to rounding, an image depends on its class, its image seed and the plan only. Image i has the image seed
+    `seed` + i. A dataset that is generated with the same arguments begins with the same images, up to rounding.
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
@@ -62,20 +63,20 @@ def sample(
         labels: classes to generate, in turn; all by default.
         seed: image seed of the first image, in [0, 2^32).
         seeds: image seeds of all images, instead of `num` and `seed`.
-        nfe: compute per image, in evaluations of the best level; 10 by default.
+        nfe: budget per image, in evaluations of the best level; 10 by default.
         solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
             aliases of "ode" and "sde".
-        steps: base steps.
+        steps: number of base steps.
         plan: a plan or its file, instead of a budget.
-        precision: type that networks compute in.
+        precision: dtype in which networks compute.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Returns:
-        uint8 (num, H, W, C), C = 1 or 3.
+        The images, uint8 (num, H, W, C), C = 1 or 3.
 
     Raises:
-        UsageError: an argument is out of range, or the ladder cannot be used.
-        NonFiniteError: a block ended with NaN or infinite values.
+        UsageError: if an argument is out of range, or the ladder cannot be used.
+        NonFiniteError: if a block ends with NaN or infinite values.
     """
     from mlem_dist.engine.inline import sample_blocks
 
@@ -104,10 +105,10 @@ def sample(
 
 
 def _check_seeds(num: int | None, seed: int, seeds: Sequence[int] | None) -> tuple[int, Callable[[int], int] | None]:
-    """The number of images, and the image seed of each sample id if `seeds` are given.
+    """The number of images and, if `seeds` are given, a function from sample id to image seed.
 
     Raises:
-        UsageError: if they contradict each other, or a seed is out of range.
+        UsageError: if the arguments are missing or contradict each other, or a seed is out of range.
     """
     if seeds is None:
         if num is None:
@@ -148,42 +149,45 @@ def generate(
     notify: Notify = ignore,
     progress: Callable[[Progress], None] = ignore,
 ) -> GenerationReport:
-    """Generate a Parquet dataset; the same call again makes what is missing and rewrites nothing.
+    """Generate a Parquet dataset. The same call again generates missing shards only and rewrites no file.
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        num: images of the whole dataset.
-        out: a folder, or the URL of one in an object store.
+        num: number of images in the whole dataset.
+        out: the dataset's folder, or its URL in an object store.
         labels: classes to generate, in turn; all by default.
         seed: image seed of sample 0, and seed of drawn plans; sample i has the image seed `seed` + i, below 2^32.
-        nfe: compute per image, in evaluations of the best level; 10 by default.
+        nfe: budget per image, in evaluations of the best level; 10 by default.
         solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
             aliases of "ode" and "sde".
-        steps: base steps.
-        probabilities: how the budget is spread over levels and steps; Neyman's for a calibrated ladder by default.
-        draw: how the evaluations of a plan are chosen: one plan for all images by default ("quantiles"), or a plan
-            drawn for each block ("systematic", "independent"), as impulses always are.
-        increments: how an increment enters the steps; "held" for sde and "extrapolated" for others by default.
+        steps: number of base steps.
+        probabilities: distribution of the budget over levels and steps; by default "neyman" for a calibrated ladder,
+            else "theory".
+        draw: choice of the steps at which a plan evaluates each level. "quantiles", the default, is one plan for all
+            images; "systematic" and "independent" draw a plan for each block. Increments of type "impulse" need one of
+            the latter, by default "systematic".
+        increments: how an increment enters the steps; "held" for "sde" and "extrapolated" for others by default.
         plan: a plan or its file, instead of a budget.
-        precision: type that networks compute in.
-        block_size: samples that advance together; 100 on CPUs and 500 on GPUs by default.
-        shard_size: samples of one Parquet file, a multiple of the block size.
-        placement: which levels share a pool, as "together", "pools" or "1-3,4"; the fastest by forecast for "auto".
-        coalesce: blocks that another pool than the first may evaluate together.
-        devices: CPU cores or GPUs to use; all by default.
+        precision: dtype in which networks compute.
+        block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
+        shard_size: number of samples in a Parquet file, a multiple of the block size.
+        placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
+            placement with the fastest forecast.
+        coalesce: number of blocks that a pool other than the first may evaluate together.
+        devices: number of CPU cores or GPUs to use; all by default.
         device: "cpu", "cuda", or "auto" for GPUs if there are any.
-        address: of a Ray head; by default the cluster that this runs in, else a Ray that is started here.
+        address: address of a Ray head. By default, the cluster in which this process runs, else a new local cluster.
         engine: "ray", or "inline" for this process alone.
-        notify: takes sentences for the user.
-        progress: takes snapshots of the run.
+        notify: receives sentences for the user.
+        progress: receives snapshots of the run's progress.
 
     Returns:
-        What was made, and how fast.
+        A report of the generated samples and their rate.
 
     Raises:
-        UsageError: an argument is out of range, or `out` holds something else; nothing has been written then.
-        RuntimeError: Ray does not start, its actors die faster than they work, or another run writes to `out`.
-        NonFiniteError: a block ended with NaN or infinite values.
+        UsageError: if an argument is out of range, or `out` holds something else. Nothing is written in this case.
+        RuntimeError: if Ray does not start, its actors die faster than they work, or another run writes to `out`.
+        NonFiniteError: if a block ends with NaN or infinite values.
     """
     started = time.monotonic()
     method = canonical_solver(solver)
@@ -248,7 +252,11 @@ def generate(
 def _check_engine(
     ladder: Ladder, placement: str, coalesce: int, devices: int | None, address: str | None, engine: str
 ) -> Placement | None:
-    """The placement that is asked for, None for the fastest, after a look at whether these arguments go together."""
+    """The requested placement, None for the fastest, after a check of the combination of arguments.
+
+    Raises:
+        UsageError: if the arguments contradict each other.
+    """
     from mlem_dist.capacity.placement import parse_placement
 
     if engine not in ("ray", "inline"):
@@ -264,7 +272,7 @@ def _check_engine(
 
 
 def _cost_note(ladder: Ladder, device: str) -> str:
-    """A sentence for the user of a ladder whose levels were measured on another device; else ""."""
+    """A sentence for the user if the costs of levels come from another device; else ""."""
     if (measured := ladder.measured_on(device)) == device:
         return ""
     return (
@@ -285,7 +293,7 @@ def _on_ray(
     remote: bool,
     notify: Notify,
 ) -> Engine:
-    """The Ray engine, connected, with a placement for so many samples `todo`."""
+    """The Ray engine, connected to a cluster, with a placement for `todo` samples."""
     from mlem_dist.report.tables import placement_reason
     from mlem_dist.runtime import cluster
     from mlem_dist.runtime.arrangement import arrange
@@ -302,7 +310,11 @@ def _on_ray(
 
 
 def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None) -> Engine:
-    """The in-process engine, with a thread for each core, or for one GPU, which does one block after another."""
+    """The in-process engine, with a thread for each CPU core, or one thread for a GPU.
+
+    Raises:
+        UsageError: if there are fewer than `devices`.
+    """
     from mlem_dist.engine.inline import run_inline
 
     most = 1 if job.device == "cuda" else available_cores()
@@ -324,13 +336,19 @@ def draw(
     increments: Increments | None = None,
     device: Device = "auto",
 ) -> tuple[Plan, float]:
-    """Draw one plan and write it to a JSON file, for `plan` of `generate`.
+    """Draw one plan and write it to a JSON file, for the argument `plan` of `generate`.
+
+    Args:
+        out: path of the JSON file.
+        device: device type whose level costs the budget counts.
+
+    The other arguments are as for `generate`.
 
     Returns:
-        The plan, and its evaluations of the best level per image by the levels' costs on the device.
+        The plan, and its cost per image in evaluations of the best level, by the levels' costs on the device.
 
     Raises:
-        UsageError: as `generate`, or the file is there already.
+        UsageError: as for `generate`, or if the file exists.
     """
     from mlem_dist.solver.plan import block_rng, write_plan
     from mlem_dist.tuning.recipes import make_recipe

@@ -1,4 +1,4 @@
-"""Ladders: training, measuring, calibrating, tuning."""
+"""Functions that train, measure, calibrate and tune ladders."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def measure(ladder: str | Path | Ladder) -> Ladder:
-    """Measure the cost of each level on this machine, store it in the folder's ladder.json, and load the result.
+    """Measure the cost of each level on this machine, store it in the ladder's ladder.json, and return the new ladder.
 
     Raises:
-        UsageError: the ladder cannot be used.
-        OSError: its folder cannot be written.
+        UsageError: if the ladder cannot be used.
+        OSError: if the ladder's folder is not writable.
     """
     from mlem_dist.ladder.measure import measure_costs
 
@@ -33,7 +33,7 @@ def measure(ladder: str | Path | Ladder) -> Ladder:
 
 
 def load_data(data: Path, ladder: Any, notify: Notify = ignore) -> Images:
-    """The image dataset in a folder for a ladder or the configuration of one; a note for what is not as it lies."""
+    """The images in a folder, for a ladder or a training configuration, with notes on resized and skipped files."""
     from mlem_dist.training.data import load_images
 
     images = load_images(data, ladder.sample_shape, ladder.labels)
@@ -54,24 +54,25 @@ def train(
     notify: Notify = ignore,
     progress: Callable[[TrainingProgress, int], None] = lambda levels, steps: None,
 ) -> tuple[Ladder, Path, bool]:
-    """Train a ladder, its levels side by side on Ray; the same call again continues after a kill.
+    """Train the levels of a ladder in parallel on Ray. The same call again resumes a killed training.
 
     Args:
         data: folder of an image dataset.
-        config: YAML file, see the docs.
+        config: path of the YAML configuration, which the documentation describes.
         out: the ladder's folder.
         device: "cpu", "cuda", or "auto" for GPUs if there are any.
-        address: of a Ray head, as for `generate`.
-        notify: takes sentences for the user.
-        progress: takes the steps done and the loss of each level that has begun, and the steps of all levels.
+        address: address of a Ray head, as for `generate`.
+        notify: receives sentences for the user.
+        progress: receives the finished steps and the loss of each level that has begun, and the total number of steps
+            of all levels.
 
     Returns:
-        The ladder, a figure of the losses, and whether the ladder was finished already.
+        The ladder, the path of a figure of the losses, and whether the ladder was already finished before this call.
 
     Raises:
-        UsageError: the data, the configuration or `out` cannot be used; nothing has been written then.
-        DivergedError: a loss became NaN or infinite.
-        RuntimeError: there is not enough memory, or the process of a level died.
+        UsageError: if the data, the configuration or `out` cannot be used. Nothing is written in this case.
+        DivergedError: if a loss becomes NaN or infinite.
+        RuntimeError: if memory does not suffice, or the process of a level dies.
     """
     from mlem_dist.extras import require
     from mlem_dist.report.figures import save_loss_curves
@@ -109,22 +110,22 @@ def calibrate(
     notify: Notify = ignore,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[Calibration, list[Path], bool]:
-    """Measure a ladder on this device: time, error, increments and their effect, gamma, predicted speed-up.
+    """Measure a ladder on this device: times, errors, increments and their effects, gamma, and predicted speed-up.
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
         data: folder of an image dataset.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        out: folder for calibration.json and figures; the ladder's by default.
-        compiled: whether to time UNets by torch.compile as well.
-        notify: takes sentences for the user.
-        progress: takes a stage, how much of it is done, and how much there is.
+        out: folder for calibration.json and figures; the ladder's folder by default.
+        compiled: whether to time UNets with torch.compile as well.
+        notify: receives sentences for the user.
+        progress: receives the name of a stage, its finished units of work, and their total.
 
     Returns:
-        What was measured, the files written, and whether an earlier entry of this device was replaced.
+        The measurements, the paths of written files, and whether they replaced an existing entry of this device.
 
     Raises:
-        UsageError: the ladder or the data cannot be used.
+        UsageError: if the ladder or the data cannot be used.
     """
     from mlem_dist.extras import require
     from mlem_dist.ladder.calibration import device_key, stored
@@ -152,22 +153,24 @@ def tune(
     device: Device = "auto",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[list[Row], list[Path]]:
-    """Find plans for a ladder: try ways to spend each budget, and judge them on other noises; a rerun goes on.
+    """Find the best plan of a ladder for each budget: try candidates, and judge them on other noises.
+
+    The same call again resumes an interrupted search.
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        out: folder for the plans, the frontier and its figure; `generate` uses the plans in a ladder's folder.
+        out: folder for the plans, the frontier and its figure; `generate` uses plans in the ladder's folder.
         nfe: budgets, in evaluations of the best level per image.
-        solver: "ode" or "sde".
-        steps: base steps.
+        solver: "ode" or "sde", or their aliases "ddim" and "ddpm".
+        steps: number of base steps.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
-        progress: takes a stage, how much of it is done, and how much there is.
+        progress: receives the name of a stage, its finished units of work, and their total.
 
     Returns:
-        What each way to spend a budget is worth, and the files written.
+        A row of the frontier for each candidate, and the paths of the written files.
 
     Raises:
-        UsageError: the ladder or `out` cannot be used, or a budget cannot be met.
+        UsageError: if the ladder or `out` cannot be used, or a budget cannot be met.
     """
     from mlem_dist.extras import require
     from mlem_dist.report.figures import save_frontier

@@ -1,4 +1,4 @@
-"""Forecasts of what a cluster makes of a dataset."""
+"""Forecasts of the generation of a dataset on a cluster."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ def capacity(
     shard_size: int = 2000,
     out: Path | None = None,
 ) -> tuple[list[Capacity], dict[str, float]]:
-    """Simulate a cluster that makes a dataset: rate, hours, bottleneck, best placement.
+    """Forecast the generation of a dataset on a cluster by simulation: rate, hours, bottleneck, best placement.
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        num: images.
-        pool_devices: devices by kind, KIND:COUNT or KIND:COUNT:GIB, such as "h100:64:80,l4:256:24".
-        cost: a kind's ms per sample of each level, such as "h100=0.01,0.2,1"; measured costs by default.
-        out: a PNG file for a figure of when each actor of a cell is at work.
+        num: number of images.
+        pool_devices: numbers of devices by kind, with memory in GiB if known: KIND:COUNT or KIND:COUNT:GIB, such as
+            "h100:64:80,l4:256:24".
+        cost: costs of the levels on a kind, in ms per sample, such as "h100=0.01,0.2,1"; measured costs by default.
+        out: path of a PNG file for a timeline of the actors of a cell.
 
     The other arguments are as for `generate`.
 
     Returns:
-        Forecasts, the fastest first, and the images per second that one more device of each kind would bring.
+        Forecasts, fastest first, and the gain in images per second from one more device of each kind.
 
     Raises:
-        UsageError: an argument is out of range, or the ladder does not fit on the devices.
+        UsageError: if an argument is out of range, or the ladder does not fit on the devices.
     """
     from mlem_dist.capacity.planner import marginal, plan_capacity, read_kinds
     from mlem_dist.engine.job import Workload, check_shards

@@ -1,4 +1,4 @@
-"""What calibration has measured of a ladder: the file, by device, and what others read from it."""
+"""The file calibration.json, which holds the measurements of a ladder by device, and functions that read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "calibration.json"
 
 
 def device_key(device: str) -> str:
-    """Key of a device's entry: its type and name, such as "cuda/NVIDIA H200"."""
+    """The key of a device's entry: type and name, such as "cuda/NVIDIA H200"."""
     if device == "cuda":
         return f"cuda/{torch.cuda.get_device_name()}"
     try:
@@ -34,11 +34,10 @@ def device_key(device: str) -> str:
 
 
 def stored(folder: Path, ladder: Ladder) -> dict[str, Any]:
-    """The entries of `folder`/calibration.json by device, as JSON; none if there is no such file. Touches nothing.
+    """The entries of `folder`/calibration.json by device, as JSON values; empty if there is no such file.
 
     Raises:
-        UsageError: the folder cannot be written to, or the file is unreadable, of another schema version or of another
-            ladder.
+        UsageError: if the folder is not writable, or the file is unreadable, or has another schema version or ladder.
     """
     check_writable(folder)
     return _read(folder / NAME, ladder)
@@ -65,12 +64,13 @@ def _read(path: Path, ladder: Ladder) -> dict[str, Any]:
 
 
 def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Timesteps int64 (M,) and effects W_kl float64 (K, K, M) of a solver, from the ladder's own calibration, if any.
+    """Timesteps int64 (M,) and effects W_kl float64 (K, K, M) of a solver, from the calibration in the ladder's folder.
 
-    Effects are the same on all devices but for rounding; those of the first in the file are taken.
+    Effects are the same on all devices but for rounding, so those of the first device are returned. The result is None
+    if the ladder is not calibrated.
 
     Raises:
-        UsageError: the ladder's calibration.json is unreadable, of another schema version or of another ladder.
+        UsageError: if the ladder's calibration.json is unreadable, or has another schema version or ladder.
     """
     devices = _read(ladder.folder / NAME, ladder)
     if not devices:
@@ -80,13 +80,13 @@ def read_effect(ladder: Ladder, solver: str) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def measured_costs(ladder: Ladder, name: str) -> tuple[str, np.ndarray | None]:
-    """The type of a device, "cpu" or "cuda", and its costs T_k, float64 (K,), seconds per sample, if they are known.
+    """The type of a device, "cpu" or "cuda", and its costs T_k, float64 (K,), in seconds per sample; None if unknown.
 
-    Known are those in the ladder, by device type, and those of the calibrated device in whose name `name` occurs, at
-    its largest batch.
+    If `name` is a device type, costs come from the ladder's entries. Otherwise they come from the first calibrated
+    device whose name contains `name`, at its largest batch.
 
     Raises:
-        UsageError: as `read_effect`.
+        UsageError: as for `read_effect`.
     """
     if name in ladder.levels[0].seconds:
         return ("cpu" if name == "cpu" else "cuda"), ladder.cost(name)
@@ -98,17 +98,17 @@ def measured_costs(ladder: Ladder, name: str) -> tuple[str, np.ndarray | None]:
 
 
 def store_entry(folder: Path, ladder: Ladder, device: str, entry: Mapping[str, Any]) -> Path:
-    """Write a device's JSON-ready entry into `folder`/calibration.json beside those of others, and return that path.
+    """Write a device's JSON-ready entry to `folder`/calibration.json, and return the path of the file.
 
-    An earlier entry of the same device is replaced.
+    The entry replaces an existing entry of the same device; entries of other devices remain.
 
     Raises:
-        UsageError: as `stored`.
+        UsageError: as for `stored`.
     """
     devices = stored(folder, ladder) | {device: entry}
     raw = {"schema_version": SCHEMA_VERSION, "ladder": ladder.digest, "devices": devices}
     path = folder / NAME
-    # Innermost lists on one line each.
+    # Each innermost list is written on one line.
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", _one_line, json.dumps(raw, indent=1, allow_nan=False))
     replace_file(path, text + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Checks of the files that a ladder's folder holds."""
+"""Checks of the files in a ladder's folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from mlem_dist.files import file_digest, read_object
 from mlem_dist.ladder.schema import INDEX, WEIGHTS, Level
 
 WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)?\.json)$")
-"""Names of files that may hold weights, or the names of such files."""
+"""Pattern of the names of files that may hold weights or an index of weight files."""
 
 
 def tensor_shape(path: Path, name: str) -> list[int] | None:
-    """The shape of a tensor in a safetensors file, if it is there, from the file's header."""
+    """The shape of a tensor, from the header of a safetensors file; None if the file has no tensor `name`.
+
+    Raises:
+        UsageError: if the file is not a safetensors file.
+    """
     try:
         with safe_open(path, "pt") as file:
             return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
@@ -26,10 +30,11 @@ def tensor_shape(path: Path, name: str) -> list[int] | None:
 
 
 def check_model_folder(level: Level, path: Path) -> None:
-    """Refuse the folder of a UNet level that has no weights which diffusers would read from safetensors.
+    """Refuse the folder of a UNet level that has no safetensors weights for diffusers to read.
 
     Raises:
-        UsageError: it is that of a whole pipeline, has weights of another name or format only, or lacks shards.
+        UsageError: if the folder is that of a whole pipeline, has only weights of another name or format, or lacks
+            shards of its weights.
     """
     if (path / "model_index.json").is_file() and not (path / "config.json").exists():
         parts = read_object(path / "model_index.json", "pipeline").items()
@@ -57,7 +62,7 @@ def _check_shards(level: Level, path: Path) -> None:
 
 
 def _remedy(path: Path, others: Sequence[str]) -> str:
-    """What to do where `path` has only `others` for weights."""
+    """The user's remedy for a folder `path` that has only the files `others` as weights."""
     tensors = [name for name in others if name.endswith(".safetensors")]
     if any("-of-" in name for name in tensors):
         return f"its shards are found by {INDEX}; restore that, or rename the index of a variant to it"
@@ -85,7 +90,7 @@ def check_digest(folder: Path, name: str, expected: str) -> None:
     """Compare a file's SHA-256 with the `expected` hex digest.
 
     Raises:
-        UsageError: if the file is missing or differs.
+        UsageError: if the file is missing or its digest differs.
     """
     check_present(folder, name)
     path = folder / name

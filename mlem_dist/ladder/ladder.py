@@ -44,8 +44,8 @@ from mlem_dist.solver.process import Process, process_of
 PACKAGE = Path(str(files("mlem_dist.ladder")))
 
 WIDE = 64
-"""Channels of a UNet's widest block from which CPUs compute it 1.0 to 1.3 times as fast with channels last (layout.py
-in benchmarks/runtime); of the narrower ones they compute some slower."""
+"""Smallest number of channels in a UNet's widest block for which CPUs use the channels-last format. It makes such UNets
+1.0 to 1.3 times as fast (layout.py in benchmarks/runtime), but some narrower UNets slower."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,13 @@ class Ladder:
     """A validated ladder folder.
 
     Attributes:
-        folder: where it lies.
+        folder: path of the folder.
+        name: name of the ladder.
         sample_shape: (C, H, W).
         labels: class names; empty for an unconditional ladder.
-        value_range: what the values of a finished sample are clipped to and then mapped to 0 ... 255.
-        levels: cheapest first.
+        value_range: interval to which the values of a finished sample are clipped before they are mapped to 0 ... 255.
+        levels: entries of the levels, cheapest first.
+        scheduler_sha256: hex digest of the scheduler's configuration file.
     """
 
     folder: Path
@@ -70,11 +72,11 @@ class Ladder:
 
     @classmethod
     def load(cls, source: str | Path) -> Ladder:
-        """Read and validate a ladder, by bundled name or folder. No weights are read into memory, no pickle ever.
+        """Read and validate a ladder, by bundled name or folder, without loading weights. Pickle files are never read.
 
         Raises:
-            UsageError: nothing of that name, a missing or changed file, an unknown schema version, or entries that
-                contradict each other.
+            UsageError: if there is no ladder of that name, a file is missing or changed, the schema version is unknown,
+                or entries contradict each other.
         """
         ladder = cls.read(source)
         for level in ladder.levels:
@@ -83,12 +85,12 @@ class Ladder:
 
     @classmethod
     def read(cls, source: str | Path) -> Ladder:
-        """As `load`, but for the digests of levels: each is compared when the level is loaded.
+        """Read and validate a ladder as `load` does, but compare the digests of a level only when the level is loaded.
 
-        For processes that use some of the levels, and would read the files of all.
+        This spares processes that use some of the levels from reading the files of all levels.
 
         Raises:
-            UsageError: as `load`.
+            UsageError: as for `load`.
         """
         folder = _find(source)
         path = folder / LADDER
@@ -145,7 +147,7 @@ class Ladder:
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
 
     def _files(self, level: Level) -> list[str]:
-        """The files that the level is read from, relative to the folder."""
+        """The paths of a level's files, relative to the folder."""
         path = self.folder / level.path
         if level.kind == "gaussian":
             return [level.path]
@@ -157,7 +159,7 @@ class Ladder:
             check_digest(self.folder, name, digest)
 
     def _check_level(self, level: Level) -> None:
-        """Refuse a level that is not made for this ladder's sample shape and labels."""
+        """Refuse a level that does not fit the ladder's sample shape and labels."""
         if level.kind == "gaussian":
             shape = [max(1, len(self.labels)), math.prod(self.sample_shape)]
             self._check_fit(level, {"mean": tensor_shape(self.folder / level.path, "mean")}, {"mean": shape})
@@ -203,19 +205,20 @@ class Ladder:
         return read_object(self.folder / level.path / "config.json", "model configuration")
 
     def check_models(self) -> None:
-        """Refuse a UNet that cannot be built, or not for samples of this shape, before anything is written of a run.
+        """Refuse a UNet level that cannot be built or fails on samples of the ladder's shape.
 
-        Imports diffusers, which takes seconds. Those of the bundled ladders are known to be well.
+        This check comes before a run writes anything. It imports diffusers, which takes seconds. Bundled ladders are
+        known to pass and are skipped.
 
         Raises:
-            UsageError: by the level's name, with diffusers' reason.
+            UsageError: if the check fails, with the level's name and diffusers' reason.
         """
         for level in self.levels:
             if level.kind == "unet" and self.folder.parent != PACKAGE:
                 on_meta(level.name, self.sample_shape, level.patch, partial(self._untrained, level))
 
     def _untrained(self, level: Level) -> UNetLevel:
-        """A UNet level by its configuration alone."""
+        """A UNet level with initial weights, from its configuration alone."""
         from diffusers import UNet2DModel
 
         gaussian = GaussianLevel(1, 1, 1, self.process) if level.prediction == "residual" else None
@@ -224,7 +227,7 @@ class Ladder:
 
     @property
     def source(self) -> str:
-        """What `load` takes to find this ladder: its name if it is bundled, so on any machine, else its folder."""
+        """The argument of `load` for this ladder: the name, valid on any machine, if it is bundled, else the folder."""
         return self.folder.name if self.folder.parent == PACKAGE else str(self.folder)
 
     @cached_property
@@ -239,7 +242,7 @@ class Ladder:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides the samples: everything but names, measured costs and errors."""
+        """SHA-256 of every entry that affects the samples: all but names, measured costs and errors."""
         identity = {
             "schema_version": SCHEMA_VERSION,
             "sample_shape": self.sample_shape,
@@ -251,19 +254,19 @@ class Ladder:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def cost(self, device: str) -> np.ndarray:
-        """T_k on a device type, float64 (K,), seconds per sample; of another device if this one was not measured.
+        """Costs T_k on a device type, float64 (K,), in seconds per sample; those of `measured_on(device)`.
 
         Raises:
-            UsageError: no costs at all were measured.
+            UsageError: if no costs have been measured.
         """
         key = self.measured_on(device)
         return np.array([level.seconds[key] for level in self.levels])
 
     def measured_on(self, device: str) -> str:
-        """The device type whose costs are taken for `device`: its own, if they were measured.
+        """The device type whose costs stand for `device`: `device` itself if it has been measured, else another.
 
         Raises:
-            UsageError: no costs at all were measured.
+            UsageError: if no costs have been measured.
         """
         known = self.levels[0].seconds
         if not known:
@@ -273,9 +276,9 @@ class Ladder:
         return device if device in known else min(known)
 
     def cost_beside(self, cost: np.ndarray) -> np.ndarray:
-        """Costs of levels where level 1 is evaluated at the same state, from their `cost` (K,) alone.
+        """Costs of the levels at a state at which level 1 is evaluated too, float64 (K,), in the unit of `cost` (K,).
 
-        Float64 (K,): a residual takes the value of level 1, which is otherwise a part of its own cost.
+        A residual level then takes the value of level 1, whose evaluation is otherwise a part of the residual's cost.
         """
         residual = [level.prediction == "residual" for level in self.levels]
         return np.asarray(np.where(residual, np.maximum(cost - cost[0], 0.0), cost))
@@ -288,11 +291,11 @@ class Ladder:
     def load_level(self, number: int, device: torch.device | str, precision: str = "float32") -> nn.Module:
         """Level `number` (from 1) as a module in evaluation mode on `device`.
 
-        A UNet computes in the torch type named `precision`, and takes and returns float32 in any; a Gaussian level is
-        always float32. The Gaussian that residual UNets take is one for all on a device, and the first level there.
+        A UNet computes in the torch dtype named `precision`; its input and output are float32. A Gaussian level is
+        always float32. All residual UNets on a device share one Gaussian, which is also level 1 on that device.
 
         Raises:
-            UsageError: its weights are unreadable, or not those of its configuration.
+            UsageError: if the weights are unreadable or do not match the configuration.
         """
         level, key = self.levels[number - 1], str(device)
         if number == 1 and key in self._gaussians:
@@ -312,7 +315,7 @@ class Ladder:
 
     @cached_property
     def _gaussians(self) -> dict[str, GaussianLevel]:
-        """The first level by device, where it is a Gaussian and has been loaded."""
+        """Level 1 by device, for the devices on which it has been loaded, if it is a Gaussian."""
         return {}
 
     def _load_gaussian(self, level: Level) -> GaussianLevel:
@@ -335,7 +338,7 @@ class Ladder:
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
             )
-        # Diffusers only warns, and leaves at random what it has not found.
+        # Diffusers only warns, and leaves missing weights at random values.
         for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
             if names:
                 raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
@@ -354,7 +357,7 @@ def bundled() -> Iterator[str]:
 
 
 def _find(source: str | Path) -> Path:
-    # A dataset may be named like a bundled ladder.
+    # A ladder's file is required, as a folder of another kind, such as a dataset, may have a bundled ladder's name.
     try:
         if (Path(source) / LADDER).is_file():
             return Path(source).resolve()

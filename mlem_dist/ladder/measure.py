@@ -1,4 +1,4 @@
-"""What is measured of levels: seconds per sample, and the error of their drift."""
+"""Measurements of levels: seconds per sample, and the error of the drift."""
 
 import json
 import time
@@ -18,10 +18,10 @@ from mlem_dist.models.pixels import to_range
 from mlem_dist.solver.process import Process
 
 WARM, REPEATS = 2, 7
-"""Evaluations before those that are timed, and those."""
+"""Numbers of untimed evaluations for warm-up and of timed evaluations."""
 
 BATCH = {"cpu": 64, "cuda": 512}
-"""Samples by which a level's cost is measured, by device type: about a block."""
+"""Batch size, in samples, of cost measurements by device type: about one block."""
 
 
 @torch.inference_mode()
@@ -34,9 +34,9 @@ def seconds_per_sample(
     warm: int = WARM,
     repeats: int = REPEATS,
 ) -> float:
-    """Median time of `repeats` evaluations of a batch after `warm` others, per sample, on one CPU thread or one GPU.
+    """Median seconds per sample of `repeats` evaluations of a batch after `warm` others, on one CPU thread or one GPU.
 
-    On a CPU it is the thread's own time, in which other programs that share the cores do not count.
+    On a CPU this is the CPU time of the thread, which excludes other programs that share the cores.
     """
     keep_memory()
     clock = time.perf_counter if device == "cuda" else time.thread_time
@@ -59,7 +59,7 @@ def seconds_per_sample(
 
 
 def measure_costs(ladder: Ladder) -> Ladder:
-    """The ladder with its levels' costs on this machine's devices in `ladder.json`, whose other entries stay."""
+    """Measure the levels' costs on this machine's devices, store them in `ladder.json`, and return the new ladder."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     raw = read_object(ladder.folder / LADDER, "ladder")
     for number, entry in enumerate(raw["levels"], 1):
@@ -88,15 +88,15 @@ def denoising_errors(
     per_band: int,
     value_range: tuple[float, float] = (-1.0, 1.0),
 ) -> np.ndarray:
-    """Squared error of a level's drift, mean over the values of a sample, float64 (bands, per_band).
+    """Squared errors of a level's drift, each the mean over the values of a sample, float64 (bands, per_band).
 
     Args:
         module: the level.
         images: uint8 (n, C, H, W), on the module's device.
         label: classes of the images, int64 (n,).
         process: the ladder's process.
-        bands: number of equal bands of noise, of which the first has the least.
-        per_band: number of samples of a band. Their images, times and noises are the same for every level.
+        bands: number of equal bands of noise; the first band has the least noise.
+        per_band: number of samples in a band. Images, times and noises are the same for every level.
         value_range: the interval of a finished sample's values.
     """
     device = images.device

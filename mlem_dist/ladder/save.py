@@ -1,4 +1,4 @@
-"""Write a ladder's folder."""
+"""Writing of a ladder's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlem_dist.solver.process import process_of
 
 
 def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
-    """Write a level's weights, as `dtype`, into a ladder folder, and return its entry."""
+    """Write a level's weights as `dtype` to a ladder folder, and return the level's entry for `ladder.json`."""
     stored = module.model if isinstance(module, UNetLevel) else module
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in stored.state_dict().items()}
     if isinstance(module, GaussianLevel):
@@ -55,7 +55,7 @@ def save_ladder(
     scheduler: dict[str, Any],
     levels: Sequence[Level],
 ) -> Ladder:
-    """Write `scheduler_config.json` and `ladder.json` beside levels written by `save_level`, and load the result."""
+    """Write `scheduler_config.json` and `ladder.json` for levels from `save_level`, and return the loaded ladder."""
     config = scheduler
     if "_class_name" not in scheduler:
         config = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "clip_sample": False} | scheduler

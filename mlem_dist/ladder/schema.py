@@ -21,12 +21,12 @@ class Level:
         name: unique in the ladder.
         kind: "gaussian" or "unet".
         path: relative to the ladder folder; a safetensors file for a Gaussian, a folder for a UNet.
-        patch: the pixel-unshuffle around a UNet, 1 for none.
-        prediction: what a UNet's output means, "epsilon", "v_prediction" or "residual", see `UNetLevel`.
+        patch: factor of the pixel-unshuffle before a UNet, 1 for none.
+        prediction: meaning of a UNet's output: one of `conversion.PREDICTIONS` or "residual", see `UNetLevel`.
         parameters: number of stored values.
         sha256: hex digest of each file, by path relative to the ladder folder.
         seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
-        denoising_error: mean squared error per value of the predicted noise on held-out data, by equal bands of time.
+        denoising_error: mean squared error per value of the drift on held-out data, by equal bands of noise.
     """
 
     name: str
@@ -56,7 +56,7 @@ def parse_value_range(values: Any) -> tuple[float, float]:
     """The interval of a finished sample's values.
 
     Raises:
-        ValueError: if it is not finite, or empty.
+        ValueError: if the interval is empty or not finite.
     """
     low, high = map(float, values)
     if not -math.inf < low < high < math.inf:
@@ -65,10 +65,10 @@ def parse_value_range(values: Any) -> tuple[float, float]:
 
 
 def parse_level(raw: Any) -> Level:
-    """A level's entry, with the types of its values checked.
+    """A level's entry, after a check of the types of its values.
 
     Raises:
-        TypeError: if a key is missing or unknown, or a value has another type.
+        TypeError: if a key is missing or unknown, or a value has the wrong type.
         ValueError: if the patch is not positive.
     """
     level = Level(**raw)

@@ -15,10 +15,10 @@ from mlem_dist.solver.conversion import combination
 from mlem_dist.solver.process import Process
 
 CHUNK_BYTES = 2**28
-"""Memory limit for the bases of samples that are evaluated at a time on a GPU, each with its class's basis."""
+"""Memory limit, in bytes, for the class bases gathered at a time on a GPU, one basis for each sample."""
 
 FIT_ROWS = 4096
-"""Samples that a covariance is summed up from at a time."""
+"""Number of samples added to a covariance at a time."""
 
 
 def _rows(x0: Tensor, index: Tensor, in_range: Callable[[Tensor], Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ class GaussianLevel(nn.Module):
 
     For x0 ~ N(mu, S), S = Q diag(v) Q^T + r (I - Q Q^T), the expected noise given x is
     sigma (alpha^2 S + sigma^2 I)^-1 (x - alpha mu); cf. Wang & Vastola, "The unreasonable effectiveness of Gaussian
-    score approximation" (2024). With the expected image beside it, the drift A x0 + B epsilon of the process is
+    score approximation" (2024). With the expected image as well, the drift A x0 + B epsilon of the process is
 
         A mu + (A alpha S + B sigma I) (alpha^2 S + sigma^2 I)^-1 (x - alpha mu)
 
@@ -52,9 +52,9 @@ class GaussianLevel(nn.Module):
         self.process = process
 
     def fit(self, x0: Tensor, label: Tensor, in_range: Callable[[Tensor], Tensor] = Tensor.double) -> None:
-        """Take mean and covariance per class from x0 (n, C, H, W) and label (n,).
+        """Fit the mean and covariance of each class to x0 (n, C, H, W) with classes label (n,).
 
-        `in_range` takes some of x0 to the ladder's value range; there may not be memory for all of it at once.
+        `in_range` maps a part of x0 to the ladder's value range; memory may not suffice for all of x0 at once.
         """
         d, rank = self.basis.shape[1:]
         for c in range(self.mean.shape[0]):
@@ -71,7 +71,7 @@ class GaussianLevel(nn.Module):
                 total = covariance.trace()
                 value, vector = torch.linalg.eigh(covariance)
             else:
-                # The same eigenvalues from a smaller matrix; all others are 0, and their directions do not matter.
+                # A smaller matrix has the same non-zero eigenvalues; the directions of the others do not matter.
                 centred = (_rows(x0, members, in_range) - mean) / math.sqrt(len(members) - 1)
                 total = centred.square().sum()
                 value, left = torch.linalg.eigh(centred @ centred.T)
@@ -83,13 +83,13 @@ class GaussianLevel(nn.Module):
             self.residual[c] = (total - value[-top:].sum()).clamp(min=0) / (d - rank)
 
     def orthonormalise(self) -> None:
-        """Make the columns of Q orthonormal but for float32, which those that are stored in half precision are not.
+        """Make the columns of Q orthonormal to float32 precision; columns stored in half precision are less accurate.
 
-        By one step of Newton and Schulz, Q <- Q (3 I - Q^T Q) / 2, which squares how far they are off; a factorisation
-        would take several times as long, and round by the number of threads.
+        One Newton-Schulz step, Q <- Q (3 I - Q^T Q) / 2, squares the deviation from orthonormality. A factorisation
+        would take several times as long, and its rounding would depend on the number of threads.
         """
         for basis in self.basis:
-            # Others are no directions of the fit.
+            # Columns of other norms, such as zero columns, are not directions of the fit.
             unit = (basis.norm(dim=0) - 1).abs() < 0.01
             q = basis[:, unit].double()
             basis[:, unit] = (1.5 * q - 0.5 * q @ (q.T @ q)).float()
@@ -103,7 +103,7 @@ class GaussianLevel(nn.Module):
             parts = zip(*(value.split(size) for value in (flat, alpha, sigma, label)), strict=True)
             return torch.cat([self._gathered(*part) for part in parts]).view_as(x)
         out = torch.empty_like(flat)
-        # A loop over the classes present: gathering one basis per sample would move far more memory than it computes.
+        # A loop over the classes of the batch, as gathering a basis for each sample would move too much memory.
         for c in label.unique().tolist():
             rows = (label == c).nonzero(as_tuple=True)[0]
             centred = flat[rows] - alpha[rows] * self.mean[c]
@@ -114,7 +114,7 @@ class GaussianLevel(nn.Module):
         return out.view_as(x)
 
     def _gathered(self, x: Tensor, alpha: Tensor, sigma: Tensor, label: Tensor) -> Tensor:
-        """The drift for x (B, d), by kernels that do not depend on values, as a CUDA graph needs them."""
+        """The drift for x (B, d). The kernels do not depend on the values of tensors, as a CUDA graph requires."""
         basis, residual = self.basis[label], self.residual[label][:, None]
         centred = x - alpha * self.mean[label]
         outside = self._gain(residual, alpha, sigma)
@@ -124,17 +124,17 @@ class GaussianLevel(nn.Module):
         return offset + outside * centred + torch.bmm(basis, thin[:, :, None])[:, :, 0]
 
     def _gain(self, variance: Any, alpha: Any, sigma: Any) -> Any:
-        """The eigenvalue of the drift where S has the eigenvalue `variance`."""
+        """The eigenvalue of the drift for the eigenvalue `variance` of S."""
         image, noise = combination(self.process.drift, alpha, sigma)
         return (image * alpha * variance + noise * sigma) / (alpha**2 * variance + sigma**2)
 
     def _offset(self, mean: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor | float:
-        """A mu; zero where the drift is the noise."""
+        """The term A mu of the drift; zero if the drift is the noise."""
         image, _ = combination(self.process.drift, alpha, sigma)
         return image * mean if isinstance(image, Tensor) or image else 0.0
 
     def affine(self, t: np.ndarray) -> AffineDrift:
-        """The same drift at times t (N,), as numbers by eigenmode."""
+        """The drift at times t (N,) as eigenvalues, for steps in closed form."""
         alpha, sigma = (value.numpy()[:, None] for value in self.process.marginal(torch.from_numpy(t)))
         variance = torch.cat([self.variance, self.residual[:, None]], 1).double().cpu().numpy()
         image, _ = combination(self.process.drift, alpha, sigma)

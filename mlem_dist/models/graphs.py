@@ -1,4 +1,4 @@
-"""CUDA graphs: a small level's kernels take less time than their launches, and a graph launches them all at once."""
+"""CUDA graphs, which launch all kernels of a level at once: launches take longer than the kernels of a small level."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def as_run(level: nn.Module, device: str) -> nn.Module:
-    """A level in evaluation mode as it is run, for inference, on "cpu" or "cuda"."""
+    """The module that runs a level in evaluation mode: on "cuda" a `Graphed`, on "cpu" the level itself."""
     return Graphed(level) if device == "cuda" else level
 
 
 class Graphed(nn.Module):
-    """A level on a GPU, recorded as a CUDA graph at the first batch of each size; for one thread's inference.
+    """A level on a GPU, recorded as a CUDA graph at the first batch of each size, for inference by one thread.
 
-    Takes what every level takes, and returns what it returns.
+    Arguments and return value are those of the level.
     """
 
     def __init__(self, level: nn.Module) -> None:
@@ -25,7 +25,7 @@ class Graphed(nn.Module):
         self._graphs: dict[tuple[torch.Size, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     def forward(self, *given: Tensor) -> Tensor:
-        """As the level's; where the base is not known, it is not given at all."""
+        """Drift for (x, t, label) or, if the value of level 1 is known, (x, t, label, base)."""
         key = given[0].shape, len(given)
         if key not in self._graphs:
             self._graphs[key] = self._record(*given)
@@ -33,12 +33,12 @@ class Graphed(nn.Module):
         for recorded, new in zip(inputs, given, strict=True):
             recorded.copy_(new)
         graph.replay()
-        # The next replay, of this graph or of another, writes to the same memory.
+        # The next replay of this or another graph overwrites the memory of `output`.
         return output.clone()
 
     def _record(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         inputs = [tensor.clone() for tensor in given]
-        # What libraries set up at their first calls must not be recorded.
+        # Warm up: initialisation of libraries in their first calls must not be recorded.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -53,7 +53,7 @@ class Graphed(nn.Module):
 
 @lru_cache(maxsize=1)
 def _first() -> torch.cuda.CUDAGraph:
-    """A graph in whose memory all graphs of a process compute in turn; kept, as the memory would go with it."""
+    """A graph whose memory pool all graphs of a process share, one replay at a time; the cache keeps the pool alive."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         torch.zeros(1, device="cuda")

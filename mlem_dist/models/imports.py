@@ -1,4 +1,4 @@
-"""Diffusers, imported without what takes most of the time and memory of that, and which no level needs."""
+"""Import of diffusers without the packages that take most of its time and memory, and that no level needs."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from types import ModuleType
 from typing import Any
 
 UNUSED = ("peft", "scipy", "torchvision", "transformers")
-"""What diffusers imports where it is installed, for as long as all else that it imports."""
+"""Packages that diffusers imports if they are installed. They take as long as all its other imports together."""
 
 COMPILER = "torch._dynamo"
 DECORATORS = ("allow_in_graph", "disable")
-"""What diffusers takes of torch's compiler, to tell it what not to compile."""
+"""Decorators of torch's compiler that diffusers applies to functions that must not be compiled."""
 
 _modules: dict[str, Any] = sys.modules
 
 
 def hide_unused() -> None:
-    """Let diffusers find none of `UNUSED`, in this process, whatever is installed."""
+    """Hide the packages `UNUSED` from diffusers in this process, even if they are installed."""
     for name in UNUSED:
         _modules.setdefault(name, None)
 
 
 def import_diffusers() -> None:
-    """Import it without torch's compiler, which is as large as torch and diffusers together.
+    """Import diffusers without torch's compiler, which is as large as torch and diffusers together.
 
-    Not where others of `UNUSED` are found, which may want more of the compiler.
+    Do nothing if a package of `UNUSED` can be found, as it may need more of the compiler than `DECORATORS`.
     """
     if COMPILER in _modules or "diffusers" in _modules or any(map(find_spec, UNUSED)):
         return
     _modules[COMPILER] = nothing = ModuleType(COMPILER)
     nothing.__dict__.update(dict.fromkeys(DECORATORS, _unchanged))
     try:
-        importlib.import_module("diffusers").UNet2DModel  # noqa: B018  # It is imported when it is asked for.
+        importlib.import_module("diffusers").UNet2DModel  # noqa: B018  # Diffusers imports it on access.
     except Exception:
-        # A version that takes more of it: whoever needs diffusers imports it whole.
+        # This version needs more of the compiler: the next import of diffusers is a full one.
         for name in [name for name in _modules if name.partition(".")[0] == "diffusers"]:
             del _modules[name]
     finally:
-        # For who compiles something in this process: it is there again.
+        # Other code in this process can import the real compiler again.
         del _modules[COMPILER]
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:
-    """A decorator, with arguments or without, that does nothing."""
+    """A decorator, with or without arguments, that returns the function unchanged."""
     return (lambda decorated: decorated) if function is None else function
 
 
@@ -58,7 +58,7 @@ _quiet = threading.Lock()
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars and warnings of diffusers in this process, not its errors; one thread at a time."""
+    """Silence progress bars and warnings of diffusers in this process, but not errors; one thread at a time."""
     from diffusers.utils import logging
 
     with _quiet:

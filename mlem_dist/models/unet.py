@@ -17,15 +17,15 @@ from mlem_dist.solver.process import Process
 class UNetLevel(nn.Module):
     """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none), as a drift of its process.
 
-    The model's output is one of `conversion.PREDICTIONS`, which is converted to the drift, or the "residual" u of
+    The model's output is one of `conversion.PREDICTIONS`, which the level converts to the drift, or the "residual" u in
 
         epsilon = (x - alpha x0) / sigma + alpha u(x, x0)
 
-    where x0 is the image that the ladder's Gaussian level expects, clamped to [-1, 1]. The model takes x0 as further
-    channels. A small model then need not spend its capacity on what a linear model knows, and clamping alone is worth
-    much where images are black or white.
+    where x0 is the expected image of the ladder's Gaussian level, clamped to [-1, 1]. The model takes x0 as additional
+    channels. A small model then does not spend its capacity on the linear part of the drift. The clamp alone reduces
+    the error considerably where images are black or white.
 
-    The model computes in the dtype `precision` of its weights; all else is float32.
+    The model computes in the dtype `precision` of its weights; all other computation is float32.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class UNetLevel(nn.Module):
     def forward(self, x: Tensor, t: Tensor, label: Tensor, base: Tensor | None = None) -> Tensor:
         """Drift for x (B, C, H, W) float32 at times t (B,) with classes label (B,) int64.
 
-        The base is the value of the Gaussian level at x and t. A residual evaluates it if it is None.
+        `base` is the value of the Gaussian level at x and t. If it is None, a residual level evaluates the Gaussian.
         """
         alpha, sigma = (value[:, None, None, None] for value in self.process.marginal(t))
         if self.gaussian is None:
@@ -69,11 +69,11 @@ class UNetLevel(nn.Module):
         small = pixel_unshuffle(x, self.patch).to(self.precision)
         t = t.long() if self.whole_times else t
         out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
-        # However the model lays out its channels, what leaves it lies as what came.
+        # Levels return contiguous tensors, whatever the memory format of the model.
         return pixel_shuffle(out, self.patch).to(x.dtype).contiguous()
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """The weight that turns the squared error of the drift into that of the model's output, (B, 1, 1, 1)."""
+        """The ratio of the squared error of the model's output to that of the drift, (B, 1, 1, 1)."""
         alpha, sigma = (value[:, None, None, None] for value in self.process.marginal(t))
         if self.prediction == "residual":
             return 1 / alpha.square()
@@ -81,7 +81,7 @@ class UNetLevel(nn.Module):
         return torch.ones_like(alpha) / s**2
 
     def _conversion(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
-        """(r, s) with drift = r x + s output."""
+        """Coefficients (r, s) in drift = r x + s output."""
         given = combination(self.prediction, alpha, sigma, self.process.sigma_data)
         return convert(given, combination(self.process.drift, alpha, sigma), alpha, sigma)
 
@@ -97,7 +97,7 @@ def new_unet_level(
 ) -> UNetLevel:
     """An untrained `UNetLevel` for samples of `sample_shape`, unconditional for 0 classes.
 
-    `model` holds further arguments of `UNet2DModel`; `gaussian` is the level that a "residual" corrects.
+    `model` holds the other arguments of `UNet2DModel`; `gaussian` is the level that a "residual" corrects.
     """
     from diffusers import UNet2DModel
 
@@ -113,22 +113,23 @@ def new_unet_level(
 
 
 def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Callable[[], UNetLevel]) -> UNetLevel:
-    """The level `name` as `build` makes it, without memory for its weights, after samples have passed through it.
+    """The level `name` from `build`, tested by a batch on torch's meta device, which stores no weights.
 
     Raises:
-        UsageError: it cannot be built, not for samples of this shape, or wants another condition than a ladder's.
+        UsageError: if the level cannot be built, fails on samples of this shape, or needs another condition than a
+            ladder gives.
     """
     try:
         with quiet_diffusers(), torch.device("meta"), torch.no_grad():
             level = build()
             config: Any = level.model.config
             check_condition(name, config, level.process)
-            # More than one sample, to which alone a condition of a wrong shape would be broadcast.
+            # Two samples, as a condition of a wrong shape would broadcast to a single sample.
             x, label = torch.empty(2, *sample_shape), torch.zeros(2, dtype=torch.int64)
             level(x, torch.ones(2), label, x)
     except UsageError:
         raise
-    # Diffusers refuses wrong arguments with all kinds of errors, many of them only when a sample passes.
+    # Diffusers raises many types of errors for wrong arguments, often only in the forward pass.
     except Exception as error:
         size = "x".join(map(str, sample_shape))
         raise UsageError(
@@ -139,11 +140,11 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
 
 
 def check_prediction(name: str, prediction: str, process: Process) -> None:
-    """Refuse a prediction that a UNet of the process does not make.
+    """Refuse a prediction that a UNet of the process cannot make.
 
     Raises:
-        UsageError: by the level's name, if the prediction is unknown, contradicts the scheduler's `prediction_type`, or
-            is a residual where the drift is not the noise.
+        UsageError: if the prediction of level `name` is unknown, contradicts the scheduler's `prediction_type`, or is a
+            residual while the drift is not the noise.
     """
     if prediction not in (*PREDICTIONS, "residual"):
         raise UsageError(
@@ -167,10 +168,10 @@ def check_prediction(name: str, prediction: str, process: Process) -> None:
 
 
 def check_condition(name: str, config: Mapping[str, Any], process: Process) -> None:
-    """Refuse a `UNet2DModel` that takes another condition than a time of the process and a class, if any.
+    """Refuse a `UNet2DModel` that needs conditions other than a time of the process and, if it is conditional, a class.
 
     Raises:
-        UsageError: by the level's name and the key of its model's `config`.
+        UsageError: if a key of `config` asks for another condition of level `name`.
     """
     classes = config.get("num_class_embeds")
     if (kind := config.get("class_embed_type")) not in (None, "timestep" if classes else None):

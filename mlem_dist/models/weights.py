@@ -12,14 +12,14 @@ from mlem_dist.files import replace_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, complete or not at all, that may be read by those who may read any new file.
+    """Write a safetensors file atomically, with the permissions of any new file.
 
     Raises:
-        OSError: the disk is full or not writable.
+        OSError: if the disk is full or not writable.
     """
 
     def write(temporary: Path) -> None:
-        # Safetensors would make it the user's own.
+        # Safetensors would restrict read permission to the user.
         temporary.touch()
         mode = temporary.stat().st_mode
         try:

@@ -1,4 +1,4 @@
-"""Runs of steps with a drift that is affine in x, taken in one: in each eigenmode they are numbers that compose."""
+"""Closed form of a run of steps whose drift is affine in x: in each eigenmode, steps are factors that compose."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor
 from mlem_dist.solver.steps import StepTable
 
 _ONE = ((0, 0), (1, 0), (0, 0))
-"""Padding: one before the steps."""
+"""Padding of an array (classes, steps, modes): one entry before the steps."""
 
 BASIS_BYTES = 2**27
-"""Memory limit for gathered bases of a block's classes, if not all of a ladder's; more are gathered in parts."""
+"""Memory limit, in bytes, for the bases that a block gathers if it lacks some of the classes; above it, they are
+gathered in parts."""
 
 KNOWN_BYTES = 2**26
-"""Memory limit for cached coefficients of runs, which blocks that share a plan share."""
+"""Memory limit, in bytes, for the cached coefficients of runs. Blocks that share a plan share the cache."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class AffineDrift:
 
 
 class Projected:
-    """A value v (B, d) that runs of steps combine, with its projection once it has been taken.
+    """A value v (B, d) that runs of steps combine, and its projection once that has been computed.
 
     Args:
         value: v, (B, ...).
-        thin: Q^T v, (B, r), in the basis of each sample's class; None where it is not known yet.
+        thin: Q^T v, (B, r), in the basis of each sample's class; None if it has not been computed yet.
     """
 
     def __init__(self, value: Tensor, thin: Tensor | None = None) -> None:
@@ -57,26 +58,26 @@ class Projected:
 class ClosedForm:
     """Runs of the steps of a table for a block of classes `label` (B,), with f^1 an `AffineDrift`.
 
-    With f = w_i f^1(x, t_i) + h_i, h_i not depending on x, step i is x <- (a_i + b_i w_i g_i) x + ... in an eigenmode
-    of gain g_i. The steps of a run therefore multiply x by the product of these factors, and what each step adds by
-    that of the steps after it. Equal to the single steps but for rounding.
+    With f = w_i f^1(x, t_i) + h_i, where h_i does not depend on x, step i is x <- (a_i + b_i w_i g_i) x + ... in an
+    eigenmode of gain g_i. A run therefore multiplies x by the product of its factors. It multiplies the addend of each
+    step by the product of the factors of later steps. The result equals that of single steps but for rounding.
 
     Args:
-        path: take the noise of every single step, as the comparison of plans on one Brownian path needs it. Otherwise
-            a run draws the sum of its noises at once, from the noise of its first step: the same distribution.
+        path: whether to take the noise of every single step, which a comparison of plans on one Brownian path needs.
+            Otherwise a run scales the noise of its first step to the sum of its noises: the same distribution.
     """
 
     def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, path: bool = False) -> None:
         self.drift, self.table, self.path = drift, table, path
         self._known: dict[Any, Tensor] = {}
-        # Of many classes only those of the block's samples.
+        # The classes of the block's samples only: a ladder may have many more.
         present, self.label, count = label.unique(return_inverse=True, return_counts=True)
         self.gain = drift.gain[present.tolist()]
         everyone = len(present) == len(drift.basis)
         self.parts = [present] if everyone else present.split(max(1, BASIS_BYTES // drift.basis[0].nbytes))
         self.basis = drift.basis if everyone else drift.basis[present] if len(self.parts) == 1 else None
-        # The samples of each class, with copies of the first sample where it has fewer than another (classes, most);
-        # and where each sample is among these.
+        # `members` (classes, most): the samples of each class, padded with sample 0. `place` (B,): the index of each
+        # sample in the flattened `members`.
         order = self.label.argsort(stable=True)
         rank = torch.arange(len(label), device=label.device) - (count.cumsum(0) - count)[self.label[order]]
         self.members = order.new_zeros(len(present), int(count.max()))
@@ -94,12 +95,12 @@ class ClosedForm:
         held: Sequence[tuple[Projected, Sequence[float]]],
         noise: Callable[[int], Tensor],
     ) -> Projected:
-        """x after the steps start, start + 1, ..., as many as `base` has weights.
+        """The state x after the steps start, start + 1, ..., one for each weight in `base`.
 
         Args:
             x: the state before them.
             base: w_i, the weight of f^1 in each step.
-            held: the values of h, each with its weight in each step.
+            held: the values that h sums, each with its weight in each step.
             noise: z_i by step.
         """
         noisy = np.flatnonzero(self.table.c[start : start + len(base)]).tolist()
@@ -107,7 +108,7 @@ class ClosedForm:
             noisy = noisy and [0]
         values = [x, self.mean, *(value for value, _ in held), *(Projected(noise(start + i)) for i in noisy)]
         key = start, tuple(base), tuple(tuple(weights) for _, weights in held), x.value.dtype
-        # Several threads may take their blocks through the same runs.
+        # Several threads may read and write this cache at once, each for its own block.
         coefficients = self._known.get(key)
         if coefficients is None:
             factors = self._coefficients(start, np.array(base), [np.array(weights) for _, weights in held])
@@ -118,7 +119,7 @@ class ClosedForm:
         return self._sum(values, coefficients)
 
     def _coefficients(self, start: int, base: np.ndarray, held: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Coefficients of `advance`, (classes, r + 1): of x, the mean, the held values and the noises."""
+        """Coefficients in `advance`, each (classes, r + 1), of x, the mean, the held values and the noises."""
         steps = slice(start, start + len(base))
         b, c = self.table.b[steps], self.table.c[steps]
         gain, factor, after = self._factors(start, base)
@@ -137,8 +138,8 @@ class ClosedForm:
     def response(self, start: int, weights: np.ndarray) -> np.ndarray:
         """The contribution to x of a value with `weights` in the drift of the steps start, start + 1, ...
 
-        Float64 (classes, r + 1), a factor on the value in every mode, for the classes of the block; f^1 has weight 1 in
-        each of these steps.
+        It is a factor on the value in each mode, float64 (classes, r + 1), for the classes of the block. f^1 has weight
+        1 in each of these steps.
         """
         _, _, after = self._factors(start, np.ones(len(weights)))
         return np.asarray((after * (self.table.b[start : start + len(weights)] * weights)[:, None]).sum(1))
@@ -151,21 +152,22 @@ class ClosedForm:
         return after[:, 0] * factor[:, 0]
 
     def scaled(self, value: Projected, coefficients: np.ndarray) -> Tensor:
-        """(B, d): a value multiplied by float64 (classes, r + 1) in every mode."""
+        """The value (B, d) multiplied in each mode by its coefficient, float64 (classes, r + 1)."""
         only = torch.tensor(coefficients[None], dtype=value.value.dtype, device=value.value.device)
         return self._sum([value], only).value
 
     def _factors(self, start: int, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Gain of w f^1, factor of the step, and product of later factors, by class, step from `start` and mode."""
+        """Gains of w f^1, factors of the steps, and products of later factors: each (classes, steps, r + 1)."""
         steps = slice(start, start + len(base))
         gain = self.gain[:, steps] * base[:, None]
         factor = self.table.a[steps, None] + self.table.b[steps, None] * gain
         return gain, factor, np.cumprod(np.pad(factor[:, :0:-1], _ONE, constant_values=1.0), axis=1)[:, ::-1]
 
     def _sum(self, values: Sequence[Projected], coefficients: Tensor) -> Projected:
-        """sum_q (o_q I + Q diag(i_q - o_q) Q^T) v_q: each v_q times its coefficients, i_q and o_q.
+        """The sum over q of (o_q I + Q diag(i_q - o_q) Q^T) v_q.
 
-        Of the coefficients (values, classes, r + 1) i_q are those in the columns of Q, o_q the last, outside them.
+        Of the coefficients (values, classes, r + 1), i_q are the first r, for the columns of Q, and o_q is the last,
+        for the modes outside them.
         """
         self._project([value for value in values if value.thin is None])
         coefficients = coefficients[:, self.label]
@@ -180,7 +182,7 @@ class ClosedForm:
         return Projected(out.add_(change), thin)
 
     def _project(self, values: Sequence[Projected]) -> None:
-        """Q^T v of several values at once: what takes time is to read Q."""
+        """Compute Q^T v of several values in one pass, as reading Q takes most of the time."""
         if not values:
             return
         thin = self._by_class(torch.stack([value.value for value in values]))
@@ -188,7 +190,7 @@ class ClosedForm:
             value.thin = projection
 
     def _by_class(self, values: Tensor, transposed: bool = False) -> Tensor:
-        """Q^T v of each sample of values (n, B, d), with Q of its class: (n, B, r); `transposed`, Q v of (n, B, r)."""
+        """Q^T v (n, B, r) of v (n, B, d), with Q of each sample's class; if `transposed`, Q v of v (n, B, r)."""
         rows = values[:, self.members].transpose(0, 1).flatten(1, 2)
         parts = []
         for part, of_part in zip(self.parts, rows.split([len(part) for part in self.parts]), strict=True):

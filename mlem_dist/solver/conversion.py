@@ -1,4 +1,4 @@
-"""Conversion between what networks predict and what solvers need.
+"""Conversion between the predictions of networks and the drifts of solvers.
 
 With x = alpha x0 + sigma epsilon, every prediction is a combination A x0 + B epsilon of the image x0 and the noise
 epsilon. The state x and one combination determine both, and hence every other combination.
@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction", "score", "edm", "edm_v")
-"""Predictions by their names in diffusers, where these exist: noise, image, v, flow velocity and score, and the raw
-output of a network in EDM's preconditioning, with its sign changed for "edm_v"."""
+"""Predictions, by their names in diffusers where these exist: noise, image, v, flow velocity, score, and the raw
+output of a network in EDM's preconditioning. "edm_v" is "edm" with c_out negated."""
 
 SIGMA_DATA = 0.5
-"""Standard deviation of the data by default, in EDM's preconditioning."""
+"""Default standard deviation of the data in EDM's preconditioning."""
 
 Combination = tuple[Any, Any]
-"""(A, B) of A x0 + B epsilon, each a number, an array or a tensor."""
+"""Coefficients (A, B) of A x0 + B epsilon, each a number, an array or a tensor."""
 
 
 def combination(prediction: str, alpha: Any, sigma: Any, sigma_data: float = SIGMA_DATA) -> Combination:
-    """The combination (A, B) that a prediction is where x = alpha x0 + sigma epsilon.
+    """The combination (A, B) of a prediction, for x = alpha x0 + sigma epsilon.
 
         epsilon          (0, 1)
         sample           (1, 0)
@@ -31,8 +31,9 @@ def combination(prediction: str, alpha: Any, sigma: Any, sigma_data: float = SIG
 
     Args:
         prediction: one of `PREDICTIONS`.
-        alpha: a number, an array or a tensor, as sigma.
-        sigma_data: standard deviation of the data, for EDM's preconditioning alone.
+        alpha: a number, an array or a tensor.
+        sigma: like alpha.
+        sigma_data: standard deviation of the data; only EDM's preconditioning uses it.
     """
     if prediction == "epsilon":
         return 0.0, 1.0
@@ -56,8 +57,8 @@ def convert(given: Combination, wanted: Combination, alpha: Any, sigma: Any) -> 
 
         d = alpha q - sigma p        r = (u q - w p) / d        s = (alpha w - sigma u) / d
 
-    Infinite or NaN where d = 0: there x and the given combination do not determine image and noise, as a prediction of
-    the noise does not at alpha = 0.
+    The result is infinite or NaN where d = 0. There, x and the given combination do not determine image and noise: a
+    prediction of the noise at alpha = 0 is an example.
     """
     (p, q), (u, w) = given, wanted
     d = alpha * q - sigma * p

@@ -1,4 +1,4 @@
-"""The integrator: one loop, driven in one process here and across actors by the runtime."""
+"""The integrator: one loop, which this module drives in one process and the runtime drives across actors."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from mlem_dist.solver.steps import StepTable
 
 
 class Drift(Protocol):
-    """f^k as a function."""
+    """The drift f^k of a level as a function."""
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor, /, *base: Tensor) -> Tensor:
-        """The shape of x (B, C, H, W) float32, for t (B,) float32 and label (B,) int64.
+        """The drift in the shape of x (B, C, H, W) float32, for t (B,) float32 and label (B,) int64.
 
-        Where f^1 of the same is known it is given as well: a level that needs it does not evaluate it then.
+        `base` is f^1 at the same arguments, if it is known. A level that needs f^1 then does not evaluate it.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """Values that the trajectory needs before it can take step `step`: those of `terms` at the state x and time t."""
+    """The values of `terms` at state x and time t, which the trajectory needs before it can take step `step`."""
 
     step: int
     t: float
@@ -39,7 +39,7 @@ def trajectory(
 ) -> Generator[Request, list[Tensor], Tensor]:
     """x_{i+1} = a_i x_i + b_i sum_j w_j(i) v_j + c_i z_i, over the terms v_j of the plan that are live at step i.
 
-    A generator: it yields a `Request` where a step evaluates terms, takes their values, and returns x_N. A plan that
+    This generator yields a `Request` where a step evaluates terms, receives their values, and returns x_N. A plan that
     collapses needs `closed_form`. A table with a memory adds d_i m_{i-1}, m_i = u_i x_i + v_i sum_j w_j(i) v_j.
     """
     x = noise(-1)
@@ -48,7 +48,7 @@ def trajectory(
     memory = torch.zeros_like(x)
     live: list[tuple[Term, Tensor]] = []
     held: dict[Term, Projected] = {}
-    # x between two runs in closed form.
+    # The state between two consecutive runs in closed form.
     carried: Projected | None = None
     for run in plan.runs:
         i = run.start
@@ -87,7 +87,7 @@ def evaluate(
 ) -> list[Tensor]:
     """f^level - f^below of each term at x (B, C, H, W); a level that several terms share is called once.
 
-    Other levels receive the value of level 1 if it is called. The time t is a number for all samples, or float32 (B,).
+    If level 1 is called, the other levels receive its value. The time t is a number for all samples, or float32 (B,).
     """
     times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     called: dict[int, Tensor] = {}
@@ -106,9 +106,9 @@ def integrate(
     label: Tensor,
     closed_form: ClosedForm | None = None,
 ) -> Tensor:
-    """The one-process reference: x_N, float32 (B, C, H, W), of a block with classes label (B,) int64.
+    """The final state x_N, float32 (B, C, H, W), of a block with classes label (B,) int64: the one-process reference.
 
-    `levels` maps the level number, from 1, to its drift; a plan that collapses needs `closed_form`.
+    `levels` maps each level's number, from 1, to its drift. A plan that collapses needs `closed_form`.
     """
     run = trajectory(table, plan, noise, closed_form)
     values = None

@@ -11,11 +11,11 @@ from torch import Tensor
 from mlem_dist.solver.steps import StepTable
 
 Noise = Callable[[int], Tensor]
-"""z_i by step i, in the shape of x; step -1 is the initial state."""
+"""Function from step i to the noise z_i, in the shape of x; step -1 gives the initial state."""
 
 
 def image_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device | str) -> Noise:
-    """The noise of a block of images, by step float32 (B, *shape) on a device; drawn on the CPU for any device.
+    """The noise of a block of images: float32 (B, *shape) for each step, drawn on the CPU and copied to the device.
 
     The initial noise of seed s is that of `torch.randn(shape, generator=torch.Generator().manual_seed(s))`, as in
     pipelines of diffusers. The noise of step i is that of the counter-based generator Philox with the key (s, i)
@@ -24,11 +24,11 @@ def image_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device
     Args:
         seeds: the image seeds, B integers in [0, 2^32).
         shape: the shape of one sample.
-        device: where the noise is wanted.
+        device: device of the returned noise.
     """
     philox = np.random.Philox(key=0)
     generator = np.random.Generator(philox)
-    # With nothing drawn yet. A new generator for each key would take twice as long.
+    # The state before any draw, reused for each key: a new generator for each key would take twice as long.
     state = philox.state
 
     def noise(step: int) -> Tensor:
@@ -46,10 +46,10 @@ def image_noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device
 
 
 def coarse_noise(noise: Noise, fine: StepTable, ratio: int) -> Noise:
-    """The Brownian path of `noise`, drawn for the steps of `fine`, for the table of every `ratio`-th of its times.
+    """The noise for a table of every `ratio`-th time of `fine`, on the Brownian path of `noise` for `fine`.
 
-    The noise of a coarse step is the sum of the noises of the fine steps that it spans, each carried forward by the a
-    of the fine steps after it, scaled to unit variance. It is zero where no fine step takes noise, as along the ODE.
+    The noise of a coarse step is a sum over the fine steps that it spans, scaled to unit variance. Each fine noise is
+    multiplied by the factors a of the later fine steps. The sum is zero where no fine step takes noise, as in the ODE.
     """
 
     def coarse(step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plans: which increments a block evaluates at which step, and with which weight each enters the drift."""
+"""Plans: the increments that a block evaluates at each step, and their weights in the drift."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SCHEMA_VERSION = 2
 
 
 class Increment(NamedTuple):
-    """f^level - f^below. Levels count from 1; `below` = 0 stands for f^0 = 0."""
+    """The difference f^level - f^below. Levels count from 1; `below` = 0 stands for f^0 = 0."""
 
     level: int
     below: int
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """The levels whose values it takes."""
+        """The levels that the increment evaluates."""
         return (self.below, self.level) if self.below else (self.level,)
 
 
 @dataclass(frozen=True)
 class Term:
-    """f^level - f^below evaluated at step `start`, with its weight in the drift of the steps start, start + 1, ..."""
+    """An increment evaluated at step `start`, with its weights in the drift of the steps start, start + 1, ..."""
 
     level: int
     below: int
@@ -43,31 +43,30 @@ class Term:
 
     @property
     def increment(self) -> Increment:
-        """The increment that is weighted."""
+        """The increment f^level - f^below."""
         return Increment(self.level, self.below)
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """The levels whose values it takes."""
+        """The levels that the increment evaluates."""
         return self.increment.calls
 
     @property
     def stop(self) -> int:
-        """The first step after `start` at which the value is no longer used."""
+        """The first step after `start` that does not use the value."""
         return self.start + len(self.weights)
 
     def weights_at(self, start: int, stop: int) -> tuple[float, ...]:
-        """The weights in steps start ... stop - 1, zero where the value is no longer used."""
+        """The weights in the steps start ... stop - 1; zero from the term's own `stop` on."""
         weights = self.weights[start - self.start : stop - self.start]
         return weights + (0.0,) * (stop - start - len(weights))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Steps start ... stop - 1, of which only the first evaluates `terms`.
+    """The steps start ... stop - 1, of which only the first evaluates `terms`.
 
-    Where `base` is not empty, it holds the weight of level 1 in the drift of each of these steps, which are taken in
-    closed form.
+    If `base` is not empty, the steps are taken in closed form, and `base` holds the weight of level 1 in each of them.
     """
 
     start: int
@@ -78,14 +77,14 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One draw of all coins.
+    """The outcome of one draw of all coins.
 
     Attributes:
         fire: bool (K, N), whether level k's increment is evaluated at step i.
-        weight: float64 (K, N), the weight in step i's drift of level k's latest evaluated increment.
-        previous: float64 (K, N), the weight of the one evaluated before that.
-        collapse: whether runs of steps that evaluate level 1 alone are taken in closed form, which needs a level 1 that
-            is affine in x.
+        weight: float64 (K, N), the weight of level k's latest evaluated increment in the drift of step i.
+        previous: float64 (K, N), the weight of the increment evaluated before that.
+        collapse: whether runs of steps that evaluate level 1 alone are taken in closed form. Level 1 must then be
+            affine in x.
     """
 
     fire: np.ndarray
@@ -95,14 +94,14 @@ class Plan:
 
     @cached_property
     def terms(self) -> tuple[tuple[Term, ...], ...]:
-        """Per step, the values to evaluate there, lowest level first.
+        """The terms to evaluate at each step, lowest level first.
 
         Neighbouring increments that fire together and keep equal weights telescope into one difference, so that
-        Euler-Maruyama with the best level calls that level only. A value whose weights are all zero is not evaluated.
+        Euler-Maruyama with the best level calls that level only. A term whose weights are all zero is left out.
         """
         levels, steps = self.fire.shape
         by_step: list[list[Term]] = [[] for _ in range(steps)]
-        # Lists, as numpy takes tens of microseconds for each of some hundred short ones.
+        # Lists, not arrays: numpy takes tens of microseconds for each of some hundred short slices.
         weight, previous = self.weight.tolist(), self.previous.tolist()
         for k in range(levels):
             ends = [*np.flatnonzero(self.fire[k]), steps, steps]
@@ -122,7 +121,7 @@ class Plan:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """The steps, in order: one by one, or with runs of level 1 alone joined to the step before them."""
+        """The runs in order: single steps or, with `collapse`, steps of level 1 alone joined to the step before."""
         joined: list[Run] = []
         for i, terms in enumerate(self.terms):
             base = terms[0].weights if terms and (terms[0].level, terms[0].below) == (1, 0) else ()
@@ -137,7 +136,7 @@ class Plan:
 
     @cached_property
     def calls(self) -> np.ndarray:
-        """bool (K, N): which levels are called at each step; a run in closed form is no call."""
+        """Whether each level is called at each step, bool (K, N); a run in closed form does not call level 1."""
         called = np.zeros(self.fire.shape, dtype=bool)
         for run in self.runs:
             for number in {k for term in run.terms for k in term.calls}:
@@ -154,13 +153,13 @@ class Plan:
 
 
 def draw_coins(p: np.ndarray, draw: Draw, rng: np.random.Generator) -> np.ndarray:
-    """bool (K, N): coins that fall with probability p (K, N), independent between levels.
+    """Coins that fire with probability p (K, N), independent between levels: bool (K, N).
 
-    "independent" coins are Bernoulli; "systematic" ones share one uniform u per level and fire where the running sum
-    of p, plus u, passes a whole number: the same probability at every step, evenly spread. Their impulses are unbiased
-    at every step; over a trajectory, where the coins of neighbouring steps depend on each other, only to first order.
-    "quantiles" are systematic with u = 1/2, not drawn at all: level k fires at the quantiles (j + 1/2) / sum p_k of
-    the density p_k / sum p_k.
+    "independent" coins are Bernoulli. "systematic" coins share one uniform u per level. They fire where the running sum
+    of p, plus u, passes a whole number, so that each step keeps its probability and evaluations are evenly spread.
+    Their impulses are unbiased at every step. Over a trajectory they are unbiased only to first order, as the coins of
+    neighbouring steps depend on each other. "quantiles" are systematic coins with the fixed u = 1/2: level k fires at
+    the quantiles (j + 1/2) / sum p_k of the density p_k / sum p_k.
     """
     if draw == "independent":
         return rng.random(p.shape) < p
@@ -168,36 +167,37 @@ def draw_coins(p: np.ndarray, draw: Draw, rng: np.random.Generator) -> np.ndarra
 
 
 def systematic(p: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """bool (K, N): where floor(sum_{j <= i} p_k(j) + u_k) steps up, for u (K,) in [0, 1)."""
-    # Sums of equal numbers a little below a whole one, by rounding, count as whole.
+    """Whether floor(sum_{j <= i} p_k(j) + u_k) grows at step i, for u (K,) in [0, 1): bool (K, N)."""
+    # The 1e-9 counts sums that rounding has left just below a whole number as whole.
     sums = np.cumsum(np.pad(p, ((0, 0), (1, 0))), axis=1) + u[:, None] + 1e-9
     return np.diff(np.floor(sums), axis=1) > 0
 
 
 def impulse(fire: np.ndarray, p: np.ndarray) -> Plan:
-    """The estimator of ML-EM: each drawn increment enters its own step, divided by its probability. Unbiased."""
+    """The plan of ML-EM's unbiased estimator: a drawn increment enters its own step, divided by its probability."""
     return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire), np.zeros(p.shape))
 
 
 def held(fire: np.ndarray) -> Plan:
-    """Each increment enters with weight 1 from its evaluation until the next one.
+    """The plan in which each increment enters with weight 1 from its evaluation until the next.
 
-    No variance, but biased: the error is of the order of what an increment changes between two evaluations.
+    It has no variance, but a bias: the error is of the order of an increment's change between two evaluations.
     """
     weight = np.maximum.accumulate(fire, axis=1).astype(np.float64)
     return Plan(fire, weight, np.zeros(fire.shape))
 
 
 def extrapolated(fire: np.ndarray, log_snr: np.ndarray, reach: Sequence[float] | None = None) -> Plan:
-    """The line through the last two evaluations of each increment, in lambda, up to one gap beyond the last.
+    """The plan that extrapolates each increment linearly in lambda, up to one gap beyond its last evaluation.
 
-    With l the last evaluation before step i and p the one before that, the increment of level k enters as
-    v_l + r (v_l - v_p), r = reach_k min(1, (lambda_i - lambda_l) / (lambda_l - lambda_p)); until there are two, it is
-    held. Biased: the error is of the order of the increment's second derivative times the square of the gap.
+    Let v_l be the last evaluation up to step i and v_p the evaluation before it. The increment of level k enters as
+    v_l + r (v_l - v_p), r = reach_k min(1, (lambda_i - lambda_l) / (lambda_l - lambda_p)). Until two evaluations exist,
+    it is held. The bias is of the order of the increment's second derivative times the square of the gap.
 
     Args:
+        fire: bool (K, N), whether level k's increment is evaluated at step i.
         log_snr: lambda, float64 (N,), increasing.
-        reach: of each row of fire; 1 for all by default, and 0 would hold the increment.
+        reach: factor for each row of `fire`; 1 for all by default, and 0 holds the increment.
     """
     weight, previous = held(fire).weight, np.zeros(fire.shape)
     for k, fires in enumerate(map(np.flatnonzero, fire)):
@@ -208,16 +208,16 @@ def extrapolated(fire: np.ndarray, log_snr: np.ndarray, reach: Sequence[float] |
 
 
 def single_level(level: int, levels: int, steps: int) -> Plan:
-    """Euler-Maruyama with one level (from 1) of a ladder of `levels`."""
+    """The plan of Euler-Maruyama with one level (from 1) of a ladder of `levels`."""
     fire = np.zeros((levels, steps), dtype=bool)
     fire[:level] = True
     return Plan(fire, fire.astype(np.float64), np.zeros(fire.shape))
 
 
 def switched(small: int, large: int, levels: int, steps: int, at: int) -> Plan:
-    """Euler-Maruyama with level `small` before step `at` and `large` from there on (T-Stitch, arXiv:2402.14167).
+    """The plan of Euler-Maruyama with level `small` before step `at`, then `large` (T-Stitch, arXiv:2402.14167).
 
-    Biased: before step `at` the drift is off by the small level's error, at any number of steps.
+    It is biased: before step `at`, the drift has the error of the small level at any number of steps.
     """
     fire = np.zeros((levels, steps), dtype=bool)
     fire[:small] = True
@@ -226,9 +226,9 @@ def switched(small: int, large: int, levels: int, steps: int, at: int) -> Plan:
 
 
 def on_levels(plan: Plan, rungs: Sequence[int]) -> Plan:
-    """A plan whose rows are rungs, levels by number from 1 up to the best, as one of all levels.
+    """The plan for all levels that equals a plan whose rows are `rungs`, level numbers from 1 up to the best level.
 
-    A skipped level does what the next rung does: neighbouring increments of equal weights are one difference.
+    A skipped level copies the row of the next rung, as neighbouring increments of equal weights form one difference.
     """
     rows = np.searchsorted(rungs, np.arange(1, rungs[-1] + 1))
     return Plan(plan.fire[rows], plan.weight[rows], plan.previous[rows], plan.collapse)
@@ -236,17 +236,17 @@ def on_levels(plan: Plan, rungs: Sequence[int]) -> Plan:
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How every block draws its own plan.
+    """The distribution from which every block draws its own plan.
 
     Attributes:
         probabilities: p, float64 (R, N), of the levels in `rungs`.
         draw: the kind of coins.
-        increments: how a drawn increment enters.
+        increments: how a drawn increment enters the steps.
         collapse: as in `Plan`.
         log_snr: lambda, float64 (N,), increasing; for extrapolated increments.
-        rungs: the levels in use, by number from 1, increasing up to the best; None for all. An increment is then the
-            difference of neighbouring rungs, and levels between them are not called.
-        reach: of extrapolated increments, by rung; None for 1.
+        rungs: numbers of the levels in use, from 1, increasing up to the best; None for all. With rungs, an increment
+            is the difference of neighbouring rungs, and levels between them are not called.
+        reach: factor of extrapolated increments for each rung; None for 1.
     """
 
     probabilities: np.ndarray
@@ -272,12 +272,12 @@ class Recipe:
 
 
 def block_rng(seed: int, block: int) -> np.random.Generator:
-    """The coins of a block: a function of (seed, block) alone."""
+    """The random generator of a block's coins, which depends on (seed, block) alone."""
     return np.random.default_rng([seed, block])
 
 
 def plan_to_dict(plan: Plan, ladder_digest: str, solver: str) -> dict[str, Any]:
-    """A plan as JSON-ready values, with the ladder and solver that it is made for."""
+    """A plan as JSON-ready values, with the digest of its ladder and its solver."""
     return {
         "schema_version": SCHEMA_VERSION,
         "ladder": ladder_digest,
@@ -294,7 +294,7 @@ def plan_from_dict(raw: Mapping[str, Any], levels: int, where: str = "plan") -> 
     """The plan in `raw`, for a ladder of `levels`.
 
     Raises:
-        UsageError: unknown version, or arrays that are missing, of other shapes, or not finite.
+        UsageError: if the schema version is unknown, or an array is missing, has another shape or is not finite.
     """
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"{where}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
@@ -313,15 +313,15 @@ def plan_from_dict(raw: Mapping[str, Any], levels: int, where: str = "plan") -> 
 
 
 def write_plan(path: Path, plan: Plan, ladder_digest: str, solver: str) -> None:
-    """Write a plan as the JSON file that `read_plan` reads, complete or not at all."""
+    """Write a plan atomically as the JSON file that `read_plan` reads."""
     replace_file(path, json.dumps(plan_to_dict(plan, ladder_digest, solver)) + "\n")
 
 
 def read_plan(path: Path, ladder_digest: str, levels: int, solver: str, steps: int | None) -> Plan:
-    """Read a plan's JSON file, for a ladder of so many levels, a solver and a number of steps, any if that is None.
+    """The plan in a JSON file, for a ladder of `levels`, a solver, and `steps` steps (any number if None).
 
     Raises:
-        UsageError: the file is missing or no plan, or it was made for another ladder, solver or number of steps.
+        UsageError: if the file is missing or not a plan, or is for another ladder, solver or number of steps.
     """
     raw = read_object(path, "plan")
     if raw.get("solver") in ALIASES:

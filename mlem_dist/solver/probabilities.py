@@ -1,4 +1,4 @@
-"""How likely each level's increment is drawn at each step: p, float64 (K, N) with p_1 = 1, scaled to a budget."""
+"""Probabilities of each level's increment at each step: p, float64 (K, N), with p_1 = 1, scaled to a budget."""
 
 from typing import Literal
 
@@ -10,15 +10,15 @@ from mlem_dist.solver.bisection import last_below
 Rule = Literal["constant", "inverse-cost", "theory", "log-snr"]
 
 GAMMA = 2.5
-"""The cost exponent that Jacot (arXiv:2603.24594) measures for UNets on CelebA: T ~ error^-gamma."""
+"""Cost exponent gamma in T ~ error^-gamma, as Jacot (arXiv:2603.24594) measures it for UNets on CelebA."""
 
 
 def rule_weights(rule: Rule, cost: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
     """Relative probabilities of a rule, float64 (K, N), for levels that cost `cost` (K,) seconds per sample.
 
-    "theory" is p_k ~ 2^-(1 + gamma/2)k of Jacot, arXiv:2603.24594, where T_k = 2^(gamma k); written in the measured
-    costs, p_k ~ T_k^-(1/gamma + 1/2). "constant", "inverse-cost" and "theory" are constant over the steps; "log-snr" is
-    "theory" times what a step adds to lambda, `log_snr` (N,), increasing.
+    "theory" is p_k ~ 2^-(1 + gamma/2)k of Jacot, arXiv:2603.24594, where T_k = 2^(gamma k). In measured costs, it is
+    p_k ~ T_k^-(1/gamma + 1/2). "constant", "inverse-cost" and "theory" are constant over the steps. "log-snr" is
+    "theory" times the growth per step of lambda, `log_snr` (N,), increasing.
     """
     power = {"constant": 0.0, "inverse-cost": 1.0}.get(rule, 1 / GAMMA + 0.5)
     density = np.gradient(log_snr) if rule == "log-snr" and len(log_snr) > 1 else np.ones(len(log_snr))
@@ -26,14 +26,14 @@ def rule_weights(rule: Rule, cost: np.ndarray, log_snr: np.ndarray) -> np.ndarra
 
 
 def increment_cost(cost: np.ndarray) -> np.ndarray:
-    """T_k + T_{k-1}, what one increment of each level costs; the first level's is T_1."""
+    """The cost of one increment of each level, float64 (K,): T_k + T_{k-1}, and T_1 for level 1."""
     return cost + np.concatenate([[0.0], cost[:-1]])
 
 
 def expected_cost(p: np.ndarray, cost: np.ndarray, collapse: bool = False) -> float:
-    """Seconds per sample of plans with probabilities p (K, N): sum_ik p_k(i) (T_k + T_{k-1}).
+    """Expected seconds per sample of plans with probabilities p (K, N): sum_ik p_k(i) (T_k + T_{k-1}).
 
-    With `collapse` the first level costs T_1 not per step, but per run of steps that evaluate it alone.
+    With `collapse`, level 1 costs T_1 for each run of steps that evaluate it alone, not for each step.
     """
     seconds = float((p * increment_cost(cost)[:, None]).sum())
     if not collapse:
@@ -44,19 +44,18 @@ def expected_cost(p: np.ndarray, cost: np.ndarray, collapse: bool = False) -> fl
 
 
 def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse: bool = False) -> np.ndarray:
-    """p_k(i) = min(1, C weights_k(i)), p_1 = 1, with C such that the expected cost is a budget.
+    """Probabilities p_k(i) = min(1, C weights_k(i)), p_1 = 1, with C such that the expected cost is the budget.
 
-    The budget `nfe` is in evaluations of the best level. One that pays for the best level at every step gives p = 1
-    throughout, which is Euler-Maruyama with that level.
+    A budget that pays for the best level at every step gives p = 1 everywhere: Euler-Maruyama with that level.
 
     Args:
         weights: float64 (K, N), not negative.
         cost: float64 (K,), seconds per sample.
-        nfe: the budget.
+        nfe: the budget, in evaluations of the best level per sample.
         collapse: as in `expected_cost`.
 
     Raises:
-        UsageError: the budget is below the cost of the base level.
+        UsageError: if the budget is below the cost of level 1 alone.
     """
     steps = weights.shape[1]
     if nfe >= steps:
@@ -68,7 +67,7 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse:
     def spent(scale: float) -> float:
         return expected_cost(probabilities(scale), cost, collapse) / float(cost[-1])
 
-    # But for rounding.
+    # The tolerance allows for rounding.
     if nfe < spent(0) * (1 - 1e-9):
         payable = 0 if collapse else int(nfe / float(cost[0] / cost[-1]))
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Processes: how image and noise mix, x = alpha x0 + sigma epsilon, over the times that networks are given."""
+"""Processes: the mixture x = alpha x0 + sigma epsilon of image and noise, as a function of a network's time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mlem_dist.solver.schedulers import (
 )
 
 Spacing = Literal["trailing", "model"]
-"""Which times a grid has: "trailing" ends of equal intervals, or those of the scheduler's own configuration."""
+"""Times of a grid: the ends of equal intervals ("trailing"), or the scheduler's own configuration ("model")."""
 
 
 MULTISTEP = {
@@ -34,7 +34,7 @@ MULTISTEP = {
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
-"""Scheduler classes that space one timestep more than they take."""
+"""Scheduler classes that lay out N + 1 timesteps and take the first N."""
 
 LEADING = {
     "DDIMParallelScheduler",
@@ -45,7 +45,7 @@ LEADING = {
     "PNDMScheduler",
     "TCDScheduler",
 }
-"""Scheduler classes whose spacing is "leading" by default."""
+"""Scheduler classes whose default spacing is "leading"."""
 
 CONTINUOUS = {
     "EulerAncestralDiscreteScheduler",
@@ -55,15 +55,15 @@ CONTINUOUS = {
     "KDPM2DiscreteScheduler",
     "LMSDiscreteScheduler",
 }
-"""Scheduler classes whose timesteps are not rounded in the spacing "linspace"."""
+"""Scheduler classes that do not round timesteps in the spacing "linspace"."""
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The times of N steps, with alpha and sigma there and after the last step.
+    """The times of N steps, with alpha and sigma at each step and after the last.
 
     Attributes:
-        t: times that networks are given, float64 (N,).
+        t: time inputs of networks, float64 (N,).
         alpha: float64 (N + 1,).
         sigma: float64 (N + 1,), decreasing.
         scale: standard deviation of the initial state.
@@ -85,13 +85,13 @@ class Grid:
 
 
 class Process(ABC):
-    """A noise process by its marginals.
+    """A noise process, defined by its marginals.
 
     Attributes:
-        drift: the prediction that levels are converted to; its steps are regular on every grid of the process.
-        prediction: what a network trained with the scheduler predicts.
+        drift: the prediction to which the outputs of levels are converted; its step tables are finite on every grid.
+        prediction: the prediction of a network trained with the scheduler.
         sigma_data: standard deviation of the data in EDM's preconditioning.
-        length: T, the number of timesteps in training.
+        length: T, the number of training timesteps.
     """
 
     length: int
@@ -101,11 +101,11 @@ class Process(ABC):
 
     @abstractmethod
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at the times t (B,), in float32 as t, each (B,)."""
+        """alpha and sigma at the times t (B,), each float32 (B,) like t."""
 
     @abstractmethod
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
-        """The grid of so many steps.
+        """The grid of `steps` steps.
 
         Raises:
             UsageError: if `steps` is out of range.
@@ -113,7 +113,7 @@ class Process(ABC):
 
     @abstractmethod
     def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
-        """Random times (count,) from one of `bands` equal bands of noise, of which band 0 has the least."""
+        """Random times (count,) from band number `band` of `bands` equal bands of noise; band 0 has the least noise."""
 
     def mixed(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x = alpha x0 + sigma noise at times t (B,), in the shape of x0 (B, C, H, W)."""
@@ -121,7 +121,7 @@ class Process(ABC):
         return alpha * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The drift that an exact level has where x is a mixture of x0 and noise alone, as `mixed`."""
+        """The training target of the drift at x = `mixed(x0, noise, t)`, in the shape of x0 (B, C, H, W)."""
         if self.drift == "epsilon":
             return noise
         alpha, sigma = (value[:, None, None, None] for value in self.marginal(t))
@@ -129,20 +129,20 @@ class Process(ABC):
         return image * x0 + share * noise
 
     def input_scale(self, sigma: Any) -> Any:
-        """The factor on x (B, C, H, W) before it enters a network: 1 but for EDM's preconditioning."""
+        """The factor on x (B, C, H, W) before it enters a network: 1 except in EDM's preconditioning."""
         return 1 / (sigma**2 + self.sigma_data**2) ** 0.5 if self.prediction.startswith("edm") else 1.0
 
 
 class BetaProcess(Process):
     """A variance-preserving process, alpha^2 + sigma^2 = 1, with alpha^2 = alpha_bar at the timesteps of its betas.
 
-    Between timesteps sigma / alpha is linear or, for Karras' noise levels, its logarithm, as in diffusers.
+    Between timesteps, sigma / alpha is linear, as in diffusers; for Karras' noise levels, its logarithm is linear.
 
     Args:
         config: a scheduler's configuration.
 
     Raises:
-        UsageError: as `schedulers.alpha_bar`, or a prediction that says nothing at alpha = 0.
+        UsageError: as for `schedulers.alpha_bar`, or if alpha reaches 0 and the prediction is the noise.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -161,7 +161,7 @@ class BetaProcess(Process):
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
-        """As `Process.times`: timesteps band T / bands ... (band + 1) T / bands, int64."""
+        """As `Process.times`: timesteps from band T / bands up to but not including (band + 1) T / bands, int64."""
         return torch.randint(band * self.length // bands, (band + 1) * self.length // bands, (count,), generator=rng)
 
     def marginal(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +207,10 @@ class BetaProcess(Process):
         return alpha.square().numpy() if (t % 1).any() else self.alpha_bar[t.astype(np.int64)]
 
     def _configured(self, steps: int) -> np.ndarray:
-        """The timesteps that diffusers takes by the configuration, float64 (steps,).
+        """The timesteps of diffusers for this configuration, float64 (steps,).
 
         Raises:
-            UsageError: if a key asks for noise levels of another kind.
+            UsageError: if a key asks for another kind of noise levels, or `steps` for timesteps out of range.
         """
         count, name = self.length, self.name
         for key in ("use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas"):
@@ -219,7 +219,7 @@ class BetaProcess(Process):
         if self.config.get("interpolation_type") not in (None, "linear"):
             raise UsageError("noise schedule: interpolation_type is not linear, which `grid` model does not know")
         offset = self.config.get("steps_offset") or 0
-        # The solvers of several steps leave out the last of one timestep more.
+        # These classes lay out one timestep more and leave out the last.
         extra = int(name in MULTISTEP)
         kind = self.config.get("timestep_spacing") or ("leading" if name in LEADING else "linspace")
         if kind == "leading":
@@ -241,14 +241,15 @@ class BetaProcess(Process):
 
 
 class FlowProcess(Process):
-    """Flow matching: alpha = 1 - sigma, and a network is given T sigma.
+    """Flow matching: alpha = 1 - sigma, and the time input of networks is T sigma.
 
     Args:
         config: a scheduler's configuration.
-        tokens: the length of a sample's sequence of patches, by which the shift is chosen where it is dynamic.
+        tokens: the length of a sample's sequence of patches, which determines a dynamic shift.
 
     Raises:
-        UsageError: as `schedulers.scheduler_class`, or the shift is dynamic and `tokens` is None.
+        UsageError: as for `schedulers.scheduler_class`, or if the configuration asks for other noise levels, or if the
+            shift is dynamic and `tokens` is None.
     """
 
     drift = prediction = "flow_prediction"
@@ -278,13 +279,13 @@ class FlowProcess(Process):
         return (band + torch.rand(count, generator=rng)) / bands * self.length
 
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
-        """As `Process.grid`: shifted from 1, 1 - 1/N ... 1/N, or from the scheduler's own noise levels."""
+        """As `Process.grid`: noise levels 1, 1 - 1/N ... 1/N, or those of the scheduler, after the shift."""
         if not 1 <= steps <= self.length:
             raise UsageError(f"steps is {steps}, expected 1 to {self.length}, the length of the noise schedule")
         sigma = np.arange(steps, 0, -1) / steps
         if spacing == "model":
             if self.name in FLOW_SCHEDULERS:
-                # Shifted twice where the shift is static: diffusers takes the ends from the shifted schedule.
+                # A static shift applies twice: diffusers takes the ends from the shifted schedule.
                 ends = np.array([1.0, 1 / self.length])
                 first, last = ends if self.config.get("use_dynamic_shifting") else self._shifted(ends)
                 sigma = np.linspace(first, last, steps)
@@ -297,13 +298,13 @@ class FlowProcess(Process):
             sigma = 1 - (1 - sigma) * (1 - terminal) / (1 - sigma[-1]) if steps > 1 else sigma
         t = sigma * self.length
         if spacing == "model" and self.name not in FLOW_SCHEDULERS:
-            # These classes hand networks whole timesteps.
+            # These classes give networks whole timesteps.
             t = np.trunc(t)
         sigma = np.append(sigma, 0.0)
         return Grid(t, 1 - sigma, sigma)
 
     def _shifted(self, sigma: np.ndarray) -> np.ndarray:
-        """s sigma / (1 + (s - 1) sigma), with s the shift (Esser et al., arXiv:2403.03206, eq. 23)."""
+        """Noise levels s sigma / (1 + (s - 1) sigma), shifted by s (Esser et al., arXiv:2403.03206, eq. 23)."""
         return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))
 
 
@@ -312,11 +313,11 @@ class ExplodingProcess(Process):
 
     Args:
         config: a scheduler's configuration.
-        high: the greatest noise level by default.
-        low: the least noise level by default.
+        high: default of the greatest noise level.
+        low: default of the least noise level.
 
     Raises:
-        UsageError: as `schedulers.scheduler_class`, or unless 0 < low < high.
+        UsageError: as for `schedulers.scheduler_class`, or unless 0 < low < high.
     """
 
     def __init__(self, config: Mapping[str, Any], high: float, low: float) -> None:
@@ -332,7 +333,7 @@ class ExplodingProcess(Process):
 
     @abstractmethod
     def time(self, sigma: Any) -> Any:
-        """The time that a network is given at the noise level sigma, a tensor or an array."""
+        """The time input of networks at the noise level sigma, a tensor or an array."""
 
     def times(self, band: int, bands: int, count: int, rng: torch.Generator) -> Tensor:
         """As `Process.times`, in equal bands of log(sigma)."""
@@ -347,13 +348,13 @@ class ExplodingProcess(Process):
 
 
 class EDMProcess(ExplodingProcess):
-    """EDM: a network is given log(sigma) / 4, with its input and output scaled (Karras et al., arXiv:2206.00364).
+    """EDM: networks take the time log(sigma) / 4, with scaled input and output (Karras et al., arXiv:2206.00364).
 
     Args:
         config: a scheduler's configuration.
 
     Raises:
-        UsageError: as `ExplodingProcess`.
+        UsageError: as for `ExplodingProcess`.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -370,22 +371,22 @@ class EDMProcess(ExplodingProcess):
         return (sigma.log() if isinstance(sigma, Tensor) else np.log(sigma)) / 4
 
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
-        """As `Process.grid`: noise levels of `sigma_schedule`, and 0 after the last step, in either spacing."""
+        """As `Process.grid`, in either spacing: the noise levels of `sigma_schedule`, and 0 after the last step."""
         sigma = self._exponential(steps)
         if self.config.get("sigma_schedule") != "exponential":
             sigma = _karras(self.high, self.low, steps, self.config.get("rho") or 7.0)
-        # Diffusers begins with this standard deviation.
+        # Diffusers' standard deviation of the initial state.
         return Grid(self.time(sigma), np.ones(steps + 1), np.append(sigma, 0.0), math.hypot(self.high, 1))
 
 
 class ScoreProcess(ExplodingProcess):
-    """A process of score networks, which are given sigma (Song et al., arXiv:2011.13456).
+    """The process of score networks, whose time input is sigma (Song et al., arXiv:2011.13456).
 
     Args:
         config: a scheduler's configuration.
 
     Raises:
-        UsageError: as `ExplodingProcess`.
+        UsageError: as for `ExplodingProcess`.
     """
 
     prediction = "score"
@@ -402,7 +403,7 @@ class ScoreProcess(ExplodingProcess):
         return sigma
 
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
-        """As `Process.grid`: noise levels that fall by equal factors, and 0 after the last step, in either spacing."""
+        """As `Process.grid`, in either spacing: noise levels that fall by equal factors, and 0 after the last step."""
         sigma = self._exponential(steps)
         return Grid(sigma, np.ones(steps + 1), np.append(sigma, 0.0), self.high)
 
@@ -428,10 +429,10 @@ def process_of(config: Mapping[str, Any], tokens: int | None = None) -> Process:
 
 
 def _prediction(config: Mapping[str, Any], known: tuple[str, ...]) -> str:
-    """The `prediction_type` of a configuration, by default the first of those known.
+    """The `prediction_type` of a configuration, by default the first of `known`.
 
     Raises:
-        UsageError: if it is another.
+        UsageError: if it is not in `known`.
     """
     kind = config.get("prediction_type") or known[0]
     if kind not in known:
@@ -441,7 +442,7 @@ def _prediction(config: Mapping[str, Any], known: tuple[str, ...]) -> str:
 
 def _trailing(count: int, steps: int) -> np.ndarray:
     """The timesteps count, count - count / steps ..., less 1, rounded: diffusers' spacing "trailing"."""
-    # Diffusers' arange can return an element too many.
+    # The slice drops the extra element that `arange` returns for some `steps`.
     return np.asarray(np.arange(count, 0, -count / steps)[:steps].round() - 1)
 
 
@@ -451,7 +452,7 @@ def _karras(high: float, low: float, steps: int, rho: float = 7.0) -> np.ndarray
 
 
 def _dynamic_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The shift's logarithm mu, linear in the number of tokens, as FLUX and SD3.5 take it."""
+    """The logarithm mu of a dynamic shift, linear in the number of tokens, as in FLUX and SD3.5."""
     few, many = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
     low, high = (config.get(key) or value for key, value in (("base_shift", 0.5), ("max_shift", 1.15)))
     return float(low + (high - low) * (tokens - few) / (many - few))

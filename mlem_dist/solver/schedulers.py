@@ -1,4 +1,4 @@
-"""Scheduler configurations of diffusers: which classes and keys are understood, and the schedules of their betas."""
+"""Scheduler configurations of diffusers: the classes and keys that are understood, and their beta schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from mlem_dist.errors import UsageError
 
 BANDS = 10
-"""Number of bands of timesteps in which errors are measured."""
+"""Number of bands of timesteps for which errors are measured separately."""
 
 DEFAULTS: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -20,11 +20,11 @@ DEFAULTS: Mapping[str, Any] = {
     "beta_end": 0.02,
     "trained_betas": None,
 }
-"""Keys that give the noise schedule, with what most schedulers of diffusers take where they are left out."""
+"""Keys that define the noise schedule, with their defaults in most schedulers of diffusers."""
 
 LINEAR: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
 SCALED: Mapping[str, Any] = {**LINEAR, "beta_schedule": "scaled_linear"}
-"""Betas of Stable Diffusion, by default those of some classes, linear or with a linear square root."""
+"""Betas of Stable Diffusion, which are the defaults of some classes: linear, or with a linear square root."""
 
 BETA_SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "DDIMInverseScheduler": {},
@@ -51,7 +51,7 @@ BETA_SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "UnCLIPScheduler": {"beta_schedule": "squaredcos_cap_v2"},
     "UniPCMultistepScheduler": {},
 }
-"""Scheduler classes whose noise schedule is that of their betas, with defaults other than `DEFAULTS`."""
+"""Scheduler classes whose noise schedule is given by betas, with their defaults where these differ from `DEFAULTS`."""
 
 FLOW_SIGMAS = {
     "DEISMultistepScheduler",
@@ -60,7 +60,7 @@ FLOW_SIGMAS = {
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
-"""Classes of `BETA_SCHEDULERS` that are flows where `use_flow_sigmas` is true."""
+"""Classes of `BETA_SCHEDULERS` that are flows if `use_flow_sigmas` is true."""
 
 FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
 """Scheduler classes of flow matching."""
@@ -83,7 +83,7 @@ NEUTRAL: Mapping[str, tuple[Any, str]] = {
     "invert_sigmas": (False, OTHER_SCHEDULE),
     "stochastic_sampling": (False, OTHER_SCHEDULE),
 }
-"""Keys that change the noise schedule: the one value that is understood, and why no other is."""
+"""Keys that change the noise schedule, with the only value that is understood and the reason in the error message."""
 
 FLOW_KEYS = {
     "base_image_seq_len",
@@ -103,7 +103,7 @@ EDM_KEYS = {"rho", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule"}
 """Keys of EDM's preconditioning and noise levels."""
 
 SCORE_KEYS = {"correct_steps", "sampling_eps", "sigma_max", "sigma_min", "snr"}
-"""Keys of variance-exploding processes; `correct_steps` and `snr` are of diffusers' sampler alone."""
+"""Keys of variance-exploding processes; `correct_steps` and `snr` affect diffusers' sampler only."""
 
 SAMPLING = {
     "algorithm_type",
@@ -142,7 +142,7 @@ SAMPLING = {
     "use_lu_lambdas",
     "variance_type",
 }
-"""Keys that only choose the times at which a scheduler samples, or how it steps between them."""
+"""Keys that affect only the times at which a scheduler samples, or its steps between them."""
 
 
 NEUTRAL_FLOW: Mapping[str, tuple[Any, str]] = {
@@ -151,11 +151,11 @@ NEUTRAL_FLOW: Mapping[str, tuple[Any, str]] = {
     "use_dynamic_shifting": (False, OTHER_SCHEDULE),
     "shift_terminal": (None, OTHER_SCHEDULE),
 }
-"""As `NEUTRAL`, for the keys of flow matching where a schedule is that of its betas."""
+"""As `NEUTRAL`: the keys of flow matching in configurations whose noise schedule is given by betas."""
 
 
 def scheduler_class(config: Mapping[str, Any]) -> str:
-    """The name of a configuration's scheduler class, by default "DDPMScheduler".
+    """The name of a configuration's scheduler class; "DDPMScheduler" if it has none.
 
     Raises:
         UsageError: if the class is unknown, a key is unknown, or a key that changes the schedule has a value that is
@@ -202,14 +202,14 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     Args:
         config: as in `scheduler_config.json`: the keys `num_train_timesteps`, `beta_schedule` ("linear",
             "scaled_linear" or "squaredcos_cap_v2"), `beta_start` and `beta_end`, or `trained_betas`, and
-            `rescale_betas_zero_snr`. Those left out have the defaults of the class in `_class_name`, if it is there.
+            `rescale_betas_zero_snr`. Missing keys have the defaults of the class in `_class_name`.
 
     Returns:
-        float64 array of shape (num_train_timesteps,), strictly decreasing, in (0, 1); the last value is 0 where the
-        terminal signal-to-noise ratio is zero.
+        float64 array of shape (num_train_timesteps,), strictly decreasing, in (0, 1). The last value is 0 if
+        `rescale_betas_zero_snr` is true.
 
     Raises:
-        UsageError: if the schedule is unknown, not that of its betas, or its values are not a valid noise schedule.
+        UsageError: if the schedule is unknown, or its values are not a valid noise schedule.
     """
     name = scheduler_class(config)
     given = {**DEFAULTS, **BETA_SCHEDULERS[name], **config}
@@ -234,7 +234,7 @@ def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:
     product = np.cumprod(1 - beta)
     if given.get("rescale_betas_zero_snr"):
         product = _zero_terminal_snr(product)
-    # Levels hold it in float32.
+    # Levels hold alpha_bar in float32.
     low = product.astype(np.float32)[: -1 if given.get("rescale_betas_zero_snr") else None]
     if not ((low > 0) & (low < 1)).all() or (np.diff(product) >= 0).any():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Affine step tables: one row per step of a solver that evaluates the drift once a step."""
+"""Affine step tables, with one row per step, of solvers that evaluate the drift once per step."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 SOLVERS = ("ode", "sde", "dpm++")
 
 ALIASES = {"ddim": "ode", "ddpm": "sde"}
-"""Names of solvers after the methods that they are on variance-preserving processes; files of 0.3 have them too."""
+"""Aliases of solvers: the methods to which they reduce on variance-preserving processes. Files of version 0.3 contain
+these names."""
 
 ETA = {"sde": 1.0, "ode": 0.0}
-"""Share of the noise in a step."""
+"""eta of `step_table` for each one-step solver: the share of the SDE's noise that a step takes."""
 
 
 def canonical_solver(name: str) -> str:
-    """The name of a solver in `SOLVERS`, for that name or an alias.
+    """The name in `SOLVERS` of a solver that is given by that name or by an alias.
 
     Raises:
         UsageError: if there is no such solver.
@@ -38,7 +39,7 @@ def canonical_solver(name: str) -> str:
 class Memory:
     """The memory of a two-step solver: it adds d_i m_{i-1} to step i, with m_i = u_i x_i + v_i f(x_i, t_i).
 
-    Each is float64 (N,), and d_0 = 0.
+    d, u and v are float64 (N,), and d_0 = 0.
     """
 
     d: np.ndarray
@@ -51,10 +52,10 @@ class StepTable:
     """Rows of x_{i+1} = a_i x_i + b_i f(x_i, t_i) + c_i z_i with z_i ~ N(0, I), for i = 0 ... N-1.
 
     Attributes:
-        t: times that networks are given, float64 (N,).
-        a: float64 (N,), as b and c.
-        scale: standard deviation of x_0.
-        memory: of two-step solvers.
+        t: time inputs of networks, float64 (N,).
+        a: float64 (N,), like b and c.
+        scale: standard deviation of the initial state x_0.
+        memory: the memory of a two-step solver; None for one-step solvers.
     """
 
     t: np.ndarray
@@ -69,7 +70,7 @@ class StepTable:
 
 
 def step_table(grid: Grid, eta: float, drift: str = "epsilon") -> StepTable:
-    """The table of the SDE (eta = 1; DDPM), the ODE (eta = 0; DDIM, Euler's method for flows), or any eta between.
+    """The table of the SDE (eta = 1: DDPM), the ODE (eta = 0: DDIM, Euler's method for flows), or any eta between.
 
     The step goes from (alpha, sigma) to (alpha', sigma'), with noise of standard deviation c (Song et al.,
     arXiv:2010.02502, eq. 12 and 16):
@@ -78,12 +79,12 @@ def step_table(grid: Grid, eta: float, drift: str = "epsilon") -> StepTable:
         x' = alpha' x0 + sqrt(sigma'^2 - c^2) epsilon + c z
 
     Args:
-        grid: the times.
-        eta: from 0 to 1.
-        drift: the prediction that f is, one of `conversion.PREDICTIONS`.
+        grid: the times, with alpha and sigma.
+        eta: share of the SDE's noise, from 0 to 1.
+        drift: the prediction that f stands for, one of `conversion.PREDICTIONS`.
     """
     alpha, sigma, after, low = grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:]
-    # Zero but for rounding after the last step.
+    # `maximum` removes negative values due to rounding.
     c = eta * low / sigma * np.sqrt(np.maximum(sigma**2 - (alpha / after * low) ** 2, 0))
     wanted = after, np.sqrt(np.maximum(low**2 - c**2, 0))
     a, b = convert(combination(drift, alpha, sigma), wanted, alpha, sigma)
@@ -97,8 +98,8 @@ def two_step_table(grid: Grid, drift: str = "epsilon") -> StepTable:
 
         x_{i+1} = sigma' / sigma x_i - alpha' (e^-h - 1) ((1 + 1 / 2r) m_i - 1 / 2r m_{i-1})
 
-    The first step has nothing to remember and the last one, to sigma' = 0, has an infinite h: both are of first order.
-    So is a second step after alpha = 0, where 1 / r = 0.
+    The first step has no memory, and the last step, to sigma' = 0, has an infinite h: both are of first order. A
+    second step after alpha = 0, where 1 / r = 0, is of first order too.
     """
     first_order = step_table(grid, 0.0, drift)
     alpha, sigma, after, low = grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:]
@@ -113,7 +114,7 @@ def two_step_table(grid: Grid, drift: str = "epsilon") -> StepTable:
 
 
 def solver_table(process: Process, steps: int, solver: str, spacing: Spacing = "trailing") -> StepTable:
-    """The table of one of `SOLVERS` for the drift of a process.
+    """The step table of one of `SOLVERS` for the drift of a process.
 
     Raises:
         UsageError: if `steps` is out of range.
