@@ -21,7 +21,7 @@ def assert_equal_to_rounding(a: np.ndarray, b: np.ndarray) -> None:
     assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seeds=st.lists(st.integers(0, SEEDS - 1), min_size=1, max_size=7),
     solver=st.sampled_from(["ode", "sde", "dpm++"]),
