@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlem_dist.api.arguments import Device, Notify, ignore, load_ladder, local_device
+from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
 from mlem_dist.solver.steps import canonical_solver
@@ -179,10 +180,12 @@ def tune(
     from mlem_dist.tuning.tuned_plans import plan_path
 
     require("matplotlib", "figures")
+    method = canonical_solver(solver)
+    if method == "dpm++":
+        raise UsageError("`solver` dpm++: `tune` finds plans for ode and sde; choose one of them")
     loaded = load_ladder(ladder)
     loaded.check_models()
     device_type = local_device(device)
-    method = canonical_solver(solver)
     frontier = open_frontier(loaded, method, steps, device_type, out)
     threads = available_cores() if device_type == "cpu" else 1
     rows = list(search(loaded, device_type, tuple(nfe), frontier, threads, progress))

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest, read_object
-from mlem_dist.ladder.schema import INDEX, WEIGHTS, Level
+from mlem_dist.ladder.schema import INDEX, SCHEDULER, WEIGHTS, Level
+from mlem_dist.solver.process import Process, process_of
 
 WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)?\.json)$")
 """Pattern of the names of files that may hold weights or an index of weight files."""
@@ -84,6 +85,19 @@ def check_present(folder: Path, name: str) -> None:
     """
     if not (folder / name).is_file():
         raise UsageError(f"ladder file {folder / name} is missing; restore it or train the ladder again")
+
+
+def read_process(folder: Path) -> Process:
+    """The process of the scheduler's configuration in a ladder's folder.
+
+    Raises:
+        UsageError: by the file's name, if the configuration is unreadable or not understood.
+    """
+    config = read_object(folder / SCHEDULER, "noise schedule")
+    try:
+        return process_of(config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{folder / SCHEDULER}: {error}") from None
 
 
 def check_digest(folder: Path, name: str, expected: str) -> None:

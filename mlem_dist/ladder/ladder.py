@@ -26,7 +26,7 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text, read_object
-from mlem_dist.ladder.checks import check_digest, check_model_folder, check_present, tensor_shape
+from mlem_dist.ladder.checks import check_digest, check_model_folder, check_present, read_process, tensor_shape
 from mlem_dist.ladder.schema import (
     LADDER,
     SCHEDULER,
@@ -39,7 +39,7 @@ from mlem_dist.ladder.schema import (
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.unet import UNetLevel, check_condition, check_prediction, on_meta
-from mlem_dist.solver.process import Process, process_of
+from mlem_dist.solver.process import Process
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
 
@@ -126,10 +126,7 @@ class Ladder:
         if len(set(self.labels)) != len(self.labels):
             raise UsageError(f"{self.folder}: labels has a name twice: {', '.join(self.labels)}")
         check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
-        try:
-            _ = self.process
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"{self.folder / SCHEDULER}: {error}") from None
+        _ = self.process
         for level in self.levels:
             if level.kind == "unet":
                 check_model_folder(level, self.folder / level.path)
@@ -233,7 +230,7 @@ class Ladder:
     @cached_property
     def process(self) -> Process:
         """The process of the scheduler's configuration."""
-        return process_of(self.scheduler)
+        return read_process(self.folder)
 
     @property
     def scheduler(self) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from mlem_dist.files import file_digest, replace_file
+from mlem_dist.ladder.checks import read_process
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER, SCHEDULER, SCHEMA_VERSION, WEIGHTS, Level
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.unet import UNetLevel
 from mlem_dist.models.weights import save_tensors
-from mlem_dist.solver.process import process_of
 
 
 def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
@@ -66,7 +66,7 @@ def save_ladder(
         "sample_shape": list(sample_shape),
         "value_range": [-1.0, 1.0],
         "labels": list(labels),
-        "parametrisation": process_of(config).drift,
+        "parametrisation": read_process(folder).drift,
         "scheduler_sha256": file_digest(folder / SCHEDULER),
         "levels": [level.__dict__ for level in levels],
     }

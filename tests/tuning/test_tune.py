@@ -7,6 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from mlem_dist import api
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -208,3 +209,9 @@ def test_the_lower_envelope_holds_what_nothing_beats():
     points = [(1.0, 5.0), (2.0, 6.0), (2.0, 4.0), (3.0, 4.0), (4.0, 1.0), (0.5, np.nan), (0.6, np.inf)]
     found = lower_envelope([Row("a", str(i), s, np.array([e])) for i, (s, e) in enumerate(points)])
     assert [row.label for row in found] == ["0", "2", "4"]
+
+
+def test_tune_refuses_a_solver_that_it_finds_no_plans_for(fashion, tmp_path):
+    with pytest.raises(UsageError, match=r"`solver` dpm\+\+: `tune` finds plans for ode and sde"):
+        api.tune(fashion, out=tmp_path, solver="dpm++")
+    assert not list(tmp_path.iterdir())
