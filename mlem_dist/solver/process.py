@@ -168,7 +168,9 @@ class BetaProcess(Process):
         """As `Process.marginal`, for timesteps from 0 to T - 1."""
         key = t.device, t.dtype if t.is_floating_point() else torch.float32
         if key not in self._tables:
-            self._tables[key] = torch.tensor(self.alpha_bar, dtype=key[1], device=t.device)
+            # Derivatives cannot use tensors that were made in inference mode.
+            with torch.inference_mode(False):
+                self._tables[key] = torch.tensor(self.alpha_bar, dtype=key[1], device=t.device)
         table = self._tables[key]
         below = t.long()
         a = table[below]

@@ -208,3 +208,15 @@ def test_steps_out_of_range_are_refused(steps):
     for config in ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}):
         with pytest.raises(UsageError, match=f"steps is {steps}, expected 1 to 1000"):
             process_of(config).grid(steps)
+
+
+def test_a_process_serves_inference_and_derivatives():
+    """In this order, and by the same tensors."""
+    process = process_of(SCALED | {"prediction_type": "v_prediction"})
+    t = torch.tensor([0.0, 500.0, 999.0])
+    with torch.inference_mode():
+        expected, _ = process.marginal(t)
+    x = torch.ones(3, requires_grad=True)
+    alpha, _ = process.marginal(t)
+    (alpha * x).sum().backward()
+    assert torch.equal(x.grad, expected.clone())
