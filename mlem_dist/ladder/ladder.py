@@ -285,6 +285,8 @@ class Ladder:
         """Bytes of each level's weights in float32, float64 (K,)."""
         return np.array([4.0 * level.parameters for level in self.levels])
 
+    # A level may be loaded in inference mode first, and used with derivatives later.
+    @torch.inference_mode(False)
     def load_level(self, number: int, device: torch.device | str, precision: str = "float32") -> nn.Module:
         """Level `number` (from 1) as a module in evaluation mode on `device`.
 

@@ -10,7 +10,7 @@ from processes import process_of_products
 from safetensors.torch import load_file
 from torch import nn
 
-from mlem_dist.ladder.ladder import WIDE
+from mlem_dist.ladder.ladder import WIDE, Ladder
 from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
 from mlem_dist.models.unet import UNetLevel, new_unet_level
 from mlem_dist.solver.closed_form import ClosedForm
@@ -290,3 +290,13 @@ def test_the_gaussian_level_brings_noise_of_any_process_to_its_gaussian(config, 
     covariance = q @ torch.diag(v) @ q.T + r * (torch.eye(d) - q @ q.T)
     assert (flat.mean(0) - level.mean[0]).abs().max() < 0.03
     assert (flat.T.cov() - covariance).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_level_that_is_loaded_in_inference_mode_has_derivatives(number):
+    ladder = Ladder.load("fashion")
+    with torch.inference_mode():
+        level = ladder.load_level(number, "cpu")
+    x = torch.zeros(1, *ladder.sample_shape, requires_grad=True)
+    level(x, torch.tensor([500.0]), torch.tensor([3])).sum().backward()
+    assert x.grad.abs().max() > 0
