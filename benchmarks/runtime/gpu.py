@@ -104,8 +104,8 @@ def job_of(ladder: Ladder, nfe: float, block_size: int, precision: str) -> Job:
     """DDIM by the plan that is tuned for a budget."""
     plan = tuned_plan(ladder, "ode", STEPS, nfe)
     assert plan
-    about = ladder.source, ladder.digest, 10**6, tuple(range(10)), "ode", STEPS, plan, 0, block_size, block_size
-    return Job(*about, "cuda", precision)
+    arguments = ladder.source, ladder.digest, 10**6, tuple(range(10)), "ode", STEPS, plan, 0, block_size, block_size
+    return Job(*arguments, "cuda", precision)
 
 
 def level_seconds(ladder: Ladder, precision: str, batch: int) -> np.ndarray:

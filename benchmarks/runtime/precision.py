@@ -35,8 +35,8 @@ def errors(cores: int) -> list[dict[str, Any]]:
             plan = tuned_plan(ladder, SOLVER, STEPS, nfe)
             assert plan, "the bundled plans have 250 steps"
             measurement = judge.measure(plan)
-            found = {"error": float(measurement.errors.mean()), "seconds": measurement.seconds}
-            rows.append({"nfe": nfe, "precision": precision, **found})
+            row = {"error": float(measurement.errors.mean()), "seconds": measurement.seconds}
+            rows.append({"nfe": nfe, "precision": precision, **row})
             print(rows[-1], flush=True)
     return rows
 

@@ -241,8 +241,8 @@ def generate(
         else:
             make = _inline(job, loaded, place, devices if engine == "inline" else None)
         names = [level.name for level in loaded.levels]
-        for told in complete(dataset, loaded, make):
-            last = replace(told, total=todo, levels=names)
+        for snapshot in complete(dataset, loaded, make):
+            last = replace(snapshot, total=todo, levels=names)
             progress(last)
     if engine == "ray":
         cluster.disconnect()
@@ -317,10 +317,10 @@ def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None) -> Eng
     """
     from mlem_dist.engine.inline import run_inline
 
-    most = 1 if job.device == "cuda" else available_cores()
-    if devices and devices > most:
-        raise UsageError(f"`devices` {devices}: `engine` inline has {most} here; lower it or leave it out")
-    return lambda shards: run_inline(job, ladder, out, shards, devices or most)
+    limit = 1 if job.device == "cuda" else available_cores()
+    if devices and devices > limit:
+        raise UsageError(f"`devices` {devices}: `engine` inline has {limit} here; lower it or leave it out")
+    return lambda shards: run_inline(job, ladder, out, shards, devices or limit)
 
 
 def draw(

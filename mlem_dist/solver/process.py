@@ -17,6 +17,7 @@ from mlem_dist.solver.conversion import SIGMA_DATA, combination
 from mlem_dist.solver.schedulers import (
     EDM_SCHEDULERS,
     FLOW_SCHEDULERS,
+    MULTISTEP,
     SCORE_SCHEDULERS,
     alpha_bar,
     is_flow,
@@ -25,16 +26,6 @@ from mlem_dist.solver.schedulers import (
 
 Spacing = Literal["trailing", "model"]
 """Times of a grid: the ends of equal intervals ("trailing"), or the scheduler's own configuration ("model")."""
-
-
-MULTISTEP = {
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "SASolverScheduler",
-    "UniPCMultistepScheduler",
-}
-"""Scheduler classes that lay out N + 1 timesteps and take the first N."""
 
 LEADING = {
     "DDIMParallelScheduler",
@@ -221,7 +212,6 @@ class BetaProcess(Process):
         if self.config.get("interpolation_type") not in (None, "linear"):
             raise UsageError("noise schedule: interpolation_type is not linear, which `grid` model does not know")
         offset = self.config.get("steps_offset") or 0
-        # These classes lay out one timestep more and leave out the last.
         extra = int(name in MULTISTEP)
         kind = self.config.get("timestep_spacing") or ("leading" if name in LEADING else "linspace")
         if kind == "leading":

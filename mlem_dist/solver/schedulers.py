@@ -53,14 +53,15 @@ BETA_SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
 }
 """Scheduler classes whose noise schedule is given by betas, with their defaults where these differ from `DEFAULTS`."""
 
-FLOW_SIGMAS = {
+MULTISTEP = {
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 }
-"""Classes of `BETA_SCHEDULERS` that are flows if `use_flow_sigmas` is true."""
+"""Classes of `BETA_SCHEDULERS` with solvers of several steps. They are flows if `use_flow_sigmas` is true. For N steps,
+they lay out N + 1 timesteps and take the first N."""
 
 FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
 """Scheduler classes of flow matching."""
@@ -193,7 +194,7 @@ def scheduler_class(config: Mapping[str, Any]) -> str:
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler's configuration is that of flow matching."""
     name = config.get("_class_name")
-    return name in FLOW_SCHEDULERS or (name in FLOW_SIGMAS and bool(config.get("use_flow_sigmas")))
+    return name in FLOW_SCHEDULERS or (name in MULTISTEP and bool(config.get("use_flow_sigmas")))
 
 
 def alpha_bar(config: Mapping[str, Any]) -> np.ndarray:

@@ -191,8 +191,8 @@ def test_the_gaussian_level_by_the_kernels_of_a_gpu_is_the_same(fashion):
     rng = torch.Generator().manual_seed(0)
     x, t = torch.randn(20, *fashion.sample_shape, generator=rng), torch.randint(1000, (20,), generator=rng)
     label = torch.arange(20) % 10
-    found = level._gathered(x.flatten(1), *(value[:, None] for value in fashion.process.marginal(t)), label).view_as(x)
-    torch.testing.assert_close(found, level(x, t, label), rtol=1e-4, atol=1e-4)
+    drift = level._gathered(x.flatten(1), *(value[:, None] for value in fashion.process.marginal(t)), label).view_as(x)
+    torch.testing.assert_close(drift, level(x, t, label), rtol=1e-4, atol=1e-4)
 
 
 def test_every_level_predicts_the_noise(fashion):

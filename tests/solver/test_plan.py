@@ -285,11 +285,11 @@ def test_json_round_trip(tmp_path, increments):
     plan = Recipe(p, "independent", increments, True, np.linspace(-5, 4, 40) ** 3).plan(np.random.default_rng(5))
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_to_dict(plan, "digest", "sde")))
-    found = read_plan(path, "digest", 3, "sde", 40)
-    assert np.array_equal(found.fire, plan.fire)
-    assert np.array_equal(found.weight, plan.weight)
-    assert found.terms == plan.terms
-    assert found.runs == plan.runs
+    plan_read = read_plan(path, "digest", 3, "sde", 40)
+    assert np.array_equal(plan_read.fire, plan.fire)
+    assert np.array_equal(plan_read.weight, plan.weight)
+    assert plan_read.terms == plan.terms
+    assert plan_read.runs == plan.runs
     for changed in (("other", "sde", 40), ("digest", "ode", 40), ("digest", "sde", 50)):
         with pytest.raises(UsageError, match="made for another"):
             read_plan(path, changed[0], 3, *changed[1:])

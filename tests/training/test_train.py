@@ -59,8 +59,8 @@ def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, da
     ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
     assert [level.name for level in ladder.levels] == ["gaussian", "unet", "large"]
     for number, level in enumerate(ladder.levels, 1):
-        found = denoising_error(ladder.load_level(number, "cpu"), images, ladder.process)
-        assert found == pytest.approx(level.denoising_error, rel=1e-6)
+        errors = denoising_error(ladder.load_level(number, "cpu"), images, ladder.process)
+        assert errors == pytest.approx(level.denoising_error, rel=1e-6)
     log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 20
     assert len(log[-1]["denoising_error"]) == 10
@@ -80,8 +80,8 @@ def test_a_ladder_of_another_process_is_trained(tmp_path, data, configure, sched
     images = load_images(data, config.sample_shape, config.labels)
     ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
     assert ladder.process.prediction == prediction
-    found = denoising_error(ladder.load_level(2, "cpu"), images, ladder.process)
-    assert found == pytest.approx(ladder.levels[1].denoising_error, rel=1e-6)
+    errors = denoising_error(ladder.load_level(2, "cpu"), images, ladder.process)
+    assert errors == pytest.approx(ladder.levels[1].denoising_error, rel=1e-6)
     log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
     assert log[1]["loss"] < 0.9 * log[0]["loss"]
 

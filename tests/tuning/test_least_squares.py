@@ -42,13 +42,13 @@ def test_a_fit_is_to_the_classes_of_each_block(many):
 @pytest.mark.parametrize(("steps", "apart"), [(40, 0.0), (150, 2e-6)])
 def test_what_is_fitted_to_is_the_path_of_the_best_level(small, steps, apart):
     """Of many steps it is extrapolated between calls."""
-    one = PlanComparison(Ladder.load(small), "ode", "cpu", steps, BLOCK["cpu"], 0)
-    states, table, label = [one.noise(0, steps)(-1)], one.fine, one.label(0)
+    comparison = PlanComparison(Ladder.load(small), "ode", "cpu", steps, BLOCK["cpu"], 0)
+    states, table, label = [comparison.noise(0, steps)(-1)], comparison.fine, comparison.label(0)
     for t, a, b in zip(table.t, table.a, table.b, strict=True):
         with torch.inference_mode():
-            drift = one.levels[2](states[-1], torch.full((BLOCK["cpu"],), int(t)), label)
+            drift = comparison.levels[2](states[-1], torch.full((BLOCK["cpu"],), int(t)), label)
         states.append(float(a) * states[-1] + float(b) * drift)
-    off = (Fitter(one).path - torch.stack(states)).square().mean((1, 2, 3, 4))
+    off = (Fitter(comparison).path - torch.stack(states)).square().mean((1, 2, 3, 4))
     assert off.max() <= apart + 1e-12
 
 

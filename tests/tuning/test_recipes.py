@@ -80,8 +80,8 @@ def test_files_of_0_3_that_name_solvers_otherwise_are_read(fashion, tmp_path):
     ladder = Ladder.load(folder)
     assert tuned_budgets(folder, "ode") == tuned_budgets(fashion.folder, "ode") != []
     for solver in ("ode", "ddim"):
-        found, _ = find_plan(ladder, ladder.cost("cpu"), solver=canonical_solver(solver), steps=250, nfe=10)
-        assert np.array_equal(found.weight, tuned_plan(fashion, "ode", 250, 10).weight)
+        plan, _ = find_plan(ladder, ladder.cost("cpu"), solver=canonical_solver(solver), steps=250, nfe=10)
+        assert np.array_equal(plan.weight, tuned_plan(fashion, "ode", 250, 10).weight)
     for solver in ("ode", "sde"):
         assert np.array_equal(read_effect(ladder, solver)[1], read_effect(fashion, solver)[1])
     with pytest.raises(UsageError, match="`solver` 'euler': expected one of ode, sde, dpm\\+\\+"):

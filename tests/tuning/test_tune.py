@@ -93,8 +93,8 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
     assert solver == "sde" or np.mean(errors["fitted"]) < np.mean(errors["extrapolated"])
     ladder = Ladder.load(calibrated)
     plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, 2, solver, 40)
-    found = PlanComparison(ladder, solver, "cpu", 40, TEST_SAMPLES, TEST_SEED).measure(plan).errors
-    assert any(np.allclose(found, errors[family], rtol=1e-2) for family in searched)
+    plan_errors = PlanComparison(ladder, solver, "cpu", 40, TEST_SAMPLES, TEST_SEED).measure(plan).errors
+    assert any(np.allclose(plan_errors, errors[family], rtol=1e-2) for family in searched)
 
 
 def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
