@@ -55,9 +55,9 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
     gaussian, best = ladder.load_level(1, "cpu"), ladder.load_level(len(ladder.levels), "cpu")
     assert isinstance(gaussian, GaussianLevel)
     table = solver_table(ladder.process, STEPS, "sde")
-    label = torch.arange(SAMPLES) % len(ladder.labels)
+    condition = ladder.condition(torch.arange(SAMPLES))
     noise = image_noise(range(SAMPLES), ladder.sample_shape, "cpu")
-    states = best_trajectory({1: best}, table, noise, label, lambda *_: None)
+    states = best_trajectory({1: best}, table, noise, condition, lambda *_: None)
     rows = []
     for kind, teacher in (("plain", None), ("distilled", best)):
         level = small(kind, steps, "best" if teacher else "")
@@ -66,11 +66,11 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             module = train_unet(config, level, images, Path(folder), gaussian, teacher, "cpu", lambda *_: None).eval()
         seconds = time.thread_time() - began
-        errors = denoising_errors(module, images.test, images.test_label, ladder.process, 10, 500)
+        errors = denoising_errors(module, images.test, images.condition(images.test_label), ladder.process, 10, 500)
         with torch.inference_mode():
             increments = [
-                float((best(x, t, label) - module(x, t, label)).square().mean())
-                for x, t in ((x, torch.full_like(label, int(t))) for x, t in zip(states, table.t, strict=False))
+                float((best(x, t, condition) - module(x, t, condition)).square().mean())
+                for x, t in ((x, torch.full((SAMPLES,), float(t))) for x, t in zip(states, table.t, strict=False))
             ]
         row = {"kind": kind, "training_seconds": seconds, "denoising_error": float(errors.mean())}
         rows.append(row | {"increment_to_best": float(np.mean(increments)), "by_step": increments})

@@ -32,14 +32,14 @@ def main(samples: int, threads: int, out: Path) -> None:
     ladder = Ladder.load("fashion")
     best, rows = len(ladder.levels), []
     judge = PlanComparison(ladder, "sde", "cpu", STEPS, samples, TEST_SEED, out.parent / "cache", threads)
-    rule = NeymanRule(ladder, ladder.cost("cpu"), "sde", STEPS)
+    rule = NeymanRule(ladder, ladder.cost("cpu"), "sde", STEPS, "held")
     for lower in range(1, best):
         rungs = (1, best) if lower == 1 else (1, lower, best)
         # A budget small enough that no probability is 1, so that it has the density's shape.
         density = rule.probabilities(2.0, rungs)[-1]
         for calls in CALLS:
             neyman = systematic(density[None] / density.sum() * calls, np.array([0.5]))[0]
-            for name, called in (("neyman", neyman), ("fitted", Times(1, calls, 1, BEGIN).fire(rule.log_snr)[-1])):
+            for name, called in (("neyman", neyman), ("fitted", Times(0, calls, 1, BEGIN).fire(rule.log_snr)[-1])):
                 fire = np.ones((len(rungs), STEPS), dtype=bool)
                 fire[-1] = called
                 errors = judge.errors([on_levels(held(fire), rungs)])[0]

@@ -24,6 +24,7 @@ from torch import Tensor
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.graphs import as_run
 from mlem_dist.report.figures import save_frontier
+from mlem_dist.solver.condition import join
 from mlem_dist.solver.plan import Recipe, single_level, switched
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import solver_table
@@ -126,7 +127,7 @@ def learned_cases(judge: PlanComparison, choosing: PlanComparison, frontier: Fro
     cost = judge.ladder.cost(judge.device)
     for delta in DELTAS:
         p = logistic.moved(np.array([[0.0], [delta]])).probabilities
-        if expected_cost(p, cost[np.array(rungs) - 1], collapse=True) > MOST_NFE * cost[-1]:
+        if expected_cost(p, cost[np.array(rungs) - 1], "closed") > MOST_NFE * cost[-1]:
             continue
         recipe = Recipe(p, "independent", "impulse", collapse=True, rungs=rungs)
         plans = [recipe.plan(np.random.default_rng(seed)) for seed in range(DRAWS)]
@@ -163,7 +164,7 @@ def learned(choosing: PlanComparison, path: Path) -> tuple[Logistic, tuple[int, 
             fit_logistic(recipe.probabilities, tau(LEARN_STEPS)),
             cost,
             lambda i: path_of_all[i + 1],
-            torch.cat([choosing.label(block) for block in range(blocks)]),
+            join([choosing.condition(block) for block in range(blocks)]),
             choosing.reference,
             seed=0,
         )
@@ -179,7 +180,9 @@ def learned(choosing: PlanComparison, path: Path) -> tuple[Logistic, tuple[int, 
     # Adam's steps wander about where they end.
     coefficients = np.mean([step["coefficients"] for step in found["history"][-UPDATES // 4 :]], axis=0)
     logistic = Logistic(coefficients, tau(BASE_STEPS))
-    return with_budget(logistic, lambda p: expected_cost(p, cost, True), LEARN_NFE * cost[-1]), tuple(found["rungs"])
+    return with_budget(logistic, lambda p: expected_cost(p, cost, "closed"), LEARN_NFE * cost[-1]), tuple(
+        found["rungs"]
+    )
 
 
 FAST = {
@@ -203,7 +206,7 @@ def fast(name: str, steps: int, judge: PlanComparison) -> Measurement:
         x = judge.noise(block, steps=len(judge.fine))(-1)
         for t in scheduler.timesteps:
             times = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
-            x = scheduler.step(best(x, times, judge.label(block)), t, x).prev_sample
+            x = scheduler.step(best(x, times, judge.condition(block)), t, x).prev_sample
         return x
 
     return judge.measurement(judge.timed(lambda: end(0)), end)

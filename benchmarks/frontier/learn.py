@@ -20,7 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mlem_dist.solver.bisection import last_below
-from mlem_dist.solver.integrate import Drift, Noise
+from mlem_dist.solver.condition import Condition, take
+from mlem_dist.solver.integrate import NONE_KNOWN, Drift, Noise
 from mlem_dist.solver.probabilities import expected_cost, increment_cost
 from mlem_dist.solver.steps import StepTable
 
@@ -86,7 +87,7 @@ def end_and_slope(
     weight: np.ndarray,
     slope: np.ndarray,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
 ) -> tuple[Tensor, Tensor]:
     """x_N of x_{i+1} = a_i x_i + b_i sum_k weight_k(i) (f^k - f^{k-1})(x_i, t_i) + c_i z_i, and its derivative.
 
@@ -95,7 +96,7 @@ def end_and_slope(
         weight: float64 (K, N).
         slope: float64 (K, N), the weights' derivative in one direction.
         noise: z_i by step, and the initial state.
-        label: int64 (B,).
+        condition: the condition of the samples.
 
     Returns:
         x_N and its derivative in that direction, in the shape of x.
@@ -107,11 +108,11 @@ def end_and_slope(
     x = noise(-1)
     dx = torch.zeros_like(x)
     for i in range(len(table)):
-        t = torch.full_like(label, int(table.t[i]))
+        t = torch.full((len(x),), float(table.t[i]), device=x.device)
         f, df = torch.zeros_like(x), torch.zeros_like(x)
         for k in np.flatnonzero(needed[:, i]).tolist():
             level = levels[k + 1]
-            value, change = _with_derivative(level, x, dx, t, label)
+            value, change = _with_derivative(level, x, dx, t, condition)
             f.add_(value, alpha=level_weight[k, i])
             df.add_(change, alpha=level_weight[k, i]).add_(value, alpha=level_slope[k, i])
         x = float(table.a[i]) * x + float(table.b[i]) * f
@@ -130,10 +131,10 @@ class _Contiguous(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _with_derivative(level: Drift, x: Tensor, dx: Tensor, t: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+def _with_derivative(level: Drift, x: Tensor, dx: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     # The fused kernels of attention have no forward derivative.
     with sdpa_kernel(SDPBackend.MATH), _Contiguous():
-        found = torch.func.jvp(lambda y: level(y, t, label), (x,), (dx,))
+        found = torch.func.jvp(lambda y: level(y, t, condition, NONE_KNOWN), (x,), (dx,))
     return found[0], found[1]
 
 
@@ -159,7 +160,7 @@ def try_coins(
     fire: np.ndarray,
     direction: np.ndarray,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
     target: Tensor,
 ) -> Draw:
     """The error of coins `fire`, bool (K, N), and its derivatives; `direction` is float64 (2, K - 1)."""
@@ -168,7 +169,7 @@ def try_coins(
     # d(1/p) = -(1 - p) / p d(logit), and the logit's derivative in the direction is linear in the features.
     slope = np.zeros_like(weight)
     slope[1:] = -weight[1:] * (1 - p[1:]) * (direction.T @ features)
-    end, change = end_and_slope(levels, table, weight, slope, noise, label)
+    end, change = end_and_slope(levels, table, weight, slope, noise, condition)
     off = (end - target).double()
     return Draw(
         error=float(off.square().mean()),
@@ -211,7 +212,7 @@ def learn(
     start: Logistic,
     cost: np.ndarray,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
     target: Tensor,
     seed: int,
     batch: int = 8,
@@ -229,7 +230,7 @@ def learn(
         start: where to begin.
         cost: T, float64 (K,), seconds per sample.
         noise: z_i by step, and the initial state, for all samples.
-        label: int64 (n,), the classes of the samples.
+        condition: the condition of the samples.
         target: x*_N, (n, C, H, W).
         seed: of coins and directions.
         batch: samples per step, in turn; all of a step's draws take the same ones, so that errors differ by the coins.
@@ -247,7 +248,7 @@ def learn(
         rows = parts[step % len(parts)]
         shared = _rows(noise, rows)
         found = [
-            try_coins(levels, table, logistic, rng.random(p.shape) < p, u, shared, label[rows], target[rows])
+            try_coins(levels, table, logistic, rng.random(p.shape) < p, u, shared, take(condition, rows), target[rows])
             for u in directions
         ]
         error, spent = float(np.mean([draw.error for draw in found])), expected_cost(p, cost)

@@ -39,7 +39,7 @@ def main(out: Path) -> None:
                 products = effect[1] * (scale[:, None] * scale)[:, :, None]
                 for row in found["speed_up"]:
                     sets = rung_sets(len(cost))
-                    nfe = min(nfe_at_error(products, rungs, cost, row["error"], True) for rungs in sets)
+                    nfe = min(nfe_at_error(products, rungs, cost, row["error"], "closed") for rungs in sets)
                     rows.append({"solver": solver, "cheaper": cheaper, "smaller": smaller})
                     rows[-1] |= {"em_steps": row["em_steps"], "ratio": row["em_steps"] / nfe}
                 ratios = [f"{row['ratio']:.2f}" for row in rows[-len(found["speed_up"]) :]]

@@ -60,7 +60,7 @@ def level_rows(ladder: Ladder, batches: tuple[int, ...]) -> Iterator[dict[str, A
         for k, level in enumerate(ladder.levels, 1):
             module = ladder.load_level(k, "cuda", precision)
             for batch in batches:
-                kernels = seconds_per_sample(module, ladder.sample_shape, len(ladder.labels), "cuda", batch) * batch
+                kernels = seconds_per_sample(module, ladder, "cuda", batch) * batch
                 graph = graph_seconds(ladder.source, k, precision, batch) * batch
                 row = {"level": level.name, "precision": precision, "batch": batch}
                 yield row | {"kernels_ms": kernels * 1e3, "graph_ms": graph * 1e3}
@@ -71,7 +71,7 @@ def graph_seconds(source: str, k: int, precision: str, batch: int) -> float:
     """Per sample, of a ladder's level as a graph."""
     ladder = Ladder.load(source)
     level = as_run(ladder.load_level(k, "cuda", precision), "cuda")
-    return seconds_per_sample(level, ladder.sample_shape, len(ladder.labels), "cuda", batch)
+    return seconds_per_sample(level, ladder, "cuda", batch)
 
 
 @torch.inference_mode()
@@ -126,7 +126,7 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
 
                 def make(job: Job = job, blocks: Blocks = blocks, levels: Levels = levels) -> None:
                     form = blocks.closed_form(0)
-                    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.label(0), form)
+                    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.condition(0), form)
                     blocks.images(0, x)
 
                 row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
@@ -157,14 +157,14 @@ def _take_turns(number: int, source: str, batch: int, barrier: Any, found: Any) 
     level = as_run(ladder.load_level(len(ladder.levels), "cuda"), "cuda")
     x = torch.randn(batch, *ladder.sample_shape, device="cuda")
     t = torch.zeros(batch, dtype=torch.int64, device="cuda")
-    label = torch.arange(batch, device="cuda") % max(1, len(ladder.labels))
-    level(x, t, label).cpu()
+    condition = ladder.condition(torch.arange(batch, device="cuda"))
+    level(x, t, condition).cpu()
     for together in range(1, TURNS + 1):
         barrier.wait()
         if number < together:
             start, calls = time.perf_counter(), 0
             while time.perf_counter() - start < TURN_SECONDS:
-                level(x, t, label)
+                level(x, t, condition)
                 torch.cuda.synchronize()
                 calls += 1
             found.put((together, calls / (time.perf_counter() - start)))

@@ -43,7 +43,7 @@ def main(num: int, nfe: float, out: Path) -> None:
     """Measured, and by the planner from the levels' times of this machine."""
     ladder = Ladder.load("fashion")
     levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
-    alone = np.array([seconds_per_sample(level, ladder.sample_shape, 10, "cpu", BLOCK) for level in levels])
+    alone = np.array([seconds_per_sample(level, ladder, "cpu", BLOCK) for level in levels])
     costs = costs_of(ladder, alone)
     recipe = make_recipe(ladder, ladder.cost("cpu"), "sde", STEPS, nfe, increments="held")
     job = Job("fashion", ladder.digest, num, tuple(range(10)), "sde", STEPS, recipe, 0, BLOCK, SHARD, "cpu")

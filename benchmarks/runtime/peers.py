@@ -57,7 +57,7 @@ class Sampler:
         label = torch.tensor(ids % 10)
         with torch.inference_mode():
             noise = image_noise(ids.tolist(), self.shape, "cpu")
-            x = integrate(self.levels, self.table, self.plan, noise, label, self.closed_form(label))
+            x = integrate(self.levels, self.table, self.plan, noise, {"label": label}, self.closed_form(label))
         return {"id": ids, "label": ids % 10, "image": as_png(x.numpy())}
 
 
@@ -80,13 +80,13 @@ class Diffusers:
         import torch
 
         ids = batch["id"]
-        label = torch.tensor(ids % 10)
+        condition = {"label": torch.tensor(ids % 10)}
         scheduler = self.scheduler()
         scheduler.set_timesteps(self.steps)
         with torch.inference_mode():
             x = torch.randn(len(ids), *self.shape)
             for t in scheduler.timesteps:
-                x = scheduler.step(self.model(x, t.expand(len(ids)), label), t, x).prev_sample
+                x = scheduler.step(self.model(x, t.expand(len(ids)), condition), t, x).prev_sample
         return {"id": ids, "label": ids % 10, "image": as_png(x.numpy())}
 
 

@@ -105,7 +105,7 @@ def own_level_times(job: Job) -> tuple[list[list[float]], float]:
     ladder = Ladder.load("fashion")
     numbers = range(1, len(ladder.levels) + 1)
     levels = {k: ladder.load_level(k, "cpu") for k in numbers}
-    alone = [seconds_per_sample(levels[k], ladder.sample_shape, 10, "cpu", job.block_size) for k in numbers]
+    alone = [seconds_per_sample(levels[k], ladder, "cpu", job.block_size) for k in numbers]
     torch.set_num_threads(1)
     calls: Counter[int] = Counter()
     used: Counter[int] = Counter()
@@ -127,7 +127,7 @@ def own_level_times(job: Job) -> tuple[list[list[float]], float]:
     began = time.thread_time_ns()
     for block in range(-(-SAMPLES // job.block_size)):
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)
-        x = integrate(timed_levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
+        x = integrate(timed_levels, blocks.table, plan, blocks.noise(block), blocks.condition(block), closed_form)
         blocks.images(block, x)
     share = sum(used.values()) / (time.thread_time_ns() - began)
     in_turn = [used[k] / calls[k] / job.block_size / 1e9 if calls[k] else alone[k - 1] for k in numbers]

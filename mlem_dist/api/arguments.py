@@ -84,14 +84,14 @@ def find_plan(
 
 
 def check_labels(labels: Sequence[int] | None, ladder: Ladder) -> tuple[int, ...]:
-    """The classes to generate: `labels`, or by default all classes of the ladder, or (0,) if it is unconditional.
+    """The classes to generate: `labels`, or by default all classes of the ladder; none if it is unconditional.
 
     Raises:
         UsageError: if `labels` is empty, the ladder lacks one of the classes, or a class is given twice.
     """
     classes = len(ladder.labels)
     if labels is None:
-        return tuple(range(max(1, classes)))
+        return tuple(range(classes))
     text = ",".join(map(str, labels))
     if not classes:
         raise UsageError(f"`labels` {text}: the ladder has no classes; leave it out")

@@ -140,7 +140,9 @@ def calibrate(
     replaced = device_key(device_type) in stored(folder, loaded)
     loaded.check_models()
     images = load_data(data, loaded, notify)
-    calibration = calibrate(loaded, images.test, images.test_label, device_type, progress, compiled=compiled)
+    calibration = calibrate(
+        loaded, images.test, images.condition(images.test_label), device_type, progress, compiled=compiled
+    )
     return calibration, [store(folder, loaded, calibration), *save_figures(folder, loaded, calibration)], replaced
 
 

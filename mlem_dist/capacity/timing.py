@@ -19,7 +19,7 @@ def time_levels(job: Job, numbers: Sequence[int]) -> list[float]:
     Levels are loaded one after the other, as memory may not hold all. A level that does not fit has NaN.
     """
     ladder = Ladder.read(job.ladder)
-    batch = ladder.sample_shape, len(ladder.labels), job.device, job.block_size
+    batch = ladder, job.device, job.block_size
     seconds = []
     for k in numbers:
         try:

@@ -15,6 +15,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
+from mlem_dist.solver.condition import Condition
 from mlem_dist.solver.integrate import Request, trajectory
 from mlem_dist.solver.noise import Noise, image_noise
 from mlem_dist.solver.plan import Plan
@@ -53,7 +54,7 @@ class Blocks:
         self.job = job
         self.ladder = ladder
         self.image_seed = image_seed or job.image_seed
-        self._labels: dict[int, Tensor] = {}
+        self._conditions: dict[int, Condition] = {}
         self._latest: tuple[int, ClosedForm] | None = None
 
     @cached_property
@@ -61,17 +62,17 @@ class Blocks:
         """The solver's step table."""
         return solver_table(self.ladder.process, self.job.steps, self.job.solver)
 
-    def label(self, block: int) -> Tensor:
-        """int64 (B,): the classes of a block's samples, on the job's device."""
+    def condition(self, block: int) -> Condition:
+        """The condition of a block's samples, on the job's device."""
         place, size = self._place(block), self.job.block_size
-        if place not in self._labels:
-            label = [self.job.label(place + i) for i in range(size)]
-            self._labels[place] = torch.tensor(label, device=self.job.device)
-        return self._labels[place]
+        if place not in self._conditions:
+            rows = self.job.rows(range(place, place + size))
+            self._conditions[place] = {name: torch.tensor(row, device=self.job.device) for name, row in rows.items()}
+        return self._conditions[place]
 
     def _place(self, block: int) -> int:
-        """Position of a block's first sample in the job's cycle of classes, which decides the classes of the others."""
-        return block * self.job.block_size % len(self.job.labels)
+        """Position of a block's first sample in the job's cycle of classes, which decides the block's condition."""
+        return block * self.job.block_size % max(1, len(self.job.labels))
 
     def noise(self, block: int) -> Noise:
         """The block's noise, always for a whole block, so that a sample does not depend on `num`."""
@@ -83,10 +84,11 @@ class Blocks:
         return [self.image_seed(i) for i in range(first, first + self.job.block_size)]
 
     @cached_property
-    def _affine(self) -> AffineDrift:
+    def _base(self) -> tuple[GaussianLevel, AffineDrift]:
+        """Level 1, which is a Gaussian, and its drift at the table's steps."""
         level = self.ladder.load_level(1, self.job.device)
         assert isinstance(level, GaussianLevel)
-        return level.affine(self.table.t)
+        return level, level.affine(self.table.t)
 
     def closed_form(self, block: int) -> ClosedForm | None:
         """The closed form of a block's runs of steps with level 1; None if its plan does not collapse them."""
@@ -95,7 +97,9 @@ class Blocks:
         # The block before mostly had the same classes.
         place, latest = self._place(block), self._latest
         if latest is None or latest[0] != place:
-            latest = self._latest = place, ClosedForm(self._affine, self.table, self.label(block))
+            level, affine = self._base
+            classes = level.classes(self.condition(block), self.job.block_size)
+            latest = self._latest = place, ClosedForm(affine, self.table, classes)
         return latest[1]
 
     def trajectory(self, block: int, plan: Plan) -> Generator[Request, list[Tensor], Tensor]:

@@ -38,7 +38,7 @@ def block_maker(
 
     def make(block: int) -> tuple[np.ndarray, np.ndarray]:
         plan, closed_form = job.block_plan(block), blocks.closed_form(block)
-        x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.label(block), closed_form)
+        x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.condition(block), closed_form)
         return blocks.images(block, x), plan.calls.sum(1)
 
     for number in levels_of(evaluations(job.workload), [range(1, len(ladder.levels) + 1)])[0]:

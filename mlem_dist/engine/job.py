@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
@@ -100,7 +101,7 @@ class Job:
         ladder: name or folder, as every node of the cluster finds it.
         digest: the ladder's digest.
         num: number of samples.
-        labels: the classes to generate, in turn by sample id; (0,) for an unconditional ladder.
+        labels: the classes to generate, in turn by sample id; empty for an unconditional ladder.
         solver: one of `SOLVERS`.
         steps: N, the number of base steps.
         plan: a memorised plan for all blocks, or the recipe by which each block draws its own.
@@ -182,9 +183,9 @@ class Job:
         first = block * self.block_size
         return min(self.shard_rows(shard).stop, first + self.block_size) - first
 
-    def label(self, sample_id: int) -> int:
-        """The class of a sample."""
-        return self.labels[sample_id % len(self.labels)]
+    def rows(self, sample_ids: Sequence[int]) -> dict[str, list[int]]:
+        """What samples are conditioned on, by column of the dataset: their classes, or nothing."""
+        return {"label": [self.labels[i % len(self.labels)] for i in sample_ids]} if self.labels else {}
 
     def image_seed(self, sample_id: int) -> int:
         """The image seed of a sample; that of a sample beyond the last one, which completes a block, wraps round."""

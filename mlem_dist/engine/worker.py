@@ -21,7 +21,8 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.imports import import_diffusers
 from mlem_dist.models.memory import keep_memory
-from mlem_dist.solver.integrate import Drift, Request, evaluate
+from mlem_dist.solver.condition import Condition, join, take
+from mlem_dist.solver.integrate import NONE_KNOWN, Drift, Request, evaluate
 from mlem_dist.solver.plan import Increment
 
 
@@ -48,10 +49,10 @@ class Levels(dict[int, Drift]):
                 self[number] = self._counted(number, as_run(level, self._device))
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
-        def call(x: Tensor, t: Tensor, label: Tensor, *base: Tensor) -> Tensor:
+        def call(x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor] = NONE_KNOWN) -> Tensor:
             with self._lock:
                 self.calls[number] += 1
-            out: Tensor = module(x, t, label, *base)
+            out: Tensor = module(x, t, condition, known)
             return out
 
         return call
@@ -79,10 +80,10 @@ class LevelWorker:
         # A GPU warms up for each batch size. A CPU does not, and would take a second for a whole block.
         size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
-        label = self.blocks.label(0)[:size]
+        condition = take(self.blocks.condition(0), slice(size))
         t = torch.ones(len(x), device=x.device)
         own = [Increment(number, 0) for number in levels_of(evaluations(self.job.workload), self.pools)[self.pool]]
-        evaluate(self.levels, own, x, t, label)
+        evaluate(self.levels, own, x, t, condition)
 
     @torch.inference_mode()
     def evaluate(self, asks: Sequence[tuple[int, Ask]], *states: np.ndarray) -> tuple[Work | np.ndarray, ...]:
@@ -99,8 +100,8 @@ class LevelWorker:
         x = torch.cat([torch.tensor(state, device=self.blocks.job.device) for state in states])
         times = [float(self.blocks.table.t[ask.step]) for _, ask in asks]
         t = torch.cat([torch.full((len(state),), time) for time, state in zip(times, states, strict=True)])
-        label = torch.cat([self.blocks.label(block) for block, _ in asks])
-        values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), label)).cpu()
+        condition = join([self.blocks.condition(block) for block, _ in asks])
+        values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), condition)).cpu()
         # Each answer gets contiguous memory, as it is sent on its own; the answer to a single block has it already.
         answers = [np.ascontiguousarray(value) for value in values.split([len(state) for state in states], dim=1)]
         work = clock(*states, *answers)
@@ -169,7 +170,7 @@ class TrajectoryWorker(LevelWorker):
         answers: Sequence[np.ndarray] | None,
         clock: Any,
     ) -> tuple[SegmentEnd, np.ndarray]:
-        label = self.blocks.label(block)
+        condition = self.blocks.condition(block)
         received = answers or ()
         try:
             request = running.request or next(running.trajectory)
@@ -179,7 +180,8 @@ class TrajectoryWorker(LevelWorker):
                     self.running[block] = replace(running, request=request)
                     x = request.x.cpu().numpy()
                     return SegmentEnd(clock(x, *received), turn.asks), x
-                values = dict(zip(turn.own, evaluate(self.levels, turn.own, request.x, request.t, label), strict=True))
+                own = evaluate(self.levels, turn.own, request.x, request.t, condition)
+                values = dict(zip(turn.own, own, strict=True))
                 for ask, answer in zip(turn.asks, answers or (), strict=True):
                     values |= zip(ask.increments, torch.tensor(answer, device=request.x.device), strict=True)
                 answers = None

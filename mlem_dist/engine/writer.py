@@ -54,11 +54,7 @@ class Writer:
         """
         start = time.process_time()
         ids = self.job.shard_rows(shard)
-        columns = {
-            "sample_id": ids,
-            "label": [self.job.label(i) for i in ids],
-            "seed": [self.job.image_seed(i) for i in ids],
-        }
+        columns = {"sample_id": ids, **self.job.rows(ids), "seed": [self.job.image_seed(i) for i in ids]}
         images = np.concatenate(blocks)[: len(ids)]
         written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), written

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text, read_object
@@ -39,6 +39,7 @@ from mlem_dist.ladder.schema import (
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.unet import UNetLevel, check_condition, check_prediction, on_meta
+from mlem_dist.solver.condition import LABEL, Condition
 from mlem_dist.solver.process import Process
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
@@ -168,11 +169,8 @@ class Ladder:
     def _check_unet(self, level: Level) -> None:
         channels, height, width = self.sample_shape
         check_prediction(level.name, level.prediction, self.process)
-        if level.prediction == "residual" and (self.levels[0].kind != "gaussian" or self.value_range != (-1.0, 1.0)):
-            raise UsageError(
-                f"level {level.name!r}: prediction residual needs a Gaussian as first level and the value range "
-                f"[-1, 1], got {self.levels[0].kind} and {list(self.value_range)}"
-            )
+        if level.prediction == "residual":
+            self._check_residual(level)
         if height % level.patch or width % level.patch:
             raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
         config = self._config(level)
@@ -188,6 +186,28 @@ class Ladder:
         }
         self._check_fit(level, config | {"sample_size": size if isinstance(size, list) else [size, size]}, expected)
         check_condition(level.name, config, self.process)
+
+    def _check_residual(self, level: Level) -> None:
+        number = self.levels.index(level)
+        below = {other.name: other for other in self.levels[:number]}
+        if level.corrects and level.corrects not in below:
+            raise UsageError(
+                f"level {level.name!r}: corrects is {level.corrects!r}, expected the name of a Gaussian level below it"
+            )
+        corrected = below[level.corrects] if level.corrects else self.levels[0]
+        if corrected.kind != "gaussian" or self.value_range != (-1.0, 1.0):
+            raise UsageError(
+                f"level {level.name!r}: prediction residual needs a Gaussian level to correct, by default the first "
+                f"one, and the value range [-1, 1], got {corrected.name!r} of kind {corrected.kind} and "
+                f"{list(self.value_range)}"
+            )
+
+    def corrected(self, number: int) -> int:
+        """Number of the level whose value level `number` corrects, from 1; 0 if it is not a residual."""
+        level = self.levels[number - 1]
+        if level.prediction != "residual":
+            return 0
+        return [other.name for other in self.levels].index(level.corrects or self.levels[0].name) + 1
 
     def _check_fit(self, level: Level, given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         for key, value in expected.items():
@@ -222,6 +242,10 @@ class Ladder:
         model = UNet2DModel.from_config(self._config(level))
         return UNetLevel(model, level.patch, level.prediction, self.process, gaussian)
 
+    def condition(self, samples: Tensor) -> Condition:
+        """The condition of samples, by their numbers, int64 (B,): they take the classes in turn."""
+        return {LABEL: samples % len(self.labels)} if self.labels else {}
+
     @property
     def source(self) -> str:
         """The argument of `load` for this ladder: the name, valid on any machine, if it is bundled, else the folder."""
@@ -246,7 +270,11 @@ class Ladder:
             "labels": self.labels,
             "value_range": self.value_range,
             "scheduler": self.scheduler_sha256,
-            "levels": [[level.kind, level.path, level.patch, level.prediction, level.sha256] for level in self.levels],
+            "levels": [
+                [level.kind, level.path, level.patch, level.prediction, level.sha256]
+                + [level.corrects] * (level.corrects not in ("", self.levels[0].name))
+                for level in self.levels
+            ],
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -275,9 +303,9 @@ class Ladder:
     def cost_beside(self, cost: np.ndarray) -> np.ndarray:
         """Costs of the levels at a state at which level 1 is evaluated too, float64 (K,), in the unit of `cost` (K,).
 
-        A residual level then takes the value of level 1, whose evaluation is otherwise a part of the residual's cost.
+        A level that corrects level 1 then takes its value, whose evaluation is otherwise a part of that level's cost.
         """
-        residual = [level.prediction == "residual" for level in self.levels]
+        residual = [self.corrected(number) == 1 for number in range(1, len(self.levels) + 1)]
         return np.asarray(np.where(residual, np.maximum(cost - cost[0], 0.0), cost))
 
     @property
@@ -291,30 +319,30 @@ class Ladder:
         """Level `number` (from 1) as a module in evaluation mode on `device`.
 
         A UNet computes in the torch dtype named `precision`; its input and output are float32. A Gaussian level is
-        always float32. All residual UNets on a device share one Gaussian, which is also level 1 on that device.
+        always float32. There is one of each on a device, which the residual UNets there share.
 
         Raises:
             UsageError: if the weights are unreadable or do not match the configuration.
         """
         level, key = self.levels[number - 1], str(device)
-        if number == 1 and key in self._gaussians:
-            return self._gaussians[key]
+        if gaussian := self._gaussians.get((number, key)):
+            return gaussian
         self._check_files(level)
         try:
             if level.kind == "gaussian":
                 module: nn.Module = self._load_gaussian(level)
             else:
-                module = self._load_unet(level, device, precision)
+                module = self._load_unet(number, device, precision)
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
         module = module.eval().requires_grad_(False).to(device)
-        if number == 1 and isinstance(module, GaussianLevel):
-            self._gaussians[key] = module
+        if isinstance(module, GaussianLevel):
+            self._gaussians[number, key] = module
         return module
 
     @cached_property
-    def _gaussians(self) -> dict[str, GaussianLevel]:
-        """Level 1 by device, for the devices on which it has been loaded, if it is a Gaussian."""
+    def _gaussians(self) -> dict[tuple[int, str], GaussianLevel]:
+        """The Gaussian levels that have been loaded, by number and device."""
         return {}
 
     def _load_gaussian(self, level: Level) -> GaussianLevel:
@@ -325,9 +353,10 @@ class Ladder:
         module.orthonormalise()
         return module
 
-    def _load_unet(self, level: Level, device: torch.device | str, precision: str) -> nn.Module:
+    def _load_unet(self, number: int, device: torch.device | str, precision: str) -> nn.Module:
         from diffusers import UNet2DModel
 
+        level, corrects = self.levels[number - 1], self.corrected(number)
         with quiet_diffusers():
             model, info = UNet2DModel.from_pretrained(
                 self.folder / level.path,
@@ -343,9 +372,10 @@ class Ladder:
                 raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
         if torch.device(device).type == "cpu" and max(model.config["block_out_channels"]) >= WIDE:
             model.to(memory_format=torch.channels_last)
-        gaussian = self.load_level(1, device) if level.prediction == "residual" else None
+        gaussian = self.load_level(corrects, device) if corrects else None
         assert gaussian is None or isinstance(gaussian, GaussianLevel)
-        return UNetLevel(model, level.patch, level.prediction, self.process, gaussian, getattr(torch, precision))
+        dtype = getattr(torch, precision)
+        return UNetLevel(model, level.patch, level.prediction, self.process, gaussian, dtype, corrects)
 
 
 def bundled() -> Iterator[str]:

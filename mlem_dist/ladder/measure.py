@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from statistics import median
 
 import numpy as np
@@ -15,6 +14,8 @@ from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.pixels import to_range
+from mlem_dist.solver.condition import Condition, take
+from mlem_dist.solver.integrate import NONE_KNOWN, Drift
 from mlem_dist.solver.process import Process
 
 WARM, REPEATS = 2, 7
@@ -26,9 +27,8 @@ BATCH = {"cpu": 64, "cuda": 512}
 
 @torch.inference_mode()
 def seconds_per_sample(
-    level: Callable[[Tensor, Tensor, Tensor], Tensor],
-    shape: tuple[int, int, int],
-    classes: int,
+    level: Drift,
+    ladder: Ladder,
     device: str,
     batch: int,
     warm: int = WARM,
@@ -36,20 +36,21 @@ def seconds_per_sample(
 ) -> float:
     """Median seconds per sample of `repeats` evaluations of a batch after `warm` others, on one CPU thread or one GPU.
 
-    On a CPU this is the CPU time of the thread, which excludes other programs that share the cores.
+    The level is one of the ladder, whose classes the batch takes in turn. On a CPU this is the CPU time of the thread,
+    which excludes other programs that share the cores.
     """
     keep_memory()
     clock = time.perf_counter if device == "cuda" else time.thread_time
-    x = torch.randn(batch, *shape, device=device)
+    x = torch.randn(batch, *ladder.sample_shape, device=device)
     t = torch.ones(batch, device=device)
-    label = torch.arange(batch, device=device) % max(1, classes)
+    condition = ladder.condition(torch.arange(batch, device=device))
     times = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(warm + repeats):
             start = clock()
-            level(x, t, label)
+            level(x, t, condition, NONE_KNOWN)
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(clock() - start)
@@ -64,13 +65,7 @@ def measure_costs(ladder: Ladder) -> Ladder:
     raw = read_object(ladder.folder / LADDER, "ladder")
     for number, entry in enumerate(raw["levels"], 1):
         seconds = {
-            device: seconds_per_sample(
-                as_run(ladder.load_level(number, device), device),
-                ladder.sample_shape,
-                len(ladder.labels),
-                device,
-                BATCH[device],
-            )
+            device: seconds_per_sample(as_run(ladder.load_level(number, device), device), ladder, device, BATCH[device])
             for device in devices
         }
         entry["seconds"] = entry.get("seconds", {}) | seconds
@@ -82,7 +77,7 @@ def measure_costs(ladder: Ladder) -> Ladder:
 def denoising_errors(
     module: nn.Module,
     images: Tensor,
-    label: Tensor,
+    condition: Condition,
     process: Process,
     bands: int,
     per_band: int,
@@ -93,7 +88,7 @@ def denoising_errors(
     Args:
         module: the level.
         images: uint8 (n, C, H, W), on the module's device.
-        label: classes of the images, int64 (n,).
+        condition: the condition of the images, on the same device.
         process: the ladder's process.
         bands: number of equal bands of noise; the first band has the least noise.
         per_band: number of samples in a band. Images, times and noises are the same for every level.
@@ -109,7 +104,7 @@ def denoising_errors(
             x0 = to_range(images[index[rows]], value_range)
             noise = torch.randn(x0.shape, generator=rng).to(device)
             t = times[rows].to(device)
-            value = module(process.mixed(x0, noise, t), t, label[index[rows]])
+            value = module(process.mixed(x0, noise, t), t, take(condition, index[rows]))
             error = value - process.target(x0, noise, t)
             errors[band, rows.numpy()] = error.square().mean(dim=(1, 2, 3)).cpu().numpy()
     return errors

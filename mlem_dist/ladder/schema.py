@@ -23,6 +23,7 @@ class Level:
         path: relative to the ladder folder; a safetensors file for a Gaussian, a folder for a UNet.
         patch: factor of the pixel-unshuffle before a UNet, 1 for none.
         prediction: meaning of a UNet's output: one of `conversion.PREDICTIONS` or "residual", see `UNetLevel`.
+        corrects: name of the Gaussian level that a residual corrects; "" for the first level, and for other levels.
         parameters: number of stored values.
         sha256: hex digest of each file, by path relative to the ladder folder.
         seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
@@ -36,6 +37,7 @@ class Level:
     sha256: dict[str, str]
     patch: int = 1
     prediction: str = "epsilon"
+    corrects: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     denoising_error: list[float] = field(default_factory=list)
 

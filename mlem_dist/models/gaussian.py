@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.solver.closed_form import AffineDrift
+from mlem_dist.solver.condition import LABEL, Condition
 from mlem_dist.solver.conversion import combination
 from mlem_dist.solver.process import Process
 
@@ -94,9 +95,15 @@ class GaussianLevel(nn.Module):
             q = basis[:, unit].double()
             basis[:, unit] = (1.5 * q - 0.5 * q @ (q.T @ q)).float()
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, *_: Tensor) -> Tensor:
-        """Drift for x (B, C, H, W) float32 at times t (B,) with classes label (B,) int64."""
-        flat = x.flatten(1)
+    def classes(self, condition: Condition, batch: int) -> Tensor:
+        """The class of each of `batch` samples, int64 (B,); 0 where the condition has no classes."""
+        if LABEL in condition:
+            return condition[LABEL]
+        return torch.zeros(batch, dtype=torch.int64, device=self.mean.device)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, *_: object) -> Tensor:
+        """Drift for x (B, C, H, W) float32 at times t (B,), with the classes of the condition."""
+        flat, label = x.flatten(1), self.classes(condition, len(x))
         alpha, sigma = (value[:, None] for value in self.process.marginal(t))
         if x.is_cuda:
             size = max(1, CHUNK_BYTES // self.basis[0].nbytes)

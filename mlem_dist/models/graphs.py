@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mlem_dist.solver.condition import Condition
+from mlem_dist.solver.integrate import NONE_KNOWN
 
 
 def as_run(level: nn.Module, device: str) -> nn.Module:
@@ -22,13 +27,16 @@ class Graphed(nn.Module):
     def __init__(self, level: nn.Module) -> None:
         super().__init__()
         self.level = level
-        self._graphs: dict[tuple[torch.Size, int], tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self.takes: tuple[int, ...] = getattr(level, "takes", ())
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def forward(self, *given: Tensor) -> Tensor:
-        """Drift for (x, t, label) or, if the value of level 1 is known, (x, t, label, base)."""
-        key = given[0].shape, len(given)
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor] = NONE_KNOWN) -> Tensor:
+        """Drift for x (B, C, H, W) float32 at times t (B,), as of the level."""
+        names, numbers = sorted(condition), [k for k in self.takes if k in known]
+        given = [x, t, *(condition[name] for name in names), *(known[k] for k in numbers)]
+        key = (*(tensor.shape for tensor in given), *numbers)
         if key not in self._graphs:
-            self._graphs[key] = self._record(*given)
+            self._graphs[key] = self._record(given, names, numbers)
         graph, inputs, output = self._graphs[key]
         for recorded, new in zip(inputs, given, strict=True):
             recorded.copy_(new)
@@ -36,18 +44,23 @@ class Graphed(nn.Module):
         # The next replay of this or another graph overwrites the memory of `output`.
         return output.clone()
 
-    def _record(self, *given: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+    def _record(
+        self, given: Sequence[Tensor], names: Sequence[str], numbers: Sequence[int]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """The graph, its inputs and its output, for x, t, the tensors `names` of the condition and levels `numbers`."""
         inputs = [tensor.clone() for tensor in given]
+        x, t, *rest = inputs
+        arguments = x, t, dict(zip(names, rest, strict=False)), dict(zip(numbers, rest[len(names) :], strict=True))
         # Warm up: initialisation of libraries in their first calls must not be recorded.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.level(*inputs)
+                self.level(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=_first().pool(), capture_error_mode="thread_local"):
-            output: Tensor = self.level(*inputs)
+            output: Tensor = self.level(*arguments)
         return graph, inputs, output
 
 

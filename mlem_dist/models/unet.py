@@ -10,7 +10,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from mlem_dist.errors import UsageError
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.solver.condition import LABEL, Condition
 from mlem_dist.solver.conversion import PREDICTIONS, combination, convert
+from mlem_dist.solver.integrate import NONE_KNOWN
 from mlem_dist.solver.process import Process
 
 
@@ -21,11 +23,14 @@ class UNetLevel(nn.Module):
 
         epsilon = (x - alpha x0) / sigma + alpha u(x, x0)
 
-    where x0 is the expected image of the ladder's Gaussian level, clamped to [-1, 1]. The model takes x0 as additional
-    channels. A small model then does not spend its capacity on the linear part of the drift. The clamp alone reduces
-    the error considerably where images are black or white.
+    where x0 is the expected image of the Gaussian level that it corrects, clamped to [-1, 1]. The model takes x0 as
+    additional channels. A small model then does not spend its capacity on the linear part of the drift. The clamp alone
+    reduces the error considerably where images are black or white.
 
     The model computes in the dtype `precision` of its weights; all other computation is float32.
+
+    Attributes:
+        takes: number of the Gaussian level whose value a residual takes, in a tuple; empty for other predictions.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class UNetLevel(nn.Module):
         process: Process,
         gaussian: GaussianLevel | None,
         precision: torch.dtype = torch.float32,
+        corrects: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -44,31 +50,32 @@ class UNetLevel(nn.Module):
         self.process = process
         self.gaussian = gaussian
         self.precision = precision
+        self.takes: tuple[int, ...] = () if gaussian is None else (corrects,)
         config: Any = model.config
         self.conditional: bool = config.num_class_embeds is not None
         self.whole_times: bool = config.time_embedding_type == "learned"
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, base: Tensor | None = None) -> Tensor:
-        """Drift for x (B, C, H, W) float32 at times t (B,) with classes label (B,) int64.
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor] = NONE_KNOWN) -> Tensor:
+        """Drift for x (B, C, H, W) float32 at times t (B,); a conditional model takes the classes of the condition.
 
-        `base` is the value of the Gaussian level at x and t. If it is None, a residual level evaluates the Gaussian.
+        `known` has values of other levels at x and t, by number. A residual evaluates the Gaussian if it is not there.
         """
         alpha, sigma = (value[:, None, None, None] for value in self.process.marginal(t))
         if self.gaussian is None:
             scale = self.process.input_scale(sigma)
-            out = self._model(x if isinstance(scale, float) else x * scale, t, label)
+            out = self._model(x if isinstance(scale, float) else x * scale, t, condition)
             if self.prediction == self.process.drift:
                 return out
             r, s = self._conversion(alpha, sigma)
             return s * out + r * x
-        base = self.gaussian(x, t, label) if base is None else base
+        base = known[self.takes[0]] if self.takes[0] in known else self.gaussian(x, t, condition)
         x0 = ((x - sigma * base) / alpha).clamp(-1, 1)
-        return (x - alpha * x0) / sigma + alpha * self._model(torch.cat([x, x0], 1), t, label)
+        return (x - alpha * x0) / sigma + alpha * self._model(torch.cat([x, x0], 1), t, condition)
 
-    def _model(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def _model(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         small = pixel_unshuffle(x, self.patch).to(self.precision)
         t = t.long() if self.whole_times else t
-        out = self.model(small, t, class_labels=label if self.conditional else None, return_dict=False)[0]
+        out = self.model(small, t, class_labels=condition[LABEL] if self.conditional else None, return_dict=False)[0]
         # Levels return contiguous tensors, whatever the memory format of the model.
         return pixel_shuffle(out, self.patch).to(x.dtype).contiguous()
 
@@ -126,7 +133,7 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
             check_condition(name, config, level.process)
             # Two samples, as a condition of a wrong shape would broadcast to a single sample.
             x, label = torch.empty(2, *sample_shape), torch.zeros(2, dtype=torch.int64)
-            level(x, torch.ones(2), label, x)
+            level(x, torch.ones(2), {LABEL: label}, dict.fromkeys(level.takes, x))
     except UsageError:
         raise
     # Diffusers raises many types of errors for wrong arguments, often only in the forward pass.

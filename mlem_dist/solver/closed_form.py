@@ -42,6 +42,12 @@ class AffineDrift:
     offset: np.ndarray
 
 
+def no_drift(steps: int, size: int, device: torch.device | str) -> AffineDrift:
+    """f = 0 at `steps` steps for samples of `size` values: runs carry x by the factors a_i alone."""
+    zeros = torch.zeros(1, size, 1, device=device)
+    return AffineDrift(zeros[:, :, 0], zeros, np.zeros((1, steps, 2)), np.zeros(steps), np.zeros(steps))
+
+
 class Projected:
     """A value v (B, d) that runs of steps combine, and its projection once that has been computed.
 

@@ -2,24 +2,30 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mlem_dist.solver.closed_form import ClosedForm, Projected
+from mlem_dist.solver.condition import Condition
 from mlem_dist.solver.noise import Noise
 from mlem_dist.solver.plan import Increment, Plan, Term
 from mlem_dist.solver.steps import StepTable
+
+NONE_KNOWN: Mapping[int, Tensor] = MappingProxyType({})
+"""Values of other levels where none is known."""
 
 
 class Drift(Protocol):
     """The drift f^k of a level as a function."""
 
-    def __call__(self, x: Tensor, t: Tensor, label: Tensor, /, *base: Tensor) -> Tensor:
-        """The drift in the shape of x (B, C, H, W) float32, for t (B,) float32 and label (B,) int64.
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor], /) -> Tensor:
+        """The drift in the shape of x (B, C, H, W) float32, for t (B,) float32 and the condition of B samples.
 
-        `base` is f^1 at the same arguments, if it is known. A level that needs f^1 then does not evaluate it.
+        `known` has the values of other levels at the same arguments, by number. A level that takes the value of another
+        one evaluates that level only if its value is not known.
         """
         ...
 
@@ -83,17 +89,17 @@ def evaluate(
     terms: Sequence[Term] | Sequence[Increment],
     x: Tensor,
     t: float | Tensor,
-    label: Tensor,
+    condition: Condition,
 ) -> list[Tensor]:
     """f^level - f^below of each term at x (B, C, H, W); a level that several terms share is called once.
 
-    If level 1 is called, the other levels receive its value. The time t is a number for all samples, or float32 (B,).
+    Levels are called in order, and receive the values of the levels below that are called too. The time t is a number
+    for all samples, or float32 (B,).
     """
     times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     called: dict[int, Tensor] = {}
     for k in sorted({k for term in terms for k in term.calls}):
-        base = (called[1],) if 1 in called else ()
-        called[k] = levels[k](x, times, label, *base)
+        called[k] = levels[k](x, times, condition, called)
     return [called[term.level] - called[term.below] if term.below else called[term.level] for term in terms]
 
 
@@ -103,10 +109,10 @@ def integrate(
     table: StepTable,
     plan: Plan,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
     closed_form: ClosedForm | None = None,
 ) -> Tensor:
-    """The final state x_N, float32 (B, C, H, W), of a block with classes label (B,) int64: the one-process reference.
+    """The final state x_N, float32 (B, C, H, W), of a block with a condition: the one-process reference.
 
     `levels` maps each level's number, from 1, to its drift. A plan that collapses needs `closed_form`.
     """
@@ -118,4 +124,4 @@ def integrate(
         except StopIteration as end:
             x: Tensor = end.value
             return x
-        values = evaluate(levels, request.terms, request.x, request.t, label)
+        values = evaluate(levels, request.terms, request.x, request.t, condition)

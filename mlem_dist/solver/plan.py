@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -173,6 +174,20 @@ def systematic(p: np.ndarray, u: np.ndarray) -> np.ndarray:
     return np.diff(np.floor(sums), axis=1) > 0
 
 
+def nest(fire: np.ndarray) -> np.ndarray:
+    """Coins (K, N) moved, level by level, to the nearest steps at which the level below fires.
+
+    An increment then finds the value of the level below in that level's own increment.
+    """
+    nested = fire.copy()
+    for below, row in pairwise(nested):
+        at, steps = np.flatnonzero(row), np.flatnonzero(below)
+        row[:] = False
+        if at.size and steps.size:
+            row[steps[np.abs(at[:, None] - steps).argmin(1)]] = True
+    return nested
+
+
 def impulse(fire: np.ndarray, p: np.ndarray) -> Plan:
     """The plan of ML-EM's unbiased estimator: a drawn increment enters its own step, divided by its probability."""
     return Plan(fire, np.divide(1.0, p, out=np.zeros(p.shape), where=fire), np.zeros(p.shape))
@@ -247,6 +262,7 @@ class Recipe:
         rungs: numbers of the levels in use, from 1, increasing up to the best; None for all. With rungs, an increment
             is the difference of neighbouring rungs, and levels between them are not called.
         reach: factor of extrapolated increments for each rung; None for 1.
+        nested: whether each rung's coins are moved to those of the rung below, by `nest`.
     """
 
     probabilities: np.ndarray
@@ -256,10 +272,13 @@ class Recipe:
     log_snr: np.ndarray | None = None
     rungs: tuple[int, ...] | None = None
     reach: tuple[float, ...] | None = None
+    nested: bool = False
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""
         fire = draw_coins(self.probabilities, self.draw, rng)
+        if self.nested:
+            fire = nest(fire)
         if self.increments == "impulse":
             plan = impulse(fire, self.probabilities)
         elif self.increments == "held":

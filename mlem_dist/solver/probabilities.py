@@ -1,4 +1,4 @@
-"""Probabilities of each level's increment at each step: p, float64 (K, N), with p_1 = 1, scaled to a budget."""
+"""Probabilities of each level's increment at each step: p, float64 (K, N), scaled to a budget."""
 
 from typing import Literal
 
@@ -8,6 +8,10 @@ from mlem_dist.errors import UsageError
 from mlem_dist.solver.bisection import last_below
 
 Rule = Literal["constant", "inverse-cost", "theory", "log-snr"]
+
+Base = Literal["closed", "every", "held"]
+"""The steps at which plans evaluate level 1: one of each run in closed form; every step; or, as its value is held or
+extrapolated between evaluations, the first step and others by probabilities."""
 
 GAMMA = 2.5
 """Cost exponent gamma in T ~ error^-gamma, as Jacot (arXiv:2603.24594) measures it for UNets on CelebA."""
@@ -30,51 +34,59 @@ def increment_cost(cost: np.ndarray) -> np.ndarray:
     return cost + np.concatenate([[0.0], cost[:-1]])
 
 
-def expected_cost(p: np.ndarray, cost: np.ndarray, collapse: bool = False) -> float:
+def expected_cost(p: np.ndarray, cost: np.ndarray, base: Base = "every") -> float:
     """Expected seconds per sample of plans with probabilities p (K, N): sum_ik p_k(i) (T_k + T_{k-1}).
 
-    With `collapse`, level 1 costs T_1 for each run of steps that evaluate it alone, not for each step.
+    With a base in closed form, level 1 costs T_1 for each run of steps that evaluate it alone, not for each step. With
+    a held base, coins are nested, so that level k - 1 is evaluated for its own increment too: sum_ik p_k(i) T_k.
     """
+    if base == "held":
+        return float(p.sum(1) @ cost)
     seconds = float((p * increment_cost(cost)[:, None]).sum())
-    if not collapse:
+    if base == "every":
         return seconds
     begins = 1 - (1 - p[1:]).prod(0)
     begins[:1] = 1
     return seconds - float(cost[0] * (p[0] - begins).sum())
 
 
-def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, collapse: bool = False) -> np.ndarray:
-    """Probabilities p_k(i) = min(1, C weights_k(i)), p_1 = 1, with C such that the expected cost is the budget.
+def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Base = "every") -> np.ndarray:
+    """Probabilities p_k(i) = min(1, C weights_k(i)), with C such that the expected cost is the budget.
 
-    A budget that pays for the best level at every step gives p = 1 everywhere: Euler-Maruyama with that level.
+    Level 1 has p_1 = 1 at every step. A held base has p_1 = 1 at the first step only, and no level has more than the
+    level below. A budget that pays for the best level at every step gives p = 1 everywhere: Euler-Maruyama with that
+    level.
 
     Args:
         weights: float64 (K, N), not negative.
         cost: float64 (K,), seconds per sample.
         nfe: the budget, in evaluations of the best level per sample.
-        collapse: as in `expected_cost`.
+        base: the steps at which plans evaluate level 1.
 
     Raises:
         UsageError: if the budget is below the cost of level 1 alone.
     """
     steps = weights.shape[1]
+    certain = np.zeros(weights.shape, dtype=bool)
+    certain[0, : 1 if base == "held" else steps] = True
     if nfe >= steps:
         return np.ones_like(weights)
 
     def probabilities(scale: float) -> np.ndarray:
-        return np.concatenate([np.ones((1, steps)), np.minimum(1.0, scale * weights[1:])])
+        p = np.where(certain, 1.0, np.minimum(1.0, scale * weights))
+        return np.minimum.accumulate(p, axis=0) if base == "held" else p
 
     def spent(scale: float) -> float:
-        return expected_cost(probabilities(scale), cost, collapse) / float(cost[-1])
+        return expected_cost(probabilities(scale), cost, base) / float(cost[-1])
 
     # The tolerance allows for rounding.
     if nfe < spent(0) * (1 - 1e-9):
-        payable = 0 if collapse else int(nfe / float(cost[0] / cost[-1]))
+        payable = int(nfe / float(cost[0] / cost[-1])) if base == "every" else 0
         raise UsageError(
-            f"`nfe` {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
+            f"`nfe` {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {int(certain.sum())} steps; "
             "raise `nfe`" + (f" or lower `steps` to {payable}" if payable else "")
         )
-    worth = weights[1:][weights[1:] > 0]
+    worth = weights[~certain & (weights > 0)]
     if not worth.size:
         return probabilities(0)
     return probabilities(last_below(lambda scale: spent(scale) < nfe, 0.0, 1 / worth.min()))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text, listing, own_names
+from mlem_dist.solver.condition import LABEL, Condition
 
 TRAIN = "train"
 
@@ -78,6 +79,10 @@ class Images:
     labels: tuple[str, ...] = ()
     resized: int = 0
     skipped: int = 0
+
+    def condition(self, label: Tensor) -> Condition:
+        """The condition of images with classes `label`, int64 (B,); empty if they are used without classes."""
+        return {LABEL: label} if self.labels else {}
 
     @cached_property
     def digest(self) -> str:

@@ -186,10 +186,10 @@ def train_unet(
         for step in range(start, level.steps):
             x0, label, noise, t = (value.to(device) for value in next_batch.result())
             next_batch = batch_executor.submit(batch, step + 1)
-            x = process.mixed(x0, noise, t)
+            x, condition = process.mixed(x0, noise, t), images.condition(label)
             with torch.no_grad():
-                target = process.target(x0, noise, t) if teacher is None else teacher(x, t, label)
-            loss = (model.loss_weight(t) * (model(x, t, label) - target).square()).mean()
+                target = process.target(x0, noise, t) if teacher is None else teacher(x, t, condition)
+            loss = (model.loss_weight(t) * (model(x, t, condition) - target).square()).mean()
             losses.append(loss.item())
             _check_finite("loss", losses[-1], level, step, folder)
             # Save before the update, because only the next loss shows whether the update diverges.
@@ -237,5 +237,5 @@ def denoising_error(
 
     The images, timesteps and noises are the same for every level. `device` is the device of the model.
     """
-    test, label = images.test.to(device), images.test_label.to(device)
-    return denoising_errors(model, test, label, process, BANDS, per_band).mean(1).tolist()
+    test, condition = images.test.to(device), images.condition(images.test_label.to(device))
+    return denoising_errors(model, test, condition, process, BANDS, per_band).mean(1).tolist()

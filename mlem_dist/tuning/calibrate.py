@@ -22,13 +22,16 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schema import Level
 from mlem_dist.models.graphs import as_run
-from mlem_dist.solver.integrate import Drift, evaluate, integrate, trajectory
+from mlem_dist.solver.condition import Condition, move
+from mlem_dist.solver.integrate import NONE_KNOWN, Drift, evaluate, integrate, trajectory
 from mlem_dist.solver.noise import Noise, coarse_noise, image_noise
 from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.probabilities import Base
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.solver.steps import ETA, StepTable, solver_table
 from mlem_dist.tuning.gamma import Interval, Reading, read_error, read_increments
 from mlem_dist.tuning.neyman import nfe_at_error, rung_sets
+from mlem_dist.tuning.recipes import base_of
 from mlem_dist.tuning.reporting import ReportStage
 
 BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}
@@ -130,7 +133,7 @@ class Calibration:
 def calibrate(
     ladder: Ladder,
     images: Tensor,
-    label: Tensor,
+    condition: Condition,
     device: str,
     progress: ReportStage = lambda stage, done, total: None,
     *,
@@ -146,7 +149,7 @@ def calibrate(
 
     Args:
         images: held-out images, uint8 (n, C, H, W), on which no level was trained.
-        label: classes of the images, int64 (n,).
+        condition: the condition of the images.
         progress: callback with the current stage.
         per_band: number of images per band of timesteps for the denoising error.
         steps: N, the number of steps of the trajectories; capped at the length of the noise schedule.
@@ -161,7 +164,7 @@ def calibrate(
         raise UsageError(f"ladder {ladder.name!r} has one level, and calibration compares levels; expected two or more")
     numbers = range(1, len(ladder.levels) + 1)
     modules = {k: ladder.load_level(k, device) for k in numbers}
-    images, label = images.to(device), label.to(device)
+    images, condition = images.to(device), move(condition, device)
     levels, errors = [], []
     for k, level in zip(numbers, ladder.levels, strict=True):
         progress("time and denoising error", k, len(modules))
@@ -172,13 +175,15 @@ def calibrate(
             module: Any = ladder.load_level(k, device)
             module.model.compile(dynamic=False)
             compiled_seconds = _seconds(ladder, module, device)
-        errors.append(denoising_errors(modules[k], images, label, ladder.process, BANDS, per_band, ladder.value_range))
+        errors.append(
+            denoising_errors(modules[k], images, condition, ladder.process, BANDS, per_band, ladder.value_range)
+        )
         levels.append(LevelCalibration(level.name, level.kind, seconds, compiled_seconds, errors[-1].mean(1)))
     cost = np.array([level.seconds[BATCH[device]] for level in levels])
 
     steps = min(steps, ladder.process.length)
     number, classes = torch.arange(samples, device=device), max(1, len(ladder.labels))
-    chosen = number * classes // samples if classes > samples else number % classes
+    chosen = number * classes // samples if classes > samples else number
     solvers, increments = {}, {}
     for name in ETA:
         solvers[name], increments[name] = _along_trajectories(ladder, modules, name, steps, chosen, cost, progress)
@@ -195,10 +200,7 @@ def calibrate(
 
 def _seconds(ladder: Ladder, module: nn.Module, device: str) -> dict[int, float]:
     """Seconds per sample by batch size."""
-    return {
-        batch: seconds_per_sample(as_run(module, device), ladder.sample_shape, len(ladder.labels), device, batch)
-        for batch in BATCHES[device]
-    }
+    return {batch: seconds_per_sample(as_run(module, device), ladder, device, batch) for batch in BATCHES[device]}
 
 
 def _along_trajectories(
@@ -206,22 +208,22 @@ def _along_trajectories(
     levels: Mapping[int, nn.Module],
     solver: str,
     steps: int,
-    label: Tensor,
+    samples: Tensor,
     cost: np.ndarray,
     progress: ReportStage,
 ) -> tuple[SolverCalibration, np.ndarray]:
-    """Measurements with one solver on samples of classes `label` (B,), and their increments, float64 (K, N, B)."""
+    """Measurements with one solver, and increments, float64 (K, N, B); `samples` (B,) number their conditions."""
 
     def report(stage: str, done: int, total: int) -> None:
         progress(f"{solver}: {stage}", done, total)
 
-    table = solver_table(ladder.process, steps, solver)
-    noise = image_noise(range(len(label)), ladder.sample_shape, label.device)
-    states = best_trajectory(levels, table, noise, label, report)
+    table, condition = solver_table(ladder.process, steps, solver), ladder.condition(samples)
+    noise = image_noise(range(len(samples)), ladder.sample_shape, samples.device)
+    states = best_trajectory(levels, table, noise, condition, report)
     if not states[-1].isfinite().all():
         raise _not_finite(ladder.levels[-1], "does not end")
-    probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(label.device) * 2.0 - 1
-    increments, change = propagate(levels, table, states, label, probe, report)
+    probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(0)).to(samples.device) * 2.0 - 1
+    increments, change = propagate(levels, table, states, condition, probe, report)
     for level, changes in zip(ladder.levels, change, strict=True):
         if not np.isfinite(changes).all():
             raise _not_finite(level, "is not, along trajectories of the best one,")
@@ -232,9 +234,9 @@ def _along_trajectories(
         report("Euler-Maruyama with fewer steps", done, len(counts))
         coarse = solver_table(ladder.process, m, solver)
         plan = single_level(len(levels), len(levels), m)
-        end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), label)
+        end = integrate(levels, coarse, plan, coarse_noise(noise, table, steps // m), condition)
         em = _per_sample((end - states[-1]).square())
-        rows.append(_speed_up(m, em, change, cost, ladder.levels[0].kind == "gaussian", rng))
+        rows.append(_speed_up(m, em, change, cost, base_of(ladder, solver, "impulse"), rng))
     return SolverCalibration(table.t, increments.mean(2), products_of(change), tuple(rows)), increments
 
 
@@ -266,7 +268,7 @@ def best_trajectory(
     levels: Mapping[int, Drift],
     table: StepTable,
     noise: Noise,
-    label: Tensor,
+    condition: Condition,
     progress: ReportStage = lambda stage, done, total: None,
 ) -> list[Tensor]:
     """States x_0 ... x_N of Euler-Maruyama with the best of the levels 1 ... K, each float32 (B, C, H, W)."""
@@ -277,7 +279,7 @@ def best_trajectory(
         progress("trajectories", request.step + 1, len(table))
         states.append(request.x)
         try:
-            request = run.send(evaluate(levels, request.terms, request.x, request.t, label))
+            request = run.send(evaluate(levels, request.terms, request.x, request.t, condition))
         except StopIteration as end:
             return [*states, end.value]
 
@@ -286,7 +288,7 @@ def propagate(
     levels: Mapping[int, Drift],
     table: StepTable,
     states: Sequence[Tensor],
-    label: Tensor,
+    condition: Condition,
     probe: Tensor,
     progress: ReportStage = lambda stage, done, total: None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -300,15 +302,15 @@ def propagate(
     Args:
         levels: the levels, by number 1 ... K.
         states: x_0 ... x_N.
-        label: classes, int64 (B,).
+        condition: the condition of the samples.
         probe: v, signs +-1 in the shape of x.
 
     Returns:
         Two arrays, float64 (K, N, B): the mean square of the increments' values, and <v, J_i b_i D> divided by the
         square root of the number of values.
     """
-    increments, change = np.empty((2, len(levels), len(table), len(label)))
-    for i, g, values in adjoint(levels, table, states, label, probe):
+    increments, change = np.empty((2, len(levels), len(table), len(probe)))
+    for i, g, values in adjoint(levels, table, states, condition, probe):
         progress("increments and their effect", len(table) - i, len(table))
         increments[:, i] = [_per_sample(increment.square()) for increment in values]
         moved = np.array([_per_sample(g * increment) for increment in values])
@@ -317,7 +319,7 @@ def propagate(
 
 
 def adjoint(
-    levels: Mapping[int, Drift], table: StepTable, states: Sequence[Tensor], label: Tensor, probe: Tensor
+    levels: Mapping[int, Drift], table: StepTable, states: Sequence[Tensor], condition: Condition, probe: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield i, g_i = J_i^T v in the shape of x, and the increments at x_i, (K, B, C, H, W), from the last step back.
 
@@ -327,12 +329,12 @@ def adjoint(
     """
     best, g = len(levels), probe
     for i in reversed(range(len(table))):
-        t = torch.full((len(label),), float(table.t[i]), device=label.device)
+        t = torch.full((len(probe),), float(table.t[i]), device=probe.device)
         # A copy, because the states may be inference tensors, which record no gradient.
         x = states[i].clone().requires_grad_()
-        top = levels[best](x, t, label)
+        top = levels[best](x, t, condition, NONE_KNOWN)
         with torch.no_grad():
-            drifts = torch.stack([*(levels[k](x, t, label) for k in range(1, best)), top])
+            drifts = torch.stack([*(levels[k](x, t, condition, NONE_KNOWN) for k in range(1, best)), top])
         yield i, g, torch.diff(drifts, dim=0, prepend=torch.zeros_like(drifts[:1]))
         (pull,) = torch.autograd.grad(top, x, g)
         g = float(table.a[i]) * g + float(table.b[i]) * pull
@@ -349,12 +351,12 @@ def _per_sample(values: Tensor) -> np.ndarray:
 
 
 def _speed_up(
-    em_steps: int, em: np.ndarray, change: np.ndarray, cost: np.ndarray, collapse: bool, rng: np.random.Generator
+    em_steps: int, em: np.ndarray, change: np.ndarray, cost: np.ndarray, base: Base, rng: np.random.Generator
 ) -> SpeedUp:
     """Speed-up over `em_steps` Euler-Maruyama steps, from errors em (B,) and changes (K, N, B) of the same samples."""
 
     def nfe(rungs: tuple[int, ...], index: np.ndarray) -> float:
-        return nfe_at_error(products_of(change[:, :, index]), rungs, cost, float(em[index].mean()), collapse)
+        return nfe_at_error(products_of(change[:, :, index]), rungs, cost, float(em[index].mean()), base)
 
     all_samples = np.arange(len(em))
     least, rungs = min((nfe(rungs, all_samples), rungs) for rungs in rung_sets(len(cost)))

@@ -21,6 +21,7 @@ from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.weights import save_tensors
 from mlem_dist.solver.closed_form import ClosedForm
+from mlem_dist.solver.condition import Condition
 from mlem_dist.solver.integrate import Drift, integrate
 from mlem_dist.solver.noise import Noise, coarse_noise, image_noise
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, single_level
@@ -57,7 +58,7 @@ class Measurement:
 class PlanComparison:
     """Error and time of plans on `samples` trajectories of a ladder with one solver.
 
-    Blocks have 32 samples, or 128 on a GPU. The samples take the classes in turn.
+    Blocks have 32 samples, or 128 on a GPU. The samples take the ladder's classes in turn.
 
     Args:
         ladder: the ladder.
@@ -102,11 +103,16 @@ class PlanComparison:
         self.levels = levels
         self._run: dict[int, Drift] = {k: as_run(level, self.device) for k, level in levels.items()}
 
-    def label(self, block: int) -> Tensor:
-        """Classes of a block, int64 (B,): the same in all blocks if there are at most B classes."""
-        classes = max(1, len(self.ladder.labels))
-        first = block * self.block if classes > self.block else 0
-        return torch.arange(first, first + self.block, device=self.device) % classes
+    def condition(self, block: int) -> Condition:
+        """The condition of a block; its classes are the same in all blocks if there are at most B classes."""
+        first = block * self.block if len(self.ladder.labels) > self.block else 0
+        return self.ladder.condition(torch.arange(first, first + self.block, device=self.device))
+
+    def closed_form(self, block: int, table: StepTable, path: bool = False) -> ClosedForm:
+        """The closed form of a block's runs of steps with level 1, a Gaussian; `path` is as for `ClosedForm`."""
+        base = self.levels[1]
+        assert isinstance(base, GaussianLevel)
+        return ClosedForm(base.affine(table.t), table, base.classes(self.condition(block), self.block), path)
 
     def _step_noise(self, block: int) -> Noise:
         first = set_seed(self.seed) + block * self.block
@@ -138,9 +144,9 @@ class PlanComparison:
         """Verdict on a memorised plan, or on a recipe from which each block draws its own plan."""
         plans = self._plans(plan)
         plain = self._step_noise(0)
-        label = self.label(0)
-        table, closed_form = self._grid(plans[0], label, path=False)
-        seconds = self.timed(lambda: integrate(self._run, table, plans[0], plain, label, closed_form))
+        condition = self.condition(0)
+        table, closed_form = self._grid(plans[0], 0, path=False)
+        seconds = self.timed(lambda: integrate(self._run, table, plans[0], plain, condition, closed_form))
         # The costs of drawn plans differ, with independent coins by a third and more: scale to the mean cost.
         cost = self.ladder.cost(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
@@ -190,18 +196,13 @@ class PlanComparison:
 
     def end(self, plan: Plan, block: int) -> Tensor:
         """Final samples of a block with a plan, float32 (B, C, H, W), on the Brownian path that all plans share."""
-        label = self.label(block)
-        table, closed_form = self._grid(plan, label, path=True)
-        return integrate(self._run, table, plan, self.noise(block, len(table)), label, closed_form)
+        table, closed_form = self._grid(plan, block, path=True)
+        return integrate(self._run, table, plan, self.noise(block, len(table)), self.condition(block), closed_form)
 
-    def _grid(self, plan: Plan, label: Tensor, path: bool) -> tuple[StepTable, ClosedForm | None]:
+    def _grid(self, plan: Plan, block: int, path: bool) -> tuple[StepTable, ClosedForm | None]:
         """Step table of a plan and, if the plan collapses, its closed form; with `path`, for the noise of each step."""
         table = solver_table(self.ladder.process, plan.fire.shape[1], self.solver)
-        if not plan.collapse:
-            return table, None
-        base = self.levels[1]
-        assert isinstance(base, GaussianLevel)
-        return table, ClosedForm(base.affine(table.t), table, label, path)
+        return table, self.closed_form(block, table, path) if plan.collapse else None
 
 
 def _errors(end: Tensor, reference: Tensor) -> np.ndarray:

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem_dist.solver.condition import Condition
 from mlem_dist.solver.integrate import Drift
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import Plan, Recipe
 from mlem_dist.solver.steps import StepTable, solver_table
 from mlem_dist.tuning.calibrate import adjoint, best_trajectory
 from mlem_dist.tuning.comparison import PlanComparison, set_seed
-from mlem_dist.tuning.recipes import NeymanRule, collapses
+from mlem_dist.tuning.recipes import NeymanRule
 from mlem_dist.tuning.reporting import ReportProgress
 
 KNOTS = 6
@@ -47,8 +48,8 @@ RUNG_SETS = 3
 MODEL_STEPS, MODEL_SAMPLES, MODEL_SEED = 100, 128, 2
 
 LARGEST = 25.0
-"""Largest budget of the search beside the base level's cost, in evaluations of the best level. The model has too few
-steps for larger budgets, which take the shape of this one."""
+"""Largest budget of the search, in evaluations of the best level. The model has too few steps for larger budgets, which
+take the shape of this one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +84,8 @@ def evaluations_in_use(fire: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def model_steps(comparison: PlanComparison) -> int:
-    """Number of steps of the model, at most `MODEL_STEPS`.
-
-    The other limit is the number of steps of the plans where they pay for the base level at every step, and the length
-    of the schedule otherwise.
-    """
-    base_is_free = collapses(comparison.ladder, comparison.solver)
-    return min(MODEL_STEPS, comparison.ladder.process.length if base_is_free else len(comparison.fine))
+    """Number of steps of the model: at most `MODEL_STEPS` and the length of the noise schedule."""
+    return min(MODEL_STEPS, comparison.ladder.process.length)
 
 
 def first_order(
@@ -116,7 +112,7 @@ def first_order(
         nonlocal done
         first = set_seed(MODEL_SEED) + block * comparison.block
         noise = image_noise(range(first, first + comparison.block), shape[1:], comparison.device)
-        effects = pair_effects(comparison.levels, table, noise, comparison.label(block), probes[block])
+        effects = pair_effects(comparison.levels, table, noise, comparison.condition(block), probes[block])
         done += 1
         progress(done, len(blocks))
         return effects
@@ -127,7 +123,7 @@ def first_order(
 
 
 def pair_effects(
-    levels: Mapping[int, Drift], table: StepTable, noise: Callable[[int], Tensor], label: Tensor, probe: Tensor
+    levels: Mapping[int, Drift], table: StepTable, noise: Callable[[int], Tensor], condition: Condition, probe: Tensor
 ) -> np.ndarray:
     """`FirstOrder.effects` of a block.
 
@@ -135,16 +131,16 @@ def pair_effects(
         levels: the levels, by number 1 ... K.
         table: step table without memory: each step uses one evaluation of the drift.
         noise: noise by step, as for `integrate`; step -1 is the initial state.
-        label: classes, int64 (B,).
+        condition: the condition of the block.
         probe: v, signs +-1 in the shape of x.
     """
-    states = best_trajectory(levels, table, noise, label)
+    states = best_trajectory(levels, table, noise, condition)
     steps, scale = len(table), probe[0].numel() ** 0.5
     adjoints, values = torch.empty(steps, *probe.shape), torch.empty(steps, len(levels), *probe.shape)
-    for i, g, increments in adjoint(levels, table, states, label, probe):
+    for i, g, increments in adjoint(levels, table, states, condition, probe):
         adjoints[i], values[i] = float(table.b[i]) * g / scale, increments
     adjoints, values = adjoints.flatten(2), values.flatten(3)
-    effects = np.zeros((len(levels), steps, steps, len(label)), dtype=np.float32)
+    effects = np.zeros((len(levels), steps, steps, len(probe)), dtype=np.float32)
     for j in range(steps):
         effects[:, : j + 1, j] = torch.einsum("bd,ikbd->kib", adjoints[j], values[: j + 1]).numpy()
     return effects
@@ -156,9 +152,9 @@ class Shape:
 
     Attributes:
         rungs: the levels in use.
-        factors: logarithms of the factors on Neyman's probabilities, float64 (R - 1, KNOTS), for all rungs but the
-            first.
-        reach: reach of the extrapolation of each rung's increments, float64 (R - 1,): 0 holds them, 1 follows the line.
+        factors: logarithms of the factors on the rule's probabilities, float64 (S, KNOTS), for the S rungs whose
+            evaluations the search places: all, or all but a first one in closed form.
+        reach: reach of the extrapolation of their increments, float64 (S,): 0 holds them, 1 follows the line.
     """
 
     rungs: tuple[int, ...]
@@ -172,25 +168,27 @@ class Shape:
             UsageError: if the budget is below the cost of the base level.
         """
         at, knots = np.linspace(0, 1, len(rule.log_snr)), np.linspace(0, 1, KNOTS)
-        density = np.exp([np.zeros(len(at)), *(np.interp(at, knots, row) for row in self.factors)])
+        free = [np.zeros(len(at))] * (len(self.rungs) - len(self.factors))
+        density = np.exp([*free, *(np.interp(at, knots, row) for row in self.factors)])
         p = rule.probabilities(nfe, self.rungs, density)
-        reach = (0.0, *self.reach.tolist())
-        return Recipe(p, "quantiles", "extrapolated", rule.collapse, rule.log_snr, self.rungs, reach)
+        reach = (*(0.0 for _ in free), *self.reach.tolist())
+        collapse, nested = rule.base == "closed", rule.base == "held"
+        return Recipe(p, "quantiles", "extrapolated", collapse, rule.log_snr, self.rungs, reach, nested)
 
 
-def optimise(model: FirstOrder, rule: NeymanRule, reach: float, spent: float) -> list[Shape]:
+def optimise(model: FirstOrder, rule: NeymanRule, reach: float, nfe: float) -> list[Shape]:
     """Shape of least model error for each of the most promising choices of rungs, best first.
 
-    `rule` is on the model's steps. `spent` is the budget beside `rule.base`, in evaluations of the best level. The
-    search is the covariance matrix adaptation evolution strategy (Hansen, arXiv:1604.00772). It starts from Neyman's
-    probabilities and the extrapolation reach `reach`.
+    `rule` is on the model's steps. `nfe` is the budget, in evaluations of the best level. The search is the covariance
+    matrix adaptation evolution strategy (Hansen, arXiv:1604.00772). It starts from the rule's probabilities and the
+    extrapolation reach `reach`.
     """
     import cma
 
     shapes = []
-    nfe = rule.base + min(spent, LARGEST)
+    nfe = min(nfe, LARGEST)
     for rungs in rule.choices(nfe)[:RUNG_SETS]:
-        rows = len(rungs) - 1
+        rows = len(rungs) - (rule.base == "closed")
 
         def shape(numbers: np.ndarray, rungs: tuple[int, ...] = rungs, rows: int = rows) -> Shape:
             factors = numbers[: rows * KNOTS].reshape(rows, KNOTS) * DENSITY_SCALE

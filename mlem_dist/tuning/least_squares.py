@@ -7,6 +7,9 @@ brought the fitting samples, so that it also corrects their error. The error lef
 times alone, and the best of a few candidate times is taken. The fit ignores how a segment's weights change the values
 of later segments; `mlem_dist.tuning.refinement` takes this into account.
 
+A first level that is no Gaussian is held like the others: its values have fitted weights, too, and between two
+evaluations x is carried by the factors of the steps alone. It is called over the whole path.
+
 Fitted plans are biased: one plan serves all images, and its error at a budget is the same each time. Along the noisy
 path of the SDE, the fit does not generalise to other noises, because the error that a segment corrects there is random.
 """
@@ -19,18 +22,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mlem_dist.errors import UsageError
-from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.solver.closed_form import ClosedForm, Projected
+from mlem_dist.solver.closed_form import ClosedForm, Projected, no_drift
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
-from mlem_dist.solver.plan import Plan, Term, extrapolated, on_levels, single_level
+from mlem_dist.solver.plan import Plan, Term, extrapolated, nest, on_levels, single_level
 from mlem_dist.tuning.comparison import PlanComparison
+from mlem_dist.tuning.recipes import base_of
 from mlem_dist.tuning.reporting import ReportProgress
 
 RIDGE = 1e-3
@@ -72,36 +75,48 @@ class Times:
     """Call times: the best level is called `calls` times, and a middle rung `between` times as often.
 
     Attributes:
-        middle: level of the middle rung; 1 for none, with `between` = 1.
+        middle: level of the middle rung; 0 for none, with `between` = 1.
         calls, between: at least 1.
-        begin: first call of the levels above the first, as a share of the path, see `BEGINNINGS`.
+        begin: first call of the levels above the first rung, as a share of the path, see `BEGINNINGS`.
+        closed: whether there is a first rung below them, level 1 in closed form. Without it, the middle rung is the
+            first one, or the best level, and is called from the beginning.
     """
 
     middle: int
     calls: int
     between: int
     begin: float = 0.4
+    closed: bool = True
 
     def rungs(self, best: int) -> tuple[int, ...]:
         """Levels in use, by number."""
-        return (1, best) if self.middle == 1 else (1, self.middle, best)
+        return tuple(level for level in (int(self.closed), self.middle, best) if level)
 
     def fire(self, log_snr: np.ndarray) -> np.ndarray:
         """Whether each rung fires at each step, bool (R, N), for steps at lambda `log_snr` (N,), increasing."""
+        number = self.calls * self.between
+        fire = np.zeros((self.closed + bool(self.middle) + 1, len(log_snr)), dtype=bool)
+        if self.closed:
+            fire[0] = True
+            at = self._quantiles(log_snr, number, self.begin)
+            fire[1, at] = True
+            fire[-1, at[(self.between - 1) // 2 :: self.between]] = True
+            return fire
+        fire[0, self._quantiles(log_snr, number, 0.0)] = True
+        if self.middle:
+            fire[1, self._quantiles(log_snr, self.calls, self.begin)] = True
+        return nest(fire)
+
+    def _quantiles(self, log_snr: np.ndarray, number: int, begin: float) -> np.ndarray:
+        """The steps of `number` calls from `begin` on, int64, increasing."""
         steps = len(log_snr)
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
         path_position = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
-        path = np.linspace(self.begin, 1, 1001)
-        density = np.exp(np.interp(path, np.linspace(self.begin, 1, len(KNOTS)), KNOTS))
+        path = np.linspace(begin, 1, 1001)
+        density = np.exp(np.interp(path, np.linspace(begin, 1, len(KNOTS)), KNOTS))
         below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-        quantiles = np.arange(self.calls * self.between) / (self.calls * self.between)
-        at = np.searchsorted(path_position, np.interp(quantiles, below / below[-1], path))
         # Quantiles that fall on one step are one call: moving some to other steps is worse (docs/frontier.md).
-        fire = np.zeros((2 if self.middle == 1 else 3, steps), dtype=bool)
-        fire[0] = True
-        fire[1, at] = True
-        fire[-1, at[(self.between - 1) // 2 :: self.between]] = True
-        return fire
+        return np.searchsorted(path_position, np.interp(np.arange(number) / number, below / below[-1], path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,23 +156,26 @@ class Segment:
 class Fit:
     """Fitted weights of the levels `rungs`, which fire where `fire`, bool (R, N), is set.
 
-    `error` is the mean squared error per value on the fitting samples; infinite if it is NaN.
+    `error` is the mean squared error per value on the fitting samples; infinite if it is NaN. `closed` says whether the
+    first rung is taken in closed form, with weight 1.
     """
 
     rungs: tuple[int, ...]
     fire: np.ndarray
     segments: tuple[Segment, ...]
     error: float
+    closed: bool
 
     def plan(self) -> Plan:
         """Plan with these weights."""
         weight, previous = np.zeros(self.fire.shape), np.zeros(self.fire.shape)
-        weight[0] = 1
+        if self.closed:
+            weight[0] = 1
         for segment in self.segments:
             for choice, factor in zip(segment.choices, segment.factors, strict=True):
                 of_age = previous if choice.age else weight
                 of_age[choice.rung, segment.start : segment.stop] += factor * choice.shape
-        return on_levels(Plan(self.fire, weight, previous, collapse=True), self.rungs)
+        return on_levels(Plan(self.fire, weight, previous, collapse=self.closed), self.rungs)
 
 
 def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> int:
@@ -167,23 +185,30 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
 
 
 class Fitter:
-    """Fits plans on the noises of a comparison of the ODE, for a ladder whose first level is a Gaussian.
+    """Fits plans on the noises of a comparison of the ODE.
 
     Candidate times are tried on half of the blocks, several at a time. The weights of the best times are fitted to all
     blocks.
+
+    Attributes:
+        closed: whether level 1 is taken in closed form.
     """
 
     def __init__(self, comparison: PlanComparison) -> None:
-        base = comparison.levels[1]
-        assert isinstance(base, GaussianLevel)
         assert not comparison.fine.c.any()
         self.comparison = comparison
         self.table = comparison.fine
         self.log_snr = comparison.ladder.process.grid(len(self.table)).log_snr
         self.cost = comparison.ladder.cost(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
-        drift = base.affine(self.table.t)
-        self.forms = [ClosedForm(drift, self.table, comparison.label(block)) for block in self.blocks]
+        self.closed = base_of(comparison.ladder, comparison.solver, "extrapolated") == "closed"
+        if self.closed:
+            self.forms = [comparison.closed_form(block, self.table) for block in self.blocks]
+        else:
+            size = math.prod(comparison.ladder.sample_shape)
+            drift = no_drift(len(self.table), size, comparison.device)
+            classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
+            self.forms = [ClosedForm(drift, self.table, classes)] * len(self.blocks)
         self.pool = ThreadPoolExecutor(comparison.threads)
         self._errors: dict[Times, float] = {}
 
@@ -197,8 +222,8 @@ class Fitter:
         best, steps = len(self.cost), len(self.table)
         plan = single_level(best, best, steps)
         if steps > PATH_CALLS:
-            fire = Times(1, PATH_CALLS, 1, 0.0).fire(self.log_snr)
-            plan = on_levels(extrapolated(fire, self.log_snr), (1, best))
+            times = Times(0, PATH_CALLS, 1, 0.0, self.closed)
+            plan = on_levels(extrapolated(times.fire(self.log_snr), self.log_snr), times.rungs(best))
 
         positions = torch.empty(
             steps + 1, self.comparison.samples, *self.comparison.ladder.sample_shape, device=self.comparison.device
@@ -207,15 +232,15 @@ class Fitter:
         def follow(block: int) -> None:
             states: list[Tensor] = []
 
-            def recording(level: Drift, x: Tensor, *about: Tensor) -> Tensor:
+            def recording(level: Drift, x: Tensor, *arguments: Any) -> Tensor:
                 # Several levels may be evaluated at one state.
                 if not states or states[-1] is not x:
                     states.append(x)
-                return level(x, *about)
+                return level(x, *arguments)
 
             levels = {k: partial(recording, level) for k, level in self.comparison.levels.items()}
             noise = self.comparison.noise(block, steps)
-            end = integrate(levels, self.table, plan, noise, self.comparison.label(block))
+            end = integrate(levels, self.table, plan, noise, self.comparison.condition(block))
             positions[:, self.rows(block)] = torch.stack([*states, end])
 
         list(self.pool.map(follow, self.blocks))
@@ -252,6 +277,8 @@ class Fitter:
 
     def _beginning(self, times: Times, report: Callable[[], None]) -> Times:
         """Times, searched from `times`, whose `begin` gives less error than both of its neighbours in `BEGINNINGS`."""
+        if len(times.rungs(len(self.cost))) == 1:
+            return times
         at = BEGINNINGS.index(times.begin)
         best = self._best([replace(times, begin=begin) for begin in BEGINNINGS[max(0, at - 1) : at + 2]], report)
         return best if best == times else self._beginning(best, report)
@@ -283,10 +310,10 @@ class Fitter:
             UsageError: if the budget is below the cost of one call of the best level.
         """
         by_number: dict[int, list[Times]] = {}
-        for middle in range(1, len(self.cost)):
-            for between in BETWEEN if middle > 1 else (1,):
+        for middle in (0, *range(1 + self.closed, len(self.cost))):
+            for between in BETWEEN if middle else (1,):
                 if calls := self.affordable_calls(nfe, middle, between):
-                    by_number.setdefault(middle, []).append(Times(middle, calls, between))
+                    by_number.setdefault(middle, []).append(Times(middle, calls, between, closed=self.closed))
         if not by_number:
             raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
         return by_number
@@ -294,24 +321,27 @@ class Fitter:
     def affordable_calls(self, nfe: float, middle: int, between: int) -> int:
         """Number of calls of the best level that a budget pays for, with their calls of the middle rung.
 
-        Each step that evaluates increments also costs a call of level 1 and a run in closed form.
+        With level 1 in closed form, each step that evaluates increments also costs a call of it and a run.
         """
-        below = self.cost[middle - 1] if middle > 1 else 0.0
-        each = self.cost[-1] + between * (below + 2 * self.cost[0])
-        return max(0, int((nfe * self.cost[-1] - self.cost[0]) / each))
+        below = self.cost[middle - 1] if middle else 0.0
+        first = self.cost[0] if self.closed else 0.0
+        each = self.cost[-1] + between * (below + 2 * first)
+        # A quotient such as 3 / 0.3 may be rounded down to just below a whole number.
+        return max(0, int((nfe * self.cost[-1] - first) / each + 1e-9))
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
         """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.
 
-        Before the first evaluation, the Gaussian level acts alone. The plan is fitted to `blocks`, by default all
+        Before the first evaluation, a Gaussian level acts alone. The plan is fitted to `blocks`, by default all
         blocks of the comparison.
         """
         samples = [Block(self, rungs, block) for block in blocks or self.blocks]
         segments = []
-        fires = np.flatnonzero(fire[1:].any(0)).tolist()
+        first = int(self.closed)
+        fires = np.flatnonzero(fire[first:].any(0)).tolist()
         self._each(samples, partial(Block.begin, at=fires[0]))
         for start, stop in pairwise([*fires, fire.shape[1]]):
-            firing = [r for r in range(1, len(rungs)) if fire[r, start]]
+            firing = [r for r in range(first, len(rungs)) if fire[r, start]]
             self._each(samples, partial(Block.evaluate, at=start, firing=firing))
             choices = tuple(self._choices(fire, start, stop))
             normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
@@ -319,7 +349,7 @@ class Fitter:
             segments.append(Segment(start, stop, firing, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
         error = float(np.mean([float((block.x - block.path[-1]).square().mean()) for block in samples]))
-        return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf)
+        return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf, self.closed)
 
     def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:
         return list(self.pool.map(torch.inference_mode()(run), samples))
@@ -330,7 +360,7 @@ class Fitter:
         Each of the two values of a rung has a constant and the line of extrapolation. If the rung fires at `start`, it
         also has a single step as long as the gap before `start`, which corrects the rung's contribution over that gap.
         """
-        for rung in range(1, len(fire)):
+        for rung in range(int(self.closed), len(fire)):
             *_, before, last = [-1, -1, *np.flatnonzero(fire[rung, : start + 1]).tolist()]
             if last < 0:
                 continue
@@ -363,31 +393,27 @@ def ridge(squares: np.ndarray) -> np.ndarray:
 
 
 class Block:
-    """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung above the first."""
+    """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung not in closed form."""
 
     def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
         comparison = fitter.comparison
         self.levels: Mapping[int, Drift] = comparison.levels
-        self.table, self.label, self.form, self.rungs = (
-            comparison.fine,
-            comparison.label(block),
-            fitter.forms[block],
-            rungs,
-        )
+        self.table, self.condition = comparison.fine, comparison.condition(block)
+        self.form, self.rungs = fitter.forms[block], rungs
         self.path = fitter.path[:, fitter.rows(block)]
         self.x: Tensor = self.path[0]
         self.at = 0
-        self.values: dict[int, list[Projected]] = {r: [] for r in range(1, len(rungs))}
+        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(fitter.closed), len(rungs))}
 
     def begin(self, at: int) -> None:
-        """Advance to the first evaluation, at step `at`, by the Gaussian level alone."""
+        """Advance to the first evaluation, at step `at`, by a Gaussian level alone."""
         self.x = self.run(at, []) if at else self.path[0].clone()
 
     def evaluate(self, at: int, firing: Sequence[int]) -> None:
         """Evaluate the increments of the rungs `fresh` at x, before step `at`."""
         self.at = at
-        terms = [Term(self.rungs[r], self.rungs[r - 1], at, ()) for r in firing]
-        values = evaluate(self.levels, terms, self.x, float(self.table.t[at]), self.label)
+        terms = [Term(self.rungs[r], self.rungs[r - 1] if r else 0, at, ()) for r in firing]
+        values = evaluate(self.levels, terms, self.x, float(self.table.t[at]), self.condition)
         for r, value in zip(firing, values, strict=True):
             self.values[r] = [Projected(value), *self.values[r][:1]]
 
@@ -415,6 +441,6 @@ class Block:
         self.x = self.run(segment.stop, [(self.values[r][age], of_it.tolist()) for (r, age), of_it in weights.items()])
 
     def run(self, stop: int, held: Sequence[tuple[Projected, Sequence[float]]]) -> Tensor:
-        """x at step `stop`, by the Gaussian level and the values `held`, each with its weight in each step."""
+        """x at step `stop`, by a Gaussian level and the values `held`, each with its weight in each step."""
         end = self.form.advance(self.at, Projected(self.x), [1.0] * (stop - self.at), held, lambda _: self.x)
         return end.value.view_as(self.x)

@@ -5,6 +5,11 @@ coins of probability p_k(i) add the error sum_ik W_k(i) (1 / p_k(i) - 1). An inc
 expected cost at a given error has p_k(i) = min(1, C sqrt(W_k(i) / (T_k + T_{k-1}))) (Neyman, 1934; for multilevel
 estimators Giles, doi:10.1287/opre.1070.0496). The first level's increment is always drawn, p_1 = 1.
 
+A value that is held, or extrapolated, from one evaluation to the next has instead an error in proportion to the length,
+or the square of the length, of the gap between them. Its square is sum_ik W_k(i) p_k(i)^-q with q = 2 or 4. The least
+cost at a given error then has p_k(i) = min(1, C (W_k(i) / T)^(1 / (1 + q))). Ladders whose first level is held use
+this; W_k(i) stands for the change of the increment along the path, which is taken to be in proportion to it.
+
 Not every level needs to be a rung. The increment from rung l to rung k is the sum of the increments between them. Its
 effect follows from the products W_kl(i) of the effects of increments k and l, with W_kk(i) = W_k(i).
 """
@@ -14,7 +19,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from mlem_dist.solver.probabilities import expected_cost, increment_cost
+from mlem_dist.solver.probabilities import Base, expected_cost, increment_cost
 
 SMOOTHING = 6
 """Window over which a measured effect is averaged, in percent of the trajectory."""
@@ -46,7 +51,7 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
     return np.minimum(1, high * weights)
 
 
-def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, error: float, collapse: bool) -> float:
+def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, error: float, base: Base) -> float:
     """Least expected cost of ML-EM on these rungs at a given error, in evaluations of the best level.
 
     Args:
@@ -54,21 +59,22 @@ def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, e
         rungs: levels in use, by number from 1.
         cost: T, seconds per sample, float64 (K,).
         error: as in `neyman`.
-        collapse: as in `expected_cost`.
+        base: as in `expected_cost`.
     """
     costs = cost[np.array(rungs) - 1]
     p = neyman(merged(products, rungs), costs, error)
-    return expected_cost(p, costs, collapse) / float(cost[-1])
+    return expected_cost(p, costs, base) / float(cost[-1])
 
 
-def rung_sets(levels: int) -> Iterator[tuple[int, ...]]:
-    """Every choice of rungs of a ladder of `levels` levels: the first level, the last, and any levels between them."""
-    if levels == 1:
-        yield (1,)
-        return
-    for count in range(levels - 1):
-        for between in combinations(range(2, levels), count):
-            yield (1, *between, levels)
+def rung_sets(levels: int, held: bool = False) -> Iterator[tuple[int, ...]]:
+    """Every choice of rungs of a ladder of `levels` levels: the first level, the last, and any levels between them.
+
+    With a held base, the first level may be left out, as it is not free.
+    """
+    for count in range(levels):
+        for below in combinations(range(1, levels), count):
+            if held or levels == 1 or below[:1] == (1,):
+                yield (*below, levels)
 
 
 def merged(products: np.ndarray, rungs: Sequence[int]) -> np.ndarray:
@@ -101,6 +107,22 @@ def neyman_weights(effect: np.ndarray, cost: np.ndarray) -> np.ndarray:
         cost: T, seconds per sample, float64 (K,).
     """
     return np.sqrt(effect / increment_cost(cost)[:, None])
+
+
+def gap_weights(effect: np.ndarray, cost: np.ndarray, power: int) -> np.ndarray:
+    """Relative probabilities (W_k(i) / T_k)^(1 / (1 + q)) of held values, float64 (K, N), for q = `power`.
+
+    Args:
+        effect: W, float64 (K, N).
+        cost: T, seconds per sample, float64 (K,).
+    """
+    return np.asarray((effect / cost[:, None]) ** (1 / (1 + power)))
+
+
+def gap_error(p: np.ndarray, effect: np.ndarray, power: int) -> float:
+    """Relative squared error of values held between evaluations of probabilities p (K, N), for q = `power`."""
+    drawn = p > 0
+    return float((effect[drawn] * (p[drawn] ** -float(power) - 1)).sum() + effect[~drawn].sum() * p.shape[1] ** power)
 
 
 def coin_error(p: np.ndarray, effect: np.ndarray) -> float:

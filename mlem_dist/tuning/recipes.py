@@ -8,10 +8,13 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments, Recipe
-from mlem_dist.solver.probabilities import Rule, rule_weights, scale_to_budget
-from mlem_dist.tuning.neyman import coin_error, merged, neyman_weights, on_grid, rung_sets
+from mlem_dist.solver.probabilities import Base, Rule, rule_weights, scale_to_budget
+from mlem_dist.tuning.neyman import coin_error, gap_error, gap_weights, merged, neyman_weights, on_grid, rung_sets
 
 DIGITS = 12
+
+GAP_POWER: dict[Increments, int] = {"impulse": 1, "held": 2, "extrapolated": 4}
+"""The power q of the length of a gap in the squared error that a value makes in it, by the kind of increments."""
 
 DEFAULT_INCREMENTS: dict[str, Increments] = {"sde": "held", "ode": "extrapolated", "dpm++": "extrapolated"}
 """Default increments by solver. On the SDE's noisy path, extrapolated increments are hardly better than held ones."""
@@ -48,8 +51,10 @@ def make_recipe(
     if not nfe > 0:
         raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
     log_snr = ladder.process.grid(steps).log_snr
+    kind = increments or DEFAULT_INCREMENTS[solver]
+    base = base_of(ladder, solver, kind)
     if probabilities in (None, "neyman") and calibrated(ladder):
-        rule = NeymanRule(ladder, cost, solver, steps)
+        rule = NeymanRule(ladder, cost, solver, steps, kind)
         rungs = rule.choices(nfe)[0]
         p = rule.probabilities(nfe, rungs)
     elif probabilities == "neyman":
@@ -57,16 +62,17 @@ def make_recipe(
     else:
         rungs = None
         weights = rule_weights(probabilities or "theory", cost, log_snr)
-        p = scale_to_budget(weights, cost, nfe, collapses(ladder, solver))
+        p = scale_to_budget(weights, cost, nfe, base)
     # Rounded, because processors differ in the last digits of a logarithm: a dataset continued on another machine keeps
     # its plan.
     return Recipe(
         p.round(DIGITS),
         draw or ("systematic" if increments == "impulse" else "quantiles"),
-        increments or DEFAULT_INCREMENTS[solver],
-        collapses(ladder, solver),
+        kind,
+        base == "closed",
         log_snr.round(DIGITS),
         rungs,
+        nested=base == "held",
     )
 
 
@@ -81,35 +87,38 @@ class NeymanRule:
     `cost` (K,) is the cost of each level, in seconds per sample.
 
     Attributes:
-        base: cost of the base level at every step, in evaluations of the best level; 0 where runs of steps are taken in
-            closed form.
+        base: the steps at which plans evaluate level 1. Where it is held, probabilities are those of `gap_weights`.
 
     Raises:
         UsageError: if the ladder is not calibrated.
     """
 
-    def __init__(self, ladder: Ladder, cost: np.ndarray, solver: str, steps: int) -> None:
+    def __init__(self, ladder: Ladder, cost: np.ndarray, solver: str, steps: int, increments: Increments) -> None:
         measured = read_effect(ladder, _measured(solver))
         if measured is None:
             raise _uncalibrated(ladder)
         self.cost = cost
-        self.collapse = collapses(ladder, solver)
+        self.base = base_of(ladder, solver, increments)
+        self._power = GAP_POWER[increments]
         grid = ladder.process.grid(steps)
         self.log_snr = grid.log_snr
-        self.base = 0.0 if self.collapse else steps * float(cost[0] / cost[-1])
         self._products = on_grid(measured[1], measured[0], grid.t)
 
     def choices(self, nfe: float) -> list[tuple[int, ...]]:
-        """Every choice of rungs, in order of the error that its coins add at the budget, least first.
+        """Every choice of rungs, in order of the error that it adds at the budget, least first.
 
         Raises:
             UsageError: if the budget is below the cost of the base level.
         """
-        ranked = [
-            (coin_error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs)
-            for rungs in rung_sets(len(self.cost))
-        ]
+        ranked = []
+        for rungs in rung_sets(len(self.cost), self.base == "held"):
+            # One evaluation of a level above the first may cost more than the budget.
+            if rungs[0] == 1 or self.cost[rungs[0] - 1] <= nfe * self.cost[-1]:
+                ranked.append((self._error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs))
         return [rungs for _, rungs in sorted(ranked)]
+
+    def _error(self, p: np.ndarray, effect: np.ndarray) -> float:
+        return gap_error(p, effect, self._power) if self.base == "held" else coin_error(p, effect)
 
     def probabilities(self, nfe: float, rungs: tuple[int, ...], density: np.ndarray | float = 1.0) -> np.ndarray:
         """Probabilities p, float64 (R, N), in proportion to those of the rule times `density` (R, N).
@@ -118,17 +127,25 @@ class NeymanRule:
             UsageError: if the budget is below the cost of the base level.
         """
         cost = self.cost[np.array(rungs) - 1]
-        weights = neyman_weights(merged(self._products, rungs), cost) * density
-        return scale_to_budget(weights, cost, nfe, self.collapse)
+        effect = merged(self._products, rungs)
+        held = self.base == "held"
+        weights = gap_weights(effect, cost, self._power) if held else neyman_weights(effect, cost)
+        return scale_to_budget(weights * density, cost, nfe, self.base)
 
 
 def _measured(solver: str) -> str:
     return "sde" if solver == "sde" else "ode"
 
 
-def collapses(ladder: Ladder, solver: str) -> bool:
-    """Whether plans take runs of base steps in closed form. DPM++ needs a memory that the closed form does not keep."""
-    return ladder.levels[0].kind == "gaussian" and solver != "dpm++"
+def base_of(ladder: Ladder, solver: str, increments: Increments) -> Base:
+    """The steps at which plans evaluate level 1.
+
+    Runs of steps of a Gaussian are taken in closed form, but for DPM++, which needs a memory that the closed form does
+    not keep. Another level is held or extrapolated as increments are; impulses of it would be far too large.
+    """
+    if ladder.levels[0].kind == "gaussian":
+        return "every" if solver == "dpm++" else "closed"
+    return "every" if increments == "impulse" else "held"
 
 
 def _uncalibrated(ladder: Ladder) -> UsageError:

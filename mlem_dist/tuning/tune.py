@@ -19,7 +19,7 @@ from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.evolution import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
 from mlem_dist.tuning.frontier import Frontier, Row
 from mlem_dist.tuning.least_squares import Fitter, fitting_samples
-from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, calibrated, make_recipe
+from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, base_of, calibrated, make_recipe
 from mlem_dist.tuning.refinement import fitted_plan
 from mlem_dist.tuning.reporting import ReportProgress, ReportStage
 from mlem_dist.tuning.tuned_plans import plan_path
@@ -65,10 +65,10 @@ def tune(
 ) -> Iterator[Row]:
     """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
-    For the ODE and a Gaussian first level, the plan of a budget is the fitted one. Otherwise it is the memorised one,
-    or the optimised one if the ladder is calibrated and that plan is better on the selection noises. The memorised plan
-    is the best of 15 draws from the better recipe, with held or with extrapolated increments. A budget that pays for
-    the best level at every step is spent on that. Rows hold the error on the test noises.
+    For the ODE, the plan of a budget is the fitted one, unless the noise schedule begins at pure noise. Otherwise it is
+    the memorised one, or the optimised one if the ladder is calibrated and that plan is better on the selection noises.
+    The memorised plan is the best of 15 draws from the better recipe, with held or with extrapolated increments. A
+    budget that pays for the best level at every step is spent on that. Rows hold the error on the test noises.
 
     Args:
         ladder: the ladder.
@@ -87,10 +87,7 @@ def tune(
     """
     out, solver, steps = frontier.path.parent, frontier.settings["solver"], frontier.settings["steps"]
     levels, cost = len(ladder.levels), ladder.cost(device)
-    recipes = {
-        nfe: {name: make_recipe(ladder, cost, solver, steps, nfe, **choices) for name, choices in FAMILIES.items()}
-        for nfe in budgets
-    }
+    recipes = {nfe: _recipes(ladder, cost, solver, steps, nfe) for nfe in budgets}
     selection = PlanComparison(ladder, solver, device, steps, SELECTION_SAMPLES, SELECTION_SEED, out / "cache", threads)
     test = PlanComparison(ladder, solver, device, steps, TEST_SAMPLES, TEST_SEED, out / "cache", threads)
     search = plan_searches(selection, {nfe: recipes[nfe] for nfe in budgets if nfe < steps}, threads, progress)
@@ -121,6 +118,16 @@ def tune(
         yield from (row for row in rows.values() if row)
 
 
+def _recipes(ladder: Ladder, cost: np.ndarray, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
+    """The recipes of `FAMILIES` for a budget; without ML-EM where that cannot pay for level 1 at every step."""
+    recipes = {}
+    for name, choices in FAMILIES.items():
+        every = base_of(ladder, solver, choices["increments"]) == "every"
+        if not every or nfe * cost[-1] >= steps * cost[0]:
+            recipes[name] = make_recipe(ladder, cost, solver, steps, nfe, **choices)
+    return recipes
+
+
 def plan_searches(
     selection: PlanComparison, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: ReportStage
 ) -> dict[str, Callable[[float], Plan]]:
@@ -135,7 +142,8 @@ def plan_searches(
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
     regular = np.isfinite(ladder.process.grid(steps).log_snr).all()
-    if solver == "ode" and ladder.levels[0].kind == "gaussian" and len(ladder.levels) > 1 and regular:
+    networks = len(ladder.levels) - (ladder.levels[0].kind == "gaussian")
+    if solver == "ode" and networks and regular:
         # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
         # between fitted and drawn plans only by chance.
         samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])
@@ -210,7 +218,7 @@ class Optimiser:
         self.selection, self.threads, self.progress, self.samples = selection, threads, progress, samples
         self.cost = selection.ladder.cost(selection.device)
         comparison_rule, model_rule = (
-            NeymanRule(selection.ladder, self.cost, selection.solver, steps)
+            NeymanRule(selection.ladder, self.cost, selection.solver, steps, "extrapolated")
             for steps in (len(selection.fine), model_steps(selection))
         )
         self.rule, self.model_rule = comparison_rule, model_rule
@@ -228,7 +236,7 @@ class Optimiser:
         reach = float(DEFAULT_INCREMENTS[self.selection.solver] == "extrapolated")
         model = self.model
         self.progress(f"{nfe:g} NFE, search", 0, 1)
-        shapes = optimise(model, self.model_rule, reach, nfe - self.rule.base)
+        shapes = optimise(model, self.model_rule, reach, nfe)
         plans = [self.plan_of(shape, nfe) for shape in shapes]
         return shapes[plans.index(best_plan(self.selection, plans, self.cost))]
 

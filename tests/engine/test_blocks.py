@@ -11,7 +11,7 @@ def test_the_samples_of_a_block_have_the_classes_of_their_rows(fashion, make_job
     blocks = Blocks(job, fashion)
     for shard in range(job.shards):
         rows = job.shard_rows(shard)
-        made = torch.cat([blocks.label(block) for block in job.shard_blocks(shard)])
+        made = torch.cat([blocks.condition(block)["label"] for block in job.shard_blocks(shard)])
         assert made.tolist()[: len(rows)] == [(2, 7, 5)[i % 3] for i in rows]
 
 

@@ -183,11 +183,38 @@ def test_levels_on_a_device_share_one_gaussian(copy):
     assert np.array_equal(ladder.weight_bytes, [4 * level.parameters for level in ladder.levels])
 
 
+@torch.inference_mode()
+def test_a_residual_takes_the_value_of_the_level_that_it_names(copy):
+    before = Ladder.load(copy)
+    gaussian, unet = json.loads((copy / "ladder.json").read_text())["levels"]
+    edit_level(copy, corrects=gaussian["name"])
+    assert Ladder.load(copy).digest == before.digest
+    edit(copy, levels=[gaussian | {"name": "other"}, gaussian, unet | {"corrects": gaussian["name"]}])
+    ladder = Ladder.load(copy)
+    assert [ladder.corrected(number) for number in (1, 2, 3)] == [0, 0, 2]
+    assert np.array_equal(ladder.cost_beside(ladder.cost("cpu")), ladder.cost("cpu"))
+    level = ladder.load_level(3, "cpu")
+    assert level.takes == (2,)
+    assert level.gaussian is ladder.load_level(2, "cpu")
+    x, t = torch.randn(2, *ladder.sample_shape, generator=torch.Generator().manual_seed(0)), torch.full((2,), 500.0)
+    condition = ladder.condition(torch.arange(2))
+    alone = level(x, t, condition)
+    assert torch.equal(level(x, t, condition, {1: torch.zeros_like(x)}), alone)
+    assert not torch.equal(level(x, t, condition, {2: torch.zeros_like(x)}), alone)
+
+
+@pytest.mark.parametrize("name", ["unet-1", "nothing"])
+def test_a_residual_that_does_not_name_a_gaussian_below_it_is_refused(copy, name):
+    edit_level(copy, corrects=name)
+    with pytest.raises(UsageError, match=f"corrects is '{name}', expected the name of a Gaussian level below it"):
+        Ladder.load(copy)
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
         ({"parametrisation": "v"}, "parametrisation is 'v'"),
-        ({"value_range": [0, 1]}, "residual needs a Gaussian as first level and the value range"),
+        ({"value_range": [0, 1]}, "residual needs a Gaussian level to correct, .* and the value range"),
         ({"schema_version": 2}, "schema_version is 2"),
     ],
 )
@@ -241,7 +268,7 @@ def test_what_does_not_fit_on_the_disk_is_an_os_error_and_leaves_what_was_there(
 def test_images_are_mapped_to_the_ladders_range():
     seen = []
 
-    def level(x, t, label):
+    def level(x, t, condition):
         seen.append(x)
         return x
 
@@ -249,7 +276,7 @@ def test_images_are_mapped_to_the_ladders_range():
     # Almost without noise.
     process = process_of_betas(np.full(10, 1e-7))
     for value_range in ((-1.0, 1.0), (0.0, 1.0), (-2.0, 3.0)):
-        denoising_errors(level, images, torch.zeros(1).long(), process, 1, 1, value_range)
+        denoising_errors(level, images, {}, process, 1, 1, value_range)
         low, high = value_range
         torch.testing.assert_close(
             seen[-1].flatten(), low + (high - low) * torch.tensor([0, 0.2, 1]), atol=0.01, rtol=0

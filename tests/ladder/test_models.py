@@ -59,11 +59,9 @@ def run(folder):
     """What the ladder's level predicts for two samples."""
     ladder = Ladder.load(folder)
     ladder.check_models()
-    rng, label = torch.Generator().manual_seed(0), torch.arange(2) % max(1, len(ladder.labels))
+    x, t = torch.randn(2, *ladder.sample_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 999])
     with torch.inference_mode():
-        return ladder.load_level(1, "cpu")(
-            torch.randn(2, *ladder.sample_shape, generator=rng), torch.tensor([3, 999]), label
-        )
+        return ladder.load_level(1, "cpu")(x, t, ladder.condition(torch.arange(2)))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ def test_graphs_return_what_their_levels_do_at_every_batch_size_and_time_in_any_
     cases = []
     for batch, time in ((8, 900), (3, 500), (8, 10)):
         x = torch.randn(batch, 1, 32, 32, device="cuda")
-        cases.append((x, torch.full((batch,), time, device="cuda"), torch.arange(batch, device="cuda") % 10))
+        condition = {"label": torch.arange(batch, device="cuda") % 10}
+        cases.append((x, torch.full((batch,), time, device="cuda"), condition))
 
     def values(levels):
         # Of each by itself, then of those that take the first one's.
         alone = [level(*case) for case in cases for level in levels]
-        return alone + [level(*case, levels[0](*case)) for case in cases for level in levels[1:]]
+        return alone + [level(*case, {1: levels[0](*case)}) for case in cases for level in levels[1:]]
 
     expected = values(levels)
     for _ in range(2):

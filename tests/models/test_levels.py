@@ -33,7 +33,7 @@ def test_the_gaussian_level_is_the_exact_posterior_mean():
     x = torch.randn(6, 1, 3, 4, generator=rng)
     which = torch.tensor([0, 1, 1, 0, 1, 0])
     t = torch.tensor([0, 5, 10, 15, 19, 3])
-    found = level(x, t, which)
+    found = level(x, t, {"label": which})
     for i in range(6):
         c, a = int(which[i]), alpha_bar[int(t[i])]
         q, v, r = level.basis[c].double(), level.variance[c].double(), level.residual[c].double()
@@ -94,11 +94,11 @@ def test_a_v_prediction_is_that_of_diffusers():
     process = process_of_products(scheduler.alphas_cumprod.double().numpy())
     level = UNetLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", process, None)
     x = scheduler.add_noise(x0, noise, t)
-    found = level(x, t, torch.zeros(3, dtype=torch.int64))
+    found = level(x, t, {})
     torch.testing.assert_close(found, noise, atol=1e-5, rtol=1e-5)
     # An error e of v is an error of the noise, whose weighed square is that of v.
     level.model.noise = noise + 0.1
-    off = level(x, t, torch.zeros(3, dtype=torch.int64)) - noise
+    off = level(x, t, {}) - noise
     of_v = scheduler.get_velocity(x0, noise + 0.1, t) - scheduler.get_velocity(x0, noise, t)
     torch.testing.assert_close(level.loss_weight(t) * off.square(), of_v.square(), atol=1e-5, rtol=1e-3)
 
@@ -116,7 +116,7 @@ def test_a_conditional_unet_is_told_the_class():
         None,
     )
     x = torch.randn(1, 1, 8, 8).expand(2, -1, -1, -1)
-    zero, one = level(x, torch.tensor([3, 3]), torch.tensor([0, 1]))
+    zero, one = level(x, torch.tensor([3, 3]), {"label": torch.tensor([0, 1])})
     assert (zero - one).abs().max() > 1e-3
 
 
@@ -127,27 +127,28 @@ def test_a_residual_of_zero_is_the_clamped_gaussian_level():
     gaussian.fit(torch.randn(100, 1, 8, 8, generator=rng), torch.arange(100) % 2)
     blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     level = new_unet_level((1, 8, 8), 2, 2, "residual", gaussian.process, blocks | {"norm_num_groups": 4}, gaussian)
-    x, t, label = torch.randn(3, 1, 8, 8, generator=rng), torch.tensor([0, 9, 19]), torch.tensor([0, 1, 1])
+    x, t = torch.randn(3, 1, 8, 8, generator=rng), torch.tensor([0, 9, 19])
+    condition = {"label": torch.tensor([0, 1, 1])}
     a = torch.tensor(alpha_bar, dtype=torch.float32)[t][:, None, None, None]
-    image = (x - (1 - a).sqrt() * gaussian(x, t, label)) / a.sqrt()
+    image = (x - (1 - a).sqrt() * gaussian(x, t, condition)) / a.sqrt()
     clamped = (x - a.sqrt() * image.clamp(-1, 1)) / (1 - a).sqrt()
     assert (image.abs() > 1).any()
-    assert (level(x, t, label) - clamped).abs().max() > 1e-3
+    assert (level(x, t, condition) - clamped).abs().max() > 1e-3
     torch.nn.init.zeros_(level.model.conv_out.weight)
     torch.nn.init.zeros_(level.model.conv_out.bias)
-    assert torch.allclose(level(x, t, label), clamped, atol=1e-5)
+    assert torch.allclose(level(x, t, condition), clamped, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_levels_at_one_state_share_the_gaussian(fashion):
     levels = {k: fashion.load_level(k, "cpu") for k in (1, 2, 4)}
     rng = torch.Generator().manual_seed(0)
-    x, label = torch.randn(20, *fashion.sample_shape, generator=rng), torch.arange(20) % 10
-    alone = {k: level(x, torch.full((20,), 600), label) for k, level in levels.items()}
+    x, condition = torch.randn(20, *fashion.sample_shape, generator=rng), {"label": torch.arange(20) % 10}
+    alone = {k: level(x, torch.full((20,), 600), condition) for k, level in levels.items()}
     times = []
     hook = levels[1].register_forward_hook(lambda *_: times.append(1))
     for terms in ([Increment(4, 2), Increment(2, 1)], [Increment(1, 0), Increment(4, 0)]):
-        found = evaluate(levels, terms, x, 600, label)
+        found = evaluate(levels, terms, x, 600, condition)
         for term, value in zip(terms, found, strict=True):
             assert torch.equal(value, alone[term.level] - alone[term.below] if term.below else alone[term.level])
     hook.remove()
@@ -192,7 +193,7 @@ def test_the_gaussian_level_by_the_kernels_of_a_gpu_is_the_same(fashion):
     x, t = torch.randn(20, *fashion.sample_shape, generator=rng), torch.randint(1000, (20,), generator=rng)
     label = torch.arange(20) % 10
     drift = level._gathered(x.flatten(1), *(value[:, None] for value in fashion.process.marginal(t)), label).view_as(x)
-    torch.testing.assert_close(drift, level(x, t, label), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drift, level(x, t, {"label": label}), rtol=1e-4, atol=1e-4)
 
 
 def test_every_level_predicts_the_noise(fashion):
@@ -206,18 +207,19 @@ def test_every_level_predicts_the_noise(fashion):
         for step, most in ((990, 1e-3), (400, 0.02)):
             t = torch.full((4,), step)
             x = fashion.process.mixed(images, noise, t)
-            right, wrong = ((level(x, t, label.roll(by)) - noise).square().mean() for by in (0, 1))
+            right, wrong = ((level(x, t, {"label": label.roll(by)}) - noise).square().mean() for by in (0, 1))
             assert right < most
             assert right < wrong
 
 
 def test_in_bfloat16_only_unets_lose_digits(fashion):
     rng = torch.Generator().manual_seed(0)
-    x, t, label = torch.randn(4, *fashion.sample_shape, generator=rng), torch.full((4,), 300), torch.arange(4)
+    x, t = torch.randn(4, *fashion.sample_shape, generator=rng), torch.full((4,), 300)
+    condition = {"label": torch.arange(4)}
     for number in range(1, len(fashion.levels) + 1):
         full, low = (fashion.load_level(number, "cpu", precision) for precision in ("float32", "bfloat16"))
-        error = (low(x, t, label) - full(x, t, label)).abs()
-        assert low(x, t, label).dtype == torch.float32
+        error = (low(x, t, condition) - full(x, t, condition)).abs()
+        assert low(x, t, condition).dtype == torch.float32
         if number == 1:
             assert error.max() == 0
         else:
@@ -229,7 +231,8 @@ def test_in_bfloat16_only_unets_lose_digits(fashion):
 def test_wide_unets_compute_with_channels_last_on_a_cpu(fashion):
     """It is the same drift to rounding, and lies as it did."""
     rng = torch.Generator().manual_seed(0)
-    x, t, label = torch.randn(4, *fashion.sample_shape, generator=rng), torch.full((4,), 300), torch.arange(4)
+    x, t = torch.randn(4, *fashion.sample_shape, generator=rng), torch.full((4,), 300)
+    condition = {"label": torch.arange(4)}
     wide = []
     for number in range(2, len(fashion.levels) + 1):
         level = fashion.load_level(number, "cpu")
@@ -238,9 +241,9 @@ def test_wide_unets_compute_with_channels_last_on_a_cpu(fashion):
         layouts = {one.model.conv_in.weight.is_contiguous() for one in (level, first)}
         wide.append(max(level.model.config.block_out_channels) >= WIDE)
         assert layouts == ({True, False} if wide[-1] else {True})
-        found = level(x, t, label)
+        found = level(x, t, condition)
         assert found.is_contiguous()
-        torch.testing.assert_close(found, first(x, t, label), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, first(x, t, condition), atol=1e-5, rtol=1e-5)
     assert set(wide) == {True, False}
 
 
@@ -249,7 +252,7 @@ def test_what_leaves_a_unet_with_channels_last_has_them_first():
     process = process_of_products(np.linspace(0.999, 0.01, 20))
     level = new_unet_level((3, 8, 8), 0, 1, "epsilon", process, {"block_out_channels": (WIDE,) * 4}, None)
     level.model.to(memory_format=torch.channels_last)
-    assert level(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), torch.zeros(2)).is_contiguous()
+    assert level(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), {}).is_contiguous()
 
 
 def test_the_bundled_ladder_is_small(fashion):
@@ -277,13 +280,12 @@ def test_the_gaussian_level_brings_noise_of_any_process_to_its_gaussian(config, 
     mix = torch.randn(d, d, generator=rng) / 3
     x0 = (torch.randn(5_000, d, generator=rng) @ mix + torch.linspace(-1, 1, d)).reshape(-1, 1, 2, 3)
     level.fit(x0, torch.zeros(len(x0), dtype=torch.int64))
-    label = torch.zeros(n, dtype=torch.int64)
     table = solver_table(process, steps, solver)
     noises = {step: torch.randn(n, 1, 2, 3, generator=rng) for step in range(-1, steps)}
     plan = single_level(1, 1, steps)
-    singly = integrate({1: level}, table, plan, noises.__getitem__, label)
-    closed_form = ClosedForm(level.affine(table.t), table, label, path=True)
-    at_once = integrate({}, table, replace(plan, collapse=True), noises.__getitem__, label, closed_form)
+    singly = integrate({1: level}, table, plan, noises.__getitem__, {})
+    closed_form = ClosedForm(level.affine(table.t), table, level.classes({}, n), path=True)
+    at_once = integrate({}, table, replace(plan, collapse=True), noises.__getitem__, {}, closed_form)
     assert (singly - at_once).abs().max() < 1e-3
     flat = at_once.flatten(1).double()
     q, v, r = level.basis[0].double(), level.variance[0].double(), level.residual[0].double()
@@ -298,5 +300,5 @@ def test_a_level_that_is_loaded_in_inference_mode_has_derivatives(number):
     with torch.inference_mode():
         level = ladder.load_level(number, "cpu")
     x = torch.zeros(1, *ladder.sample_shape, requires_grad=True)
-    level(x, torch.tensor([500.0]), torch.tensor([3])).sum().backward()
+    level(x, torch.tensor([500.0]), {"label": torch.tensor([3])}).sum().backward()
     assert x.grad.abs().max() > 0

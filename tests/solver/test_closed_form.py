@@ -35,9 +35,9 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
         recipe(fashion, table, increments, collapse).plan(np.random.default_rng(0)) for collapse in (False, True)
     )
     assert len(runs.runs) < STEPS / 3
-    expected = integrate(levels, table, single, noise, label)
+    expected = integrate(levels, table, single, noise, {"label": label})
     closed_form = ClosedForm(levels[1].affine(table.t), table, label, path=True)
-    found = integrate(levels, table, runs, noise, label, closed_form)
+    found = integrate(levels, table, runs, noise, {"label": label}, closed_form)
     assert (found - expected).abs().max() < 3e-5
     assert expected.std() > 0.3
 
@@ -53,19 +53,19 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     single, runs = held(fire), replace(held(fire), collapse=True)
     assert {bool(run.base) for run in runs.runs[1:4]} == {True, False}
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
-    found = integrate(levels, table, runs, noise, label, closed_form)
-    assert (found - integrate(levels, table, single, noise, label)).abs().max() < 3e-5
+    found = integrate(levels, table, runs, noise, {"label": label}, closed_form)
+    assert (found - integrate(levels, table, single, noise, {"label": label})).abs().max() < 3e-5
 
 
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
     table = solver_table(fashion.process, 1000, "ode")
     label = torch.tensor([1, 9])
     noise = image_noise(range(40, 40 + 2), fashion.sample_shape, "cpu")
-    expected = integrate(levels, table, single_level(1, 3, 1000), noise, label)
+    expected = integrate(levels, table, single_level(1, 3, 1000), noise, {"label": label})
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
     plan = replace(single_level(1, 3, 1000), collapse=True)
     assert len(plan.runs) == 1
-    found = integrate({}, table, plan, noise, label, closed_form)
+    found = integrate({}, table, plan, noise, {"label": label}, closed_form)
     assert (found - expected).abs().max() < 3e-5
 
 
@@ -124,7 +124,7 @@ def test_affine_drift_of_a_gaussian_level_is_its_forward_pass(levels, fashion):
     x = torch.randn(3, *fashion.sample_shape, generator=torch.Generator().manual_seed(0))
     label = torch.tensor([2, 2, 5])
     for i, time in enumerate(t):
-        expected = levels[1](x, torch.full((3,), int(time)), label).flatten(1)
+        expected = levels[1](x, torch.full((3,), int(time)), {"label": label}).flatten(1)
         for row, c in enumerate(label.tolist()):
             centred = x[row].flatten() - float(drift.centre[i]) * drift.mean[c]
             inside, outside = (torch.tensor(drift.gain[c, i], dtype=torch.float32)[s] for s in (slice(-1), -1))

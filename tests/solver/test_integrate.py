@@ -14,15 +14,15 @@ from mlem_dist.solver.steps import StepTable, solver_table
 def test_independent_impulses_have_the_exact_mean_over_trajectories():
     """For a linear drift the mean of x_N is a product; x_N over plans must scatter around it."""
     slopes = {1: 0.4, 2: 0.8, 3: 1.0}
-    levels = {k: (lambda x, t, label, *_, slope=slope: slope * x) for k, slope in slopes.items()}
+    levels = {k: (lambda x, t, condition, known, slope=slope: slope * x) for k, slope in slopes.items()}
     n = 8
     table = StepTable(np.arange(n)[::-1], np.full(n, 0.95), np.full(n, -0.2), np.zeros(n))
     recipe = Recipe(np.repeat([[1.0], [0.5], [0.3]], n, axis=1), "independent", "impulse")
-    label = torch.zeros(1, dtype=torch.int64)
+    condition = {}
     rng = np.random.default_rng(0)
     ends = np.array(
         [
-            float(integrate(levels, table, recipe.plan(rng), lambda step: torch.ones(1, 1, 1, 1), label))
+            float(integrate(levels, table, recipe.plan(rng), lambda step: torch.ones(1, 1, 1, 1), condition))
             for _ in range(6000)
         ]
     )
@@ -40,17 +40,17 @@ def test_the_best_level_alone_is_the_diffusers_loop(fashion):
     scheduler = DDPMScheduler.from_pretrained(fashion.folder / "scheduler", timestep_spacing="trailing")
     scheduler.set_timesteps(20)
     noise = image_noise(range(10, 10 + 4), fashion.sample_shape, "cpu")
-    label = torch.tensor([0, 3, 7, 9])
+    condition = {"label": torch.tensor([0, 3, 7, 9])}
     x = noise(-1)
     table = solver_table(fashion.process, 20, "sde")
     with torch.inference_mode():
         for i, t in enumerate(scheduler.timesteps):
-            predicted = level(x, torch.full((4,), int(t)), label)
+            predicted = level(x, torch.full((4,), int(t)), condition)
             # The scheduler draws its own noise: take its mean and add ours.
             mean = scheduler.step(predicted, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
             theirs = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
             x = mean - float(table.c[i]) * theirs + float(table.c[i]) * noise(i)
-    ours = integrate({number: level}, table, single_level(number, number, 20), noise, label)
+    ours = integrate({number: level}, table, single_level(number, number, 20), noise, condition)
     assert (ours - x).abs().max() < 1e-3
     assert x.abs().max() > 0.5
 

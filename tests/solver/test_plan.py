@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mlem_dist.errors import UsageError
 from mlem_dist.solver.integrate import evaluate
@@ -14,6 +16,7 @@ from mlem_dist.solver.plan import (
     extrapolated,
     held,
     impulse,
+    nest,
     plan_to_dict,
     read_plan,
     single_level,
@@ -28,7 +31,7 @@ STEPS = 6
 
 
 def toy(k: int):
-    return lambda x, t, label, *_: torch.tanh(x * (1 + 1 / k)) + t[:, None] * 0.01 / k
+    return lambda x, t, *_: torch.tanh(x * (1 + 1 / k)) + t[:, None] * 0.01 / k
 
 
 LEVELS = {k: toy(k) for k in range(1, 5)}
@@ -38,8 +41,7 @@ X = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
 def drift(plan: Plan, step: int) -> torch.Tensor:
     """The drift that a plan of impulses uses at a step."""
     terms = plan.terms[step]
-    label = torch.zeros(len(X), dtype=torch.int64)
-    values = evaluate(LEVELS, terms, X, 7, label)
+    values = evaluate(LEVELS, terms, X, 7, {})
     return sum(term.weights[0] * value for term, value in zip(terms, values, strict=True))
 
 
@@ -230,7 +232,7 @@ def test_probabilities_meet_the_budget(rule, nfe, slope):
 
 @pytest.mark.parametrize("nfe", [0.5, 3.0, 20.0])
 def test_probabilities_meet_the_budget_in_closed_form(nfe):
-    p = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, nfe, collapse=True)
+    p = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, nfe, "closed")
     rng = np.random.default_rng(1)
     recipe = Recipe(p, "independent", "held", True)
     drawn = np.mean([recipe.plan(rng).nfe(COST) for _ in range(400)])
@@ -238,8 +240,40 @@ def test_probabilities_meet_the_budget_in_closed_form(nfe):
     assert 0.8 * nfe < drawn < 1.1 * nfe
     steps = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 3.0)
     assert expected_cost(
-        scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 3.0, True), COST
+        scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, 3.0, "closed"), COST
     ) > expected_cost(steps, COST)
+
+
+@pytest.mark.parametrize("nfe", [0.5, 3.0, 20.0, 100.0])
+@pytest.mark.parametrize("draw", ["quantiles", "systematic", "independent"])
+def test_probabilities_meet_the_budget_with_a_held_base(nfe, draw):
+    p = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, nfe, "held")
+    assert p[0, 0] == 1
+    assert (np.diff(p, axis=0) <= 0).all()
+    recipe, rng = Recipe(p, draw, "held", nested=True), np.random.default_rng(1)
+    plans = [recipe.plan(rng) for _ in range(1 if draw == "quantiles" else 100)]
+    # Independent coins that are moved to the same step are one evaluation.
+    assert 0.8 * nfe - 0.2 < np.mean([plan.nfe(COST) for plan in plans]) < 1.1 * nfe + 0.3
+    for plan in plans:
+        assert plan.fire[0, 0]
+        # Every evaluation of an increment finds the value of the level below.
+        assert (plan.calls <= plan.fire).all()
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 40))
+def test_nested_coins_lie_where_the_level_below_fires_and_move_no_farther_than_they_must(seed, levels, steps):
+    fire = np.random.default_rng(seed).random((levels, steps)) < 0.4
+    nested = nest(fire)
+    assert (nested[0] == fire[0]).all()
+    for k in range(1, levels):
+        below, at = np.flatnonzero(nested[k - 1]), np.flatnonzero(fire[k])
+        assert set(np.flatnonzero(nested[k])) <= set(below)
+        assert nested[k].sum() <= fire[k].sum()
+        if below.size:
+            nearest = [np.abs(below - step).min() for step in at]
+            moved = [np.abs(np.flatnonzero(nested[k]) - step).min() for step in at]
+            assert moved == nearest
+    assert (nest(nested) == nested).all()
 
 
 def test_theory_is_the_rule_of_the_paper_for_its_own_costs():
@@ -255,15 +289,15 @@ def test_a_budget_below_the_base_level_is_refused():
 
 def test_one_level_takes_every_step_or_is_refused_with_the_number_it_can_take():
     cost, weights = np.array([3e-3]), np.ones((1, 250))
-    for nfe, collapse in ((250, False), (1e6, False), (1, True), (10, True)):
-        assert (scale_to_budget(weights, cost, nfe, collapse) == 1).all()
+    for nfe, base in ((250, "every"), (1e6, "every"), (1, "closed"), (10, "closed"), (250, "held")):
+        assert (scale_to_budget(weights, cost, nfe, base) == 1).all()
     message = r"`nfe` 10 is below .*, 250 for 250 steps; raise `nfe` or lower `steps` to 10$"
     with pytest.raises(UsageError, match=message):
         scale_to_budget(weights, cost, 10)
     assert (scale_to_budget(weights[:, :10], cost, 10) == 1).all()
-    for collapse in (False, True):
+    for base in ("every", "closed", "held"):
         with pytest.raises(UsageError, match=r"raise `nfe`$"):
-            scale_to_budget(weights, cost, 0.5, collapse)
+            scale_to_budget(weights, cost, 0.5, base)
 
 
 def test_as_many_steps_as_a_refusal_names_can_be_paid():

@@ -39,7 +39,7 @@ class Drift:
     def __init__(self, process):
         self.process = process
 
-    def __call__(self, x, t, label):
+    def __call__(self, x, t, condition, known):
         alpha, sigma = (value.double().view(-1, 1, 1, 1) for value in self.process.marginal(t.double()))
         scaled = x * self.process.input_scale(sigma)
         out = torch.stack([network(part, time) for part, time in zip(scaled, t, strict=True)])
@@ -51,8 +51,7 @@ class Drift:
 def ours(process, steps, solver, start, spacing="trailing", noise=None):
     table = solver_table(process, steps, solver, spacing)
     plan = single_level(1, 1, steps)
-    label = torch.zeros(len(start), dtype=torch.int64)
-    return integrate({1: Drift(process)}, table, plan, lambda i: start if i < 0 else noise(i), label)
+    return integrate({1: Drift(process)}, table, plan, lambda i: start if i < 0 else noise(i), {})
 
 
 def theirs(scheduler, steps, start, seeds=False, mu=None):

@@ -35,7 +35,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 def linear(matrix: torch.Tensor):
     """The drift f(x, t) = M x of samples with as many values as M has rows."""
-    return lambda x, t, label, *_: (x.flatten(1) @ matrix.T).view_as(x)
+    return lambda x, t, *_: (x.flatten(1) @ matrix.T).view_as(x)
 
 
 def signs(samples: int) -> torch.Tensor:
@@ -59,9 +59,9 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
     """Averaged over all sixteen sign probes, it is |J_i b_i D|^2 with J_i = prod_{j > i} (a_j I + b_j M)."""
     levels, matrices = toy
     table = step_table(SCHEDULE.grid(10), eta)
-    label = torch.zeros(3, dtype=torch.int64)
-    states = best_trajectory(levels, table, image_noise(range(3), (1, 2, 2), "cpu"), label, silent)
-    found = [propagate(levels, table, states, label, probe) for probe in signs(3)]
+    condition = {}
+    states = best_trajectory(levels, table, image_noise(range(3), (1, 2, 2), "cpu"), condition, silent)
+    found = [propagate(levels, table, states, condition, probe) for probe in signs(3)]
     effect = np.mean([change**2 for _, change in found], axis=0)
     below = [np.zeros((4, 4)), *matrices]
     for i in range(10):
@@ -80,10 +80,10 @@ def test_coins_make_the_error_that_their_effects_predict(toy):
     """ML-EM with Neyman probabilities against the best level, over many plans; to first order, so within a tenth."""
     levels, _ = toy
     table = solver_table(SCHEDULE, 20, "sde")
-    label = torch.zeros(100, dtype=torch.int64)
+    condition = {}
     noise = image_noise(range(100), (1, 2, 2), "cpu")
-    states = best_trajectory(levels, table, noise, label, silent)
-    changes = np.concatenate([propagate(levels, table, states, label, v)[1] for v in signs(100)], axis=2)
+    states = best_trajectory(levels, table, noise, condition, silent)
+    changes = np.concatenate([propagate(levels, table, states, condition, v)[1] for v in signs(100)], axis=2)
     effect = np.einsum("kki->ki", products_of(changes))
     rng = np.random.default_rng(0)
     p = neyman(effect, np.array([0.01, 1.0, 4.0]), 2 * effect[1:].sum())
@@ -92,7 +92,7 @@ def test_coins_make_the_error_that_their_effects_predict(toy):
     for _ in range(800):
         fire = rng.random(p.shape) < p
         plan = impulse(fire, p)
-        errors.append(float((integrate(levels, table, plan, noise, label) - states[-1]).square().mean()))
+        errors.append(float((integrate(levels, table, plan, noise, condition) - states[-1]).square().mean()))
     assert np.mean(errors) == pytest.approx(coin_error(p, effect), rel=0.1)
 
 
@@ -102,11 +102,11 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
     # A ladder of its first and last level.
     levels = dict(enumerate(levels.values(), 1))
     table = solver_table(fashion.process, 5, "ode")
-    label = torch.tensor([2, 7])
+    condition = {"label": torch.tensor([2, 7])}
     noise = image_noise(range(2), fashion.sample_shape, "cpu")
-    states = best_trajectory(levels, table, noise, label, silent)
+    states = best_trajectory(levels, table, noise, condition, silent)
     probe = torch.randint(2, states[0].shape, generator=torch.Generator().manual_seed(1)) * 2.0 - 1
-    _, change = propagate(levels, table, states, label, probe)
+    _, change = propagate(levels, table, states, condition, probe)
     step, push = 2, 0.02
     ends = []
     for sign in (-push, push):
@@ -114,9 +114,9 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
         for i in range(step, len(table)):
             t = torch.full((2,), int(table.t[i]))
             with torch.inference_mode():
-                drift = levels[2](x, t, label)
+                drift = levels[2](x, t, condition)
                 if i == step:
-                    drift = drift + sign * (drift - levels[1](x, t, label))
+                    drift = drift + sign * (drift - levels[1](x, t, condition))
             x = float(table.a[i]) * x + float(table.b[i]) * drift
         ends.append(x)
     moved = ((ends[1] - ends[0]) / (2 * push) * probe).flatten(1).sum(1).numpy() ** 2 / probe[0].numel()
@@ -126,13 +126,13 @@ def test_the_effect_of_a_trained_ladder_is_that_of_a_small_push(fashion):
 def test_coarse_steps_on_the_same_path_converge_to_the_fine_ones():
     """Strong order 1, as the noise is additive: half the step, a quarter of the squared error."""
     table = solver_table(SCHEDULE, 100, "sde")
-    levels = {1: lambda x, t, label: torch.tanh(x)}
-    label = torch.zeros(500, dtype=torch.int64)
+    levels = {1: lambda x, t, *_: torch.tanh(x)}
+    condition = {}
     noise = image_noise(range(500), (1, 2, 2), "cpu")
-    fine = best_trajectory(levels, table, noise, label, silent)[-1]
+    fine = best_trajectory(levels, table, noise, condition, silent)[-1]
 
     def error(steps: int, noise) -> float:
-        coarse = integrate(levels, solver_table(SCHEDULE, steps, "sde"), single_level(1, 1, steps), noise, label)
+        coarse = integrate(levels, solver_table(SCHEDULE, steps, "sde"), single_level(1, 1, steps), noise, condition)
         return float((coarse - fine).square().mean())
 
     errors = [error(steps, coarse_noise(noise, table, 100 // steps)) for steps in (5, 10, 20)]
@@ -178,7 +178,7 @@ def test_each_level_is_timed_per_sample_of_each_batch(fashion, monkeypatch):
     def clocked(module, device):
         weights = sum(map(torch.numel, module.state_dict().values()))
 
-        def level(x, t, label):
+        def level(x, t, *_):
             nonlocal now
             now += len(x) * weights
 
@@ -214,17 +214,17 @@ def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
 def test_images_are_in_the_ladders_range_and_trajectories_of_all_its_classes(many, monkeypatch):
     chosen = []
 
-    def watched(levels, table, noise, label, progress):
-        chosen.append(label.tolist())
-        return best_trajectory(levels, table, noise, label, progress)
+    def watched(levels, table, noise, condition, progress):
+        chosen.append(condition["label"].tolist())
+        return best_trajectory(levels, table, noise, condition, progress)
 
     monkeypatch.setattr("mlem_dist.tuning.calibrate.best_trajectory", watched)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *many.sample_shape), generator=rng, dtype=torch.uint8)
-    label = torch.arange(20)
-    found = calibrate(many, images, label, "cpu", per_band=4, steps=10, samples=4)
+    condition = {"label": torch.arange(20)}
+    found = calibrate(many, images, condition, "cpu", per_band=4, steps=10, samples=4)
     assert chosen[0] == [0, 10, 20, 30]
-    exact = denoising_errors(many.load_level(1, "cpu"), images, label, many.process, 10, 4, (0.0, 1.0))
+    exact = denoising_errors(many.load_level(1, "cpu"), images, condition, many.process, 10, 4, (0.0, 1.0))
     np.testing.assert_array_equal(found.levels[0].denoising_error, exact.mean(1))
 
 

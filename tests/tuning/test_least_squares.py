@@ -22,7 +22,7 @@ def fitter(lowest):
     return Fitter(judge(lowest, 0))
 
 
-@pytest.mark.parametrize("times", [Times(1, 4, 1), Times(2, 3, 2, 0.5)])
+@pytest.mark.parametrize("times", [Times(0, 4, 1), Times(2, 3, 2, 0.5)])
 def test_the_error_of_a_fit_is_that_of_its_plan(fitter, times):
     """The plan that is written does what the fit has seen, by the integrator that generates."""
     fit = fitter.fit(times.rungs(3), times.fire(fitter.log_snr))
@@ -35,7 +35,7 @@ def test_the_error_of_a_fit_is_that_of_its_plan(fitter, times):
 def test_a_fit_is_to_the_classes_of_each_block(many):
     """Of 40 classes a block holds 32."""
     fitter = Fitter(judge(many, 0))
-    fit = fitter.fit((1, 2), Times(1, 4, 1).fire(fitter.log_snr))
+    fit = fitter.fit((1, 2), Times(0, 4, 1).fire(fitter.log_snr))
     assert fit.error == pytest.approx(fitter.comparison.errors([fit.plan()]).mean(), rel=1e-3)
 
 
@@ -43,10 +43,10 @@ def test_a_fit_is_to_the_classes_of_each_block(many):
 def test_what_is_fitted_to_is_the_path_of_the_best_level(small, steps, apart):
     """Of many steps it is extrapolated between calls."""
     comparison = PlanComparison(Ladder.load(small), "ode", "cpu", steps, BLOCK["cpu"], 0)
-    states, table, label = [comparison.noise(0, steps)(-1)], comparison.fine, comparison.label(0)
+    states, table, condition = [comparison.noise(0, steps)(-1)], comparison.fine, comparison.condition(0)
     for t, a, b in zip(table.t, table.a, table.b, strict=True):
         with torch.inference_mode():
-            drift = comparison.levels[2](states[-1], torch.full((BLOCK["cpu"],), int(t)), label)
+            drift = comparison.levels[2](states[-1], torch.full((BLOCK["cpu"],), int(t)), condition)
         states.append(float(a) * states[-1] + float(b) * drift)
     off = (Fitter(comparison).path - torch.stack(states)).square().mean((1, 2, 3, 4))
     assert off.max() <= apart + 1e-12
@@ -100,7 +100,7 @@ def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
     log_snr = np.sort(np.linspace(-5, 4, 200) + np.sin(np.arange(200) / 8))
     for between in (1, *BETWEEN):
         for begin in BEGINNINGS:
-            fire = Times(1 + (between > 1), 5, between, begin).fire(log_snr)
+            fire = Times(2 * (between > 1), 5, between, begin).fire(log_snr)
             assert fire[0].all()
             assert (np.diff(fire.astype(int), axis=0) <= 0).all()
             assert [row.sum() for row in fire[1:]] == ([5 * between, 5] if between > 1 else [5])
@@ -116,6 +116,36 @@ def test_where_a_schedule_begins_late_calls_begin_at_once(late):
     default = make_recipe(late, cost, "ode", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
     found, of_default = judge(late, 1).errors([plan, default]).mean(1)
     assert found < of_default
+
+
+@pytest.fixture
+def held(two_unets) -> Fitter:
+    """For two UNets, the first of which is not free."""
+    return Fitter(PlanComparison(two_unets, "ode", "cpu", STEPS, 3 * BLOCK["cpu"], 0, threads=2))
+
+
+@pytest.mark.parametrize(
+    "times", [Times(0, 4, 1, closed=False), Times(1, 3, 2, 0.0, closed=False), Times(1, 2, 5, 0.4, closed=False)]
+)
+def test_without_a_gaussian_the_first_level_is_fitted_too(held, times):
+    rungs, fire = times.rungs(2), times.fire(held.log_snr)
+    assert fire[0, 0]
+    assert fire[0].sum() == times.calls * times.between
+    assert (fire[-1] <= fire[0]).all()
+    fit = held.fit(rungs, fire)
+    plan = fit.plan()
+    assert fit.error == pytest.approx(held.comparison.errors([plan]).mean(), rel=1e-3)
+    assert plan.calls.sum(1).tolist() == ([0, 4] if not times.middle else [fire[0].sum(), times.calls])
+    assert held.fit(rungs, np.ones_like(fire)).error < 1e-6
+
+
+def test_without_a_gaussian_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(two_unets, held):
+    judging = PlanComparison(two_unets, "ode", "cpu", STEPS, 3 * BLOCK["cpu"], 1, threads=2)
+    plan, cost = held.search(6).plan(), two_unets.cost("cpu")
+    default = make_recipe(two_unets, cost, "ode", STEPS, 6).plan(np.random.default_rng(0))
+    assert 4 < plan.nfe(cost) <= 6
+    error, default_error = judging.errors([plan, default]).mean(1)
+    assert error < 0.7 * default_error
 
 
 def test_a_path_is_of_as_many_samples_as_there_is_memory_for():

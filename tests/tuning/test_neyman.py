@@ -62,7 +62,8 @@ def test_merged_effects_are_those_of_the_summed_increments():
     np.testing.assert_allclose(merged(products, (1, 4)), (summed**2).mean(2))
     np.testing.assert_allclose(merged(products, (1, 2, 3, 4)), (change**2).mean(2))
     assert [*rung_sets(4)] == [(1, 4), (1, 2, 4), (1, 3, 4), (1, 2, 3, 4)]
-    assert [*rung_sets(1)] == [(1,)]
+    assert [*rung_sets(1)] == [*rung_sets(1, held=True)] == [(1,)]
+    assert [*rung_sets(3, held=True)] == [(3,), (1, 3), (2, 3), (1, 2, 3)]
 
 
 def test_increments_without_effect_are_never_drawn():
@@ -73,5 +74,5 @@ def test_increments_without_effect_are_never_drawn():
 
 
 def test_where_no_increment_is_worth_anything_the_base_level_goes_alone():
-    p = scale_to_budget(np.zeros((2, 10)), np.array([1.0, 5.0]), 4, collapse=False)
+    p = scale_to_budget(np.zeros((2, 10)), np.array([1.0, 5.0]), 4)
     np.testing.assert_array_equal(p, [[1.0] * 10, [0.0] * 10])

@@ -14,16 +14,37 @@ from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
 
 @pytest.mark.parametrize(
-    ("solver", "increments", "collapse"),
-    [("sde", "held", True), ("ode", "extrapolated", True), ("dpm++", "extrapolated", False)],
+    ("solver", "increments", "base"),
+    [("sde", "held", "closed"), ("ode", "extrapolated", "closed"), ("dpm++", "extrapolated", "every")],
 )
 @pytest.mark.parametrize("probabilities", ["neyman", "theory"])
-def test_what_is_not_chosen_is_the_default_of_the_solver(fashion, solver, increments, collapse, probabilities):
+def test_what_is_not_chosen_is_the_default_of_the_solver(fashion, solver, increments, base, probabilities):
     cost = fashion.cost("cpu")
     recipe = make_recipe(fashion, cost, solver, 50, 5, probabilities)
-    assert (recipe.draw, recipe.increments, recipe.collapse) == ("quantiles", increments, collapse)
+    assert (recipe.draw, recipe.increments, recipe.collapse) == ("quantiles", increments, base == "closed")
+    assert not recipe.nested
     rungs = np.array(recipe.rungs or range(1, len(cost) + 1))
-    assert expected_cost(recipe.probabilities, cost[rungs - 1], collapse) / cost[-1] == pytest.approx(5)
+    assert expected_cost(recipe.probabilities, cost[rungs - 1], base) / cost[-1] == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("solver", "increments"), [("ode", "extrapolated"), ("sde", "held"), ("dpm++", "extrapolated")]
+)
+@pytest.mark.parametrize("probabilities", ["neyman", "theory"])
+@pytest.mark.parametrize("nfe", [0.4, 3, 10, 40])
+def test_without_a_gaussian_the_base_is_held_like_any_other_level(two_unets, solver, increments, probabilities, nfe):
+    cost = two_unets.cost("cpu")
+    recipe = make_recipe(two_unets, cost, solver, 100, nfe, probabilities)
+    assert (recipe.draw, recipe.increments, recipe.collapse) == ("quantiles", increments, False)
+    plan = recipe.plan(np.random.default_rng(0))
+    assert plan.nfe(cost) == pytest.approx(nfe, rel=0.2, abs=0.5)
+    assert plan.calls[:, 0].any()
+    assert plan.calls.sum(1).max() < 100
+
+
+def test_impulses_without_a_gaussian_still_pay_for_the_base_at_every_step(two_unets):
+    with pytest.raises(UsageError, match=r"below the cost of the base level alone, 20 for 100 steps; raise `nfe` or"):
+        make_recipe(two_unets, two_unets.cost("cpu"), "ode", 100, 10, increments="impulse")
 
 
 @pytest.fixture
@@ -62,7 +83,7 @@ def test_each_solver_goes_by_its_own_effects(ladder):
 
 def test_probabilities_are_the_rules_times_a_density(ladder):
     store(ladder, sde=[np.ones(20)] * 3, ode=[np.ones(20)] * 3)
-    rule = NeymanRule(ladder, ladder.cost("cpu"), "ode", 50)
+    rule = NeymanRule(ladder, ladder.cost("cpu"), "ode", 50, "extrapolated")
     density = np.stack([np.ones(50), np.linspace(1, 3, 50)])
     p = rule.probabilities(2, (1, 3), density)[1]
     assert p.max() < 1

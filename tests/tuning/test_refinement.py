@@ -25,7 +25,7 @@ def factors_of(fit: Fit) -> np.ndarray:
 
 def test_derivatives_are_those_of_the_plans_end(fitter):
     """Against differences of the ends that the integrator comes to."""
-    fit = fitter.fit((1, 3), Times(1, 2, 1).fire(fitter.log_snr))
+    fit = fitter.fit((1, 3), Times(0, 2, 1).fire(fitter.log_snr))
     factors = factors_of(fit)
 
     def end(moved: np.ndarray) -> torch.Tensor:
@@ -71,7 +71,7 @@ def test_steps_that_make_it_worse_are_not_kept(fitter, monkeypatch):
         error, gradient, squares = derivatives(*arguments)
         return error, -gradient, squares
 
-    fit = fitter.fit((1, 3), Times(1, 2, 1).fire(fitter.log_snr))
+    fit = fitter.fit((1, 3), Times(0, 2, 1).fire(fitter.log_snr))
     assert (factors_of(refine(fitter, fit)) != factors_of(fit)).any()
     monkeypatch.setattr("mlem_dist.tuning.refinement.derivatives", uphill)
     refined = refine(fitter, fit)

@@ -46,14 +46,14 @@ def test_a_ladder_is_tuned_judged_and_used(small):
     assert plan.collapse
     levels = {k: ladder.load_level(k, "cpu") for k in (1, 2)}
     table = solver_table(ladder.process, 50, "sde")
-    label = torch.arange(BLOCK["cpu"]) % 10
+    condition = {"label": torch.arange(BLOCK["cpu"]) % 10}
     errors = []
     for block in range(TEST_SAMPLES // BLOCK["cpu"]):
         first = set_seed(TEST_SEED) + block * BLOCK["cpu"]
         noise = image_noise(range(first, first + BLOCK["cpu"]), ladder.sample_shape, "cpu")
-        best = integrate(levels, table, single_level(2, 2, 50), noise, label)
+        best = integrate(levels, table, single_level(2, 2, 50), noise, condition)
         single_steps = Plan(plan.fire, plan.weight, plan.previous)
-        end = integrate(levels, table, single_steps, noise, label)
+        end = integrate(levels, table, single_steps, noise, condition)
         errors += (end - best).square().mean((1, 2, 3)).tolist()
     np.testing.assert_allclose(found["memorised", "9 NFE"], errors, rtol=2e-2)
     assert np.mean(errors) < np.mean(found["Euler-Maruyama", "9 NFE"])
@@ -105,11 +105,11 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     # A few samples of the judging noises: the best level at 250 steps takes most of the time.
     levels = {k: fashion.load_level(k, "cpu") for k in range(1, len(fashion.levels) + 1)}
     table = solver_table(fashion.process, 250, "ode")
-    first, label = set_seed(TEST_SEED), torch.arange(4)
+    first, condition = set_seed(TEST_SEED), {"label": torch.arange(4)}
     noise = image_noise(range(first, first + 4), fashion.sample_shape, "cpu")
-    form = ClosedForm(levels[1].affine(table.t), table, label)
-    ends = [integrate(levels, table, plan, noise, label, form) for plan in plans]
-    best = integrate(levels, table, single_level(len(levels), len(levels), 250), noise, label)
+    form = ClosedForm(levels[1].affine(table.t), table, condition["label"])
+    ends = [integrate(levels, table, plan, noise, condition, form) for plan in plans]
+    best = integrate(levels, table, single_level(len(levels), len(levels), 250), noise, condition)
     errors = np.array([(end - best).square().mean() for end in ends])
     assert (errors[1:] < errors[:-1]).all()
     assert errors[0] < 0.01
@@ -186,15 +186,15 @@ def test_the_plan_of_least_error_wins(small):
 def test_every_class_has_its_turn(many, fashion):
     for ladder, blocks in ((many, 5), (fashion, 2)):
         judge = PlanComparison(ladder, "ode", "cpu", 10, blocks * BLOCK["cpu"], 0)
-        label = torch.cat([judge.label(block) for block in range(blocks)])
+        label = torch.cat([judge.condition(block)["label"] for block in range(blocks)])
         assert {*label.tolist()} == {*range(len(ladder.labels))}
         assert label.bincount().min() > 0.6 * label.bincount().max()
         # What is judged is what each block's own classes end in.
         best, end = single_level(2, 2, 10), judge.reference.split(BLOCK["cpu"])[1]
         levels = judge.levels if ladder is many else {2: judge.levels[len(ladder.levels)]}
-        own = integrate(levels, judge.fine, best, judge.noise(1, 10), judge.label(1))
+        own = integrate(levels, judge.fine, best, judge.noise(1, 10), judge.condition(1))
         assert torch.equal(own, end)
-    assert torch.equal(judge.label(0), judge.label(1))
+    assert torch.equal(*(judge.condition(block)["label"] for block in (0, 1)))
 
 
 def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):

@@ -1,0 +1,27 @@
+"""Conditions: what the samples of a batch are conditioned on, as tensors with the batch first."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+LABEL = "label"
+"""Name of the tensor of classes, int64 (B,), in the condition of a class-conditional ladder."""
+
+Condition = Mapping[str, Tensor]
+"""Tensors (B, ...) by name; empty for unconditional samples."""
+
+
+def take(condition: Condition, rows: slice | Tensor) -> Condition:
+    """The condition of some of a batch's samples."""
+    return {name: value[rows] for name, value in condition.items()}
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
+    """The condition of several batches, one after the other; all have the same names."""
+    return {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+
+
+def move(condition: Condition, device: torch.device | str) -> Condition:
+    """The condition on a device."""
+    return {name: value.to(device) for name, value in condition.items()}
