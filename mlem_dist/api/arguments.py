@@ -12,6 +12,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
+from mlem_dist.solver.steps import Spacing
 from mlem_dist.tuning.tuned_plans import choose_plan
 
 DEFAULT_NFE = 10.0
@@ -61,6 +62,7 @@ def find_plan(
     steps: int,
     nfe: float | None = None,
     plan: Plan | str | Path | None = None,
+    grid: Spacing = "trailing",
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
     """The given plan, or the plan or recipe of a budget for level costs `cost` (K,), and a note for the user or "".
@@ -70,7 +72,7 @@ def find_plan(
             for `choose_plan`.
     """
     if plan is None:
-        return choose_plan(ladder, cost, solver, steps, DEFAULT_NFE if nfe is None else nfe, **choices)
+        return choose_plan(ladder, cost, solver, steps, DEFAULT_NFE if nfe is None else nfe, grid, **choices)
     if given := [name for name, value in {"nfe": nfe, **choices}.items() if value is not None]:
         raise UsageError(f"`{given[0]}` and `plan` exclude each other: a plan has its own; leave one out")
     if isinstance(plan, Plan):

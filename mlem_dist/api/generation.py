@@ -32,7 +32,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
-from mlem_dist.solver.steps import canonical_solver
+from mlem_dist.solver.steps import Spacing, canonical_solver
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.placement import Placement
@@ -49,6 +49,7 @@ def sample(
     solver: Solver = "ode",
     steps: int = 250,
     plan: Plan | str | Path | None = None,
+    grid: Spacing = "trailing",
     precision: Precision = "float32",
     device: Device = "auto",
 ) -> np.ndarray:
@@ -68,6 +69,8 @@ def sample(
             aliases of "ode" and "sde".
         steps: number of base steps.
         plan: a plan or its file, instead of a budget.
+        grid: timesteps: "trailing" for the ends of equal intervals (for flows, the pipeline's own), or "model" for the
+            spacing and offset of the scheduler's configuration.
         precision: dtype in which networks compute.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
@@ -84,7 +87,7 @@ def sample(
     method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     device_type = local_device(device)
-    chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=method, steps=steps, nfe=nfe, plan=plan)
+    chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=method, steps=steps, nfe=nfe, plan=plan, grid=grid)
     block_size = min(num, BLOCK_SIZE[device_type])
     job = Job(
         ladder=loaded.source,
@@ -99,6 +102,7 @@ def sample(
         shard_size=block_size,
         device=device_type,
         precision=precision,
+        grid=grid,
     )
     loaded.check_models()
     return np.concatenate(list(sample_blocks(job, loaded, image_seed)))[:num]
@@ -137,6 +141,7 @@ def generate(
     draw: Draw | None = None,
     increments: Increments | None = None,
     plan: Plan | str | Path | None = None,
+    grid: Spacing = "trailing",
     precision: Precision = "float32",
     block_size: int | None = None,
     shard_size: int = 2000,
@@ -168,6 +173,7 @@ def generate(
             the latter, by default "systematic".
         increments: how an increment enters the steps; "held" for "sde" and "extrapolated" for others by default.
         plan: a plan or its file, instead of a budget.
+        grid: timesteps, as for `sample`.
         precision: dtype in which networks compute.
         block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
         shard_size: number of samples in a Parquet file, a multiple of the block size.
@@ -210,6 +216,7 @@ def generate(
         steps=steps,
         nfe=nfe,
         plan=plan,
+        grid=grid,
         probabilities=probabilities,
         draw=draw,
         increments=increments,
@@ -227,6 +234,7 @@ def generate(
         shard_size=shard_size,
         device=device_type,
         precision=precision,
+        grid=grid,
     )
     dataset = open_dataset(job, loaded, place)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
@@ -334,6 +342,7 @@ def draw(
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
     increments: Increments | None = None,
+    grid: Spacing = "trailing",
     device: Device = "auto",
 ) -> tuple[Plan, float]:
     """Draw one plan and write it to a JSON file, for the argument `plan` of `generate`.
@@ -358,7 +367,7 @@ def draw(
     check_new(out)
     cost = loaded.cost(local_device(device))
     recipe = make_recipe(
-        loaded, cost, method, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments
+        loaded, cost, method, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments, grid
     )
     plan = recipe.plan(block_rng(seed, 0))
     write_plan(out, plan, loaded.digest, method)

@@ -11,7 +11,7 @@ from mlem_dist.engine.job import BLOCK_SIZE
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments
 from mlem_dist.solver.probabilities import Rule
-from mlem_dist.solver.steps import canonical_solver
+from mlem_dist.solver.steps import Spacing, canonical_solver
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.planner import Capacity
@@ -29,6 +29,7 @@ def capacity(
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
     increments: Increments | None = None,
+    grid: Spacing = "trailing",
     block_size: int | None = None,
     shard_size: int = 2000,
     out: Path | None = None,
@@ -66,6 +67,7 @@ def capacity(
         solver=canonical_solver(solver),
         steps=steps,
         nfe=nfe,
+        grid=grid,
         probabilities=probabilities,
         draw=draw,
         increments=increments,

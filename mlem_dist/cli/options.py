@@ -153,6 +153,14 @@ def budget_options(command: Any) -> Any:
             ),
             click.option("--steps", type=number, default=250, show_default=True, help="Base steps."),
             click.option(
+                "--grid",
+                type=click.Choice(["trailing", "model"]),
+                default="trailing",
+                show_default=True,
+                help="Timesteps of the steps: the ends of equal intervals (for flows, the pipeline's own), or the "
+                "spacing of the scheduler's configuration.",
+            ),
+            click.option(
                 "--nfe", type=float, help="Compute per sample, in evaluations of the best level.  [default: 10]"
             ),
             click.option(

@@ -60,7 +60,7 @@ class Blocks:
     @cached_property
     def table(self) -> StepTable:
         """The solver's step table."""
-        return solver_table(self.ladder.process, self.job.steps, self.job.solver)
+        return solver_table(self.ladder.process, self.job.steps, self.job.solver, self.job.grid)
 
     def condition(self, block: int) -> Condition:
         """The condition of a block's samples, on the job's device."""

@@ -17,7 +17,7 @@ import numpy as np
 from mlem_dist import __version__
 from mlem_dist.errors import UsageError
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, plan_to_dict
-from mlem_dist.solver.steps import SOLVERS
+from mlem_dist.solver.steps import SOLVERS, SPACINGS, Spacing
 
 MAX_SHARDS = 10**6
 
@@ -110,6 +110,7 @@ class Job:
         shard_size: number of samples per file, a multiple of the block size.
         device: "cpu" or "cuda".
         precision: data type of the UNets, one of `PRECISIONS`.
+        grid: spacing of the steps, as for `Process.grid`.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
@@ -128,6 +129,7 @@ class Job:
     shard_size: int
     device: str
     precision: str = "float32"
+    grid: Spacing = "trailing"
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -138,6 +140,8 @@ class Job:
             raise UsageError(f"solver is {self.solver!r}, expected one of {', '.join(SOLVERS)}")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.grid not in SPACINGS:
+            raise UsageError(f"`grid` {self.grid!r}: expected one of {', '.join(SPACINGS)}")
         if self.plan.collapse and self.solver == "dpm++":
             raise UsageError(
                 "the plan takes runs of base steps in closed form, which `solver` dpm++ cannot; draw another"

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,7 @@ from mlem_dist.solver.schedulers import (
     is_flow,
     scheduler_class,
 )
-
-Spacing = Literal["trailing", "model"]
-"""Times of a grid: the ends of equal intervals ("trailing"), or the scheduler's own configuration ("model")."""
+from mlem_dist.solver.steps import Spacing
 
 LEADING = {
     "DDIMParallelScheduler",

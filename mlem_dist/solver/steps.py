@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -11,9 +11,14 @@ from mlem_dist.errors import UsageError
 from mlem_dist.solver.conversion import combination, convert
 
 if TYPE_CHECKING:
-    from mlem_dist.solver.process import Grid, Process, Spacing
+    from mlem_dist.solver.process import Grid, Process
 
 SOLVERS = ("ode", "sde", "dpm++")
+
+Spacing = Literal["trailing", "model"]
+"""Times of a grid: the ends of equal intervals ("trailing"), or the scheduler's own configuration ("model")."""
+
+SPACINGS = get_args(Spacing)
 
 ALIASES = {"ddim": "ode", "ddpm": "sde"}
 """Aliases of solvers: the methods to which they reduce on variance-preserving processes. Files of version 0.3 contain

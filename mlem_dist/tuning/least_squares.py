@@ -110,6 +110,8 @@ class Times:
     def _quantiles(self, log_snr: np.ndarray, number: int, begin: float) -> np.ndarray:
         """The steps of `number` calls from `begin` on, int64, increasing."""
         steps = len(log_snr)
+        # At pure noise, lambda is minus infinity.
+        log_snr = np.maximum(log_snr, log_snr[np.isfinite(log_snr)].min())
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
         path_position = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
         path = np.linspace(begin, 1, 1001)

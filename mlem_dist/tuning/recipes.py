@@ -9,9 +9,13 @@ from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments, Recipe
 from mlem_dist.solver.probabilities import Base, Rule, rule_weights, scale_to_budget
+from mlem_dist.solver.steps import Spacing
 from mlem_dist.tuning.neyman import coin_error, gap_error, gap_weights, merged, neyman_weights, on_grid, rung_sets
 
 DIGITS = 12
+
+PURE_NOISE = -1e9
+"""Value of lambda at pure noise in a recipe. It is minus infinity, which JSON lacks; lines from there are as flat."""
 
 GAP_POWER: dict[Increments, int] = {"impulse": 1, "held": 2, "extrapolated": 4}
 """The power q of the length of a gap in the squared error that a value makes in it, by the kind of increments."""
@@ -29,6 +33,7 @@ def make_recipe(
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
     increments: Increments | None = None,
+    grid: Spacing = "trailing",
 ) -> Recipe:
     """Recipe for `steps` base steps and a budget of `nfe` evaluations of the best level per sample.
 
@@ -50,11 +55,11 @@ def make_recipe(
         )
     if not nfe > 0:
         raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
-    log_snr = ladder.process.grid(steps).log_snr
+    log_snr = ladder.process.grid(steps, grid).log_snr
     kind = increments or DEFAULT_INCREMENTS[solver]
     base = base_of(ladder, solver, kind)
     if probabilities in (None, "neyman") and calibrated(ladder):
-        rule = NeymanRule(ladder, cost, solver, steps, kind)
+        rule = NeymanRule(ladder, cost, solver, steps, kind, grid)
         rungs = rule.choices(nfe)[0]
         p = rule.probabilities(nfe, rungs)
     elif probabilities == "neyman":
@@ -70,7 +75,7 @@ def make_recipe(
         draw or ("systematic" if increments == "impulse" else "quantiles"),
         kind,
         base == "closed",
-        log_snr.round(DIGITS),
+        np.maximum(log_snr, PURE_NOISE).round(DIGITS),
         rungs,
         nested=base == "held",
     )
@@ -93,14 +98,22 @@ class NeymanRule:
         UsageError: if the ladder is not calibrated.
     """
 
-    def __init__(self, ladder: Ladder, cost: np.ndarray, solver: str, steps: int, increments: Increments) -> None:
+    def __init__(
+        self,
+        ladder: Ladder,
+        cost: np.ndarray,
+        solver: str,
+        steps: int,
+        increments: Increments,
+        spacing: Spacing = "trailing",
+    ) -> None:
         measured = read_effect(ladder, _measured(solver))
         if measured is None:
             raise _uncalibrated(ladder)
         self.cost = cost
         self.base = base_of(ladder, solver, increments)
         self._power = GAP_POWER[increments]
-        grid = ladder.process.grid(steps)
+        grid = ladder.process.grid(steps, spacing)
         self.log_snr = grid.log_snr
         self._products = on_grid(measured[1], measured[0], grid.t)
 

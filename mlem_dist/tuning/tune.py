@@ -65,10 +65,10 @@ def tune(
 ) -> Iterator[Row]:
     """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
-    For the ODE, the plan of a budget is the fitted one, unless the noise schedule begins at pure noise. Otherwise it is
-    the memorised one, or the optimised one if the ladder is calibrated and that plan is better on the selection noises.
-    The memorised plan is the best of 15 draws from the better recipe, with held or with extrapolated increments. A
-    budget that pays for the best level at every step is spent on that. Rows hold the error on the test noises.
+    For the ODE, the plan of a budget is the fitted one. For the SDE, it is the memorised one, or the optimised one if
+    the ladder is calibrated and that plan is better on the selection noises. The memorised plan is the best of 15 draws
+    from the better recipe, with held or with extrapolated increments. A budget that pays for the best level at every
+    step is spent on that. Rows hold the error on the test noises.
 
     Args:
         ladder: the ladder.
@@ -141,9 +141,8 @@ def plan_searches(
     def report(nfe: float, stage: str) -> Callable[[int, int], None]:
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
-    regular = np.isfinite(ladder.process.grid(steps).log_snr).all()
     networks = len(ladder.levels) - (ladder.levels[0].kind == "gaussian")
-    if solver == "ode" and networks and regular:
+    if solver == "ode" and networks:
         # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
         # between fitted and drawn plans only by chance.
         samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])

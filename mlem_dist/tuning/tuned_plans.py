@@ -10,7 +10,7 @@ import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
-from mlem_dist.solver.steps import ALIASES
+from mlem_dist.solver.steps import ALIASES, Spacing
 from mlem_dist.tuning.recipes import make_recipe
 
 
@@ -58,17 +58,18 @@ def choose_plan(
     solver: str,
     steps: int,
     nfe: float,
+    grid: Spacing = "trailing",
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
     """Tuned plan if there is one and only the budget is given, or else the recipe of `make_recipe`; and a user note.
 
-    `choices` are the other arguments of `make_recipe`.
+    Plans are tuned on the grid "trailing". `choices` are the other arguments of `make_recipe`.
 
     Raises:
         UsageError: as in `read_plan` and `make_recipe`.
     """
     note = ""
-    if all(choice is None for choice in choices.values()):
+    if grid == "trailing" and all(choice is None for choice in choices.values()):
         if tuned := tuned_plan(ladder, solver, steps, nfe):
             note = f"Using the plan tuned for this budget, of {ladder.source}."
             if (spent := tuned.nfe(cost)) > 1.1 * nfe:
@@ -80,4 +81,4 @@ def choose_plan(
                 f"{', '.join(f'{budget:g}' for budget in budgets)}, at the `steps` they were tuned with; "
                 "`mlem-dist tune` finds more."
             )
-    return make_recipe(ladder, cost, solver, steps, nfe, **choices), note
+    return make_recipe(ladder, cost, solver, steps, nfe, **choices, grid=grid), note

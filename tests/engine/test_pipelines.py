@@ -23,10 +23,13 @@ MODEL = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
 TRAILING = {"timestep_spacing": "trailing"}
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CONFIGURATIONS = [
     {"_class_name": "DDIMScheduler", **TRAILING, "clip_sample": False},
     {"_class_name": "DDIMScheduler", **BETAS, **TRAILING, "clip_sample": False, "prediction_type": "sample"},
+    # As Stable Diffusion comes.
+    {"_class_name": "DDIMScheduler", **BETAS, **LEADING, "clip_sample": False, "prediction_type": "epsilon"},
     {
         "_class_name": "DDIMScheduler",
         **BETAS,
@@ -76,7 +79,8 @@ def test_the_best_level_alone_is_the_loop_of_diffusers(ladder):
             x = scheduler.step(unet(scaled, t, label).sample, t, x).prev_sample
     expected = ((x.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     assert expected.std() > 10
-    images = mlem_dist.sample(ladder, seeds=SEEDS, steps=STEPS, plan=single_level(2, 2, STEPS))
+    grid = "model" if config.get("timestep_spacing") == "leading" else "trailing"
+    images = mlem_dist.sample(ladder, seeds=SEEDS, steps=STEPS, plan=single_level(2, 2, STEPS), grid=grid)
     assert np.abs(images - expected).max() <= 1
     assert (images != expected).mean() < 0.01
 

@@ -85,6 +85,12 @@ def two_unets(tmp_path) -> Ladder:
     return Ladder.load(folder)
 
 
+@pytest.fixture
+def flow(tmp_path) -> Ladder:
+    """The same with a flow, which begins at pure noise."""
+    return two_gaussians(tmp_path / "flow", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+
+
 def two_gaussians(folder: Path, scheduler: dict) -> Ladder:
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)

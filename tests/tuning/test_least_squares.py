@@ -109,13 +109,14 @@ def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
             assert passed == pytest.approx(begin, abs=0.02)
 
 
-def test_where_a_schedule_begins_late_calls_begin_at_once(late):
-    fitter = Fitter(judge(late, 0))
-    plan = fitter.search(20).plan()
-    cost = late.cost("cpu")
-    default = make_recipe(late, cost, "ode", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
-    found, of_default = judge(late, 1).errors([plan, default]).mean(1)
-    assert found < of_default
+@pytest.mark.parametrize("name", ["late", "flow"])
+def test_where_a_process_begins_elsewhere_fitted_plans_are_better_too(name, request):
+    """At a state with signal, or at pure noise, where lambda is minus infinity."""
+    ladder = request.getfixturevalue(name)
+    plan, cost = Fitter(judge(ladder, 0)).search(20).plan(), ladder.cost("cpu")
+    default = make_recipe(ladder, cost, "ode", STEPS, 20, "theory", "quantiles").plan(np.random.default_rng(0))
+    error, default_error = judge(ladder, 1).errors([plan, default]).mean(1)
+    assert error < default_error
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ from mlem_dist.api.arguments import find_plan
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import read_effect, store_entry
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import extrapolated
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import canonical_solver
 from mlem_dist.tuning.recipes import NeymanRule, make_recipe
@@ -40,6 +42,18 @@ def test_without_a_gaussian_the_base_is_held_like_any_other_level(two_unets, sol
     assert plan.nfe(cost) == pytest.approx(nfe, rel=0.2, abs=0.5)
     assert plan.calls[:, 0].any()
     assert plan.calls.sum(1).max() < 100
+
+
+def test_lines_from_pure_noise_are_flat_and_written_as_numbers(flow):
+    """There lambda is minus infinity, which JSON lacks."""
+    log_snr = flow.process.grid(20).log_snr
+    assert log_snr[0] == -np.inf
+    recipe = make_recipe(flow, flow.cost("cpu"), "ode", 20, 4, "theory")
+    json.dumps(recipe.log_snr.tolist(), allow_nan=False)
+    plan = recipe.plan(np.random.default_rng(0))
+    limit = extrapolated(plan.fire, log_snr)
+    np.testing.assert_allclose(plan.weight, limit.weight, atol=1e-6)
+    np.testing.assert_allclose(plan.previous, limit.previous, atol=1e-6)
 
 
 def test_impulses_without_a_gaussian_still_pay_for_the_base_at_every_step(two_unets):
