@@ -154,7 +154,7 @@ def measured(fashion):
     """The bundled ladder, measured very little."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *fashion.sample_shape), generator=rng, dtype=torch.uint8)
-    return calibrate(fashion, images, torch.arange(20) % 10, "cpu", per_band=4, steps=10, samples=3)
+    return calibrate(fashion, images, fashion.condition(torch.arange(20)), "cpu", per_band=4, steps=10, samples=3)
 
 
 def test_the_bundled_ladder_is_measured(fashion, measured):
@@ -187,7 +187,7 @@ def test_each_level_is_timed_per_sample_of_each_batch(fashion, monkeypatch):
     monkeypatch.setattr("mlem_dist.tuning.calibrate.as_run", clocked)
     monkeypatch.setattr("mlem_dist.ladder.measure.time", SimpleNamespace(thread_time=lambda: now))
     images = torch.zeros(1, *fashion.sample_shape, dtype=torch.uint8)
-    found = calibrate(fashion, images, torch.zeros(1).long(), "cpu", per_band=1, steps=5, samples=1)
+    found = calibrate(fashion, images, fashion.condition(torch.zeros(1).long()), "cpu", per_band=1, steps=5, samples=1)
     for number, level in enumerate(found.levels, 1):
         weights = sum(map(torch.numel, fashion.load_level(number, "cpu").state_dict().values()))
         assert level.seconds == dict.fromkeys((1, 8, 64), weights)
@@ -199,7 +199,16 @@ def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
     ladder = Ladder.load(small)
     # Compiling itself takes a minute.
     with torch.compiler.set_stance("force_eager"):
-        found = calibrate(ladder, images, torch.zeros(1).long(), "cpu", per_band=4, steps=10, samples=3, compiled=True)
+        found = calibrate(
+            ladder,
+            images,
+            ladder.condition(torch.zeros(1).long()),
+            "cpu",
+            per_band=4,
+            steps=10,
+            samples=3,
+            compiled=True,
+        )
     gaussian, unet = found.levels
     assert gaussian.compiled == {}
     assert {*unet.compiled} == {*unet.seconds}
@@ -340,7 +349,7 @@ def test_a_ladder_of_one_level_is_refused(small):
     raw = json.loads((small / "ladder.json").read_text())
     (small / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:1]}))
     with pytest.raises(UsageError, match="one level"):
-        calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), torch.zeros(1).long(), "cpu")
+        calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), {}, "cpu")
 
 
 def test_a_level_that_is_not_finite_is_named(two_unets):
@@ -352,4 +361,4 @@ def test_a_level_that_is_not_finite_is_named(two_unets):
     (two_unets.folder / "ladder.json").write_text(json.dumps(raw))
     ladder, images = Ladder.load(two_unets.folder), torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(ArithmeticError, match="level 'large' does not end in finite numbers"):
-        calibrate(ladder, images, torch.zeros(8).long(), "cpu", per_band=2, steps=10, samples=2)
+        calibrate(ladder, images, ladder.condition(torch.zeros(8).long()), "cpu", per_band=2, steps=10, samples=2)
