@@ -26,7 +26,7 @@ TAU = np.array([-1.2, 0.1, 1.1])
 TABLE = solver_table(process_of_betas(np.linspace(0.05, 0.4, 12)), STEPS, "sde")
 LABEL = torch.zeros(5, dtype=torch.int64)
 NOISE = image_noise(range(5), (1, 2, 2), "cpu")
-LEVELS = {k: (lambda x, t, label, *_, k=k: torch.tanh(x * (0.5 + 0.3 * k)) + 0.1 * k) for k in (1, 2, 3)}
+LEVELS = {k: (lambda x, t, *_, k=k: torch.tanh(x * (0.5 + 0.3 * k)) + 0.1 * k) for k in (1, 2, 3)}
 TARGET = torch.full((5, 1, 2, 2), 0.3)
 LOGISTIC = Logistic(np.array([[0.7, -0.4], [-0.3, -1.0]]), TAU)
 
@@ -94,7 +94,7 @@ def test_the_slope_is_that_of_the_trajectory():
     rng = np.random.default_rng(1)
     weight, slope = rng.uniform(0.5, 2, (3, STEPS)), rng.standard_normal((3, STEPS))
     weight[1, 1] = slope[1, 1] = 0
-    levels = {k: (lambda x, t, label, *_, k=k: LEVELS[k](x.double(), t, label)) for k in LEVELS}
+    levels = {k: (lambda x, t, *_, k=k: LEVELS[k](x.double(), t)) for k in LEVELS}
 
     def noise(step):
         return NOISE(step).double()
@@ -110,12 +110,12 @@ def test_a_real_ladder_can_be_differentiated(fashion):
     levels = {k: fashion.load_level(k, "cpu") for k in (1, 2, 3)}
     table = solver_table(fashion.process, 6, "sde")
     noise = image_noise(range(2), fashion.sample_shape, "cpu")
-    label = torch.tensor([0, 8])
+    condition = {"label": torch.tensor([0, 8])}
     weight = np.array([[1.0] * 6, [0, 2, 0, 2, 2, 0], [0, 0, 0, 3, 0, 0]])
     slope = np.array([[0.0] * 6, [0, 1, 0, -1, 0.5, 0], [0, 0, 0, 1, 0, 0]])
-    _, change = end_and_slope(levels, table, weight, slope, noise, label)
+    _, change = end_and_slope(levels, table, weight, slope, noise, condition)
     h = 1e-2
-    ends = [end_and_slope(levels, table, weight + s * h * slope, slope, noise, label)[0] for s in (1, -1)]
+    ends = [end_and_slope(levels, table, weight + s * h * slope, slope, noise, condition)[0] for s in (1, -1)]
     expected = (ends[0] - ends[1]) / (2 * h)
     assert (expected - change).norm() < 0.02 * change.norm()
 
@@ -125,9 +125,8 @@ def test_learning_lowers_error_and_cost_together():
     useless = LEVELS | {3: LEVELS[2]}
     start = Logistic(np.array([[0.0, 0.0], [-1.5, 1.0]]), TAU)
     noise = image_noise(range(16), (1, 2, 2), "cpu")
-    label = torch.zeros(16, dtype=torch.int64)
-    target = integrate(useless, TABLE, impulse(np.ones((3, STEPS), dtype=bool), np.ones((3, STEPS))), noise, label)
-    steps = list(itertools.islice(learn(useless, TABLE, start, COST, noise, label, target, seed=0), 100))
+    target = integrate(useless, TABLE, impulse(np.ones((3, STEPS), dtype=bool), np.ones((3, STEPS))), noise, {})
+    steps = list(itertools.islice(learn(useless, TABLE, start, COST, noise, {}, target, seed=0), 100))
     first, last = steps[0].logistic.probabilities, steps[-1].logistic.probabilities
     assert (last[2] < 0.5 * first[2]).all()
     assert steps[-1].cost < steps[0].cost
