@@ -18,20 +18,26 @@ if TYPE_CHECKING:
 def read(out: str | Location) -> ray.data.Dataset:
     """The finished shards of a dataset as a Ray Dataset with the stored columns.
 
+    Ray Data reads on the Ray to which this process is connected, else on that of RAY_ADDRESS, else on a new local one.
+
     Args:
         out: the dataset's folder, or its URL in an object store.
 
     Raises:
         UsageError: if there is no dataset, or it has no finished shard.
+        RuntimeError: if Ray does not start.
     """
     import ray.data
 
     from mlem_dist.dataset.manifest import finished_shards, read_manifest
+    from mlem_dist.runtime.cluster import connect
 
     place = parse_location(out) if isinstance(out, str) else out
     paths = sorted(finished_shards(place, read_manifest(place)))
     if not paths:
         raise UsageError(f"{place} has no finished shard yet; generate it to the end")
+    # By itself, Ray Data would connect to any other program's Ray that it finds on this machine.
+    connect(None, stay=True)
     filesystem = None if isinstance(place, Path) else place.fs
     root = str(place.absolute()) if isinstance(place, Path) else place.path
     return ray.data.read_parquet([f"{root}/{path}" for path in paths], filesystem=filesystem)

@@ -78,10 +78,11 @@ def _resolved(address: str | None) -> str:
     return address or os.environ.get("RAY_ADDRESS") or "local"
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, stay: bool = False) -> None:
     """Connect to the Ray at `address`, or at RAY_ADDRESS, which a Ray job sets, or start Ray here.
 
-    Without an address, a process that is connected to Ray already keeps its connection.
+    Without an address, a process that is connected to Ray already keeps its connection. With `stay`, `disconnect` does
+    not end a connection that this call makes.
 
     Raises:
         UsageError: if nothing answers at the address within some seconds, or if this machine allows fewer open files
@@ -121,7 +122,7 @@ def connect(address: str | None) -> None:
     finally:
         # ray.init has installed its own handler.
         signal.signal(signal.SIGTERM, handler)
-    _connected = True
+    _connected = not stay
 
 
 def _job_config() -> JobConfig:
