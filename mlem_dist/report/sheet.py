@@ -18,7 +18,7 @@ MARGIN = 110
 
 
 def contact_sheet(out: Location) -> Image.Image:
-    """A picture of a dataset: a row of twelve images for each class; without classes, images in order of sample id.
+    """A picture of a dataset: a row of twelve images for each class; without classes, rows in order of sample id.
 
     Raises:
         UsageError: if the folder is no dataset, has no finished shard yet, or has a shard that cannot be read.
@@ -26,15 +26,17 @@ def contact_sheet(out: Location) -> Image.Image:
     manifest = read_manifest(out)
     classes: list[int] = manifest.config["labels"] if manifest.labels else list(range(10))
     rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
+    number = 0
     for path in sorted(finished_shards(out, manifest)):
         try:
             with reached(out), (out / path).open("rb") as opened:
                 # A thread of pyarrow that reads through Python can abort the interpreter at its exit.
                 file = pq.ParquetFile(opened, pre_buffer=False)
                 groups = (file.read_row_group(group, use_threads=False) for group in range(file.num_row_groups))
-                for i, record in chain.from_iterable(enumerate(group.to_pylist()) for group in groups):
-                    row = classes.index(record["label"]) if manifest.labels else i % len(classes)
-                    if len(rows[row]) < COLUMNS:
+                for record in chain.from_iterable(group.to_pylist() for group in groups):
+                    row = classes.index(record["label"]) if manifest.labels else number // COLUMNS
+                    number += 1
+                    if row < len(classes) and len(rows[row]) < COLUMNS:
                         rows[row].append(record["image"]["bytes"])
         except (OSError, pa.ArrowException) as error:
             raise UsageError(f"{out / path} cannot be read ({error}); `mlem-dist verify {out}` says more") from None
@@ -43,9 +45,11 @@ def contact_sheet(out: Location) -> Image.Image:
     if not any(rows.values()):
         raise UsageError(f"{out} has no finished shard yet; run `mlem-dist generate` again to finish it")
     first = Image.open(io.BytesIO(next(row[0] for row in rows.values() if row)))
+    if not manifest.labels:
+        rows = {row: pngs for row, pngs in rows.items() if pngs}
     width, height = first.width * SCALE, first.height * SCALE
     margin = MARGIN if manifest.labels else 0
-    sheet = Image.new("RGB", (margin + COLUMNS * width, len(classes) * height), "white")
+    sheet = Image.new("RGB", (margin + COLUMNS * width, len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for y, pngs in rows.items():
         if manifest.labels:

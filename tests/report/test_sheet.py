@@ -1,0 +1,27 @@
+import json
+
+import numpy as np
+import pytest
+
+from mlem_dist.dataset.manifest import Manifest
+from mlem_dist.dataset.shards import write_shard
+from mlem_dist.report.sheet import COLUMNS, SCALE, contact_sheet
+
+
+@pytest.mark.parametrize(("num", "rows"), [(30, 3), (200, 10)])
+def test_a_sheet_without_classes_shows_images_in_order_of_sample_id(tmp_path, num, rows):
+    """Whatever the shards."""
+    manifest = Manifest({"labels": []}, (), {}, {}, ())
+    manifest.write(tmp_path)
+    size = 5
+    for shard in range(num // size):
+        ids = range(shard * size, (shard + 1) * size)
+        images = np.stack([np.full((2, 2, 1), i, dtype=np.uint8) for i in ids])
+        columns = {"sample_id": ids, "seed": ids}
+        write_shard(tmp_path, shard, num // size, images, columns, (), manifest.fingerprint)
+    assert json.loads((tmp_path / "mlem.json").read_text())["labels"] == []
+    sheet = np.array(contact_sheet(tmp_path).convert("L"))
+    pixels = sheet[:: 2 * SCALE, :: 2 * SCALE]
+    assert pixels.shape == (rows, COLUMNS)
+    shown = min(num, rows * COLUMNS)
+    assert pixels.flatten()[:shown].tolist() == list(range(shown))
