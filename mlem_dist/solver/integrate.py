@@ -1,6 +1,6 @@
 """The integrator: one loop, which this module drives in one process and the runtime drives across actors."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -41,12 +41,17 @@ class Request:
 
 
 def trajectory(
-    table: StepTable, plan: Plan, noise: Noise, closed_form: ClosedForm | None = None
+    table: StepTable,
+    plan: Plan,
+    noise: Noise,
+    closed_form: ClosedForm | None = None,
+    observe: Callable[[Tensor], None] = lambda x: None,
 ) -> Generator[Request, list[Tensor], Tensor]:
     """x_{i+1} = a_i x_i + b_i sum_j w_j(i) v_j + c_i z_i, over the terms v_j of the plan that are live at step i.
 
     This generator yields a `Request` where a step evaluates terms, receives their values, and returns x_N. A plan that
     collapses needs `closed_form`. A table with a memory adds d_i m_{i-1}, m_i = u_i x_i + v_i sum_j w_j(i) v_j.
+    `observe` receives the state before each run, which is a single step unless the plan collapses.
     """
     x = noise(-1)
     if table.scale != 1:
@@ -58,6 +63,7 @@ def trajectory(
     carried: Projected | None = None
     for run in plan.runs:
         i = run.start
+        observe(x)
         if run.terms:
             live += zip(run.terms, (yield Request(i, float(table.t[i]), x, run.terms)), strict=True)
         live = [(term, value) for term, value in live if i < term.stop]
@@ -111,12 +117,13 @@ def integrate(
     noise: Noise,
     condition: Condition,
     closed_form: ClosedForm | None = None,
+    observe: Callable[[Tensor], None] = lambda x: None,
 ) -> Tensor:
     """The final state x_N, float32 (B, C, H, W), of a block with a condition: the one-process reference.
 
-    `levels` maps each level's number, from 1, to its drift. A plan that collapses needs `closed_form`.
+    `levels` maps each level's number, from 1, to its drift. The other arguments are as for `trajectory`.
     """
-    run = trajectory(table, plan, noise, closed_form)
+    run = trajectory(table, plan, noise, closed_form, observe)
     values = None
     while True:
         try:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -233,16 +233,8 @@ class Fitter:
 
         def follow(block: int) -> None:
             states: list[Tensor] = []
-
-            def recording(level: Drift, x: Tensor, *arguments: Any) -> Tensor:
-                # Several levels may be evaluated at one state.
-                if not states or states[-1] is not x:
-                    states.append(x)
-                return level(x, *arguments)
-
-            levels = {k: partial(recording, level) for k, level in self.comparison.levels.items()}
-            noise = self.comparison.noise(block, steps)
-            end = integrate(levels, self.table, plan, noise, self.comparison.condition(block))
+            noise, condition = self.comparison.noise(block, steps), self.comparison.condition(block)
+            end = integrate(self.comparison.levels, self.table, plan, noise, condition, observe=states.append)
             positions[:, self.rows(block)] = torch.stack([*states, end])
 
         list(self.pool.map(follow, self.blocks))

@@ -6,8 +6,18 @@ import torch
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.plan import single_level
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
-from mlem_dist.tuning.least_squares import BEGINNINGS, BETWEEN, LARGEST, TIME_SHARE, Fitter, Times, fitting_samples
+from mlem_dist.tuning.least_squares import (
+    BEGINNINGS,
+    BETWEEN,
+    LARGEST,
+    PATH_CALLS,
+    TIME_SHARE,
+    Fitter,
+    Times,
+    fitting_samples,
+)
 from mlem_dist.tuning.recipes import make_recipe
 
 STEPS = 40
@@ -138,6 +148,17 @@ def test_without_a_gaussian_the_first_level_is_fitted_too(held, times):
     assert fit.error == pytest.approx(held.comparison.errors([plan]).mean(), rel=1e-3)
     assert plan.calls.sum(1).tolist() == ([0, 4] if not times.middle else [fire[0].sum(), times.calls])
     assert held.fit(rungs, np.ones_like(fire)).error < 1e-6
+
+
+def test_without_a_gaussian_the_path_has_a_state_for_each_step_too(two_unets):
+    """Of more steps than the path calls the best level at."""
+    steps = PATH_CALLS + 50
+    comparison = PlanComparison(two_unets, "ode", "cpu", steps, BLOCK["cpu"], 0)
+    path = Fitter(comparison).path
+    assert len(path) == steps + 1
+    end = comparison.end(single_level(2, 2, steps), 0)
+    assert (path[-1] - end).square().mean() < 1e-4 * end.square().mean()
+    assert (path[1:] - path[:-1]).flatten(1).any(1).all()
 
 
 def test_without_a_gaussian_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(two_unets, held):
