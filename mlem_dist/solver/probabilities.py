@@ -53,9 +53,9 @@ def expected_cost(p: np.ndarray, cost: np.ndarray, base: Base = "every") -> floa
 def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Base = "every") -> np.ndarray:
     """Probabilities p_k(i) = min(1, C weights_k(i)), with C such that the expected cost is the budget.
 
-    Level 1 has p_1 = 1 at every step. A held base has p_1 = 1 at the first step only, and no level has more than the
-    level below. A budget that pays for the best level at every step gives p = 1 everywhere: Euler-Maruyama with that
-    level.
+    Level 1 has p_1 = 1 at every step. With a held base, all levels have p = 1 at the first step only, because a value
+    that has not been evaluated yet is missing; and no level has more than the level below. A budget that pays for the
+    best level at every step gives p = 1 everywhere: Euler-Maruyama with that level.
 
     Args:
         weights: float64 (K, N), not negative.
@@ -68,7 +68,10 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
     """
     steps = weights.shape[1]
     certain = np.zeros(weights.shape, dtype=bool)
-    certain[0, : 1 if base == "held" else steps] = True
+    if base == "held":
+        certain[:, 0] = True
+    else:
+        certain[0] = True
     if nfe >= steps:
         return np.ones_like(weights)
 
@@ -81,9 +84,13 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
 
     # The tolerance allows for rounding.
     if nfe < spent(0) * (1 - 1e-9):
+        if base == "held":
+            raise UsageError(
+                f"`nfe` {nfe:g} is below the cost of one evaluation of each level, {spent(0):.3g}; raise `nfe`"
+            )
         payable = int(nfe / float(cost[0] / cost[-1])) if base == "every" else 0
         raise UsageError(
-            f"`nfe` {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {int(certain.sum())} steps; "
+            f"`nfe` {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
             "raise `nfe`" + (f" or lower `steps` to {payable}" if payable else "")
         )
     worth = weights[~certain & (weights > 0)]

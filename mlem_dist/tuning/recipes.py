@@ -123,11 +123,17 @@ class NeymanRule:
         Raises:
             UsageError: if the budget is below the cost of the base level.
         """
-        ranked = []
-        for rungs in rung_sets(len(self.cost), self.base == "held"):
-            # One evaluation of a level above the first may cost more than the budget.
-            if rungs[0] == 1 or self.cost[rungs[0] - 1] <= nfe * self.cost[-1]:
-                ranked.append((self._error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs))
+        choices = [*rung_sets(len(self.cost), self.base == "held")]
+        if self.base == "held":
+            # All rungs are evaluated at the first step. The best level alone is refused below, if it costs too much.
+            choices = [
+                rungs
+                for rungs in choices
+                if len(rungs) == 1 or sum(self.cost[rung - 1] for rung in rungs) <= nfe * self.cost[-1]
+            ]
+        ranked = [
+            (self._error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs) for rungs in choices
+        ]
         return [rungs for _, rungs in sorted(ranked)]
 
     def _error(self, p: np.ndarray, effect: np.ndarray) -> float:

@@ -244,18 +244,18 @@ def test_probabilities_meet_the_budget_in_closed_form(nfe):
     ) > expected_cost(steps, COST)
 
 
-@pytest.mark.parametrize("nfe", [0.5, 3.0, 20.0, 100.0])
+@pytest.mark.parametrize("nfe", [1.5, 3.0, 20.0, 100.0])
 @pytest.mark.parametrize("draw", ["quantiles", "systematic", "independent"])
 def test_probabilities_meet_the_budget_with_a_held_base(nfe, draw):
     p = scale_to_budget(rule_weights("theory", COST, np.arange(250.0)), COST, nfe, "held")
-    assert p[0, 0] == 1
+    assert (p[:, 0] == 1).all()
     assert (np.diff(p, axis=0) <= 0).all()
     recipe, rng = Recipe(p, draw, "held", nested=True), np.random.default_rng(1)
     plans = [recipe.plan(rng) for _ in range(1 if draw == "quantiles" else 100)]
     # Independent coins that are moved to the same step are one evaluation.
     assert 0.8 * nfe - 0.2 < np.mean([plan.nfe(COST) for plan in plans]) < 1.1 * nfe + 0.3
     for plan in plans:
-        assert plan.fire[0, 0]
+        assert plan.fire[:, 0].all()
         # Every evaluation of an increment finds the value of the level below.
         assert (plan.calls <= plan.fire).all()
 

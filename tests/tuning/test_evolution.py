@@ -89,8 +89,8 @@ def test_the_evaluations_of_a_base_level_that_is_not_free_are_optimised_too(two_
     selection = PlanComparison(two_unets, "ode", "cpu", steps, 4, 0)
     optimiser = Optimiser(selection, 1, lambda stage, done, total: None, samples=4)
     plan, rungs = optimiser.plan(nfe), optimiser.shape(nfe).rungs
-    assert plan.nfe(cost) == pytest.approx(nfe, abs=1)
+    assert plan.nfe(cost) == pytest.approx(nfe, rel=0.1)
     assert plan.calls[rungs[0] - 1, 0]
     assert 0 < plan.calls[1].sum() < steps
-    with pytest.raises(UsageError, match="below the cost of the base level alone"):
+    with pytest.raises(UsageError, match=r"`nfe` 0.1 is below the cost of one evaluation of each level, 1; raise"):
         optimiser.plan(0.1)
