@@ -88,9 +88,9 @@ def test_the_evaluations_of_a_base_level_that_is_not_free_are_optimised_too(two_
     cost = two_unets.cost("cpu")
     selection = PlanComparison(two_unets, "ode", "cpu", steps, 4, 0)
     optimiser = Optimiser(selection, 1, lambda stage, done, total: None, samples=4)
-    plan, rungs = optimiser.plan(nfe), optimiser.shape(nfe).rungs
+    plan = optimiser.plan(nfe)
     assert plan.nfe(cost) == pytest.approx(nfe, rel=0.1)
-    assert plan.calls[rungs[0] - 1, 0]
+    assert plan.calls[:, 0].any()
     assert 0 < plan.calls[1].sum() < steps
     with pytest.raises(UsageError, match=r"`nfe` 0.1 is below the cost of one evaluation of each level, 1; raise"):
         optimiser.plan(0.1)
