@@ -60,10 +60,10 @@ def late(tmp_path) -> Ladder:
     return two_gaussians(tmp_path / "late", {"num_train_timesteps": 100, **betas})
 
 
-@pytest.fixture
-def two_unets(tmp_path) -> Ladder:
+@pytest.fixture(scope="session")
+def two_unets(tmp_path_factory) -> Ladder:
     """Two untrained UNets, without a Gaussian level and without classes, of costs as one to five; calibrated."""
-    folder = tmp_path / "unets"
+    folder = tmp_path_factory.mktemp("ladders") / "unets"
     folder.mkdir()
     scheduler = {"num_train_timesteps": 200, "beta_start": 1e-3, "beta_end": 0.1}
     levels = []

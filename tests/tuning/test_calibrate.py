@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -352,13 +353,14 @@ def test_a_ladder_of_one_level_is_refused(small):
         calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), {}, "cpu")
 
 
-def test_a_level_that_is_not_finite_is_named(two_unets):
+def test_a_level_that_is_not_finite_is_named(two_unets, tmp_path):
+    folder = shutil.copytree(two_unets.folder, tmp_path / "unets")
     level = two_unets.load_level(2, "cpu")
     level.model.conv_out.bias.data.fill_(float("nan"))
-    entry = save_level(two_unets.folder, "large", level, torch.float32)
-    raw = json.loads((two_unets.folder / "ladder.json").read_text())
+    entry = save_level(folder, "large", level, torch.float32)
+    raw = json.loads((folder / "ladder.json").read_text())
     raw["levels"][1]["sha256"] = entry.sha256
-    (two_unets.folder / "ladder.json").write_text(json.dumps(raw))
-    ladder, images = Ladder.load(two_unets.folder), torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
+    (folder / "ladder.json").write_text(json.dumps(raw))
+    ladder, images = Ladder.load(folder), torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(ArithmeticError, match="level 'large' does not end in finite numbers"):
         calibrate(ladder, images, ladder.condition(torch.zeros(8).long()), "cpu", per_band=2, steps=10, samples=2)
