@@ -180,9 +180,8 @@ def learned(choosing: PlanComparison, path: Path) -> tuple[Logistic, tuple[int, 
     # Adam's steps wander about where they end.
     coefficients = np.mean([step["coefficients"] for step in found["history"][-UPDATES // 4 :]], axis=0)
     logistic = Logistic(coefficients, tau(BASE_STEPS))
-    return with_budget(logistic, lambda p: expected_cost(p, cost, "closed"), LEARN_NFE * cost[-1]), tuple(
-        found["rungs"]
-    )
+    at_budget = with_budget(logistic, lambda p: expected_cost(p, cost, "closed"), LEARN_NFE * cost[-1])
+    return at_budget, tuple(found["rungs"])
 
 
 FAST = {

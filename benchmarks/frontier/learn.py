@@ -134,8 +134,8 @@ class _Contiguous(TorchFunctionMode):
 def _with_derivative(level: Drift, x: Tensor, dx: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     # The fused kernels of attention have no forward derivative.
     with sdpa_kernel(SDPBackend.MATH), _Contiguous():
-        found = torch.func.jvp(lambda y: level(y, t, condition, NONE_KNOWN), (x,), (dx,))
-    return found[0], found[1]
+        value, change = torch.func.jvp(lambda y: level(y, t, condition, NONE_KNOWN), (x,), (dx,))
+    return value, change
 
 
 @dataclass(frozen=True)

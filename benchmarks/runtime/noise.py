@@ -40,7 +40,7 @@ def main(out: Path) -> None:
 
         return draw
 
-    engine_blocks.image_noise = lambda *arguments: timed(image_noise(*arguments))  # type: ignore[attr-defined]
+    engine_blocks.image_noise = lambda *arguments: timed(image_noise(*arguments))
     for solver, nfe in CASES:
         plan, _ = find_plan(ladder, ladder.cost("cpu"), solver=solver, steps=STEPS, nfe=nfe)
         labels = tuple(range(len(ladder.labels)))

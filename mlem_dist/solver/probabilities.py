@@ -64,7 +64,8 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
         base: the steps at which plans evaluate level 1.
 
     Raises:
-        UsageError: if the budget is below the cost of level 1 alone.
+        UsageError: if the budget is below the cost of level 1 alone or, with a held base, of one evaluation of each
+            level.
     """
     steps = weights.shape[1]
     certain = np.zeros(weights.shape, dtype=bool)

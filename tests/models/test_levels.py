@@ -33,14 +33,14 @@ def test_the_gaussian_level_is_the_exact_posterior_mean():
     x = torch.randn(6, 1, 3, 4, generator=rng)
     which = torch.tensor([0, 1, 1, 0, 1, 0])
     t = torch.tensor([0, 5, 10, 15, 19, 3])
-    found = level(x, t, {"label": which})
+    drift = level(x, t, {"label": which})
     for i in range(6):
         c, a = int(which[i]), alpha_bar[int(t[i])]
         q, v, r = level.basis[c].double(), level.variance[c].double(), level.residual[c].double()
         cov = q @ torch.diag(v) @ q.T + r * (torch.eye(d) - q @ q.T)
         centred = x[i].flatten().double() - a**0.5 * level.mean[c].double()
         exact = (1 - a) ** 0.5 * torch.linalg.solve(a * cov + (1 - a) * torch.eye(d), centred)
-        assert (found[i].flatten() - exact).abs().max() < 1e-4
+        assert (drift[i].flatten() - exact).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("n", [6, 40, FIT_ROWS + 500])
@@ -94,8 +94,8 @@ def test_a_v_prediction_is_that_of_diffusers():
     process = process_of_products(scheduler.alphas_cumprod.double().numpy())
     level = UNetLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", process, None)
     x = scheduler.add_noise(x0, noise, t)
-    found = level(x, t, {})
-    torch.testing.assert_close(found, noise, atol=1e-5, rtol=1e-5)
+    drift = level(x, t, {})
+    torch.testing.assert_close(drift, noise, atol=1e-5, rtol=1e-5)
     # An error e of v is an error of the noise, whose weighed square is that of v.
     level.model.noise = noise + 0.1
     off = level(x, t, {}) - noise
@@ -148,8 +148,8 @@ def test_levels_at_one_state_share_the_gaussian(fashion):
     times = []
     hook = levels[1].register_forward_hook(lambda *_: times.append(1))
     for terms in ([Increment(4, 2), Increment(2, 1)], [Increment(1, 0), Increment(4, 0)]):
-        found = evaluate(levels, terms, x, 600, condition)
-        for term, value in zip(terms, found, strict=True):
+        values = evaluate(levels, terms, x, 600, condition)
+        for term, value in zip(terms, values, strict=True):
             assert torch.equal(value, alone[term.level] - alone[term.below] if term.below else alone[term.level])
     hook.remove()
     assert len(times) == 2
@@ -241,9 +241,9 @@ def test_wide_unets_compute_with_channels_last_on_a_cpu(fashion):
         layouts = {one.model.conv_in.weight.is_contiguous() for one in (level, first)}
         wide.append(max(level.model.config.block_out_channels) >= WIDE)
         assert layouts == ({True, False} if wide[-1] else {True})
-        found = level(x, t, condition)
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, first(x, t, condition), atol=1e-5, rtol=1e-5)
+        output = level(x, t, condition)
+        assert output.is_contiguous()
+        torch.testing.assert_close(output, first(x, t, condition), atol=1e-5, rtol=1e-5)
     assert set(wide) == {True, False}
 
 

@@ -37,8 +37,8 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
     assert len(runs.runs) < STEPS / 3
     expected = integrate(levels, table, single, noise, {"label": label})
     closed_form = ClosedForm(levels[1].affine(table.t), table, label, path=True)
-    found = integrate(levels, table, runs, noise, {"label": label}, closed_form)
-    assert (found - expected).abs().max() < 3e-5
+    end = integrate(levels, table, runs, noise, {"label": label}, closed_form)
+    assert (end - expected).abs().max() < 3e-5
     assert expected.std() > 0.3
 
 
@@ -53,8 +53,8 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     single, runs = held(fire), replace(held(fire), collapse=True)
     assert {bool(run.base) for run in runs.runs[1:4]} == {True, False}
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
-    found = integrate(levels, table, runs, noise, {"label": label}, closed_form)
-    assert (found - integrate(levels, table, single, noise, {"label": label})).abs().max() < 3e-5
+    end = integrate(levels, table, runs, noise, {"label": label}, closed_form)
+    assert (end - integrate(levels, table, single, noise, {"label": label})).abs().max() < 3e-5
 
 
 def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
@@ -65,8 +65,8 @@ def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
     closed_form = ClosedForm(levels[1].affine(table.t), table, label)
     plan = replace(single_level(1, 3, 1000), collapse=True)
     assert len(plan.runs) == 1
-    found = integrate({}, table, plan, noise, {"label": label}, closed_form)
-    assert (found - expected).abs().max() < 3e-5
+    end = integrate({}, table, plan, noise, {"label": label}, closed_form)
+    assert (end - expected).abs().max() < 3e-5
 
 
 def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, StepTable]:

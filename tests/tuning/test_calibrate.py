@@ -62,8 +62,8 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
     table = step_table(SCHEDULE.grid(10), eta)
     condition = {}
     states = best_trajectory(levels, table, image_noise(range(3), (1, 2, 2), "cpu"), condition, silent)
-    found = [propagate(levels, table, states, condition, probe) for probe in signs(3)]
-    effect = np.mean([change**2 for _, change in found], axis=0)
+    measurements = [propagate(levels, table, states, condition, probe) for probe in signs(3)]
+    effect = np.mean([change**2 for _, change in measurements], axis=0)
     below = [np.zeros((4, 4)), *matrices]
     for i in range(10):
         onward = np.eye(4)
@@ -72,7 +72,7 @@ def test_the_effect_of_linear_levels_is_the_exact_propagated_one(toy, eta):
         x = states[i].double().flatten(1).numpy()
         for k in range(3):
             increment = x @ (matrices[k] - below[k]).T
-            np.testing.assert_allclose(found[0][0][k, i], (increment**2).mean(1), rtol=1e-4)
+            np.testing.assert_allclose(measurements[0][0][k, i], (increment**2).mean(1), rtol=1e-4)
             exact = ((table.b[i] * increment @ onward.T) ** 2).mean(1)
             np.testing.assert_allclose(effect[k, i], exact, rtol=1e-3)
 
@@ -188,8 +188,10 @@ def test_each_level_is_timed_per_sample_of_each_batch(fashion, monkeypatch):
     monkeypatch.setattr("mlem_dist.tuning.calibrate.as_run", clocked)
     monkeypatch.setattr("mlem_dist.ladder.measure.time", SimpleNamespace(thread_time=lambda: now))
     images = torch.zeros(1, *fashion.sample_shape, dtype=torch.uint8)
-    found = calibrate(fashion, images, fashion.condition(torch.zeros(1).long()), "cpu", per_band=1, steps=5, samples=1)
-    for number, level in enumerate(found.levels, 1):
+    calibration = calibrate(
+        fashion, images, fashion.condition(torch.zeros(1).long()), "cpu", per_band=1, steps=5, samples=1
+    )
+    for number, level in enumerate(calibration.levels, 1):
         weights = sum(map(torch.numel, fashion.load_level(number, "cpu").state_dict().values()))
         assert level.seconds == dict.fromkeys((1, 8, 64), weights)
 
@@ -200,7 +202,7 @@ def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
     ladder = Ladder.load(small)
     # Compiling itself takes a minute.
     with torch.compiler.set_stance("force_eager"):
-        found = calibrate(
+        calibration = calibrate(
             ladder,
             images,
             ladder.condition(torch.zeros(1).long()),
@@ -210,13 +212,13 @@ def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
             samples=3,
             compiled=True,
         )
-    gaussian, unet = found.levels
+    gaussian, unet = calibration.levels
     assert gaussian.compiled == {}
     assert {*unet.compiled} == {*unet.seconds}
-    in_file = json.loads(store(small, ladder, found).read_text())["devices"][found.device]["levels"]
+    in_file = json.loads(store(small, ladder, calibration).read_text())["devices"][calibration.device]["levels"]
     assert in_file[1]["compiled"]["8"] == pytest.approx(unet.compiled[8], rel=1e-5)
     assert f"{unet.compiled[8] * 1e3:.3f} ({unet.seconds[8] / unet.compiled[8]:.2f})" in calibration_table(
-        ladder, found
+        ladder, calibration
     )
     assert "torch.compile" not in calibration_table(ladder, measured)
 
@@ -232,10 +234,10 @@ def test_images_are_in_the_ladders_range_and_trajectories_of_all_its_classes(man
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *many.sample_shape), generator=rng, dtype=torch.uint8)
     condition = {"label": torch.arange(20)}
-    found = calibrate(many, images, condition, "cpu", per_band=4, steps=10, samples=4)
+    calibration = calibrate(many, images, condition, "cpu", per_band=4, steps=10, samples=4)
     assert chosen[0] == [0, 10, 20, 30]
     exact = denoising_errors(many.load_level(1, "cpu"), images, condition, many.process, 10, 4, (0.0, 1.0))
-    np.testing.assert_array_equal(found.levels[0].denoising_error, exact.mean(1))
+    np.testing.assert_array_equal(calibration.levels[0].denoising_error, exact.mean(1))
 
 
 def test_other_devices_keep_their_entries(tmp_path, fashion, measured):
