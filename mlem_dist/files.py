@@ -39,6 +39,10 @@ SYSTEM_NAMES = (
 """Name patterns of entries that file systems, desktops and version control put into an otherwise empty folder."""
 
 
+REMEMBERED = 2**24
+"""Smallest size in bytes of a file whose digest is remembered."""
+
+
 def own_names(names: Iterable[str]) -> list[str]:
     """The names in a folder that match none of `SYSTEM_NAMES`, sorted."""
     return sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in SYSTEM_NAMES))
@@ -126,6 +130,28 @@ def file_digest(path: Path | UPath) -> str:
     opened: Any = path.open("rb")
     with opened as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_digest(path: Path) -> str:
+    """As `file_digest`, but a large file that has not changed since an earlier call on this machine is not read again.
+
+    Digests are remembered in the user's cache folder, by the file's path, size, inode and times of change.
+    """
+    status = path.stat()
+    if status.st_size < REMEMBERED:
+        return file_digest(path)
+    identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlem-dist" / "digests"
+    with suppress(OSError):
+        digest = (folder / name).read_text("ascii", "replace")
+        if len(digest) == 64:
+            return digest
+    digest = file_digest(path)
+    # Without a cache folder that can be written, the next call reads the file again.
+    with suppress(OSError):
+        replace_file(folder / name, digest)
+    return digest
 
 
 def read_object(path: Path | UPath, what: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from mlem_dist.solver.bisection import last_below
 from mlem_dist.solver.condition import Condition, take
-from mlem_dist.solver.integrate import NONE_KNOWN, Drift, Noise
+from mlem_dist.solver.integrate import Drift, Noise
 from mlem_dist.solver.probabilities import expected_cost, increment_cost
 from mlem_dist.solver.steps import StepTable
 
@@ -134,7 +134,7 @@ class _Contiguous(TorchFunctionMode):
 def _with_derivative(level: Drift, x: Tensor, dx: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
     # The fused kernels of attention have no forward derivative.
     with sdpa_kernel(SDPBackend.MATH), _Contiguous():
-        value, change = torch.func.jvp(lambda y: level(y, t, condition, NONE_KNOWN), (x,), (dx,))
+        value, change = torch.func.jvp(lambda y: level(y, t, condition, {}), (x,), (dx,))
     return value, change
 
 

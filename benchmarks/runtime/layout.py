@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import WIDE, Ladder
 from mlem_dist.models.memory import keep_memory
-from mlem_dist.models.unet import UNetLevel
+from mlem_dist.models.level import ModelLevel
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
@@ -100,7 +100,7 @@ def plans(ladder: Ladder) -> Iterator[dict[str, Any]]:
 
 def channels_first(level: nn.Module) -> nn.Module:
     """A level whose UNet, if it is one, computes with channels first."""
-    if isinstance(level, UNetLevel):
+    if isinstance(level, ModelLevel):
         level = copy.deepcopy(level)
         level.model.to(memory_format=torch.contiguous_format)
     return level

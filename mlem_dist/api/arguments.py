@@ -106,6 +106,34 @@ def check_labels(labels: Sequence[int] | None, ladder: Ladder) -> tuple[int, ...
     return tuple(labels)
 
 
+def check_prompts(
+    prompts: Sequence[str] | None, negative_prompts: str | Sequence[str | None] | None, ladder: Ladder
+) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+    """The prompts and negative prompts of all samples; the latter are empty if no sample has one.
+
+    Raises:
+        UsageError: if prompts are missing or empty, are no texts, or the ladder takes none.
+    """
+    if prompts is None and negative_prompts is None and not ladder.encoder:
+        return (), ()
+    if not ladder.encoder:
+        raise UsageError(
+            f"`prompts`: ladder {ladder.name!r} is not conditioned on prompts; leave them out, or take a ladder that is"
+        )
+    if prompts is None or isinstance(prompts, str) or not len(prompts):
+        raise UsageError(f"`prompts` is {prompts!r}, expected a list with a prompt for each image")
+    if bad := [i for i, text in enumerate(prompts) if not isinstance(text, str)]:
+        raise UsageError(f"`prompts`: number {bad[0]} is {prompts[bad[0]]!r}, expected a text")
+    if negative_prompts is None:
+        return tuple(prompts), ()
+    each = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else negative_prompts
+    if len(each) != len(prompts):
+        raise UsageError(f"`negative_prompts`: {len(each)} for {len(prompts)} prompts, expected one for all or for each")
+    if bad := [i for i, text in enumerate(each) if not isinstance(text, str | None)]:
+        raise UsageError(f"`negative_prompts`: number {bad[0]} is {each[bad[0]]!r}, expected a text or None")
+    return tuple(prompts), tuple(each)
+
+
 def check_new(out: Path) -> None:
     """Refuse an output file that exists or whose folder is not writable.
 

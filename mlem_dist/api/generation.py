@@ -18,6 +18,7 @@ from mlem_dist.api.arguments import (
     Solver,
     check_labels,
     check_new,
+    check_prompts,
     find_plan,
     ignore,
     load_ladder,
@@ -43,6 +44,8 @@ def sample(
     *,
     num: int | None = None,
     labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
+    negative_prompts: str | Sequence[str | None] | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     nfe: float | None = None,
@@ -62,6 +65,8 @@ def sample(
         ladder: a bundled name, a folder, or a ladder.
         num: number of images.
         labels: classes to generate, in turn; all by default.
+        prompts: a prompt for each image, for a ladder that is conditioned on prompts; `num` is then their number.
+        negative_prompts: the negative prompt of all images, or of each; None for none.
         seed: image seed of the first image, in [0, 2^32).
         seeds: image seeds of all images, instead of `num` and `seed`.
         nfe: budget per image, in evaluations of the best level; 10 by default.
@@ -83,9 +88,12 @@ def sample(
     """
     from mlem_dist.engine.inline import sample_blocks
 
+    loaded = load_ladder(ladder)
+    texts, negative_texts = check_prompts(prompts, negative_prompts, loaded)
+    if texts and seeds is None:
+        num = len(texts) if num is None else num
     num, image_seed = _check_seeds(num, seed, seeds)
     method = canonical_solver(solver)
-    loaded = load_ladder(ladder)
     device_type = local_device(device)
     chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=method, steps=steps, nfe=nfe, plan=plan, grid=grid)
     block_size = min(num, BLOCK_SIZE[device_type])
@@ -103,6 +111,8 @@ def sample(
         device=device_type,
         precision=precision,
         grid=grid,
+        prompts=texts,
+        negative_prompts=negative_texts,
     )
     loaded.check_models()
     return np.concatenate(list(sample_blocks(job, loaded, image_seed)))[:num]

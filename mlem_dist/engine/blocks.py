@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Callable, Generator
 from functools import cached_property
 
@@ -13,13 +14,18 @@ from torch import Tensor
 from mlem_dist.engine.job import Job, versions
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.decoder import Decoder
+from mlem_dist.models.encoder import Encoder
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
-from mlem_dist.solver.condition import Condition
+from mlem_dist.solver.condition import Condition, move
 from mlem_dist.solver.integrate import Request, trajectory
 from mlem_dist.solver.noise import Noise, image_noise
 from mlem_dist.solver.plan import Plan
 from mlem_dist.solver.steps import StepTable, solver_table
+
+CONDITIONS = 64
+"""Largest number of conditions that a process keeps."""
 
 
 class NonFiniteError(RuntimeError):
@@ -55,6 +61,7 @@ class Blocks:
         self.ladder = ladder
         self.image_seed = image_seed or job.image_seed
         self._conditions: dict[int, Condition] = {}
+        self._lock = threading.Lock()
         self._latest: tuple[int, ClosedForm] | None = None
 
     @cached_property
@@ -64,15 +71,38 @@ class Blocks:
 
     def condition(self, block: int) -> Condition:
         """The condition of a block's samples, on the job's device."""
-        place, size = self._place(block), self.job.block_size
-        if place not in self._conditions:
-            rows = self.job.rows(range(place, place + size))
-            self._conditions[place] = {name: torch.tensor(row, device=self.job.device) for name, row in rows.items()}
-        return self._conditions[place]
+        place = self._place(block)
+        with self._lock:
+            if place not in self._conditions:
+                # Blocks have few conditions of classes in all, but each has prompts of its own.
+                if len(self._conditions) >= CONDITIONS:
+                    del self._conditions[next(iter(self._conditions))]
+                self._conditions[place] = self._new_condition(place)
+            return self._conditions[place]
+
+    def _new_condition(self, place: int) -> Condition:
+        rows = self.job.rows(range(place, place + self.job.block_size))
+        if self.encoder:
+            prompts = rows["prompt"]
+            negative_prompts = rows.get("negative_prompt", [None] * len(prompts))
+            return move(self.encoder(prompts, negative_prompts), self.job.device)
+        labels = {name: torch.tensor(row, device=self.job.device) for name, row in rows.items()}
+        return self.ladder.completed(labels)
+
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """The encoder of prompts, on the job's device."""
+        return self.ladder.load_encoder(self.job.device, self.job.precision)
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """The decoder of latents, on the job's device."""
+        return self.ladder.load_decoder(self.job.device, self.job.precision)
 
     def _place(self, block: int) -> int:
         """Position of a block's first sample in the job's cycle of classes, which decides the block's condition."""
-        return block * self.job.block_size % max(1, len(self.job.labels))
+        first = block * self.job.block_size
+        return first if self.job.prompts else first % max(1, len(self.job.labels))
 
     def noise(self, block: int) -> Noise:
         """The block's noise, always for a whole block, so that a sample does not depend on `num`."""
@@ -110,8 +140,10 @@ class Blocks:
         """The images of a finished block x (B, C, H, W), uint8 (B, H, W, C), clipped to the ladder's value range.
 
         Raises:
-            NonFiniteError: if x holds NaN or infinite values.
+            NonFiniteError: if x, or the images that it is decoded to, hold NaN or infinite values.
         """
+        if self.decoder and x.isfinite().all():
+            x = self.decoder(x)
         bad = (~x.isfinite()).flatten(1).any(1)
         if bad.any():
             first = block * self.job.block_size

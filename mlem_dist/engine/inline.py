@@ -43,6 +43,8 @@ def block_maker(
 
     for number in levels_of(evaluations(job.workload), [range(1, len(ladder.levels) + 1)])[0]:
         levels.load(number)
+    # As levels: before threads need them.
+    _ = blocks.encoder, blocks.decoder
     return make
 
 

@@ -111,6 +111,8 @@ class Job:
         device: "cpu" or "cuda".
         precision: data type of the UNets, one of `PRECISIONS`.
         grid: spacing of the steps, as for `Process.grid`.
+        prompts: the prompt of each sample; empty for a ladder without prompts.
+        negative_prompts: the negative prompt of each sample, None for none; empty if no sample has one.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
@@ -130,6 +132,8 @@ class Job:
     device: str
     precision: str = "float32"
     grid: Spacing = "trailing"
+    prompts: tuple[str, ...] = ()
+    negative_prompts: tuple[str | None, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -146,6 +150,8 @@ class Job:
             raise UsageError(
                 "the plan takes runs of base steps in closed form, which `solver` dpm++ cannot; draw another"
             )
+        if self.prompts and self.num > len(self.prompts):
+            raise UsageError(f"`num` {self.num:,}: expected at most {len(self.prompts):,}, the number of prompts")
         check_shards(self.workload)
         if self.num > SEEDS:
             raise UsageError(f"`num` {self.num:,}: expected at most {SEEDS:,}, the number of image seeds")
@@ -158,12 +164,16 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
-        config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "versions"}
+        left_out = ("versions", "prompts", "negative_prompts")
+        config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
         else:
             config["plan"] = asdict(self.plan)
         config["noise_version"] = NOISE_VERSION
+        if self.prompts:
+            texts = json.dumps([self.prompts[: self.num], self.negative_prompts[: self.num]])
+            config["prompts_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain
@@ -187,9 +197,15 @@ class Job:
         first = block * self.block_size
         return min(self.shard_rows(shard).stop, first + self.block_size) - first
 
-    def rows(self, sample_ids: Sequence[int]) -> dict[str, list[int]]:
-        """What samples are conditioned on, by column of the dataset: their classes, or nothing."""
-        return {"label": [self.labels[i % len(self.labels)] for i in sample_ids]} if self.labels else {}
+    def rows(self, sample_ids: Sequence[int]) -> dict[str, list[Any]]:
+        """What samples are conditioned on, by column of the dataset: classes, prompts, or nothing.
+
+        Samples beyond the last prompt, which complete a block, begin with the first one again.
+        """
+        if self.labels:
+            return {"label": [self.labels[i % len(self.labels)] for i in sample_ids]}
+        texts = {"prompt": self.prompts, "negative_prompt": self.negative_prompts}
+        return {name: [values[i % len(values)] for i in sample_ids] for name, values in texts.items() if values}
 
     def image_seed(self, sample_id: int) -> int:
         """The image seed of a sample; that of a sample beyond the last one, which completes a block, wraps round."""

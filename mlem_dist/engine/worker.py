@@ -22,7 +22,7 @@ from mlem_dist.models.graphs import as_run
 from mlem_dist.models.imports import import_diffusers
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.solver.condition import Condition, join, take
-from mlem_dist.solver.integrate import NONE_KNOWN, Drift, Request, evaluate
+from mlem_dist.solver.integrate import Drift, Known, Request, evaluate
 from mlem_dist.solver.plan import Increment
 
 
@@ -43,16 +43,16 @@ class Levels(dict[int, Drift]):
         """Load a level unless it is loaded already."""
         with self._lock:
             if number not in self:
-                if self._ladder.levels[number - 1].kind == "unet":
+                if self._ladder.levels[number - 1].kind != "gaussian":
                     import_diffusers()
                 level = self._ladder.load_level(number, self._device, self._precision)
                 self[number] = self._counted(number, as_run(level, self._device))
 
     def _counted(self, number: int, module: nn.Module) -> Drift:
-        def call(x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor] = NONE_KNOWN) -> Tensor:
+        def call(x: Tensor, t: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
             with self._lock:
                 self.calls[number] += 1
-            out: Tensor = module(x, t, condition, known)
+            out: Tensor = module(x, t, condition, {} if known is None else known)
             return out
 
         return call

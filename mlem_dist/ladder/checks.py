@@ -9,8 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import file_digest, read_object
-from mlem_dist.ladder.schema import INDEX, SCHEDULER, WEIGHTS, Level
+from mlem_dist.files import read_object, remembered_digest
+from mlem_dist.ladder.schema import SCHEDULER
+from mlem_dist.models.weights import INDEX, WEIGHTS, weight_names
 from mlem_dist.solver.process import Process, process_of
 
 WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)?\.json)$")
@@ -30,8 +31,22 @@ def tensor_shape(path: Path, name: str) -> list[int] | None:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
 
 
-def check_model_folder(level: Level, path: Path) -> None:
-    """Refuse the folder of a UNet level that has no safetensors weights for diffusers to read.
+def model_files(path: Path) -> list[str]:
+    """The names of the files from which a model in folder `path` is loaded: its configuration and weights."""
+    index, weights = weight_names(path)
+    if (path / index).is_file():
+        shards = read_object(path / index, "index of weights").get("weight_map")
+        return ["config.json", index, *sorted(set(map(str, dict(shards or {}).values())))]
+    return ["config.json", weights]
+
+
+def check_model_folder(where: str, kind: str, path: Path) -> None:
+    """Refuse the folder of a model that has no safetensors weights for diffusers to read.
+
+    Args:
+        where: the name of the model in messages, such as "level 'unet-1'".
+        kind: its class in diffusers.
+        path: the folder.
 
     Raises:
         UsageError: if the folder is that of a whole pipeline, has only weights of another name or format, or lacks
@@ -39,40 +54,43 @@ def check_model_folder(level: Level, path: Path) -> None:
     """
     if (path / "model_index.json").is_file() and not (path / "config.json").exists():
         parts = read_object(path / "model_index.json", "pipeline").items()
-        unets = [f"{level.path}/{key}" for key, value in parts if isinstance(value, list) and "UNet2DModel" in value]
-        way_out = f"set the level's path to {' or '.join(unets)}" if unets else "choose one that has such a part"
-        raise UsageError(
-            f"level {level.name!r}: {path} is the folder of a whole pipeline, expected that of a UNet2DModel; {way_out}"
-        )
+        models = [f"{path.name}/{key}" for key, value in parts if isinstance(value, list) and kind in value]
+        way_out = f"set its path to {' or '.join(models)}" if models else "choose one that has such a part"
+        raise UsageError(f"{where}: {path} is the folder of a whole pipeline, expected that of a {kind}; {way_out}")
     if path.is_file():
-        raise UsageError(f"level {level.name!r}: its path {path} is a file, expected the folder of a UNet2DModel")
-    if (path / INDEX).is_file():
-        _check_shards(level, path)
-    elif path.is_dir() and not (path / WEIGHTS).is_file():
+        raise UsageError(f"{where}: its path {path} is a file, expected the folder of a {kind}")
+    if not path.is_dir():
+        return
+    index, weights = weight_names(path)
+    if (path / index).is_file():
+        _check_shards(where, path, index)
+    elif not (path / weights).is_file():
         others = sorted(file.name for file in path.iterdir() if WEIGHT_FILE.search(file.name))
-        raise UsageError(f"level {level.name!r}: {path} lacks {WEIGHTS}; {_remedy(path, others)}")
+        raise UsageError(f"{where}: {path} lacks {WEIGHTS}; {_remedy(kind, path, others)}")
 
 
-def _check_shards(level: Level, path: Path) -> None:
-    index = read_object(path / INDEX, "index of weights").get("weight_map")
+def _check_shards(where: str, path: Path, name: str) -> None:
+    index = read_object(path / name, "index of weights").get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise UsageError(f"level {level.name!r}: {path / INDEX} has no weight_map; restore it")
+        raise UsageError(f"{where}: {path / name} has no weight_map; restore it")
     for shard in sorted(set(map(str, index.values()))):
         if not (path / shard).is_file():
-            raise UsageError(f"level {level.name!r}: {path / INDEX} names {shard}, which is not there; restore it")
+            raise UsageError(f"{where}: {path / name} names {shard}, which is not there; restore it")
 
 
-def _remedy(path: Path, others: Sequence[str]) -> str:
+def _remedy(kind: str, path: Path, others: Sequence[str]) -> str:
     """The user's remedy for a folder `path` that has only the files `others` as weights."""
     tensors = [name for name in others if name.endswith(".safetensors")]
     if any("-of-" in name for name in tensors):
         return f"its shards are found by {INDEX}; restore that, or rename the index of a variant to it"
     if len(tensors) == 1:
-        return f"rename {tensors[0]} to that, also in the level's sha256; half precision is fine"
-    if tensors or not others:
+        return f"rename {tensors[0]} to that"
+    if tensors:
+        return f"it has {', '.join(tensors)}; rename the one to use to that"
+    if not others:
         return "restore it or train the ladder again"
     return (
-        f"{', '.join(others)} is not read; convert it by `model = UNet2DModel.from_pretrained({str(path)!r}, "
+        f"{', '.join(others)} is not read; convert it by `model = {kind}.from_pretrained({str(path)!r}, "
         f"use_safetensors=False)` and `model.save_pretrained({str(path)!r})`"
     )
 
@@ -108,5 +126,5 @@ def check_digest(folder: Path, name: str, expected: str) -> None:
     """
     check_present(folder, name)
     path = folder / name
-    if file_digest(path) != expected:
+    if remembered_digest(path) != expected:
         raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")

@@ -3,7 +3,7 @@
 LADDER/ladder.json                       see schema.py
 LADDER/scheduler/scheduler_config.json   noise schedule, diffusers format
 LADDER/<gaussian>.safetensors            a Gaussian level
-LADDER/<unet>/config.json, *.safetensors a UNet level, an ordinary diffusers `UNet2DModel` folder
+LADDER/<model>/config.json, *.safetensors a model, as diffusers saves it; models may also be elsewhere
 """
 
 from __future__ import annotations
@@ -15,31 +15,45 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text, read_object
-from mlem_dist.ladder.checks import check_digest, check_model_folder, check_present, read_process, tensor_shape
+from mlem_dist.ladder.checks import (
+    check_digest,
+    check_model_folder,
+    check_present,
+    model_files,
+    read_process,
+    tensor_shape,
+)
 from mlem_dist.ladder.schema import (
     LADDER,
+    MODELS_VERSION,
     SCHEDULER,
     SCHEMA_VERSION,
+    UNGUIDED,
     Level,
-    parse_level,
+    Part,
+    parse_levels,
     parse_sample_shape,
     parse_value_range,
 )
+from mlem_dist.models.decoder import Decoder, upscaling
+from mlem_dist.models.encoder import Encoder, load_encoder
+from mlem_dist.models.families import FAMILIES, config_kind, family_of
+from mlem_dist.models.families.family import Family
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.imports import quiet_diffusers
-from mlem_dist.models.unet import UNetLevel, check_condition, check_prediction, on_meta
-from mlem_dist.solver.condition import LABEL, Condition
+from mlem_dist.models.guidance import Evaluation, GuidedLevel
+from mlem_dist.models.level import ModelLevel, check_prediction, on_meta, placeholder
+from mlem_dist.models.weights import load_model, loading
+from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition
 from mlem_dist.solver.process import Process
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
@@ -61,6 +75,9 @@ class Ladder:
         value_range: interval to which the values of a finished sample are clipped before they are mapped to 0 ... 255.
         levels: entries of the levels, cheapest first.
         scheduler_sha256: hex digest of the scheduler's configuration file.
+        decoder: the decoder of samples that are latents; None if samples are images.
+        encoder: the pipeline whose text encoders encode prompts; None if samples are not conditioned on prompts.
+        schema_version: version of the schema of `ladder.json`.
     """
 
     folder: Path
@@ -70,6 +87,9 @@ class Ladder:
     value_range: tuple[float, float]
     levels: tuple[Level, ...]
     scheduler_sha256: str
+    decoder: Part | None = None
+    encoder: Part | None = None
+    schema_version: int = SCHEMA_VERSION
 
     @classmethod
     def load(cls, source: str | Path) -> Ladder:
@@ -82,6 +102,8 @@ class Ladder:
         ladder = cls.read(source)
         for level in ladder.levels:
             ladder._check_files(level)
+        for part in filter(None, (ladder.decoder, ladder.encoder)):
+            ladder._check_part(part)
         return ladder
 
     @classmethod
@@ -97,17 +119,23 @@ class Ladder:
         path = folder / LADDER
         check_text([str(folder)], "ladder folder")
         raw = read_object(path, "ladder")
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise UsageError(f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+        if raw.get("schema_version") not in (SCHEMA_VERSION, MODELS_VERSION):
+            raise UsageError(
+                f"{path}: schema_version is {raw.get('schema_version')!r}, expected {SCHEMA_VERSION} or "
+                f"{MODELS_VERSION}; use a newer version of mlem-dist"
+            )
         try:
             ladder = cls(
                 folder=folder,
                 name=str(raw["name"]),
-                sample_shape=parse_sample_shape(raw["sample_shape"]),
+                sample_shape=parse_sample_shape(raw["sample_shape"], bool(raw.get("decoder"))),
                 labels=tuple(map(str, raw["labels"])),
                 value_range=parse_value_range(raw["value_range"]),
-                levels=tuple(map(parse_level, raw["levels"])),
+                levels=parse_levels(raw),
                 scheduler_sha256=str(raw["scheduler_sha256"]),
+                decoder=Part(**raw["decoder"]) if raw.get("decoder") else None,
+                encoder=Part(**raw["encoder"]) if raw.get("encoder") else None,
+                schema_version=int(raw["schema_version"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UsageError(f"{path} has a missing, unknown or malformed entry: {error}") from None
@@ -129,8 +157,9 @@ class Ladder:
         check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
         _ = self.process
         for level in self.levels:
-            if level.kind == "unet":
-                check_model_folder(level, self.folder / level.path)
+            if level.kind != "gaussian":
+                kind = family_of(level.kind, f"level {level.name!r}").names[0]
+                check_model_folder(f"level {level.name!r}", kind, self.folder / level.path)
             for name in level.sha256:
                 check_present(self.folder, name)
             for name in self._files(level):
@@ -145,28 +174,29 @@ class Ladder:
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
 
     def _files(self, level: Level) -> list[str]:
-        """The paths of a level's files, relative to the folder."""
+        """The paths of a level's files, relative to the folder; absolute for files elsewhere."""
         path = self.folder / level.path
         if level.kind == "gaussian":
             return [level.path]
-        files = {path / "config.json", *path.glob("*.safetensors"), *path.glob("*.index.json")}
-        return sorted(file.relative_to(self.folder).as_posix() for file in files)
+        return [str(PurePath(level.path) / name) for name in model_files(path)]
 
     def _check_files(self, level: Level) -> None:
         for name, digest in level.sha256.items():
             check_digest(self.folder, name, digest)
+
+    def _check_part(self, part: Part) -> None:
+        for name, digest in part.sha256.items():
+            check_digest(self.folder / part.path, name, digest)
 
     def _check_level(self, level: Level) -> None:
         """Refuse a level that does not fit the ladder's sample shape and labels."""
         if level.kind == "gaussian":
             shape = [max(1, len(self.labels)), math.prod(self.sample_shape)]
             self._check_fit(level, {"mean": tensor_shape(self.folder / level.path, "mean")}, {"mean": shape})
-        elif level.kind == "unet":
-            self._check_unet(level)
         else:
-            raise UsageError(f"level {level.name!r}: kind is {level.kind!r}, expected gaussian or unet")
+            self._check_model(level, family_of(level.kind, f"level {level.name!r}"))
 
-    def _check_unet(self, level: Level) -> None:
+    def _check_model(self, level: Level, family: Family) -> None:
         channels, height, width = self.sample_shape
         check_prediction(level.name, level.prediction, self.process)
         if level.prediction == "residual":
@@ -174,18 +204,22 @@ class Ladder:
         if height % level.patch or width % level.patch:
             raise UsageError(f"level {level.name!r}: {height}x{width} is not divisible by patch {level.patch}")
         config = self._config(level)
-        if config.get("_class_name") != "UNet2DModel":
-            raise UsageError(f"level {level.name!r}: its model is a {config.get('_class_name')}, expected UNet2DModel")
-        size = config.get("sample_size")
+        if config_kind(config) not in family.names:
+            raise UsageError(f"level {level.name!r}: its model is a {config_kind(config)}, expected {family.names[0]}")
         inner = channels * level.patch**2
-        expected = {
-            "in_channels": 2 * inner if level.prediction == "residual" else inner,
-            "out_channels": inner,
-            "sample_size": [height // level.patch, width // level.patch],
-            "num_class_embeds": len(self.labels) or None,
-        }
-        self._check_fit(level, config | {"sample_size": size if isinstance(size, list) else [size, size]}, expected)
-        check_condition(level.name, config, self.process)
+        expected: dict[str, Any] = {"in_channels": 2 * inner if level.prediction == "residual" else inner}
+        if level.kind == "unet":
+            expected |= {"out_channels": inner, "sample_size": (height // level.patch, width // level.patch)}
+        given = dict(config) | {"sample_size": family.size(config)}
+        self._check_fit(level, given, expected)
+        classes = family.classes(config)
+        if classes != len(self.labels):
+            raise UsageError(
+                f"level {level.name!r} does not fit the ladder: its model has {classes or 'no'} classes, expected "
+                f"{len(self.labels) or 'none'}"
+            )
+        if reason := family.refusal(config, self.process):
+            raise UsageError(f"level {level.name!r}: {reason}")
 
     def _check_residual(self, level: Level) -> None:
         number = self.levels.index(level)
@@ -218,11 +252,11 @@ class Ladder:
                 )
 
     def _config(self, level: Level) -> dict[str, Any]:
-        """The configuration of a UNet level's model."""
+        """The configuration of a level's model."""
         return read_object(self.folder / level.path / "config.json", "model configuration")
 
     def check_models(self) -> None:
-        """Refuse a UNet level that cannot be built or fails on samples of the ladder's shape.
+        """Refuse a model that cannot be built or fails on samples of the ladder's shape.
 
         This check comes before a run writes anything. It imports diffusers, which takes seconds. Bundled ladders are
         known to pass and are skipped.
@@ -230,21 +264,51 @@ class Ladder:
         Raises:
             UsageError: if the check fails, with the level's name and diffusers' reason.
         """
-        for level in self.levels:
-            if level.kind == "unet" and self.folder.parent != PACKAGE:
-                on_meta(level.name, self.sample_shape, level.patch, partial(self._untrained, level))
+        models = {level.path: level for level in reversed(self.levels) if level.kind != "gaussian"}
+        for level in reversed(models.values()) if self.folder.parent != PACKAGE else ():
+            on_meta(level.name, self.sample_shape, level.patch, partial(self._untrained, level))
 
-    def _untrained(self, level: Level) -> UNetLevel:
-        """A UNet level with initial weights, from its configuration alone."""
-        from diffusers import UNet2DModel
-
+    def _untrained(self, level: Level) -> ModelLevel:
+        """A level with initial weights, from its model's configuration alone."""
         gaussian = GaussianLevel(1, 1, 1, self.process) if level.prediction == "residual" else None
-        model = UNet2DModel.from_config(self._config(level))
-        return UNetLevel(model, level.patch, level.prediction, self.process, gaussian)
+        family = FAMILIES[level.kind]
+        model = family.model_class().from_config(self._config(level))
+        return ModelLevel(model, level.patch, level.prediction, self.process, gaussian, family=family)
 
     def condition(self, samples: Tensor) -> Condition:
-        """The condition of samples, by their numbers, int64 (B,): they take the classes in turn."""
-        return {LABEL: samples % len(self.labels)} if self.labels else {}
+        """A condition of samples, by their numbers, int64 (B,): they take the classes in turn, or an empty prompt."""
+        if self.encoder:
+            inputs = self._family.inputs(self._config(self.levels[-1]))
+            zeros = {name: value.to(samples.device) for name, value in placeholder(inputs, len(samples)).items()}
+            return {**zeros, **{NEGATIVE + name: value for name, value in zeros.items()}}
+        return self.completed({LABEL: samples % len(self.labels)} if self.labels else {})
+
+    def completed(self, condition: Condition) -> Condition:
+        """The condition of samples with the class for unconditional evaluations, if a level makes them."""
+        if LABEL not in condition or not self.guided:
+            return condition
+        null = self._family.null_class(self._config(self.levels[-1]))
+        assert null is not None
+        return {**condition, NEGATIVE + LABEL: torch.full_like(condition[LABEL], null)}
+
+    @property
+    def guided(self) -> bool:
+        """Whether a level is guided, and makes unconditional evaluations."""
+        return any(level.guidance != UNGUIDED for level in self.levels)
+
+    @property
+    def _family(self) -> Family:
+        """The family of the best level's model."""
+        return FAMILIES[self.levels[-1].kind]
+
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image in pixels."""
+        if self.decoder is None:
+            return self.sample_shape
+        config = read_object(self.folder / self.decoder.path / "config.json", "decoder's configuration")
+        factor = upscaling(config)
+        return int(config["out_channels"]), self.sample_shape[1] * factor, self.sample_shape[2] * factor
 
     @property
     def source(self) -> str:
@@ -264,19 +328,29 @@ class Ladder:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of every entry that affects the samples: all but names, measured costs and errors."""
-        identity = {
-            "schema_version": SCHEMA_VERSION,
+        identity: dict[str, Any] = {
+            "schema_version": self.schema_version,
             "sample_shape": self.sample_shape,
             "labels": self.labels,
             "value_range": self.value_range,
             "scheduler": self.scheduler_sha256,
-            "levels": [
-                [level.kind, level.path, level.patch, level.prediction, level.sha256]
-                + [level.corrects] * (level.corrects not in ("", self.levels[0].name))
-                for level in self.levels
-            ],
+            "levels": [self._identity(level) for level in self.levels],
         }
+        if self.schema_version == MODELS_VERSION:
+            identity["parts"] = [part and [part.kind, part.sha256] for part in (self.decoder, self.encoder)]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def _identity(self, level: Level) -> list[Any]:
+        """What of a level's entry affects the samples."""
+        corrects = [level.corrects] * (level.corrects not in ("", self.levels[0].name))
+        if self.schema_version == SCHEMA_VERSION:
+            return [level.kind, level.path, level.patch, level.prediction, level.sha256, *corrects]
+        # Models are the same wherever they are.
+        files = {PurePath(name).name: digest for name, digest in level.sha256.items()}
+        by = next((other.sha256 for other in self.levels if other.model == level.guidance.by), None)
+        guides = sorted(by.values()) if by else []
+        guidance = [level.guidance.scale, level.guidance.start, level.guidance.stop, guides]
+        return [level.kind, level.patch, level.prediction, files, guidance, *corrects]
 
     def cost(self, device: str) -> np.ndarray:
         """Costs T_k on a device type, float64 (K,), in seconds per sample; those of `measured_on(device)`.
@@ -328,13 +402,11 @@ class Ladder:
         if gaussian := self._gaussians.get((number, key)):
             return gaussian
         self._check_files(level)
-        try:
+        with loading(f"level {level.name!r}"):
             if level.kind == "gaussian":
                 module: nn.Module = self._load_gaussian(level)
             else:
-                module = self._load_unet(number, device, precision)
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-            raise UsageError(f"level {level.name!r} cannot be loaded: {' '.join(str(error).split())}") from None
+                module = self._load_model(number, device, precision)
         module = module.eval().requires_grad_(False).to(device)
         if isinstance(module, GaussianLevel):
             self._gaussians[number, key] = module
@@ -353,29 +425,77 @@ class Ladder:
         module.orthonormalise()
         return module
 
-    def _load_unet(self, number: int, device: torch.device | str, precision: str) -> nn.Module:
-        from diffusers import UNet2DModel
+    def _load_model(self, number: int, device: torch.device | str, precision: str) -> nn.Module:
+        """A level of a model: its evaluation, alone or with guidance."""
+        level = self.levels[number - 1]
+        if self.schema_version == SCHEMA_VERSION:
+            return self._model_level(number, device, precision)
+        value = Evaluation(self._model_level(number, device, precision), level.model, False)
+        if level.guidance == UNGUIDED:
+            return value
+        by = level.guidance.by or level.model
+        guide = self._model_level([other.model for other in self.levels].index(by) + 1, device, precision)
+        evaluations = value, Evaluation(guide, by, False), Evaluation(guide, by, True)
+        guidance = level.guidance
+        return GuidedLevel(*evaluations, guidance.scale, (guidance.start, guidance.stop), self.process)
 
+    @cached_property
+    def _models(self) -> dict[tuple[str, str, str], ModelLevel]:
+        """The models that have been loaded and may serve several levels, by path, device and precision."""
+        return {}
+
+    def _model_level(self, number: int, device: torch.device | str, precision: str) -> ModelLevel:
+        """The drift of a level's model without guidance; of each model there is one on a device."""
         level, corrects = self.levels[number - 1], self.corrected(number)
-        with quiet_diffusers():
-            model, info = UNet2DModel.from_pretrained(
-                self.folder / level.path,
-                torch_dtype=getattr(torch, precision),
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
-        # Diffusers only warns, and leaves missing weights at random values.
-        for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
-            if names:
-                raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
-        if torch.device(device).type == "cpu" and max(model.config["block_out_channels"]) >= WIDE:
+        key = level.path, str(device), precision
+        if loaded := self._models.get(key):
+            return loaded
+        family, dtype = FAMILIES[level.kind], getattr(torch, precision)
+        model = load_model(family.model_class(), self.folder / level.path, precision)
+        widths = model.config.get("block_out_channels") or [0]
+        if torch.device(device).type == "cpu" and max(widths) >= WIDE:
             model.to(memory_format=torch.channels_last)
         gaussian = self.load_level(corrects, device) if corrects else None
         assert gaussian is None or isinstance(gaussian, GaussianLevel)
-        dtype = getattr(torch, precision)
-        return UNetLevel(model, level.patch, level.prediction, self.process, gaussian, dtype, corrects)
+        module = ModelLevel(model, level.patch, level.prediction, self.process, gaussian, dtype, corrects, family)
+        module = module.eval().requires_grad_(False).to(device)
+        if self.schema_version == MODELS_VERSION:
+            self._models[key] = module
+        return module
+
+    @torch.inference_mode(False)
+    def load_decoder(self, device: torch.device | str, precision: str = "float32") -> Decoder | None:
+        """The decoder in evaluation mode on `device`, with weights of dtype `precision`; None if there is none.
+
+        A decoder whose configuration says `force_upcast` is always float32, as half precision overflows in it.
+
+        Raises:
+            UsageError: if the weights are changed or unreadable, or do not match the configuration.
+        """
+        if self.decoder is None:
+            return None
+        import diffusers
+
+        self._check_part(self.decoder)
+        path = self.folder / self.decoder.path
+        upcast = read_object(path / "config.json", "decoder's configuration").get("force_upcast")
+        with loading(f"decoder {path}"):
+            model = load_model(getattr(diffusers, self.decoder.kind), path, "float32" if upcast else precision)
+        return Decoder(model).eval().requires_grad_(False).to(device)
+
+    @torch.inference_mode(False)
+    def load_encoder(self, device: torch.device | str, precision: str = "float32") -> Encoder | None:
+        """The encoder of prompts on `device`, with weights of dtype `precision`; None if there is none.
+
+        Raises:
+            UsageError: if files are changed or unreadable, or the package transformers is missing.
+        """
+        if self.encoder is None:
+            return None
+        self._check_part(self.encoder)
+        path = self.folder / self.encoder.path
+        with loading(f"text encoders of {path}"):
+            return load_encoder(path, self.encoder.kind, self.image_shape[1:], device, precision)
 
 
 def bundled() -> Iterator[str]:

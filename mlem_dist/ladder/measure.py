@@ -15,7 +15,7 @@ from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.pixels import to_range
 from mlem_dist.solver.condition import Condition, take
-from mlem_dist.solver.integrate import NONE_KNOWN, Drift
+from mlem_dist.solver.integrate import Drift
 from mlem_dist.solver.process import Process
 
 WARM, REPEATS = 2, 7
@@ -50,7 +50,7 @@ def seconds_per_sample(
     try:
         for _ in range(warm + repeats):
             start = clock()
-            level(x, t, condition, NONE_KNOWN)
+            level(x, t, condition, {})
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(clock() - start)

@@ -13,21 +13,21 @@ from torch import nn
 from mlem_dist.files import file_digest, replace_file
 from mlem_dist.ladder.checks import read_process
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schema import LADDER, SCHEDULER, SCHEMA_VERSION, WEIGHTS, Level
+from mlem_dist.ladder.schema import LADDER, SCHEDULER, SCHEMA_VERSION, Level, level_entry
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.unet import UNetLevel
-from mlem_dist.models.weights import save_tensors
+from mlem_dist.models.level import ModelLevel
+from mlem_dist.models.weights import WEIGHTS, save_tensors
 
 
 def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -> Level:
     """Write a level's weights as `dtype` to a ladder folder, and return the level's entry for `ladder.json`."""
-    stored = module.model if isinstance(module, UNetLevel) else module
+    stored = module.model if isinstance(module, ModelLevel) else module
     state = {key: value.detach().to("cpu", dtype).contiguous() for key, value in stored.state_dict().items()}
     if isinstance(module, GaussianLevel):
         kind, path, patch, prediction = "gaussian", f"{name}.safetensors", 1, "epsilon"
         save_tensors(folder / path, state)
         written = [folder / path]
-    elif isinstance(module, UNetLevel):
+    elif isinstance(module, ModelLevel):
         kind, path, patch, prediction = "unet", name, module.patch, module.prediction
         model: Any = module.model
         model.save_config(folder / path)
@@ -68,7 +68,7 @@ def save_ladder(
         "labels": list(labels),
         "parametrisation": read_process(folder).drift,
         "scheduler_sha256": file_digest(folder / SCHEDULER),
-        "levels": [level.__dict__ for level in levels],
+        "levels": [level_entry(level) for level in levels],
     }
     replace_file(folder / LADDER, json.dumps(raw, indent=2) + "\n")
     return Ladder.load(folder)

@@ -3,29 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, get_origin, get_type_hints
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION, MODELS_VERSION = 1, 2
+"""Versions of the schema: 1 for levels with their files in the ladder's folder, 2 for levels that refer to models."""
+
 LADDER = "ladder.json"
 SCHEDULER = "scheduler/scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of a level; see `GuidedLevel`.
+
+    Attributes:
+        scale: the guidance scale w; 1 for no guidance.
+        start: where the guided part of the noise schedule starts, from 0, pure noise, to 1, the image.
+        stop: where it stops.
+        by: name of the model that gives the direction; "" for the level's own.
+    """
+
+    scale: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+    by: str = ""
+
+
+UNGUIDED = Guidance()
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level's entry in `ladder.json`.
+    """One level's entry in `ladder.json`, with that of its model.
 
     Attributes:
         name: unique in the ladder.
-        kind: "gaussian" or "unet".
-        path: relative to the ladder folder; a safetensors file for a Gaussian, a folder for a UNet.
-        patch: factor of the pixel-unshuffle before a UNet, 1 for none.
-        prediction: meaning of a UNet's output: one of `conversion.PREDICTIONS` or "residual", see `UNetLevel`.
+        kind: "gaussian", or the class of its model in diffusers; in version 1 of the schema "unet" for `UNet2DModel`.
+        path: a safetensors file for a Gaussian, a folder for a model; relative to the ladder folder or absolute.
+        patch: factor of the pixel-unshuffle before a model, 1 for none.
+        prediction: meaning of a model's output: one of `conversion.PREDICTIONS` or "residual", see `ModelLevel`.
         corrects: name of the Gaussian level that a residual corrects; "" for the first level, and for other levels.
+        guidance: guidance of the level.
+        model: name of its model; "" in version 1 of the schema, where each level has its own.
         parameters: number of stored values.
-        sha256: hex digest of each file, by path relative to the ladder folder.
+        sha256: hex digest of each file, by path relative to the ladder folder or absolute.
         seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
         denoising_error: mean squared error per value of the drift on held-out data, by equal bands of noise.
     """
@@ -38,18 +62,20 @@ class Level:
     patch: int = 1
     prediction: str = "epsilon"
     corrects: str = ""
+    guidance: Guidance = UNGUIDED
+    model: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     denoising_error: list[float] = field(default_factory=list)
 
 
-def parse_sample_shape(values: Any) -> tuple[int, int, int]:
-    """The shape (C, H, W) of a sample.
+def parse_sample_shape(values: Any, latent: bool = False) -> tuple[int, int, int]:
+    """The shape (C, H, W) of a sample: an image, or the latents of one.
 
     Raises:
-        ValueError: if C is neither 1 nor 3, or a side is not positive.
+        ValueError: if C is not positive, or for images neither 1 nor 3, or a side is not positive.
     """
     channels, height, width = map(int, values)
-    if channels not in (1, 3) or min(height, width) < 1:
+    if min(channels, height, width) < 1 or (channels not in (1, 3) and not latent):
         raise ValueError(f"sample_shape is {values}, expected [1 or 3, height, width], as images are grey or RGB")
     return channels, height, width
 
@@ -64,6 +90,46 @@ def parse_value_range(values: Any) -> tuple[float, float]:
     if not -math.inf < low < high < math.inf:
         raise ValueError(f"value_range is {values}, expected [low, high]")
     return low, high
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a pipeline beside the models of the levels: its decoder, or its encoder of prompts.
+
+    Attributes:
+        kind: the class of the decoder, or of the pipeline.
+        path: the folder of the decoder, or of the pipeline; relative to the ladder folder or absolute.
+        sha256: hex digest of each file, by path relative to `path`.
+    """
+
+    kind: str
+    path: str
+    sha256: dict[str, str]
+
+
+def level_entry(level: Level) -> dict[str, Any]:
+    """A level of a trained ladder as JSON-ready values."""
+    return {key: value for key, value in level.__dict__.items() if key not in ("guidance", "model")}
+
+
+def parse_levels(raw: Mapping[str, Any]) -> tuple[Level, ...]:
+    """The levels in the content of `ladder.json`, of either version.
+
+    Raises:
+        KeyError: if a level's model is missing.
+        TypeError, ValueError: as for `parse_level`.
+    """
+    if raw["schema_version"] == SCHEMA_VERSION:
+        return tuple(map(parse_level, raw["levels"]))
+    models = {str(model["name"]): model for model in raw["models"]}
+    levels = []
+    for entry in raw["levels"]:
+        model = {key: value for key, value in models[entry["model"]].items() if key != "name"}
+        folder = PurePath(model["path"]).parent if model["kind"] == "gaussian" else PurePath(model["path"])
+        model["sha256"] = {str(folder / name): digest for name, digest in model["sha256"].items()}
+        guidance = Guidance(**entry.get("guidance", {}))
+        levels.append(parse_level({**entry, **model, "guidance": guidance}))
+    return tuple(levels)
 
 
 def parse_level(raw: Any) -> Level:

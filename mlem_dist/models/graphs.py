@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mlem_dist.models.guidance import Evaluation
 from mlem_dist.solver.condition import Condition
-from mlem_dist.solver.integrate import NONE_KNOWN
+from mlem_dist.solver.integrate import Known
 
 
 def as_run(level: nn.Module, device: str) -> nn.Module:
-    """The module that runs a level in evaluation mode: on "cuda" a `Graphed`, on "cpu" the level itself."""
-    return Graphed(level) if device == "cuda" else level
+    """The module that runs a level in evaluation mode: on "cpu" the level itself, on "cuda" one with CUDA graphs.
+
+    Evaluations that levels share are recorded one by one.
+    """
+    if device != "cuda":
+        return level
+    shared = [module for module in level.modules() if isinstance(module, Evaluation)]
+    if not shared:
+        return Graphed(level)
+    for evaluation in shared:
+        if not isinstance(evaluation.level, Graphed):
+            evaluation.level = Graphed(evaluation.level)
+    return level
 
 
 class Graphed(nn.Module):
@@ -30,10 +42,11 @@ class Graphed(nn.Module):
         self.takes: tuple[int, ...] = getattr(level, "takes", ())
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor] = NONE_KNOWN) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
         """Drift for x (B, C, H, W) float32 at times t (B,), as of the level."""
-        names, numbers = sorted(condition), [k for k in self.takes if k in known]
-        given = [x, t, *(condition[name] for name in names), *(known[k] for k in numbers)]
+        taken = {k: known[k] for k in self.takes if k in known} if known else {}
+        names, numbers = sorted(condition), list(taken)
+        given = [x, t, *(condition[name] for name in names), *taken.values()]
         key = (*(tensor.shape for tensor in given), *numbers)
         if key not in self._graphs:
             self._graphs[key] = self._record(given, names, numbers)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mlem_dist.errors import UsageError
 from mlem_dist.files import replace_file
+from mlem_dist.models.imports import quiet_diffusers
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -29,3 +39,66 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         temporary.chmod(mode)
 
     replace_file(path, write)
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant of a model's weights, such as "fp16" in `diffusion_pytorch_model.fp16.safetensors`.
+
+    None if the folder has weights without a variant, or those of no or several variants.
+    """
+    if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() or not folder.is_dir():
+        return None
+    # Shards of a variant are found by its index.
+    pattern = r"diffusion_pytorch_model\.(?:safetensors\.index\.)?(\w+)\.(?:safetensors|json)"
+    names = (re.fullmatch(pattern, file.name) for file in folder.iterdir())
+    variants = {match[1] for match in names if match}
+    return variants.pop() if len(variants) == 1 else None
+
+
+def weight_names(folder: Path) -> tuple[str, str]:
+    """The names of a model's index of shards and of its only file of weights; one of them is there."""
+    if variant := variant_of(folder):
+        return f"{WEIGHTS}.index.{variant}.json", WEIGHTS.replace(".safetensors", f".{variant}.safetensors")
+    return INDEX, WEIGHTS
+
+
+def load_model(kind: Any, folder: Path, precision: str) -> Any:
+    """A model of a class of diffusers, with weights of dtype `precision` from a folder; pickles are never read.
+
+    Raises:
+        ValueError: if the weights do not match the configuration.
+        OSError: if files are missing or unreadable.
+    """
+    with quiet_diffusers():
+        model, info = kind.from_pretrained(
+            folder,
+            torch_dtype=getattr(torch, precision),
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            variant=variant_of(folder),
+            output_loading_info=True,
+        )
+    # Diffusers only warns, and leaves missing weights at random values.
+    for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
+        if names:
+            raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
+    return model
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn errors of loading weights into an error that names `what` is loaded.
+
+    Raises:
+        UsageError: if loading fails; the message says so if memory does not suffice.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or "allocation failed"
+        raise UsageError(f"{what} does not fit into memory: {reason}; take a smaller precision or device") from None
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        if "can't allocate memory" in str(error):
+            raise UsageError(f"{what} does not fit into memory; take a smaller precision or another machine") from None
+        raise UsageError(f"{what} cannot be loaded: {' '.join(str(error).split())}") from None

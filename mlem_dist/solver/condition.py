@@ -8,6 +8,9 @@ from torch import Tensor
 LABEL = "label"
 """Name of the tensor of classes, int64 (B,), in the condition of a class-conditional ladder."""
 
+NEGATIVE = "negative_"
+"""Prefix of the name of a tensor that takes another one's place in unconditional evaluations, by guided levels."""
+
 Condition = Mapping[str, Tensor]
 """Tensors (B, ...) by name; empty for unconditional samples."""
 
@@ -25,3 +28,13 @@ def join(conditions: Sequence[Condition]) -> Condition:
 def move(condition: Condition, device: torch.device | str) -> Condition:
     """The condition on a device."""
     return {name: value.to(device) for name, value in condition.items()}
+
+
+def positive(condition: Condition) -> Condition:
+    """The condition without its negative tensors."""
+    return {name: value for name, value in condition.items() if not name.startswith(NEGATIVE)}
+
+
+def negative(condition: Condition) -> Condition:
+    """The condition of unconditional evaluations: each tensor that has a negative one is replaced by it."""
+    return {name: condition.get(NEGATIVE + name, value) for name, value in positive(condition).items()}

@@ -1,8 +1,7 @@
 """The integrator: one loop, which this module drives in one process and the runtime drives across actors."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -14,18 +13,18 @@ from mlem_dist.solver.noise import Noise
 from mlem_dist.solver.plan import Increment, Plan, Term
 from mlem_dist.solver.steps import StepTable
 
-NONE_KNOWN: Mapping[int, Tensor] = MappingProxyType({})
-"""Values of other levels where none is known."""
+Known = dict[Hashable, Tensor]
+"""Values that are known at a state, time and condition: those of levels by number, and others that levels share."""
 
 
 class Drift(Protocol):
     """The drift f^k of a level as a function."""
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor], /) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition, known: Known, /) -> Tensor:
         """The drift in the shape of x (B, C, H, W) float32, for t (B,) float32 and the condition of B samples.
 
         `known` has the values of other levels at the same arguments, by number. A level that takes the value of another
-        one evaluates that level only if its value is not known.
+        one evaluates that level only if its value is not known. Levels may note further values there for each other.
         """
         ...
 
@@ -103,7 +102,7 @@ def evaluate(
     for all samples, or float32 (B,).
     """
     times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-    called: dict[int, Tensor] = {}
+    called: Known = {}
     for k in sorted({k for term in terms for k in term.calls}):
         called[k] = levels[k](x, times, condition, called)
     return [called[term.level] - called[term.below] if term.below else called[term.level] for term in terms]

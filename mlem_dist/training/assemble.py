@@ -19,9 +19,9 @@ from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.save import save_ladder, save_level
-from mlem_dist.ladder.schema import LADDER, Level
+from mlem_dist.ladder.schema import LADDER, Level, level_entry
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.unet import UNetLevel
+from mlem_dist.models.level import ModelLevel
 from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images
@@ -191,7 +191,7 @@ def _store(
     """
     folder.mkdir(parents=True, exist_ok=True)
     # The Gaussian level inside a UNet level already has its stored weights.
-    weights = module.model if isinstance(module, UNetLevel) else module
+    weights = module.model if isinstance(module, ModelLevel) else module
     state = {key: value.clone() for key, value in weights.state_dict().items()}
     rounded = {key: value.half().float() for key, value in state.items()}
     if saved := _saved(folder, wanted):
@@ -211,7 +211,7 @@ def _store(
         # As `Ladder.load_level` does.
         module.orthonormalise()
     level = replace(level, denoising_error=denoising_error(module, images, process, device))
-    replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level.__dict__}))
+    replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level_entry(level)}))
     return level
 
 

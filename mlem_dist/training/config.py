@@ -9,7 +9,7 @@ import yaml
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
-from mlem_dist.models.unet import check_prediction
+from mlem_dist.models.level import check_prediction
 from mlem_dist.solver.process import process_of
 
 RESERVED = ("training", "scheduler")

@@ -23,7 +23,7 @@ from mlem_dist.files import check_writable, listing, own_names, replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.unet import new_unet_level, on_meta
+from mlem_dist.models.level import new_unet_level, on_meta
 from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Images

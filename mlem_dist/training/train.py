@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.level import ModelLevel, new_unet_level
 from mlem_dist.models.pixels import to_range
-from mlem_dist.models.unet import UNetLevel, new_unet_level
 from mlem_dist.models.weights import save_tensors
 from mlem_dist.solver.process import Process, process_of
 from mlem_dist.solver.schedulers import BANDS
@@ -131,7 +131,7 @@ def train_unet(
     teacher: nn.Module | None,
     device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
-) -> UNetLevel:
+) -> ModelLevel:
     """Train one UNet level on `device`, and return its exponential moving average.
 
     The level learns the drift of the process or, with a `teacher`, the teacher's prediction; a "residual" corrects

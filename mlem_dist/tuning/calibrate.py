@@ -23,7 +23,7 @@ from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schema import Level
 from mlem_dist.models.graphs import as_run
 from mlem_dist.solver.condition import Condition, move
-from mlem_dist.solver.integrate import NONE_KNOWN, Drift, evaluate, integrate, trajectory
+from mlem_dist.solver.integrate import Drift, evaluate, integrate, trajectory
 from mlem_dist.solver.noise import Noise, coarse_noise, image_noise
 from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.probabilities import Base
@@ -332,9 +332,9 @@ def adjoint(
         t = torch.full((len(probe),), float(table.t[i]), device=probe.device)
         # A copy, because the states may be inference tensors, which record no gradient.
         x = states[i].clone().requires_grad_()
-        top = levels[best](x, t, condition, NONE_KNOWN)
+        top = levels[best](x, t, condition, {})
         with torch.no_grad():
-            drifts = torch.stack([*(levels[k](x, t, condition, NONE_KNOWN) for k in range(1, best)), top])
+            drifts = torch.stack([*(levels[k](x, t, condition, {}) for k in range(1, best)), top])
         yield i, g, torch.diff(drifts, dim=0, prepend=torch.zeros_like(drifts[:1]))
         (pull,) = torch.autograd.grad(top, x, g)
         g = float(table.a[i]) * g + float(table.b[i]) * pull

@@ -10,7 +10,7 @@ import torch
 import mlem_dist
 from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.unet import new_unet_level
+from mlem_dist.models.level import new_unet_level
 from mlem_dist.solver.plan import held, single_level
 from mlem_dist.solver.process import process_of
 

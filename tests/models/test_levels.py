@@ -12,7 +12,7 @@ from torch import nn
 
 from mlem_dist.ladder.ladder import WIDE, Ladder
 from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
-from mlem_dist.models.unet import UNetLevel, new_unet_level
+from mlem_dist.models.level import ModelLevel, new_unet_level
 from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import evaluate, integrate
 from mlem_dist.solver.plan import Increment, single_level
@@ -92,7 +92,7 @@ def test_a_v_prediction_is_that_of_diffusers():
         torch.tensor([5, 400, 990]),
     )
     process = process_of_products(scheduler.alphas_cumprod.double().numpy())
-    level = UNetLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", process, None)
+    level = ModelLevel(Velocity(scheduler, x0, noise), 1, "v_prediction", process, None)
     x = scheduler.add_noise(x0, noise, t)
     drift = level(x, t, {})
     torch.testing.assert_close(drift, noise, atol=1e-5, rtol=1e-5)

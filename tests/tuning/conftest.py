@@ -9,7 +9,7 @@ import torch
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.unet import new_unet_level
+from mlem_dist.models.level import new_unet_level
 from mlem_dist.solver.process import process_of
 from mlem_dist.tuning.calibrate import calibrate, store
 

@@ -8,16 +8,21 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mlem_dist.errors import UsageError
+from mlem_dist.models.families import FAMILIES
+from mlem_dist.models.families.family import Family
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.solver.condition import LABEL, Condition
 from mlem_dist.solver.conversion import PREDICTIONS, combination, convert
-from mlem_dist.solver.integrate import NONE_KNOWN
+from mlem_dist.solver.integrate import Known
 from mlem_dist.solver.process import Process
 
+TOKENS = 77
+"""Number of tokens of a placeholder for a text: that of CLIP."""
 
-class UNetLevel(nn.Module):
-    """A diffusers `UNet2DModel` behind a pixel-unshuffle by `patch` (1 for none), as a drift of its process.
+
+class ModelLevel(nn.Module):
+    """A model of diffusers behind a pixel-unshuffle by `patch` (1 for none), as a drift of its process.
 
     The model's output is one of `conversion.PREDICTIONS`, which the level converts to the drift, or the "residual" u in
 
@@ -42,6 +47,7 @@ class UNetLevel(nn.Module):
         gaussian: GaussianLevel | None,
         precision: torch.dtype = torch.float32,
         corrects: int = 1,
+        family: Family = FAMILIES["UNet2DModel"],
     ) -> None:
         super().__init__()
         self.model = model
@@ -51,12 +57,10 @@ class UNetLevel(nn.Module):
         self.gaussian = gaussian
         self.precision = precision
         self.takes: tuple[int, ...] = () if gaussian is None else (corrects,)
-        config: Any = model.config
-        self.conditional: bool = config.num_class_embeds is not None
-        self.whole_times: bool = config.time_embedding_type == "learned"
+        self.family = family
 
-    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Mapping[int, Tensor] = NONE_KNOWN) -> Tensor:
-        """Drift for x (B, C, H, W) float32 at times t (B,); a conditional model takes the classes of the condition.
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
+        """Drift for x (B, C, H, W) float32 at times t (B,), with the tensors of the condition that the model takes.
 
         `known` has values of other levels at x and t, by number. A residual evaluates the Gaussian if it is not there.
         """
@@ -68,14 +72,13 @@ class UNetLevel(nn.Module):
                 return out
             r, s = self._conversion(alpha, sigma)
             return s * out + r * x
-        base = known[self.takes[0]] if self.takes[0] in known else self.gaussian(x, t, condition)
+        base = known[self.takes[0]] if known and self.takes[0] in known else self.gaussian(x, t, condition)
         x0 = ((x - sigma * base) / alpha).clamp(-1, 1)
         return (x - alpha * x0) / sigma + alpha * self._model(torch.cat([x, x0], 1), t, condition)
 
     def _model(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         small = pixel_unshuffle(x, self.patch).to(self.precision)
-        t = t.long() if self.whole_times else t
-        out = self.model(small, t, class_labels=condition[LABEL] if self.conditional else None, return_dict=False)[0]
+        out = self.family.predict(self.model, small, t, condition)
         # Levels return contiguous tensors, whatever the memory format of the model.
         return pixel_shuffle(out, self.patch).to(x.dtype).contiguous()
 
@@ -101,8 +104,8 @@ def new_unet_level(
     process: Process,
     model: Mapping[str, Any],
     gaussian: GaussianLevel | None,
-) -> UNetLevel:
-    """An untrained `UNetLevel` for samples of `sample_shape`, unconditional for 0 classes.
+) -> ModelLevel:
+    """An untrained `ModelLevel` for samples of `sample_shape`, unconditional for 0 classes.
 
     `model` holds the other arguments of `UNet2DModel`; `gaussian` is the level that a "residual" corrects.
     """
@@ -116,10 +119,10 @@ def new_unet_level(
         num_class_embeds=classes or None,
         **model,
     )
-    return UNetLevel(unet, patch, prediction, process, gaussian)
+    return ModelLevel(unet, patch, prediction, process, gaussian)
 
 
-def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Callable[[], UNetLevel]) -> UNetLevel:
+def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Callable[[], ModelLevel]) -> ModelLevel:
     """The level `name` from `build`, tested by a batch on torch's meta device, which stores no weights.
 
     Raises:
@@ -130,10 +133,11 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
         with quiet_diffusers(), torch.device("meta"), torch.no_grad():
             level = build()
             config: Any = level.model.config
-            check_condition(name, config, level.process)
+            if reason := level.family.refusal(config, level.process):
+                raise UsageError(f"level {name!r}: {reason}")
             # Two samples, as a condition of a wrong shape would broadcast to a single sample.
-            x, label = torch.empty(2, *sample_shape), torch.zeros(2, dtype=torch.int64)
-            level(x, torch.ones(2), {LABEL: label}, dict.fromkeys(level.takes, x))
+            x, condition = torch.empty(2, *sample_shape), placeholder(level.family.inputs(config), 2)
+            level(x, torch.ones(2), condition, dict.fromkeys(level.takes, x))
     except UsageError:
         raise
     # Diffusers raises many types of errors for wrong arguments, often only in the forward pass.
@@ -144,6 +148,15 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
             f"{' '.join(str(error).split())}"
         ) from None
     return level
+
+
+def placeholder(inputs: Mapping[str, tuple[int | None, ...]], batch: int) -> Condition:
+    """Zeros for a condition of `Family.inputs`, with `TOKENS` for any length."""
+    shapes = {name: [TOKENS if length is None else length for length in shape] for name, shape in inputs.items()}
+    return {
+        name: torch.zeros(batch, *shape, dtype=torch.int64 if name == LABEL else torch.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def check_prediction(name: str, prediction: str, process: Process) -> None:
@@ -171,31 +184,4 @@ def check_prediction(name: str, prediction: str, process: Process) -> None:
         raise UsageError(
             f"level {name!r}: prediction is {prediction!r}, which models of this noise schedule do not make; take the "
             "scheduler configuration that the model was trained with"
-        )
-
-
-def check_condition(name: str, config: Mapping[str, Any], process: Process) -> None:
-    """Refuse a `UNet2DModel` that needs conditions other than a time of the process and, if it is conditional, a class.
-
-    Raises:
-        UsageError: if a key of `config` asks for another condition of level `name`.
-    """
-    classes = config.get("num_class_embeds")
-    if (kind := config.get("class_embed_type")) not in (None, "timestep" if classes else None):
-        raise UsageError(
-            f"level {name!r}: class_embed_type of its model is {kind!r}, expected null: a ladder gives a model the "
-            f"timestep and {'the number of a class' if classes else 'no class'}; take a model that needs nothing else"
-        )
-    kind = config.get("time_embedding_type")
-    if (kind == "fourier") != (process.prediction == "score"):
-        expected = "fourier" if process.prediction == "score" else "positional"
-        raise UsageError(
-            f"level {name!r}: time_embedding_type of its model is {kind!r}, expected {expected} by the ladder's noise "
-            "schedule; take a model that was trained on that"
-        )
-    known = config.get("num_train_timesteps")
-    if kind == "learned" and not (isinstance(known, int) and known >= process.length):
-        raise UsageError(
-            f"level {name!r}: num_train_timesteps of its model is {known}, expected at least the {process.length} of "
-            "the noise schedule; take that with which the model was trained"
         )

@@ -1,0 +1,365 @@
+"""Create a ladder from models of diffusers, to which the ladder refers where they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlem_dist.errors import UsageError
+from mlem_dist.files import check_writable, file_digest, own_names, read_object, remembered_digest, replace_file
+from mlem_dist.ladder.checks import check_model_folder, model_files
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.measure import measure_costs
+from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, SCHEDULER, UNGUIDED, Guidance
+from mlem_dist.ladder.sources import Source, find_source
+from mlem_dist.models.decoder import DECODERS, upscaling
+from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
+from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.models.level import placeholder
+from mlem_dist.solver.condition import LABEL
+from mlem_dist.solver.process import BetaProcess, Process, process_of
+
+OPERATIONS = "operations"
+"""Key of costs that are counted instead of measured, in place of a device: 1e12 operations per sample."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of the new ladder: its source, its name in the ladder, its prediction and its levels' operations."""
+
+    source: Source
+    name: str
+    prediction: str
+    operations: float
+
+
+def create_ladder(
+    out: Path,
+    models: Sequence[str | Path],
+    *,
+    pipeline: str | Path | None = None,
+    guidance: Guidance = UNGUIDED,
+    unguided: bool = True,
+    size: tuple[int, int] | None = None,
+    measure: bool = True,
+    notify: Callable[[str], None] = lambda sentence: None,
+) -> Ladder:
+    """Write a ladder folder that refers to models, and return the ladder.
+
+    Args:
+        out: the new ladder's folder.
+        models: folders of pipelines or of models.
+        pipeline: folder of the pipeline whose scheduler, decoder and text encoders the ladder takes; by default that of
+            the last model.
+        guidance: guidance of a further level of each model; `UNGUIDED` for none.
+        unguided: whether models with a guided level also have an unguided one.
+        size: height and width of the images in pixels; by default those for which the last model was trained.
+        measure: whether to measure the costs of levels on this machine, instead of counting their operations.
+        notify: receives sentences for the user.
+
+    Raises:
+        UsageError: if a model cannot be used, or does not fit the others. Nothing is written in this case.
+    """
+    _check_out(out)
+    if not models:
+        raise UsageError("`models` is empty, expected at least one model")
+    sources = [find_source(str(model)) for model in models]
+    around = _pipeline(sources, pipeline)
+    surroundings = Surroundings(around)
+    shape = _sample_shape(sources[-1], surroundings, size)
+    labels = _labels(sources[-1], surroundings)
+    entries: list[Entry] = []
+    for source, name in zip(sources, _names(sources), strict=True):
+        prediction = _prediction(source, surroundings)
+        _check_fit(source, surroundings, shape, sources[-1])
+        if guidance != UNGUIDED and not surroundings.encoder and source.family.null_class(source.config) is None:
+            raise UsageError(
+                f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
+            )
+        entries.append(Entry(source, name, prediction, _operations(source, shape)))
+    raw = _content(out, entries, surroundings, shape, labels, guidance, unguided)
+    replace_file(out / SCHEDULER, json.dumps(surroundings.scheduler, indent=2) + "\n")
+    raw["scheduler_sha256"] = file_digest(out / SCHEDULER)
+    replace_file(out / LADDER, json.dumps(raw, indent=2) + "\n")
+    ladder = Ladder.load(out)
+    if not measure:
+        notify(
+            "Levels are in the order of their operations per image; `mlem-dist ladder measure` measures their costs."
+        )
+        return ladder
+    ladder = sorted_by_cost(measure_costs(ladder))
+    devices = " and ".join(sorted(ladder.levels[0].seconds.keys() - {OPERATIONS}))
+    notify(f"Levels are in the order of their costs, measured on this machine ({devices}).")
+    return ladder
+
+
+class Surroundings:
+    """What a pipeline has around its models: scheduler, decoder and text encoders.
+
+    Args:
+        folder: the pipeline's folder, as `save_pretrained` writes it.
+
+    Raises:
+        UsageError: if a part cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = read_object(folder / "model_index.json", "pipeline")
+        self.kind = str(self.index.get("_class_name"))
+        self.scheduler = read_object(folder / SCHEDULER, "noise schedule")
+        try:
+            self.process: Process = process_of(self.scheduler)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{folder / SCHEDULER}: {error}") from None
+        self.decoder = folder / "vae" if self._has("vae") else None
+        self.decoder_config: Mapping[str, Any] = {}
+        if self.decoder:
+            self.decoder_config = read_object(self.decoder / "config.json", "decoder's configuration")
+            if (kind := self.decoder_config.get("_class_name")) not in DECODERS:
+                raise UsageError(f"{self.decoder}: its class is {kind!r}, expected {' or '.join(DECODERS)}")
+            check_model_folder(f"decoder {self.decoder}", str(kind), self.decoder)
+        self.encoder = any(key.startswith("text_encoder") for key in self.index)
+        self.shapes: dict[str, tuple[int | None, ...]] = {}
+        if self.encoder:
+            if self.kind not in ENCODERS:
+                raise UsageError(f"{folder}: it is a {self.kind}, expected one of {', '.join(ENCODERS)}")
+            self.shapes = encoder_shapes(folder, self.kind)
+
+    def _has(self, name: str) -> bool:
+        value = self.index.get(name)
+        return isinstance(value, list) and value[1] is not None
+
+    @property
+    def upscaling(self) -> int:
+        """The ratio of the height of an image to that of a sample."""
+        return upscaling(self.decoder_config) if self.decoder else 1
+
+    def decoder_entry(self) -> dict[str, Any] | None:
+        """The decoder's entry in `ladder.json`."""
+        if self.decoder is None:
+            return None
+        return _entry(self.decoder, str(self.decoder_config["_class_name"]), model_files(self.decoder))
+
+    def encoder_entry(self) -> dict[str, Any] | None:
+        """The encoder's entry in `ladder.json`."""
+        return _entry(self.folder, self.kind, encoder_files(self.folder)) if self.encoder else None
+
+
+def _entry(folder: Path, kind: str, names: Sequence[str]) -> dict[str, Any]:
+    return {"kind": kind, "path": str(folder), "sha256": {name: remembered_digest(folder / name) for name in names}}
+
+
+def _check_out(out: Path) -> None:
+    check_writable(out)
+    if out.is_dir() and (names := own_names(entry.name for entry in out.iterdir())):
+        raise UsageError(f"`out` {out} holds something else ({', '.join(names[:5])}); choose a new or empty folder")
+
+
+def _pipeline(sources: Sequence[Source], pipeline: str | Path | None) -> Path:
+    if pipeline is not None:
+        if not (Path(pipeline) / "model_index.json").is_file():
+            raise UsageError(f"`pipeline` {pipeline}: it has no model_index.json, expected the folder of a pipeline")
+        return Path(pipeline).resolve()
+    if sources[-1].pipeline is None:
+        raise UsageError(
+            f"{sources[-1].text} is a model alone: give the folder of a pipeline as `pipeline`, from which the ladder "
+            "takes the scheduler and, if there are any, decoder and text encoders"
+        )
+    return sources[-1].pipeline
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    names: list[str] = []
+    for source in sources:
+        choices = (source.name if number == 1 else f"{source.name}-{number}" for number in count(1))
+        names.append(next(name for name in choices if name not in names))
+    return names
+
+
+def _sample_shape(source: Source, around: Surroundings, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    factor = around.upscaling
+    if size is None:
+        sample = source.family.size(source.config)
+        if sample is None:
+            raise UsageError(
+                f"`size` is missing: the configuration of {source.text} does not say for which size it was trained"
+            )
+    else:
+        if size[0] % factor or size[1] % factor:
+            raise UsageError(f"`size` {size[1]}x{size[0]}: expected multiples of {factor}, the decoder's upscaling")
+        sample = size[0] // factor, size[1] // factor
+    return (source.family.channels(source.config), *sample)
+
+
+def _labels(source: Source, around: Surroundings) -> list[str]:
+    """The names of the classes: those of the pipeline, if it has any, else the numbers."""
+    classes = source.family.classes(source.config)
+    named = around.index.get("id2label") or {}
+    names = [str(named.get(str(number), number)) for number in range(classes)]
+    # Classes of ImageNet have a few names twice.
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
+def _prediction(source: Source, around: Surroundings) -> str:
+    """The prediction of a model, by the scheduler of its own pipeline if it has one.
+
+    Raises:
+        UsageError: if the noise schedule is another one, or the prediction cannot be converted.
+    """
+    process = around.process
+    own = Surroundings(source.pipeline).process if source.pipeline and source.pipeline != around.folder else process
+    if not _same(own, process):
+        raise UsageError(
+            f"{source.text}: the noise schedule of its pipeline is not that of {around.folder}; take models that were "
+            "trained for the same one"
+        )
+    if own.prediction == "epsilon" and process.drift != "epsilon":
+        raise UsageError(
+            f"{source.text}: it predicts the noise, which says nothing of the image at the beginning of the noise "
+            f"schedule of {around.folder}; take a model that predicts v or the image"
+        )
+    return own.prediction
+
+
+def _same(one: Process, other: Process) -> bool:
+    if type(one) is not type(other) or one.length != other.length:
+        return False
+    if isinstance(one, BetaProcess) and isinstance(other, BetaProcess):
+        # Rescaling to zero terminal SNR is a choice of the sampler: all other values change little.
+        return bool(np.allclose(one.alpha_bar, other.alpha_bar, atol=1e-6))
+    t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64) * one.length
+    return all(torch.allclose(a, b) for a, b in zip(one.marginal(t), other.marginal(t), strict=True))
+
+
+def _check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int], last: Source) -> None:
+    """Refuse a model that does not fit the ladder's samples, decoder or text encoders."""
+    family, config = source.family, source.config
+    if reason := family.refusal(config, around.process):
+        raise UsageError(f"{source.text}: {reason}")
+    if (channels := family.channels(config)) != shape[0]:
+        raise UsageError(f"{source.text}: its samples have {channels} channels, expected {shape[0]}, as in {last.text}")
+    if around.decoder and (latent := around.decoder_config["latent_channels"]) != channels:
+        raise UsageError(
+            f"{source.text}: its samples have {channels} channels, and the decoder {around.decoder} takes {latent}; "
+            "take the pipeline that belongs to it"
+        )
+    if not around.decoder and channels not in (1, 3):
+        raise UsageError(f"{source.text}: its samples have {channels} channels, expected 1 or 3 without a decoder")
+    if (classes := family.classes(config)) != (expected := last.family.classes(last.config)):
+        raise UsageError(f"{source.text}: it has {classes} classes, expected {expected}, as in {last.text}")
+    for name, wanted in family.inputs(config).items():
+        given = () if name == LABEL else around.shapes.get(name)
+        if given is None:
+            raise UsageError(f"{source.text}: it takes {name}, which the {around.kind} {around.folder} does not give")
+        if len(given) != len(wanted) or any(a and b and a != b for a, b in zip(given, wanted, strict=True)):
+            raise UsageError(
+                f"{source.text}: it takes {name} of width {wanted[-1]}, and the text encoders of {around.folder} give "
+                f"{given[-1]}; take the pipeline that belongs to it"
+            )
+    if source.pipeline and source.pipeline != around.folder and around.decoder:
+        _check_same_decoder(source, around)
+
+
+def _check_same_decoder(source: Source, around: Surroundings) -> None:
+    assert source.pipeline
+    assert around.decoder
+    own = source.pipeline / "vae"
+    digests = [[remembered_digest(path / name) for name in model_files(path)[1:]] for path in (own, around.decoder)]
+    if digests[0] != digests[1]:
+        raise UsageError(
+            f"{source.text}: its decoder is not that of {around.folder}, so that their latents may mean different "
+            f"images; if they are known to fit, give the folder {source.folder} alone"
+        )
+
+
+def _operations(source: Source, shape: tuple[int, int, int]) -> float:
+    """Operations of an evaluation of a model for one sample, counted without weights.
+
+    Raises:
+        UsageError: if the model cannot be built, or fails on samples of this shape.
+    """
+    family = source.family
+    try:
+        with quiet_diffusers(), torch.device("meta"), torch.no_grad():
+            model = family.model_class().from_config(dict(source.config))
+            condition = placeholder(family.inputs(source.config), 2)
+            with FlopCounterMode(display=False) as counter:
+                family.predict(model, torch.empty(2, *shape), torch.ones(2), condition)
+    except Exception as error:
+        size = "x".join(map(str, shape))
+        raise UsageError(
+            f"{source.text}: it cannot be used for samples of {size}: {' '.join(str(error).split())}"
+        ) from None
+    return counter.get_total_flops() / 2
+
+
+def _content(
+    out: Path,
+    entries: Sequence[Entry],
+    around: Surroundings,
+    shape: tuple[int, int, int],
+    labels: Sequence[str],
+    guidance: Guidance,
+    unguided: bool,
+) -> dict[str, Any]:
+    """The content of `ladder.json`, but for the scheduler's digest."""
+    models: list[dict[str, Any]] = []
+    levels: list[dict[str, Any]] = []
+    for entry in entries:
+        names = model_files(entry.source.folder)
+        models.append(
+            {
+                "name": entry.name,
+                **_entry(entry.source.folder, entry.source.family.names[0], names),
+                "prediction": entry.prediction,
+                "parameters": _parameters(entry.source),
+            }
+        )
+        cost = entry.operations / 1e12
+        if guidance == UNGUIDED or unguided:
+            levels.append(_level(entry.name, entry.name, cost))
+        if guidance != UNGUIDED:
+            levels.append(_level(f"{entry.name} guided", entry.name, 2 * cost) | {"guidance": asdict(guidance)})
+    levels.sort(key=lambda level: level["seconds"][OPERATIONS])
+    return {
+        "schema_version": MODELS_VERSION,
+        "name": out.absolute().name,
+        "sample_shape": list(shape),
+        "value_range": [-1.0, 1.0],
+        "labels": list(labels),
+        "parametrisation": around.process.drift,
+        "decoder": around.decoder_entry(),
+        "encoder": around.encoder_entry(),
+        "models": models,
+        "levels": levels,
+    }
+
+
+def _level(name: str, model: str, cost: float) -> dict[str, Any]:
+    return {"name": name, "model": model, "seconds": {OPERATIONS: cost}}
+
+
+def _parameters(source: Source) -> int:
+    with quiet_diffusers(), torch.device("meta"):
+        model = source.family.model_class().from_config(dict(source.config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sorted_by_cost(ladder: Ladder) -> Ladder:
+    """The ladder with its levels in the order of their costs on this machine, after a change of `ladder.json`."""
+    raw = read_object(ladder.folder / LADDER, "ladder")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = raw["levels"]
+    raw["levels"] = sorted(before, key=lambda level: level["seconds"][device])
+    if raw["levels"] != before:
+        replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
+    return Ladder.load(ladder.folder)

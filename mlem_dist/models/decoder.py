@@ -1,0 +1,45 @@
+"""The decoder: from latents to images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PIXELS = 1024**2
+"""Pixels that are decoded together; one image at least. Activations of a decoder take some kilobytes per pixel."""
+
+DECODERS = ("AutoencoderKL",)
+"""Classes of diffusers whose models decode latents."""
+
+
+class Decoder(nn.Module):
+    """An autoencoder of diffusers, from latents of unit scale to images in [-1, 1].
+
+    Pipelines scale latents by the autoencoder's `scaling_factor`, after they subtract its `shift_factor`, or by the
+    mean and standard deviation of each channel.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = model.config
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Images (B, C, H, W) float32, of latents z (B, c, h, w) float32."""
+        scale, shift = 1 / self.config.scaling_factor, getattr(self.config, "shift_factor", None) or 0.0
+        mean, deviation = (getattr(self.config, f"latents_{name}", None) for name in ("mean", "std"))
+        if mean is not None and deviation is not None:
+            shift = torch.tensor(mean, device=z.device)[:, None, None]
+            scale = torch.tensor(deviation, device=z.device)[:, None, None] * scale
+        z = (z * scale + shift).to(next(self.model.parameters()).dtype)
+        factor = upscaling(self.config)
+        batch = max(1, PIXELS // (z.shape[2] * z.shape[3] * factor**2))
+        model: Any = self.model
+        return torch.cat([model.decode(part, return_dict=False)[0].float() for part in z.split(batch)])
+
+
+def upscaling(config: Any) -> int:
+    """The ratio of the height of an image to that of its latents, for an autoencoder's configuration."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))

@@ -1,0 +1,155 @@
+"""The encoder: from prompts to conditions, by the text encoders of a pipeline of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlem_dist.errors import UsageError
+from mlem_dist.extras import require
+from mlem_dist.files import read_object
+from mlem_dist.models.families.stable_diffusion import POOLED, SIZES, TEXT
+from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.solver.condition import NEGATIVE, Condition
+
+BATCH = 16
+"""Number of texts that are encoded together."""
+
+Text = str | None
+"""A prompt or a negative prompt; None for none, which pipelines may encode otherwise than an empty text."""
+
+Encode = Callable[[Any, Sequence[Text]], dict[str, Tensor]]
+"""Function from a pipeline and texts to tensors with a row for each text."""
+
+
+def encode_clip(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Texts as `StableDiffusionPipeline` encodes them, without a difference between prompts and negative prompts."""
+    return {TEXT: pipeline.encode_prompt([text or "" for text in texts], pipeline.text_encoder.device, 1, False)[0]}
+
+
+def encode_clips(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Texts as `StableDiffusionXLPipeline` encodes them; no text may be a tensor of zeros."""
+    device = pipeline.text_encoder_2.device
+    embedded, _, pooled, _ = pipeline.encode_prompt([text or "" for text in texts], None, device, 1, False)
+    if pipeline.config.force_zeros_for_empty_prompt:
+        absent = torch.tensor([text is None for text in texts], device=device)
+        embedded = embedded.masked_fill(absent[:, None, None], 0)
+        pooled = pooled.masked_fill(absent[:, None], 0)
+    return {TEXT: embedded, POOLED: pooled}
+
+
+ENCODERS: Mapping[str, Encode] = {
+    "StableDiffusionPipeline": encode_clip,
+    "StableDiffusionXLPipeline": encode_clips,
+}
+"""The function for each class of pipelines that are conditioned on prompts."""
+
+TEXTS = (".json", ".txt", ".model")
+"""Ends of the names of files of configurations, tokenizers and indices of weights."""
+
+SIZED = ("StableDiffusionXLPipeline",)
+"""Classes of pipelines whose models are conditioned on sizes."""
+
+
+class Encoder:
+    """The text encoders of a pipeline.
+
+    Args:
+        pipeline: the pipeline, without its other models.
+        kind: its class.
+        size: height and width of the images, in pixels.
+    """
+
+    def __init__(self, pipeline: Any, kind: str, size: tuple[int, int]) -> None:
+        self._pipeline, self._encode = pipeline, ENCODERS[kind]
+        self._sizes = [*size, 0, 0, *size] if kind in SIZED else None
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[Text]) -> Condition:
+        """The condition of B samples, on the device of the text encoders; equal texts are encoded once."""
+        condition: dict[str, Tensor] = {}
+        for prefix, texts in (("", prompts), (NEGATIVE, negative_prompts)):
+            distinct = list(dict.fromkeys(texts))
+            parts = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
+            encoded = [self._encode(self._pipeline, part) for part in parts]
+            rows = torch.tensor([distinct.index(text) for text in texts])
+            for name in encoded[0]:
+                every = torch.cat([part[name] for part in encoded])
+                condition[prefix + name] = every[rows.to(every.device)]
+        if self._sizes:
+            sizes = torch.tensor([self._sizes], dtype=torch.float32, device=condition[TEXT].device)
+            condition[SIZES] = sizes.expand(len(prompts), -1)
+        return condition
+
+
+def encoder_parts(folder: Path) -> list[str]:
+    """The names of the text encoders and tokenizers in a pipeline's folder, each a folder of its own."""
+    index = read_object(folder / "model_index.json", "pipeline")
+    return sorted(
+        name
+        for name, value in index.items()
+        if name.startswith(("text_encoder", "tokenizer")) and isinstance(value, list) and value[1] is not None
+    )
+
+
+def encoder_files(folder: Path) -> list[str]:
+    """The paths of the files that an encoder is loaded from, relative to the pipeline's folder.
+
+    Raises:
+        UsageError: if a text encoder has no weights in safetensors files.
+    """
+    names = ["model_index.json"]
+    for part in encoder_parts(folder):
+        files = sorted(file.name for file in (folder / part).iterdir() if file.is_file())
+        weights = [name for name in files if name.endswith(".safetensors")]
+        if part.startswith("text_encoder") and not weights:
+            raise UsageError(
+                f"{folder / part} has no weights in safetensors files; load the pipeline by diffusers and save it "
+                "again by `save_pretrained`"
+            )
+        # Files of variants in half precision are read only where there are no others.
+        plain = [name for name in weights if ".fp16." not in name]
+        names += [f"{part}/{name}" for name in (*(plain or weights), *files) if name in plain or name.endswith(TEXTS)]
+    return names
+
+
+def encoder_shapes(folder: Path, kind: str) -> dict[str, tuple[int | None, ...]]:
+    """The shapes, without the batch, of the tensors that an encoder makes, as for `Family.inputs`."""
+    configs = [
+        read_object(folder / part / "config.json", "text encoder's configuration")
+        for part in encoder_parts(folder)
+        if part.startswith("text_encoder")
+    ]
+    shapes: dict[str, tuple[int | None, ...]] = {TEXT: (None, sum(int(config["hidden_size"]) for config in configs))}
+    if kind in SIZED:
+        shapes |= {POOLED: (int(configs[-1]["projection_dim"]),), SIZES: (6,)}
+    return shapes
+
+
+def load_encoder(folder: Path, kind: str, size: tuple[int, int], device: torch.device | str, precision: str) -> Encoder:
+    """The encoder of the pipeline of class `kind` in a folder as `save_pretrained` writes it.
+
+    `size` is the height and width of the images in pixels.
+
+    Raises:
+        UsageError: if the package transformers is not installed.
+    """
+    require("transformers", "prompts", "text")
+    import diffusers
+
+    index = read_object(folder / "model_index.json", "pipeline")
+    parts = {name for name, value in index.items() if isinstance(value, list)} - {*encoder_parts(folder), "scheduler"}
+    with quiet_diffusers():
+        pipeline = getattr(diffusers, kind).from_pretrained(
+            folder,
+            torch_dtype=getattr(torch, precision),
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            **dict.fromkeys(parts),
+        )
+    return Encoder(pipeline.to(device), kind, size)

@@ -1,0 +1,65 @@
+"""The interface of a family of models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mlem_dist.solver.condition import LABEL, Condition
+from mlem_dist.solver.process import Process
+
+Config = Mapping[str, Any]
+"""The configuration of a model, as in its config.json."""
+
+
+class Family(ABC):
+    """How the models of one class of diffusers are called, and what they need.
+
+    Attributes:
+        names: names of the class: the first is the class itself, others stand for it in configurations.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+
+    def model_class(self) -> Any:
+        """The class of the models; imports diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.names[0])
+
+    @abstractmethod
+    def predict(self, model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The model's prediction in the shape of x (B, C, H, W), at the times t (B,) that the scheduler gives it."""
+
+    def refusal(self, config: Config, process: Process) -> str:
+        """The reason why a model cannot be used with a process, as a sentence about "its model"; "" if it can."""
+        return ""
+
+    def channels(self, config: Config) -> int:
+        """Number of channels of a sample."""
+        return int(config["in_channels"])
+
+    def size(self, config: Config) -> tuple[int, int] | None:
+        """Height and width of the samples that the model was trained for; None if its configuration does not say."""
+        size = config.get("sample_size")
+        if isinstance(size, int):
+            return size, size
+        return (int(size[0]), int(size[1])) if size else None
+
+    def inputs(self, config: Config) -> dict[str, tuple[int | None, ...]]:
+        """The tensors of the condition that the model takes, by name, with their shapes without the batch.
+
+        None stands for any length, such as a number of tokens.
+        """
+        return {LABEL: ()} if self.classes(config) else {}
+
+    def classes(self, config: Config) -> int:
+        """Number of classes that the model is conditioned on; 0 for none."""
+        return 0
+
+    def null_class(self, config: Config) -> int | None:
+        """The class that stands for no class in unconditional evaluations; None if there is none."""
+        return None

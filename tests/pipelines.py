@@ -1,0 +1,137 @@
+"""Tiny pipelines of diffusers with random weights, in the folders that `save_pretrained` writes."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+
+SCHEDULERS = {
+    # As they come: pixels and DiT with linear betas, Stable Diffusion with a spacing and an offset of its own.
+    "pixels": {"clip_sample": False, "timestep_spacing": "trailing"},
+    "dit": {"clip_sample": False},
+    "sd": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    },
+}
+SCHEDULERS["sdxl"] = SCHEDULERS["sd"]
+
+
+def tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer with a vocabulary of single characters."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = [c for c in string.printable if not c.isspace()]
+    tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+
+
+def text_encoder(tokens: int, width: int, projection: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=tokens,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        projection_dim=width,
+        eos_token_id=tokens - 1,
+        bos_token_id=tokens - 2,
+        pad_token_id=tokens - 1,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.3,
+    ).eval()
+
+
+def conditional_unet(width: int, text: int, **further: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(width, 2 * width),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=text,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        **further,
+    ).eval()
+
+
+def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> Path:
+    """Save a tiny pipeline of a kind of `SCHEDULERS`; `size` sets the width of its model, and the rest is the same."""
+    torch.manual_seed(0)
+    around = DDIMScheduler(**SCHEDULERS[kind] | scheduler)
+    pipeline: Any
+    if kind == "pixels":
+        unet = UNet2DModel(
+            sample_size=8,
+            block_out_channels=(8 * size, 16 * size),
+            norm_num_groups=4,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+        pipeline = DDPMPipeline(unet, around)
+    elif kind == "dit":
+        decoder = vae()
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8 * size,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+            norm_num_groups=4,
+        )
+        # Both the modulation and the last layer of a new one are near zero.
+        for parameter in transformer.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        pipeline = DiTPipeline(transformer, decoder, around)
+    else:
+        tokens = tokenizer(folder / "tokens")
+        decoder, text = vae(), text_encoder(len(tokens), 16, False)
+        if kind == "sd":
+            unet = conditional_unet(8 * size, 16)
+            pipeline = StableDiffusionPipeline(
+                decoder, text, tokens, unet, around, None, None, requires_safety_checker=False
+            )
+        else:
+            second = text_encoder(len(tokens), 24, True)
+            sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+            unet = conditional_unet(8 * size, 40, projection_class_embeddings_input_dim=24 + 24, **sizes)
+            pipeline = StableDiffusionXLPipeline(decoder, text, second, tokens, tokens, unet, around)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
