@@ -130,7 +130,7 @@ def block_rows(ladder: Ladder, batches: tuple[int, ...], budgets: tuple[int, ...
                     blocks.images(0, x)
 
                 row = {"nfe": nfe, "precision": precision, "batch": batch, "block_ms": typical(make) * 1e3}
-                costs = costs_of(ladder, level_seconds(ladder, precision, batch))
+                costs = costs_of(ladder, level_seconds(ladder, precision, batch), "cuda")
                 every = [range(1, len(ladder.levels) + 1)]
                 yield row | {"levels_ms": own_seconds(job, every, costs, job.workload.expected_calls()) * batch * 1e3}
 
@@ -182,13 +182,13 @@ def run_row(
     kept = ("images_per_second", "ready_seconds", "first_block_seconds", "sampling_seconds", "seconds", "busy_seconds")
     row = {"run": name, "nfe": nfe, "batch": block_size, "precision": precision, "num": num}
     row |= {key: report[key] for key in (*kept, "calls_per_sample")}
-    costs = costs_of(ladder, level_seconds(ladder, precision, block_size))
+    costs = costs_of(ladder, level_seconds(ladder, precision, block_size), "cuda")
     job = replace(job_of(ladder, nfe, block_size, precision), num=num)
     pools = parse_placement(placement or "together", len(ladder.levels)).pools
     own = own_seconds(job, pools, costs, np.array([*report["calls_per_sample"].values()]))
     row["of_ideal"] = report["images_per_second"] * own
     if placement:
-        kind = Kind("gpu", Devices("cuda", 1), costs, overheads_of("cuda", ladder.sample_shape))
+        kind = Kind("gpu", Devices("cuda", 1), costs, overheads_of("cuda", ladder))
         told = forecast(job.workload, Layout(pools, (kind,) * len(pools)))
         row["forecast_of_measured"] = num / told.seconds / report["images_per_second"]
         moved = sum(pool["moved"] for pool in report["pools"])

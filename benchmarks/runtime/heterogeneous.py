@@ -44,7 +44,7 @@ def main(num: int, nfe: float, out: Path) -> None:
     ladder = Ladder.load("fashion")
     levels = [ladder.load_level(k, "cpu") for k in range(1, len(ladder.levels) + 1)]
     alone = np.array([seconds_per_sample(level, ladder, "cpu", BLOCK) for level in levels])
-    costs = costs_of(ladder, alone)
+    costs = costs_of(ladder, alone, "cpu")
     recipe = make_recipe(ladder, ladder.cost("cpu"), "sde", STEPS, nfe, increments="held")
     job = Job("fashion", ladder.digest, num, tuple(range(10)), "sde", STEPS, recipe, 0, BLOCK, SHARD, "cpu")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})

@@ -23,8 +23,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import WIDE, Ladder
-from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.level import ModelLevel
+from mlem_dist.models.memory import keep_memory
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 

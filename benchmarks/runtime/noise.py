@@ -15,7 +15,8 @@ from torch import Tensor
 from mlem_dist.api.arguments import find_plan
 from mlem_dist.engine import blocks as engine_blocks
 from mlem_dist.engine.inline import block_maker
-from mlem_dist.engine.job import BLOCK_SIZE, Job
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.sizes import BLOCK_SIZE
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.noise import Noise, image_noise
 

@@ -161,14 +161,14 @@ def add_forecast(row: dict[str, Any], ladder: Ladder, taken: float) -> None:
     job = make_job(ladder, ladder.cost("cpu"), row["solver"], nfe, block, num, SHARD, "cpu")
     pools = parse_placement(row["placement"], len(ladder.levels)).pools
     for name, share in (("forecast_of_free_cores", 0.0), ("forecast", taken / CORES if devices == CORES else 0.0)):
-        costs = costs_of(ladder, np.array(row["cost"]) / (1 - share))
+        costs = costs_of(ladder, np.array(row["cost"]) / (1 - share), "cpu")
         kind = Kind("cpu", Devices("cpu", devices), costs, OVERHEADS["cpu"])
         row[name] = num / forecast(job.workload, Layout(pools, (kind,) * len(pools))).seconds
         row[f"ratio{name.removeprefix('forecast')}"] = row[name] / row["measured"]
     calls = np.array(list(row["calls_per_sample"].values()))
     alone = np.array(row["cost"])
     own = {
-        "to_ideal": own_seconds(job, pools, costs_of(ladder, alone), calls),
+        "to_ideal": own_seconds(job, pools, costs_of(ladder, alone, "cpu"), calls),
         # As they are called, with what they share.
         "to_ideal_in_turn": float(calls @ np.array(row["cost_in_turn"])),
         # Without: each call as long as alone.
@@ -193,7 +193,8 @@ def scale(ladder: Ladder, cost: np.ndarray) -> list[dict[str, Any]]:
             for cell in CELLS:
                 # One coordinator of more devices with a pool per level is saturated long before.
                 for devices in DEVICES if placement == "together" or cell != 4096 else DEVICES[:5]:
-                    kind = Kind(device, Devices(device, devices), costs_of(ladder, cost / speed), OVERHEADS[device])
+                    costs = costs_of(ladder, cost / speed, device)
+                    kind = Kind(device, Devices(device, devices), costs, OVERHEADS[device])
                     job = make_job(ladder, cost, "sde", 10, block, 10**9, 20 * block, device)
                     pools = parse_placement(placement, len(ladder.levels)).pools
                     found = forecast(job.workload, Layout(pools, (kind,) * len(pools)), cell)

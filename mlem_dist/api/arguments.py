@@ -128,7 +128,7 @@ def check_prompts(
         return tuple(prompts), ()
     each = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else negative_prompts
     if len(each) != len(prompts):
-        raise UsageError(f"`negative_prompts`: {len(each)} for {len(prompts)} prompts, expected one for all or for each")
+        raise UsageError(f"`negative_prompts`: {len(each)} for {len(prompts)} prompts, expected as many")
     if bad := [i for i, text in enumerate(each) if not isinstance(text, str | None)]:
         raise UsageError(f"`negative_prompts`: number {bad[0]} is {each[bad[0]]!r}, expected a text or None")
     return tuple(prompts), tuple(each)

@@ -26,8 +26,10 @@ from mlem_dist.api.arguments import (
 )
 from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.engine.completion import Engine, complete, open_dataset
-from mlem_dist.engine.job import BLOCK_SIZE, SEEDS, Job
+from mlem_dist.engine.job import SEEDS, Job
 from mlem_dist.engine.progress import GenerationReport, Progress
+from mlem_dist.engine.prompts import read_prompts
+from mlem_dist.engine.sizes import sizes
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
@@ -96,7 +98,7 @@ def sample(
     method = canonical_solver(solver)
     device_type = local_device(device)
     chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=method, steps=steps, nfe=nfe, plan=plan, grid=grid)
-    block_size = min(num, BLOCK_SIZE[device_type])
+    block_size = min(num, sizes(loaded, device_type, None, None)[0])
     job = Job(
         ladder=loaded.source,
         digest=loaded.digest,
@@ -140,9 +142,11 @@ def _check_seeds(num: int | None, seed: int, seeds: Sequence[int] | None) -> tup
 def generate(
     ladder: str | Path | Ladder = "fashion",
     *,
-    num: int,
+    num: int | None = None,
     out: str | Location,
     labels: Sequence[int] | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    negative_prompts: str | Sequence[str | None] | None = None,
     seed: int = 0,
     nfe: float | None = None,
     solver: Solver = "ode",
@@ -154,7 +158,7 @@ def generate(
     grid: Spacing = "trailing",
     precision: Precision = "float32",
     block_size: int | None = None,
-    shard_size: int = 2000,
+    shard_size: int | None = None,
     placement: str = "auto",
     coalesce: int = 1,
     devices: int | None = None,
@@ -168,9 +172,12 @@ def generate(
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        num: number of images in the whole dataset.
+        num: number of images in the whole dataset; by default the number of prompts.
         out: the dataset's folder, or its URL in an object store.
         labels: classes to generate, in turn; all by default.
+        prompts: a prompt for each image, or a file of them, which `read_prompts` describes, for a ladder that is
+            conditioned on prompts.
+        negative_prompts: the negative prompt of all images, or of each; None for none. A file may have its own.
         seed: image seed of sample 0, and seed of drawn plans; sample i has the image seed `seed` + i, below 2^32.
         nfe: budget per image, in evaluations of the best level; 10 by default.
         solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
@@ -210,6 +217,13 @@ def generate(
     loaded = load_ladder(ladder)
     place = parse_location(out) if isinstance(out, str) else out
     classes = check_labels(labels, loaded)
+    if isinstance(prompts, str | Path):
+        prompts, negative_prompts = read_prompts(Path(prompts), negative_prompts)
+    texts, negative_texts = check_prompts(prompts, negative_prompts, loaded)
+    if num is None:
+        if not texts:
+            raise UsageError("`num` is missing: expected the number of images")
+        num = len(texts)
     pools = _check_engine(loaded, placement, coalesce, devices, address, engine)
     remote = False
     if engine == "ray":
@@ -231,6 +245,7 @@ def generate(
         draw=draw,
         increments=increments,
     )
+    block_size, shard_size = sizes(loaded, device_type, block_size, shard_size)
     job = Job(
         ladder=loaded.source,
         digest=loaded.digest,
@@ -240,11 +255,13 @@ def generate(
         steps=steps,
         plan=chosen,
         seed=seed,
-        block_size=BLOCK_SIZE[device_type] if block_size is None else block_size,
+        block_size=block_size,
         shard_size=shard_size,
         device=device_type,
         precision=precision,
         grid=grid,
+        prompts=texts,
+        negative_prompts=negative_texts,
     )
     dataset = open_dataset(job, loaded, place)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)

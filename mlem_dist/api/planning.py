@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlem_dist.api.arguments import Solver, check_new, find_plan, load_ladder
-from mlem_dist.engine.job import BLOCK_SIZE
+from mlem_dist.engine.sizes import sizes
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Draw, Increments
 from mlem_dist.solver.probabilities import Rule
@@ -31,7 +31,7 @@ def capacity(
     increments: Increments | None = None,
     grid: Spacing = "trailing",
     block_size: int | None = None,
-    shard_size: int = 2000,
+    shard_size: int | None = None,
     out: Path | None = None,
 ) -> tuple[list[Capacity], dict[str, float]]:
     """Forecast the generation of a dataset on a cluster by simulation: rate, hours, bottleneck, best placement.
@@ -72,8 +72,7 @@ def capacity(
         draw=draw,
         increments=increments,
     )
-    size = BLOCK_SIZE[kinds[0].devices.type] if block_size is None else block_size
-    workload = Workload(num, chosen, 0, size, shard_size)
+    workload = Workload(num, chosen, 0, *sizes(loaded, kinds[0].devices.type, block_size, shard_size))
     check_shards(workload)
     forecasts = plan_capacity(workload, loaded.weight_bytes, kinds)
     gains = marginal(workload, forecasts[0])

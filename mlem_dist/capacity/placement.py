@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,10 +36,12 @@ class Costs:
     Attributes:
         alone: time of a level that is evaluated on its own.
         beside: time of a level if level 1 is evaluated at the same state, so that its value is known.
+        stages: seconds per sample of each stage: "encode" for prompts, "decode" for latents.
     """
 
     alone: np.ndarray
     beside: np.ndarray
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, levels: Collection[int]) -> dict[int, float]:
         """Seconds per sample of each of the `levels` (from 1), which one actor evaluates at one state."""

@@ -62,16 +62,19 @@ SIMULATED_BLOCKS, LEAST_BLOCKS = 20, 200
 """Simulated blocks of a cell, per device and at least, as far as the cell has that many; the rest is extrapolated."""
 
 
-def overheads_of(device: str, sample_shape: Sequence[int]) -> Overheads:
-    """Overheads of the runtime on "cpu" or "cuda" devices, for samples of shape (C, H, W)."""
+def overheads_of(device: str, ladder: Ladder) -> Overheads:
+    """Overheads of the runtime on "cpu" or "cuda" devices, for samples of the ladder."""
     known = OVERHEADS[device]
-    write = known.write * math.prod(sample_shape[1:]) / WRITTEN_PIXELS
-    return replace(known, write=write, state=state_bytes(sample_shape))
+    write = known.write * math.prod(ladder.image_shape[1:]) / WRITTEN_PIXELS
+    return replace(known, write=write, state=state_bytes(ladder.sample_shape))
 
 
-def costs_of(ladder: Ladder, alone: np.ndarray) -> Costs:
-    """Costs of the ladder's levels, from the time of each level alone: float64 (K,), seconds per sample."""
-    return Costs(alone, ladder.cost_beside(alone))
+def costs_of(ladder: Ladder, alone: np.ndarray, device: str) -> Costs:
+    """Costs of the ladder's levels and stages on "cpu" or "cuda", from the time of each level alone.
+
+    `alone` is float64 (K,), in seconds per sample.
+    """
+    return Costs(alone, ladder.cost_beside(alone), ladder.stage_seconds(device))
 
 
 def state_bytes(sample_shape: Sequence[int]) -> int:
@@ -143,8 +146,8 @@ def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]
                 f"no costs of {name!r} are known for ladder {ladder.name!r}; measure them there with `mlem-dist "
                 f"calibrate`, or give `cost` {name}=MS,MS,... with ms per sample of each level"
             )
-        overheads = overheads_of(device, ladder.sample_shape)
-        kinds[name] = Kind(name, Devices(device, count), costs_of(ladder, cost), overheads, memory)
+        overheads = overheads_of(device, ladder)
+        kinds[name] = Kind(name, Devices(device, count), costs_of(ladder, cost, device), overheads, memory)
     if given:
         raise UsageError(f"`cost` {next(iter(given))}=...: not one of the `pool_devices`, {', '.join(kinds)}")
     return list(kinds.values())
@@ -155,12 +158,16 @@ class Layout:
     """Pools, and the kind of devices of each; the pools of a kind divide its devices by their load.
 
     Attributes:
+        pools: the levels of each pool; pools of stages have none, and come last.
+        kinds: the kind of devices of each pool.
         held: bytes of the weights that an actor of each pool holds; empty if the devices' memory does not matter.
+        stages: the stages of the last pools. With one pool for all levels, its actors also do the work of stages.
     """
 
     pools: tuple[range, ...]
     kinds: tuple[Kind, ...]
     held: tuple[float, ...] = ()
+    stages: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[Kind, list[int]]:
@@ -202,7 +209,8 @@ class Layout:
     @property
     def names(self) -> list[str]:
         """Names of the pools, such as "1-3@h100"."""
-        return [f"{pools_text([pool])}@{kind.name}" for pool, kind in zip(self.pools, self.kinds, strict=True)]
+        texts = [*map(pools_text, ([pool] for pool in self.pools[: len(self.pools) - len(self.stages)])), *self.stages]
+        return [f"{text}@{kind.name}" for text, kind in zip(texts, self.kinds, strict=True)]
 
     def __str__(self) -> str:
         return ",".join(self.names)
@@ -265,6 +273,16 @@ class Forecast:
         return max(shares, key=shares.__getitem__)
 
 
+def with_stages(pools: Sequence[range], kinds: Sequence[Kind], held: tuple[float, ...] = ()) -> Layout:
+    """The layout of pools of levels, with a pool for each stage on the first pool's kind, if there are several pools.
+
+    `held` is as for `Layout`, for the pools of levels.
+    """
+    stages = tuple(kinds[0].costs.stages) if len(pools) > 1 else ()
+    none = len(stages)
+    return Layout((*pools, *[range(0)] * none), (*kinds, *[kinds[0]] * none), held and (*held, *[0.0] * none), stages)
+
+
 def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None) -> Forecast:
     """Simulate one of the layout's cells, of at most `cell_devices` devices; all cells count as alike.
 
@@ -292,7 +310,14 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
         (replace(kind.devices, count=count), kind.overheads) for kind, count in zip(kinds, cells[0], strict=True)
     ]
     cell = CellSimulation(
-        programs, seats, devices, workload.block_size, workload.shard_size // workload.block_size, len(cells)
+        programs,
+        seats,
+        devices,
+        workload.block_size,
+        workload.shard_size // workload.block_size,
+        len(cells),
+        dict(zip(layout.stages, range(len(layout.pools) - len(layout.stages), len(layout.pools)), strict=True)),
+        layout.kinds[0].costs.stages,
     )
 
     part = sum(cells[0]) / layout.devices
@@ -306,6 +331,7 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
     # The load of the simulated blocks: if they are few, none of them may call the costly levels.
     times = np.bincount(np.arange(simulated) % len(programs), minlength=len(programs))
     load = times @ [pool_seconds(program, len(layout.pools)) for program in programs] / simulated
+    load += stage_loads(layout)
     ideal = min(kind.count / max(load[indices].sum(), 1e-300) for kind, indices in layout.groups.items())
     pools = [
         PoolForecast(
@@ -332,7 +358,7 @@ def _simulate(workload: Workload, layout: Layout, cell_devices: int) -> Forecast
 def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
     """Expected device seconds per sample in each pool, float64 (pools,), with the time of its calls and trips."""
     counts, kinds = evaluations(workload), layout.kinds
-    loads = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1)
+    loads = level_loads(counts, layout.pools, [kind.costs for kind in kinds]).sum(1) + stage_loads(layout)
     loads *= [kind.overheads.slowdown for kind in kinds]
     asks = np.zeros(len(kinds))
     for together, count in counts.items():
@@ -343,6 +369,17 @@ def seat_loads(workload: Workload, layout: Layout) -> np.ndarray:
         asks += count * away
     loads += asks * [kind.overheads.call + kind.overheads.trip for kind in kinds] / workload.block_size
     return np.asarray(loads)
+
+
+def stage_loads(layout: Layout) -> np.ndarray:
+    """Seconds per sample of stages in each pool, float64 (pools,)."""
+    loads = np.zeros(len(layout.pools))
+    seconds = layout.kinds[0].costs.stages
+    if layout.stages:
+        loads[-len(layout.stages) :] = [seconds[stage] for stage in layout.stages]
+    else:
+        loads[0] = sum(seconds.values())
+    return loads
 
 
 def _devices(kind: Kind, seats: Sequence[Seat], of_cell: int) -> float:
@@ -452,7 +489,7 @@ def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list
     for cuts in product((False, True), repeat=levels - 1):
         starts = [1, *(k + 2 for k, cut in enumerate(cuts) if cut), levels + 1]
         pools = tuple(map(range, starts, starts[1:]))
-        layout = Layout(pools, (kind,) * len(pools), _held_bytes(workload, weight_bytes, pools))
+        layout = with_stages(pools, (kind,) * len(pools), _held_bytes(workload, weight_bytes, pools))
         load = seat_loads(workload, layout)
         if layout.fits(load, CELL_DEVICES):
             fitting.append((float(load.sum()), len(pools), layout))
@@ -477,8 +514,9 @@ def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Ki
     pairs = []
     for cut in range(2, len(weight_bytes) + 1):
         pools = (range(1, cut), range(cut, len(weight_bytes) + 1))
-        layout = Layout(pools, (lower, upper), _held_bytes(workload, weight_bytes, pools))
+        layout = with_stages(pools, (lower, upper), _held_bytes(workload, weight_bytes, pools))
         load = level_loads(counts, pools, [lower.costs, upper.costs]).sum(1)
+        load[0] += sum(lower.costs.stages.values())
         if load[1] > 0 and layout.fits(load, CELL_DEVICES):
             pairs.append((min(lower.count / load[0], upper.count / load[1]), layout))
     return [layout for _, layout in sorted(pairs, key=lambda pair: -pair[0])[:SIMULATED]]

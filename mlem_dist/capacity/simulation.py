@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,8 @@ class CellSimulation:
         block_size: samples per block.
         shard_blocks: blocks per shard.
         cells: number of cells that the driver serves.
+        stages: the pool of each stage that has one.
+        stage_seconds: seconds per sample of each stage; the first pool does those that have no pool.
     """
 
     def __init__(
@@ -154,7 +157,10 @@ class CellSimulation:
         block_size: int,
         shard_blocks: int,
         cells: int = 1,
+        stages: Mapping[str, int] = MappingProxyType({}),
+        stage_seconds: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
+        self.stages, self.stage_seconds = stages, stage_seconds
         self.programs: Iterator[tuple[TimedSegment, ...]] = cycle(programs)
         self.block_size, self.shard_blocks = block_size, shard_blocks
         self.overheads = kinds[0][1]
@@ -169,6 +175,7 @@ class CellSimulation:
             ]
         self.actors_on_device = Counter(seat.device for actors in seats for seat in actors)
         seconds = np.mean([pool_seconds(program, len(seats)).sum() for program in programs])
+        seconds += sum(stage_seconds.values())
         writers = writer_count(len(self.devices) / max(float(seconds), 1e-9), self.overheads.write)
         self.cores = self.devices[0][1] if self.overheads.shared else simpy.Resource(env, writers)
         self.coordinator = simpy.Resource(env)
@@ -223,14 +230,21 @@ class CellSimulation:
                 yield from self._write(self.parts % self.shard_blocks or self.shard_blocks)
 
     def _block(self, program: tuple[TimedSegment, ...]) -> Process:
+        yield from self._stage("encode")
         actor: Actor = yield self.pools[0].get()
         waited = False
+        own = sum(seconds for stage, seconds in self.stage_seconds.items() if stage not in self.stages)
         for segment in program:
-            yield from self._call(actor, segment.local, (waited + bool(segment.asks)) / 2)
-            waited = bool(segment.asks)
+            yield from self._call(actor, segment.local + own, (waited + bool(segment.asks)) / 2)
+            waited, own = bool(segment.asks), 0.0
             if segment.asks:
                 yield simpy.AllOf(self.env, [self.env.process(self._ask(*ask)) for ask in segment.asks])
         self.pools[0].put(actor)
+        yield from self._stage("decode")
+
+    def _stage(self, stage: str) -> Process:
+        if stage in self.stages:
+            yield from self._ask(self.stages[stage], self.stage_seconds[stage])
 
     def _ask(self, pool: int, seconds: float) -> Process:
         actor: Actor = yield self.pools[pool].get()

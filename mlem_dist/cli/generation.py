@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--num", type=number, required=True, help="Images: 1000, 1e6, 1_000_000.")
+@click.option("--num", type=number, help="Images: 1000, 1e6, 1_000_000.  [default: one for each prompt]")
+@click.option(
+    "--prompts",
+    type=source,
+    metavar="FILE",
+    help="A prompt in each line, or JSON in each line of a .jsonl: prompt and, as needed, negative_prompt.",
+)
+@click.option("--negative-prompt", "negative_prompts", metavar="TEXT", help="Negative prompt of all images.")
 @click.option(
     "--out",
     type=target_location,

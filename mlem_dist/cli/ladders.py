@@ -17,15 +17,17 @@ from mlem_dist.cli.options import (
     numbers,
     on_stop,
     say,
+    scale,
     source,
     target,
+    width_height,
 )
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def ladder(context: click.Context) -> None:
-    """Look at ladders."""
+    """Make and look at ladders."""
     expect_command(context)
 
 
@@ -37,6 +39,40 @@ def ladder_show(name: str) -> None:
     from mlem_dist.report.tables import ladder_table
 
     click.echo(ladder_table(api.load_ladder(name)))
+
+
+@ladder.command("create")
+@click.argument("out", type=target)
+@click.option(
+    "--model",
+    "models",
+    type=given,
+    metavar="MODEL",
+    multiple=True,
+    required=True,
+    help="Folder of a pipeline or a model of diffusers; several times, the best model last.",
+)
+@click.option(
+    "--pipeline",
+    type=source,
+    metavar="FOLDER",
+    help="Pipeline of the scheduler, decoder and text encoders.  [default: that of the last model]",
+)
+@click.option(
+    "--guidance",
+    type=scale,
+    metavar="SCALE[,START,STOP]",
+    help="Adds to each model a level with guidance, in all the noise schedule (0 to 1) or in a part of it.",
+)
+@click.option("--unguided/--no-unguided", default=True, help="Whether models with guidance are levels without it, too.")
+@click.option("--size", type=width_height, metavar="WxH", help="Size of images in pixels.  [default: the model's]")
+@click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
+def ladder_create(out: Path, models: tuple[str, ...], **options: Any) -> None:
+    """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are."""
+    from mlem_dist.ladder.ladder import Ladder
+    from mlem_dist.report.tables import ladder_table
+
+    click.echo(ladder_table(Ladder.create(out, models, **options, notify=say)))
 
 
 @ladder.command("measure")

@@ -73,6 +73,25 @@ def classes(value: str) -> tuple[int, ...] | None:
         raise click.BadParameter(f"{value!r}: expected all or numbers such as 0,3,9") from None
 
 
+def scale(value: str) -> tuple[float, ...]:
+    """A guidance scale such as 7.5, or with start and stop such as 7.5,0,0.8."""
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected a number such as 7.5, or three such as 7.5,0,0.8") from None
+
+
+def width_height(value: str) -> tuple[int, int]:
+    """A size such as 1024x768, width first, as (height, width)."""
+    try:
+        width, height = map(int, value.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if width < 1 or height < 1:
+        raise click.BadParameter(f"{value!r}: expected width and height in pixels, such as 1024x768")
+    return height, width
+
+
 def given(value: str) -> str:
     """A name or path; an empty one is refused, as its variable is probably not set."""
     if not value:
@@ -206,8 +225,10 @@ def plan_options(command: Any) -> Any:
 def size_options(command: Any) -> Any:
     """The options for blocks and shards."""
     command = click.option(
-        "--shard-size", type=number, default=2000, show_default=True, help="Samples per Parquet file."
+        "--shard-size", type=number, help="Samples per Parquet file.  [default: 2000; fewer of large images]"
     )(command)
     return click.option(
-        "--block-size", type=number, help="Samples that advance together.  [default: 100; on GPUs 500]"
+        "--block-size",
+        type=number,
+        help="Samples that advance together.  [default: 100; on GPUs 500; fewer of large images]",
     )(command)

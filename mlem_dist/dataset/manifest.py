@@ -40,6 +40,11 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The names of the columns of texts."""
+        return tuple(self.config.get("text_columns", ()))
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the configuration."""
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
@@ -149,7 +154,7 @@ def card(manifest: Manifest) -> str:
     front = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
         "dataset_info": {
-            "features": _card_features(manifest.labels),
+            "features": _card_features(manifest.labels, manifest.texts),
             "splits": [{"name": "train", "num_examples": rows, "num_bytes": size}],
         },
         "tags": ["synthetic", "mlem-dist"],
@@ -157,6 +162,7 @@ def card(manifest: Manifest) -> str:
     names = (" ".join(name.replace("|", "\\|").split()) for name in manifest.labels)
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     label = f"| label | int64 | {classes} |\n" if manifest.labels else ""
+    texts = "".join(f"| {name} | string | what the image is generated from |\n" for name in manifest.texts)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -175,13 +181,13 @@ load_dataset("parquet", data_files="data/*.parquet")   # pandas, polars, DuckDB,
 |---|---|---|
 | sample_id | int64 | 0 ... {rows - 1} |
 | image | struct<bytes, path> | PNG |
-{label}| seed | int64 | decides the image's noise |
+{label}{texts}| seed | int64 | decides the image's noise |
 """
 
 
-def _card_features(labels: Sequence[str]) -> list[dict[str, Any]]:
+def _card_features(labels: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    for name, kind in features(labels).items():
+    for name, kind in features(labels, texts).items():
         if kind["_type"] == "Value":
             entries.append({"name": name, "dtype": kind["dtype"]})
         elif kind["_type"] == "Image":

@@ -23,7 +23,7 @@ WORK = ".mlem"
 
 DATA = "data"
 
-Columns = Mapping[str, Sequence[int]]
+Columns = Mapping[str, Sequence[int | str | None]]
 """Values of each column but the image, one per sample."""
 
 
@@ -52,9 +52,9 @@ def encode_png(images: np.ndarray) -> list[bytes]:
     return files
 
 
-def encode_shard(pngs: Sequence[bytes], columns: Columns, labels: Sequence[str]) -> bytes:
-    """A Parquet file of PNG images and the other columns of `schema`, for class names `labels`."""
-    names = schema(labels)
+def encode_shard(pngs: Sequence[bytes], columns: Columns, labels: Sequence[str], texts: Sequence[str] = ()) -> bytes:
+    """A Parquet file of PNG images and the other columns of `schema`, for class names `labels` and columns `texts`."""
+    names = schema(labels, texts)
     values = {**columns, "image": [{"bytes": png, "path": None} for png in pngs]}
     table = pa.table([pa.array(values[field.name], field.type) for field in names], schema=names)
     small = [name for name in names.names if name != "image"]
@@ -82,6 +82,7 @@ def write_shard(
     columns: Columns,
     labels: Sequence[str],
     run: str,
+    texts: Sequence[str] = (),
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), and the other columns of `schema`.
 
@@ -95,7 +96,7 @@ def write_shard(
     if {len(images)} != {*map(len, columns.values())} or not len(images):
         counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
         raise ValueError(f"shard {index}: {len(images)} images, {counts}")
-    data = encode_shard(encode_png(images), columns, labels)
+    data = encode_shard(encode_png(images), columns, labels, texts)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)

@@ -50,7 +50,7 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     Raises:
         UsageError: if `out` cannot be used for this job (see `check_out`), or if a block or shard is too large.
     """
-    _check_sizes(job, ladder.sample_shape)
+    _check_sizes(job, ladder)
     config = job.config
     manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
     done = finished_shards(out, manifest)
@@ -60,17 +60,16 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     return Dataset(out, job, manifest, missing)
 
 
-def _check_sizes(job: Job, sample_shape: Sequence[int]) -> None:
+def _check_sizes(job: Job, ladder: Ladder) -> None:
     """Refuse blocks and shards that are too large."""
-    values = math.prod(sample_shape)
-    for name, samples, bytes_each, limit in (
-        ("block", job.block_size, 4 * values, BLOCK_BYTES),
-        ("shard", job.shard_size, values, SHARD_BYTES),
+    for name, samples, shape, bytes_each, limit in (
+        ("block", job.block_size, ladder.sample_shape, 4 * math.prod(ladder.sample_shape), BLOCK_BYTES),
+        ("shard", job.shard_size, ladder.image_shape, math.prod(ladder.image_shape), SHARD_BYTES),
     ):
         if samples * bytes_each > limit:
             fits = limit // bytes_each // job.block_size * job.block_size or limit // bytes_each
             raise UsageError(
-                f"`{name}_size` {samples}: a {name} of samples of {'x'.join(map(str, sample_shape))} would take "
+                f"`{name}_size` {samples}: a {name} of samples of {'x'.join(map(str, shape))} would take "
                 f"{samples * bytes_each / 1e9:.3g} GB; take {fits} or less"
             )
 

@@ -30,10 +30,6 @@ NOISE_VERSION = 2
 PRECISIONS = ("float32", "bfloat16")
 """Data types of the UNets' weights and activations, by torch's names."""
 
-BLOCK_SIZE = {"cpu": 100, "cuda": 500}
-"""Default number of samples in a block, by device type: on a large GPU, blocks of 100 take more than twice as long per
-sample (gpu.py in benchmarks/runtime)."""
-
 SAMPLED_BLOCKS = 16
 """Number of a recipe's draws from which loads are estimated."""
 
@@ -173,6 +169,7 @@ class Job:
         config["noise_version"] = NOISE_VERSION
         if self.prompts:
             texts = json.dumps([self.prompts[: self.num], self.negative_prompts[: self.num]])
+            config["text_columns"] = list(self.text_columns)
             config["prompts_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
@@ -196,6 +193,11 @@ class Job:
         """Number of a shard's samples that a block holds."""
         first = block * self.block_size
         return min(self.shard_rows(shard).stop, first + self.block_size) - first
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The names of the dataset's columns of texts."""
+        return ("prompt",) * bool(self.prompts) + ("negative_prompt",) * bool(self.negative_prompts)
 
     def rows(self, sample_ids: Sequence[int]) -> dict[str, list[Any]]:
         """What samples are conditioned on, by column of the dataset: classes, prompts, or nothing.

@@ -21,9 +21,12 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.imports import import_diffusers
 from mlem_dist.models.memory import keep_memory
-from mlem_dist.solver.condition import Condition, join, take
+from mlem_dist.solver.condition import Condition, join
 from mlem_dist.solver.integrate import Drift, Known, Request, evaluate
 from mlem_dist.solver.plan import Increment
+
+Arrays = Mapping[str, np.ndarray]
+"""A condition as arrays, which move between processes."""
 
 
 class Levels(dict[int, Drift]):
@@ -58,49 +61,130 @@ class Levels(dict[int, Drift]):
         return call
 
 
-class LevelWorker:
-    """Evaluates the increments of one pool for any block: stateless, so that a call can be repeated anywhere."""
+class Worker:
+    """The computation of blocks in a process of its own, with one thread."""
 
-    def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
+    def __init__(self, job: Job) -> None:
         keep_memory()
         torch.set_num_threads(1)
         torch.backends.cudnn.deterministic = True
-        self.job, self.pools, self.pool = job, pools, pool
+        self.job = job
 
-    @torch.inference_mode()
     def prepare(self) -> None:
-        """Load the levels that this pool evaluates, and run each once to warm up.
+        """Find the ladder.
 
         Raises:
             UsageError: if the ladder is missing here, or if it or a library version differs from that of the job.
         """
         # Not in the constructor: Ray takes an error there for the actor's death.
         self.blocks = Blocks(self.job, Ladder.read(self.job.ladder))
+
+    def _clock(self) -> Any:
+        """A function that returns the work since now, given the arrays received and returned."""
+        cuda = self.job.device == "cuda"
+        # On CPUs actors share the cores, so only CPU seconds say which actor used them.
+        now = time.perf_counter if cuda else time.process_time
+        start, calls = now(), self._calls()
+
+        def work(*arrays: np.ndarray) -> Work:
+            if cuda:
+                torch.cuda.synchronize()
+            samples, moved = self.job.block_size, sum(array.nbytes for array in arrays)
+            return Work(now() - start, dict(self._calls() - calls), samples, moved)
+
+        return work
+
+    def _calls(self) -> Counter[int]:
+        """The number of evaluations of each level so far."""
+        return Counter()
+
+
+class StageWorker(Worker):
+    """Encodes the prompts of blocks, or decodes their latents: stateless, as `LevelWorker`.
+
+    Args:
+        job: the job.
+        stage: one of `STAGES`.
+    """
+
+    def __init__(self, job: Job, stage: str) -> None:
+        super().__init__(job)
+        self.stage = stage
+
+    def prepare(self) -> None:
+        """Load the encoder or the decoder.
+
+        Raises:
+            UsageError: as for `Worker.prepare`, or if it cannot be loaded.
+        """
+        super().prepare()
+        _ = self.blocks.encoder if self.stage == "encode" else self.blocks.decoder
+
+    @torch.inference_mode()
+    def encode(self, block: int) -> tuple[Work, Arrays]:
+        """The work, and the condition of a block as arrays by name."""
+        clock = self._clock()
+        arrays = {name: _array(value) for name, value in self.blocks.condition(block).items()}
+        return clock(*arrays.values()), arrays
+
+    @torch.inference_mode()
+    def decode(self, block: int, latents: np.ndarray) -> tuple[Work, np.ndarray]:
+        """The work, and the images of a finished block, uint8 (B, H, W, C)."""
+        clock = self._clock()
+        images = self.blocks.images(block, torch.tensor(latents, device=self.job.device))
+        return clock(latents, images), images
+
+
+class LevelWorker(Worker):
+    """Evaluates the increments of one pool for any block: stateless, so that a call can be repeated anywhere.
+
+    Args:
+        job: the job.
+        pools: the levels (from 1) of each pool.
+        pool: number of the worker's pool.
+        stages: the stages that have pools of their own.
+    """
+
+    def __init__(self, job: Job, pools: Sequence[range], pool: int, stages: Sequence[str] = ()) -> None:
+        super().__init__(job)
+        self.pools, self.pool, self.stages = pools, pool, stages
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Load the levels that this pool evaluates, and run each once to warm up.
+
+        Raises:
+            UsageError: as for `Worker.prepare`.
+        """
+        super().prepare()
         self.levels = Levels(self.blocks.ladder, self.job.device, self.job.precision)
         # A GPU warms up for each batch size. A CPU does not, and would take a second for a whole block.
         size = self.blocks.job.block_size if self.blocks.job.device == "cuda" else 1
         x = torch.zeros(size, *self.blocks.ladder.sample_shape, device=self.blocks.job.device)
-        condition = take(self.blocks.condition(0), slice(size))
+        condition = self.blocks.ladder.condition(torch.arange(size, device=x.device))
         t = torch.ones(len(x), device=x.device)
         own = [Increment(number, 0) for number in levels_of(evaluations(self.job.workload), self.pools)[self.pool]]
         evaluate(self.levels, own, x, t, condition)
 
     @torch.inference_mode()
-    def evaluate(self, asks: Sequence[tuple[int, Ask]], *states: np.ndarray) -> tuple[Work | np.ndarray, ...]:
+    def evaluate(self, asks: Sequence[tuple[int, Ask]], *given: Any) -> tuple[Work | np.ndarray, ...]:
         """Evaluate the increments that blocks ask for, with one evaluation of each level for all blocks.
 
         Args:
             asks: (block, ask), all for the same increments.
-            states: the state of each block, float32 (B, C, H, W).
+            given: the state of each block, float32 (B, C, H, W), then the condition of each block as `encode` returns
+                it, if prompts are encoded in a pool of their own.
 
         Returns:
             The work, and for each block its increments, stacked: float32 (increments, B, C, H, W).
         """
         clock = self._clock()
+        states, conditions = given[: len(asks)], given[len(asks) :]
         x = torch.cat([torch.tensor(state, device=self.blocks.job.device) for state in states])
         times = [float(self.blocks.table.t[ask.step]) for _, ask in asks]
         t = torch.cat([torch.full((len(state),), time) for time, state in zip(times, states, strict=True)])
-        condition = join([self.blocks.condition(block) for block, _ in asks])
+        each = conditions or [None] * len(asks)
+        condition = join([self._condition(block, arrays) for (block, _), arrays in zip(asks, each, strict=True)])
         values = torch.stack(evaluate(self.levels, asks[0][1].increments, x, t.to(x.device), condition)).cpu()
         # Each answer gets contiguous memory, as it is sent on its own; the answer to a single block has it already.
         answers = [np.ascontiguousarray(value) for value in values.split([len(state) for state in states], dim=1)]
@@ -108,44 +192,54 @@ class LevelWorker:
         samples, calls = work.samples * len(asks), {k: count * len(asks) for k, count in work.calls.items()}
         return replace(work, samples=samples, calls=calls), *answers
 
-    def _clock(self) -> Any:
-        """A function that returns the work since now, given the arrays received and returned."""
-        cuda = self.blocks.job.device == "cuda"
-        # On CPUs actors share the cores, so only CPU seconds say which actor used them.
-        now = time.perf_counter if cuda else time.process_time
-        start, calls = now(), self.levels.calls.copy()
+    def _condition(self, block: int, arrays: Arrays | None) -> Condition:
+        """The condition of a block, on the worker's device: given as arrays, or made here."""
+        if arrays is None:
+            return self.blocks.condition(block)
+        return {name: torch.tensor(array, device=self.job.device) for name, array in arrays.items()}
 
-        def work(*arrays: np.ndarray) -> Work:
-            if cuda:
-                torch.cuda.synchronize()
-            samples, moved = self.blocks.job.block_size, sum(array.nbytes for array in arrays)
-            return Work(now() - start, dict(self.levels.calls - calls), samples, moved)
-
-        return work
+    def _calls(self) -> Counter[int]:
+        return self.levels.calls.copy()
 
 
 @dataclass(frozen=True)
 class Running:
-    """A block in flight: its trajectory, its program, and its pending request, which is None before the first one."""
+    """A block in flight: its trajectory, program and condition, and its pending request, None before the first one."""
 
     trajectory: Generator[Request, list[Tensor], Tensor]
     program: Program
+    condition: Condition
     request: Request | None = None
 
 
 class TrajectoryWorker(LevelWorker):
     """Holds the states of blocks and runs their segments, which need no other pool."""
 
-    def __init__(self, job: Job, pools: Sequence[range], pool: int) -> None:
-        super().__init__(job, pools, pool)
+    def __init__(self, job: Job, pools: Sequence[range], pool: int, stages: Sequence[str] = ()) -> None:
+        super().__init__(job, pools, pool, stages)
         self.running: dict[int, Running] = {}
 
     @torch.inference_mode()
-    def start(self, block: int) -> tuple[SegmentEnd, np.ndarray]:
-        """Begin a block, again if it was begun before, and run its first segment; returns as `resume` does."""
+    def prepare(self) -> None:
+        """As `LevelWorker.prepare`; also load the encoder and the decoder, unless they have pools of their own.
+
+        Raises:
+            UsageError: as for `StageWorker.prepare`.
+        """
+        super().prepare()
+        if not self.stages:
+            _ = self.blocks.encoder, self.blocks.decoder
+
+    @torch.inference_mode()
+    def start(self, block: int, condition: Arrays | None = None) -> tuple[SegmentEnd, np.ndarray]:
+        """Begin a block, again if it was begun before, and run its first segment; returns as `resume` does.
+
+        `condition` is as `StageWorker.encode` returns it; None if it is made here.
+        """
         clock = self._clock()
         plan = self.job.block_plan(block)
-        running = Running(self.blocks.trajectory(block, plan), program_of(plan, tuple(self.pools)))
+        program = program_of(plan, tuple(self.pools))
+        running = Running(self.blocks.trajectory(block, plan), program, self._condition(block, condition))
         return self._run(block, running, None, clock)
 
     @torch.inference_mode()
@@ -153,8 +247,8 @@ class TrajectoryWorker(LevelWorker):
         """Continue a block with the answers to the last segment's asks, in the order of the asks.
 
         Returns:
-            The end of the segment, and the state x, float32 (B, C, H, W), if the segment has asks; otherwise the
-            finished images, uint8 (B, H, W, C).
+            The end of the segment, and the state x, float32 (B, C, H, W), if the segment has asks. Otherwise the
+            finished images, uint8 (B, H, W, C), or latents, float32 (B, C, H, W), if these are decoded elsewhere.
         """
         clock = self._clock()
         return self._run(block, self.running.pop(block), answers, clock)
@@ -170,7 +264,6 @@ class TrajectoryWorker(LevelWorker):
         answers: Sequence[np.ndarray] | None,
         clock: Any,
     ) -> tuple[SegmentEnd, np.ndarray]:
-        condition = self.blocks.condition(block)
         received = answers or ()
         try:
             request = running.request or next(running.trajectory)
@@ -180,15 +273,23 @@ class TrajectoryWorker(LevelWorker):
                     self.running[block] = replace(running, request=request)
                     x = request.x.cpu().numpy()
                     return SegmentEnd(clock(x, *received), turn.asks), x
-                own = evaluate(self.levels, turn.own, request.x, request.t, condition)
+                own = evaluate(self.levels, turn.own, request.x, request.t, running.condition)
                 values = dict(zip(turn.own, own, strict=True))
                 for ask, answer in zip(turn.asks, answers or (), strict=True):
                     values |= zip(ask.increments, torch.tensor(answer, device=request.x.device), strict=True)
                 answers = None
                 request = running.trajectory.send([_increment(values, term.increment) for term in request.terms])
         except StopIteration as end:
-            images = self.blocks.images(block, end.value)
-            return SegmentEnd(clock(images, *received), ()), images
+            decoded = "decode" not in self.stages
+            finished = self.blocks.images(block, end.value) if decoded else end.value.cpu().numpy()
+            return SegmentEnd(clock(finished, *received), ()), finished
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """A tensor as an array, which knows no bfloat16."""
+    wide = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    array: np.ndarray = wide.cpu().numpy()
+    return array
 
 
 def _increment(values: Mapping[Increment, Tensor], wanted: Increment) -> Tensor:

@@ -56,5 +56,6 @@ class Writer:
         ids = self.job.shard_rows(shard)
         columns = {"sample_id": ids, **self.job.rows(ids), "seed": [self.job.image_seed(i) for i in ids]}
         images = np.concatenate(blocks)[: len(ids)]
-        written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run)
+        texts = self.job.text_columns
+        written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run, texts)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -46,7 +47,7 @@ def create_ladder(
     models: Sequence[str | Path],
     *,
     pipeline: str | Path | None = None,
-    guidance: Guidance = UNGUIDED,
+    guidance: float | Sequence[float] | None = None,
     unguided: bool = True,
     size: tuple[int, int] | None = None,
     measure: bool = True,
@@ -59,7 +60,8 @@ def create_ladder(
         models: folders of pipelines or of models.
         pipeline: folder of the pipeline whose scheduler, decoder and text encoders the ladder takes; by default that of
             the last model.
-        guidance: guidance of a further level of each model; `UNGUIDED` for none.
+        guidance: guidance scale of a further level of each model, or (scale, start, stop) for guidance from `start` to
+            `stop` only, as parts of the noise schedule from 0, pure noise, to 1, the image; None for no guidance.
         unguided: whether models with a guided level also have an unguided one.
         size: height and width of the images in pixels; by default those for which the last model was trained.
         measure: whether to measure the costs of levels on this machine, instead of counting their operations.
@@ -68,6 +70,7 @@ def create_ladder(
     Raises:
         UsageError: if a model cannot be used, or does not fit the others. Nothing is written in this case.
     """
+    guide = _guidance(guidance)
     _check_out(out)
     if not models:
         raise UsageError("`models` is empty, expected at least one model")
@@ -80,12 +83,12 @@ def create_ladder(
     for source, name in zip(sources, _names(sources), strict=True):
         prediction = _prediction(source, surroundings)
         _check_fit(source, surroundings, shape, sources[-1])
-        if guidance != UNGUIDED and not surroundings.encoder and source.family.null_class(source.config) is None:
+        if guide != UNGUIDED and not surroundings.encoder and source.family.null_class(source.config) is None:
             raise UsageError(
                 f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
             )
         entries.append(Entry(source, name, prediction, _operations(source, shape)))
-    raw = _content(out, entries, surroundings, shape, labels, guidance, unguided)
+    raw = _content(out, entries, surroundings, shape, labels, guide, unguided)
     replace_file(out / SCHEDULER, json.dumps(surroundings.scheduler, indent=2) + "\n")
     raw["scheduler_sha256"] = file_digest(out / SCHEDULER)
     replace_file(out / LADDER, json.dumps(raw, indent=2) + "\n")
@@ -156,6 +159,24 @@ class Surroundings:
 
 def _entry(folder: Path, kind: str, names: Sequence[str]) -> dict[str, Any]:
     return {"kind": kind, "path": str(folder), "sha256": {name: remembered_digest(folder / name) for name in names}}
+
+
+def _guidance(values: float | Sequence[float] | None) -> Guidance:
+    """The guidance of a scale, or of (scale, start, stop).
+
+    Raises:
+        UsageError: if the scale is not above 1, or the interval is empty or exceeds 0 to 1.
+    """
+    if values is None:
+        return UNGUIDED
+    numbers = [float(value) for value in ([values] if isinstance(values, int | float) else values)]
+    if len(numbers) not in (1, 3) or not 1 < numbers[0] < math.inf:
+        raise UsageError(f"`guidance` {values}: expected a scale above 1, or SCALE,START,STOP; leave it out for none")
+    scale, start, stop = numbers if len(numbers) == 3 else (*numbers, 0.0, 1.0)
+    guidance = Guidance(scale, start, stop)
+    if not 0 <= guidance.start < guidance.stop <= 1:
+        raise UsageError(f"`guidance` {values}: expected a start and a stop from 0, pure noise, to 1, the image")
+    return guidance
 
 
 def _check_out(out: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
@@ -57,6 +57,9 @@ from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition
 from mlem_dist.solver.process import Process
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
+
+LEAST_SECONDS = 1e-6
+"""Smallest time of a stage, in seconds per sample: a stage without a time would get no actor."""
 
 WIDE = 64
 """Smallest number of channels in a UNet's widest block for which CPUs use the channels-last format. It makes such UNets
@@ -146,6 +149,13 @@ class Ladder:
                 "drift of its noise schedule"
             )
         return ladder
+
+    @staticmethod
+    def create(out: str | Path, models: Sequence[str | Path], **options: Any) -> Ladder:
+        """Write a ladder folder that refers to models of diffusers; see `create_ladder` for the options."""
+        from mlem_dist.ladder.create import create_ladder
+
+        return create_ladder(Path(out), models, **options)
 
     def _validate(self) -> None:
         names = [level.name for level in self.levels]
@@ -373,6 +383,18 @@ class Ladder:
                 f"ladder {self.name!r} has no measured costs; run `mlem-dist ladder measure {self.folder}`"
             )
         return device if device in known else min(known)
+
+    def stage_seconds(self, device: str) -> dict[str, float]:
+        """Seconds per sample of the stages around the levels on a device type: "encode" and "decode", if there are any.
+
+        Values measured on another device stand for those that are not known, as for `measured_on`.
+        """
+        parts = {"encode": self.encoder, "decode": self.decoder}
+        known = {stage: part.seconds for stage, part in parts.items() if part}
+        return {
+            stage: max(seconds.get(device, min(seconds.values(), default=0.0)), LEAST_SECONDS)
+            for stage, seconds in known.items()
+        }
 
     def cost_beside(self, cost: np.ndarray) -> np.ndarray:
         """Costs of the levels at a state at which level 1 is evaluated too, float64 (K,), in the unit of `cost` (K,).

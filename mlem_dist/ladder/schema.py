@@ -100,11 +100,13 @@ class Part:
         kind: the class of the decoder, or of the pipeline.
         path: the folder of the decoder, or of the pipeline; relative to the ladder folder or absolute.
         sha256: hex digest of each file, by path relative to `path`.
+        seconds: seconds per sample, by device type.
     """
 
     kind: str
     path: str
     sha256: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def level_entry(level: Level) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlem_dist.capacity.placement import CELL_DEVICES, Devices, Placement, level_loads
-from mlem_dist.capacity.planner import Forecast, Kind, Layout, costs_of, forecast, layouts, overheads_of
+from mlem_dist.capacity.planner import Forecast, Kind, Layout, costs_of, forecast, layouts, overheads_of, with_stages
 from mlem_dist.capacity.timing import time_levels
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import evaluations, levels_of
@@ -71,7 +71,7 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         # The placement is given: the forecast only says how many devices a coordinator can serve.
         kinds = [cluster_kind(devices, ladder, cost[devices]) for devices in dict.fromkeys(pool_devices)]
         by_devices = {kind.devices: kind for kind in kinds}
-        layout = Layout(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
+        layout = with_stages(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
         return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed)
     kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], _memory(job.device, remote))
     forecasts = [forecast(job.workload, layout) for layout in layouts(job.workload, ladder.weight_bytes, kind)]
@@ -96,14 +96,15 @@ def _measured_costs(
 
 def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
     """The planner's kind for devices of the cluster; `cost` (K,) is each level's time alone, in seconds per sample."""
-    return Kind(devices.type, devices, costs_of(ladder, cost), overheads_of(devices.type, ladder.sample_shape), memory)
+    costs = costs_of(ladder, cost, devices.type)
+    return Kind(devices.type, devices, costs, overheads_of(devices.type, ladder), memory)
 
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:
     """Whether a job is long enough to time its levels first."""
     every, cost = [range(1, len(ladder.levels) + 1)], ladder.cost(job.device)
     counts = evaluations(job.workload)
-    load = float(level_loads(counts, every, [costs_of(ladder, cost)]).sum())
+    load = float(level_loads(counts, every, [costs_of(ladder, cost, job.device)]).sum())
     run = job.num * load / sum(kind.count for kind in dict.fromkeys(devices))
     timing = 2 * job.block_size * sum(cost[k - 1] for k in levels_of(counts, every)[0])
     return run > LONG_SECONDS and timing < TIMING_SHARE * run

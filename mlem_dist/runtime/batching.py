@@ -18,11 +18,12 @@ WAIT_SECONDS = 0.02
 
 @dataclass(frozen=True, eq=False)
 class Waiting:
-    """A block's ask, the block's state, and the future of the answer."""
+    """A block's ask, its state and, unless workers make it themselves, its condition; and the future of the answer."""
 
     block: int
     ask: Ask
     state: ray.ObjectRef[Any]
+    condition: Sequence[ray.ObjectRef[Any]]
     answer: asyncio.Future[ray.ObjectRef[Any]]
 
 
@@ -38,10 +39,12 @@ class Batcher:
         self._timers: dict[Together, asyncio.TimerHandle] = {}
         self._calls: set[asyncio.Task[None]] = set()
 
-    def add(self, block: int, ask: Ask, state: ray.ObjectRef[Any]) -> asyncio.Future[ray.ObjectRef[Any]]:
+    def add(
+        self, block: int, ask: Ask, state: ray.ObjectRef[Any], condition: Sequence[ray.ObjectRef[Any]] = ()
+    ) -> asyncio.Future[ray.ObjectRef[Any]]:
         """A future of the values that a block asks for; it fails as `Pool.call` does."""
         loop = asyncio.get_running_loop()
-        waiting = Waiting(block, ask, state, loop.create_future())
+        waiting = Waiting(block, ask, state, condition, loop.create_future())
         group = self._waiting.setdefault(ask.increments, [])
         group.append(waiting)
         if len(group) == self._limit:
@@ -64,8 +67,9 @@ class Batcher:
 
     async def _evaluate(self, group: Sequence[Waiting]) -> None:
         asks = [(item.block, item.ask) for item in group]
+        given = [*(item.state for item in group), *(ref for item in group for ref in item.condition)]
         try:
-            _, values = await self._pool.call("evaluate", asks, *(item.state for item in group), payloads=len(group))
+            _, values = await self._pool.call("evaluate", asks, *given, payloads=len(group))
         except Exception as error:
             for item in group:
                 if not item.answer.done():

@@ -22,7 +22,7 @@ from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import Ask, SegmentEnd
 from mlem_dist.engine.progress import WAITS, Progress
 from mlem_dist.engine.writer import Writer
-from mlem_dist.runtime.actors import LevelActor, TrajectoryActor
+from mlem_dist.runtime.actors import LevelActor, StageActor, TrajectoryActor
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
 
@@ -40,7 +40,8 @@ class Coordinator:
     """An asyncio actor that makes the shards of a job that it is given.
 
     Args:
-        pools: the levels (from 1) of each pool.
+        pools: the levels (from 1) of each pool; the last ones are pools of stages, without levels.
+        stages: the stages of the last pools.
         names: the names of the pools, for messages.
         devices: the devices of each pool.
         seats: the seats of each pool; none for a pool that the plan never calls.
@@ -56,6 +57,7 @@ class Coordinator:
         job: Job,
         out: Location,
         pools: Sequence[range],
+        stages: Sequence[str],
         names: Sequence[str],
         devices: Sequence[Devices],
         seats: Sequence[Sequence[Seat]],
@@ -66,7 +68,8 @@ class Coordinator:
         block_bytes: int,
     ) -> None:
         self.coalesce = coalesce
-        self.job, self.pools = job, tuple(pools)
+        self.job, self.pools, self.stages = job, tuple(pools), tuple(stages)
+        self.stage_pools = dict(zip(self.stages, range(len(pools) - len(stages), len(pools)), strict=True))
         create: Any = ray.remote(Writer).options(num_cpus=0)
         writer_seats = [Seat(0, 0.0)] * writers
         self.writers = Pool("writers", writer_seats, SLOTS, lambda _: create.remote(job, out, tuple(labels)))
@@ -205,9 +208,10 @@ class Coordinator:
         self.ready = time.monotonic() - self.began
 
     def _creator(self, index: int) -> Any:
-        kind = ray.remote(LevelActor if index else TrajectoryActor)
-
         job = replace(self.job, device=self.kinds[index].type)
+        stage = next((name for name, number in self.stage_pools.items() if number == index), None)
+        kind = ray.remote(StageActor if stage else LevelActor if index else TrajectoryActor)
+        arguments = (job, stage) if stage else (job, self.pools, index, self.stages)
         cuda = job.device == "cuda"
 
         def create(seat: Seat) -> Any:
@@ -217,7 +221,7 @@ class Coordinator:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     self.group, placement_group_bundle_index=seat.device
                 ),
-            ).remote(job, self.pools, index)
+            ).remote(*arguments)
 
         return create
 
@@ -234,31 +238,52 @@ class Coordinator:
         """Run a block, and return its images and its calls by level; if its worker dies, start again on another."""
         tries = self.running[0].tries
         for _ in range(tries):
-            async with self.running[0].member() as member:
-                self.in_flight += 1
-                try:
-                    return await self._segments(block, member)
-                except DEATHS:
-                    pass
-                except (ObjectLostError, RayTaskError) as error:
-                    if not lost(error):
-                        raise
-                    if member.actor is not None:
-                        member.actor.drop.remote(block)
-                finally:
-                    self.in_flight -= 1
-                    self._flush_if_stuck()
+            try:
+                condition = await self._stage("encode", block)
+                finished, calls = await self._trajectory(block, condition)
+                decoded = await self._stage("decode", block, finished)
+                return (decoded or [finished])[0], calls
+            except DEATHS:
+                pass
+            except (ObjectLostError, RayTaskError) as error:
+                if not lost(error):
+                    raise
             self.running[0].metrics.count("retries")
         raise PoolError(f"block {block}: its worker died {tries} times in turn")
 
-    async def _segments(self, block: int, member: Member) -> tuple[ray.ObjectRef[Any], Counter[int]]:
+    async def _stage(self, stage: str, block: int, *given: ray.ObjectRef[Any]) -> list[ray.ObjectRef[Any]]:
+        """The result of a stage for a block, by the stage's pool; empty if it has none."""
+        if stage not in self.stage_pools:
+            return []
+        _, payloads = await self.running[self.stage_pools[stage]].call(stage, block, *given)
+        return payloads
+
+    async def _trajectory(
+        self, block: int, condition: Sequence[ray.ObjectRef[Any]]
+    ) -> tuple[ray.ObjectRef[Any], Counter[int]]:
+        """Run a block on an actor that holds its state, and return its end and its calls by level."""
+        async with self.running[0].member() as member:
+            self.in_flight += 1
+            try:
+                return await self._segments(block, member, condition)
+            except (ObjectLostError, RayTaskError) as error:
+                if lost(error) and member.actor is not None:
+                    member.actor.drop.remote(block)
+                raise
+            finally:
+                self.in_flight -= 1
+                self._flush_if_stuck()
+
+    async def _segments(
+        self, block: int, member: Member, condition: Sequence[ray.ObjectRef[Any]]
+    ) -> tuple[ray.ObjectRef[Any], Counter[int]]:
         home, actor = self.running[0], member.actor
         calls: Counter[int] = Counter()
         segment: SegmentEnd
-        segment, (payload,) = await home.call_member(member, "start", block)
+        segment, (payload,) = await home.call_member(member, "start", block, *condition)
         calls.update(segment.work.calls)
         while segment.asks:
-            answers = await self._answers(block, segment.asks, payload)
+            answers = await self._answers(block, segment.asks, payload, condition)
             for ask in segment.asks:
                 calls.update(ask.calls)
             if member.actor is not actor:
@@ -267,10 +292,12 @@ class Coordinator:
             calls.update(segment.work.calls)
         return payload, calls
 
-    async def _answers(self, block: int, asks: Sequence[Ask], state: ray.ObjectRef[Any]) -> list[ray.ObjectRef[Any]]:
+    async def _answers(
+        self, block: int, asks: Sequence[Ask], state: ray.ObjectRef[Any], condition: Sequence[ray.ObjectRef[Any]]
+    ) -> list[ray.ObjectRef[Any]]:
         self.waiting += 1
         try:
-            answers = [self.batchers[ask.pool].add(block, ask, state) for ask in asks]
+            answers = [self.batchers[ask.pool].add(block, ask, state, condition) for ask in asks]
             self._flush_if_stuck()
             return await asyncio.gather(*answers)
         finally:

@@ -56,7 +56,8 @@ def run_ray(
     """
     began = time.monotonic()
     layout, load = arrangement.layout, seat_loads(job.workload, arrangement.layout)
-    names = ["+".join(ladder.levels[k - 1].name for k in pool) for pool in layout.pools]
+    level_pools = layout.pools[: len(layout.pools) - len(layout.stages)]
+    names = [*("+".join(ladder.levels[k - 1].name for k in pool) for pool in level_pools), *layout.stages]
     devices = [kind.devices for kind in layout.kinds]
     kinds, sizes = list(layout.groups), layout.cells(arrangement.cell_devices)
     # This process owns the placement groups: the devices are free again when it ends, however it ends.
@@ -69,12 +70,12 @@ def run_ray(
         strategy = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
     def writers(size: Sequence[int]) -> int:
-        written = overheads_of("cpu", ladder.sample_shape).write
+        written = overheads_of("cpu", ladder).write
         return writer_count(sum(size) / max(float(load.sum()), 1e-9), written)
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
-        seating = names, devices, layout.seats(load, size), group
-        arguments = (job, out.absolute(), layout.pools, *seating, ladder.labels, coalesce, writers(size), block_bytes)
+        seating = layout.pools, layout.stages, names, devices, layout.seats(load, size), group
+        arguments = (job, out.absolute(), *seating, ladder.labels, coalesce, writers(size), block_bytes)
         return lambda: coordinator.options(num_cpus=0, scheduling_strategy=strategy).remote(*arguments)
 
     created = (

@@ -264,8 +264,8 @@ def test_kinds_with_the_same_overheads_are_still_two(workload):
     assert found.efficiency == pytest.approx(1, abs=0.1)
 
 
-def test_larger_images_take_longer_to_write(workload):
-    small, large = (overheads_of("cpu", (3, side, side)) for side in (32, 256))
+def test_larger_images_take_longer_to_write(fashion):
+    small, large = (overheads_of("cpu", replace(fashion, sample_shape=(3, side, side))) for side in (32, 256))
     assert large.write == pytest.approx(64 * small.write)
     assert large.state == 64 * small.state
     assert replace(large, write=small.write, state=small.state) == small

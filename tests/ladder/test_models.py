@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.models.weights import INDEX, WEIGHTS
 from mlem_dist.models.level import new_unet_level, on_meta
+from mlem_dist.models.weights import INDEX, WEIGHTS
 
 MODEL = {
     "sample_size": 8,
