@@ -19,8 +19,8 @@ from diffusers import (
 )
 
 SCHEDULERS = {
-    # As they come: pixels and DiT with linear betas, Stable Diffusion with a spacing and an offset of its own.
-    "pixels": {"clip_sample": False, "timestep_spacing": "trailing"},
+    # As they come: DiT with linear betas, Stable Diffusion with a spacing and an offset of its own.
+    "pixels": {"clip_sample": False, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     "dit": {"clip_sample": False},
     "sd": {
         "beta_schedule": "scaled_linear",
@@ -90,6 +90,16 @@ def conditional_unet(width: int, text: int, **further: Any) -> UNet2DConditionMo
     ).eval()
 
 
+def listen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Make a UNet with random weights depend on its text and sizes, to which it would hardly listen otherwise."""
+    for name, parameter in unet.named_parameters():
+        if "attn2.to_v" in name or "attn2.to_out" in name:
+            parameter.data *= 14
+        if "add_embedding" in name:
+            parameter.data *= 6
+    return unet
+
+
 def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> Path:
     """Save a tiny pipeline of a kind of `SCHEDULERS`; `size` sets the width of its model, and the rest is the same."""
     torch.manual_seed(0)
@@ -124,14 +134,14 @@ def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> P
         tokens = tokenizer(folder / "tokens")
         decoder, text = vae(), text_encoder(len(tokens), 16, False)
         if kind == "sd":
-            unet = conditional_unet(8 * size, 16)
+            unet = listen(conditional_unet(8 * size, 16))
             pipeline = StableDiffusionPipeline(
                 decoder, text, tokens, unet, around, None, None, requires_safety_checker=False
             )
         else:
             second = text_encoder(len(tokens), 24, True)
             sizes = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
-            unet = conditional_unet(8 * size, 40, projection_class_embeddings_input_dim=24 + 24, **sizes)
+            unet = listen(conditional_unet(8 * size, 40, projection_class_embeddings_input_dim=24 + 24, **sizes))
             pipeline = StableDiffusionXLPipeline(decoder, text, second, tokens, tokens, unet, around)
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from mlem_dist.solver.bisection import last_below
 from mlem_dist.solver.condition import Condition, take
+from mlem_dist.solver.costs import as_costs
 from mlem_dist.solver.integrate import Drift, Noise
-from mlem_dist.solver.probabilities import expected_cost, increment_cost
+from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import StepTable
 
 CEILING = 1 - 1e-6
@@ -268,4 +269,4 @@ def _rows(noise: Noise, rows: Tensor) -> Noise:
 def cost_gradient(logistic: Logistic, cost: np.ndarray) -> np.ndarray:
     """The derivative of sum_ik p_k(i) (T_k + T_{k-1}) by the coefficients, float64 (2, K - 1)."""
     p = logistic.probabilities[1:]
-    return np.asarray(logistic.features @ (p * (1 - p) * increment_cost(cost)[1:, None]).T)
+    return np.asarray(logistic.features @ (p * (1 - p) * as_costs(cost).increments[1:, None]).T)

@@ -11,6 +11,7 @@ import numpy as np
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import Spacing
 from mlem_dist.tuning.tuned_plans import choose_plan
@@ -56,7 +57,7 @@ def local_device(device: str) -> str:
 
 def find_plan(
     ladder: Ladder,
-    cost: np.ndarray,
+    cost: np.ndarray | LevelCosts,
     *,
     solver: str,
     steps: int,
@@ -65,7 +66,7 @@ def find_plan(
     grid: Spacing = "trailing",
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
-    """The given plan, or the plan or recipe of a budget for level costs `cost` (K,), and a note for the user or "".
+    """The given plan, or the plan or recipe of a budget for level costs `cost`, and a note for the user or "".
 
     Raises:
         UsageError: if the plan is for another ladder, solver or number of steps, or a budget is given as well; or as

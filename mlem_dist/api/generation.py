@@ -97,7 +97,7 @@ def sample(
     num, image_seed = _check_seeds(num, seed, seeds)
     method = canonical_solver(solver)
     device_type = local_device(device)
-    chosen, _ = find_plan(loaded, loaded.cost(device_type), solver=method, steps=steps, nfe=nfe, plan=plan, grid=grid)
+    chosen, _ = find_plan(loaded, loaded.costs(device_type), solver=method, steps=steps, nfe=nfe, plan=plan, grid=grid)
     block_size = min(num, sizes(loaded, device_type, None, None)[0])
     job = Job(
         ladder=loaded.source,
@@ -235,7 +235,7 @@ def generate(
     device_type = cluster.device_type(device) if remote else local_device(device)
     chosen, note = find_plan(
         loaded,
-        loaded.cost(device_type),
+        loaded.costs(device_type),
         solver=method,
         steps=steps,
         nfe=nfe,
@@ -392,7 +392,7 @@ def draw(
     method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     check_new(out)
-    cost = loaded.cost(local_device(device))
+    cost = loaded.costs(local_device(device))
     recipe = make_recipe(
         loaded, cost, method, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments, grid
     )

@@ -63,7 +63,7 @@ def capacity(
     kinds = read_kinds(loaded, pool_devices, cost)
     chosen, _ = find_plan(
         loaded,
-        kinds[0].costs.alone,
+        loaded.shared_costs(kinds[0].costs.alone),
         solver=canonical_solver(solver),
         steps=steps,
         nfe=nfe,

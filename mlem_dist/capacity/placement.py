@@ -10,6 +10,7 @@ import numpy as np
 
 from mlem_dist.engine.program import Evaluations, called
 from mlem_dist.errors import UsageError
+from mlem_dist.solver.costs import LevelCosts
 
 # A pool with hardly any load still needs an actor, and an actor needs a share that a scheduler can count.
 LEAST_SHARE = 0.05
@@ -37,14 +38,19 @@ class Costs:
         alone: time of a level that is evaluated on its own.
         beside: time of a level if level 1 is evaluated at the same state, so that its value is known.
         stages: seconds per sample of each stage: "encode" for prompts, "decode" for latents.
+        shared: costs of levels that share evaluations in one actor; None if they take level 1's value at most.
     """
 
     alone: np.ndarray
     beside: np.ndarray
     stages: Mapping[str, float] = field(default_factory=dict)
+    shared: LevelCosts | None = None
 
     def of(self, levels: Collection[int]) -> dict[int, float]:
         """Seconds per sample of each of the `levels` (from 1), which one actor evaluates at one state."""
+        if self.shared:
+            numbers = sorted(levels)
+            return dict(zip(numbers, self.shared.on(numbers).above.tolist(), strict=True)) if numbers else {}
         each = self.beside if 1 in levels else self.alone
         return {k: float(each[k - 1]) for k in levels}
 

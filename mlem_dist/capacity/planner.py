@@ -74,7 +74,8 @@ def costs_of(ladder: Ladder, alone: np.ndarray, device: str) -> Costs:
 
     `alone` is float64 (K,), in seconds per sample.
     """
-    return Costs(alone, ladder.cost_beside(alone), ladder.stage_seconds(device))
+    shared = ladder.shared_costs(alone) if ladder.guided else None
+    return Costs(alone, ladder.cost_beside(alone), ladder.stage_seconds(device), shared)
 
 
 def state_bytes(sample_shape: Sequence[int]) -> int:

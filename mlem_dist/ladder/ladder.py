@@ -54,6 +54,7 @@ from mlem_dist.models.guidance import Evaluation, GuidedLevel
 from mlem_dist.models.level import ModelLevel, check_prediction, on_meta, placeholder
 from mlem_dist.models.weights import load_model, loading
 from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition
+from mlem_dist.solver.costs import LevelCosts, as_costs
 from mlem_dist.solver.process import Process
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
@@ -370,6 +371,38 @@ class Ladder:
         """
         key = self.measured_on(device)
         return np.array([level.seconds[key] for level in self.levels])
+
+    def costs(self, device: str) -> LevelCosts:
+        """Costs of the levels on a device type, with what they share.
+
+        Raises:
+            UsageError: as for `cost`.
+        """
+        return self.shared_costs(self.cost(device))
+
+    def shared_costs(self, alone: np.ndarray) -> LevelCosts:
+        """Costs of the levels with the evaluations of models that they share, from T_k, float64 (K,), of each alone."""
+        if not self.guided:
+            return as_costs(alone)
+        needed = [self._evaluations(level) for level in self.levels]
+        keys = list(dict.fromkeys(key for level in needed for key in level))
+        parts = np.array([[key in level for key in keys] for level in needed])
+        known: dict[str, float] = {}
+        # Of each model, the level with the fewest evaluations tells the time of one; those of guides come first.
+        for number in np.argsort(parts.sum(1), kind="stable"):
+            (model, _), *others = needed[number]
+            rest = [known.get(name) for name, _ in others if name != model]
+            own = len(others) - len(rest) + 1
+            known.setdefault(model, max(float(alone[number]) - sum(t or 0.0 for t in rest), LEAST_SECONDS) / own)
+        return LevelCosts(np.array([known[model] for model, _ in keys]), parts)
+
+    def _evaluations(self, level: Level) -> list[tuple[str, bool]]:
+        """The evaluations that a level needs: model, and whether it is unconditional."""
+        own = (level.model or level.name, False)
+        if level.guidance == UNGUIDED:
+            return [own]
+        by = level.guidance.by or level.model
+        return list(dict.fromkeys([own, (by, False), (by, True)]))
 
     def measured_on(self, device: str) -> str:
         """The device type whose costs stand for `device`: `device` itself if it has been measured, else another.

@@ -75,7 +75,8 @@ class Encoder:
         for prefix, texts in (("", prompts), (NEGATIVE, negative_prompts)):
             distinct = list(dict.fromkeys(texts))
             parts = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
-            encoded = [self._encode(self._pipeline, part) for part in parts]
+            with quiet_diffusers():
+                encoded = [self._encode(self._pipeline, part) for part in parts]
             rows = torch.tensor([distinct.index(text) for text in texts])
             for name in encoded[0]:
                 every = torch.cat([part[name] for part in encoded])

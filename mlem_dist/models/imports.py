@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -58,16 +59,23 @@ _quiet = threading.Lock()
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars and warnings of diffusers in this process, but not errors; one thread at a time."""
-    from diffusers.utils import logging
+    """Silence progress bars and warnings of diffusers, and of transformers if it is in use, in this process.
 
-    with _quiet:
-        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity(max(verbosity, ERROR))
-        logging.disable_progress_bar()
+    Errors are still shown. One thread at a time enters.
+    """
+    with _quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        libraries = [importlib.import_module("diffusers.utils.logging")]
+        if _modules.get("transformers"):
+            libraries.append(importlib.import_module("transformers.utils.logging"))
+        before = [(logging, logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in libraries]
+        for logging in libraries:
+            logging.set_verbosity(max(logging.get_verbosity(), ERROR))
+            logging.disable_progress_bar()
         try:
             yield
         finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
+            for logging, verbosity, bars in before:
+                logging.set_verbosity(verbosity)
+                if bars:
+                    logging.enable_progress_bar()

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
+from mlem_dist.solver.costs import LevelCosts, as_costs
 from mlem_dist.solver.steps import ALIASES
 
 Draw = Literal["independent", "systematic", "quantiles"]
@@ -144,13 +145,17 @@ class Plan:
                 called[number - 1, run.start] = True
         return called
 
-    def nfe(self, cost: np.ndarray) -> float:
-        """The plan's cost per sample in evaluations of the best level, for level costs `cost` (K,) in seconds.
+    def nfe(self, cost: np.ndarray | LevelCosts) -> float:
+        """The plan's cost per sample in evaluations of the best level, for level costs in seconds.
+
+        `cost` is float64 (K,) for levels that share no evaluations.
 
         A run in closed form costs about as much as a call of level 1.
         """
         closed = sum(bool(run.base) for run in self.runs)
-        return float((self.calls.sum(1) @ cost + closed * cost[0]) / cost[-1])
+        costs = as_costs(cost)
+        alone = costs.alone
+        return float((costs.of_calls(self.calls) + closed * alone[0]) / alone[-1])
 
 
 def draw_coins(p: np.ndarray, draw: Draw, rng: np.random.Generator) -> np.ndarray:

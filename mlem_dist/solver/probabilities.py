@@ -6,6 +6,7 @@ import numpy as np
 
 from mlem_dist.errors import UsageError
 from mlem_dist.solver.bisection import last_below
+from mlem_dist.solver.costs import LevelCosts, as_costs
 
 Rule = Literal["constant", "inverse-cost", "theory", "log-snr"]
 
@@ -29,28 +30,27 @@ def rule_weights(rule: Rule, cost: np.ndarray, log_snr: np.ndarray) -> np.ndarra
     return np.asarray(cost[:, None] ** -power * density)
 
 
-def increment_cost(cost: np.ndarray) -> np.ndarray:
-    """The cost of one increment of each level, float64 (K,): T_k + T_{k-1}, and T_1 for level 1."""
-    return cost + np.concatenate([[0.0], cost[:-1]])
-
-
-def expected_cost(p: np.ndarray, cost: np.ndarray, base: Base = "every") -> float:
+def expected_cost(p: np.ndarray, cost: np.ndarray | LevelCosts, base: Base = "every") -> float:
     """Expected seconds per sample of plans with probabilities p (K, N): sum_ik p_k(i) (T_k + T_{k-1}).
 
+    T_k + T_{k-1} is less what both levels share. `cost` is float64 (K,) for levels that share nothing.
+
     With a base in closed form, level 1 costs T_1 for each run of steps that evaluate it alone, not for each step. With
-    a held base, coins are nested, so that level k - 1 is evaluated for its own increment too: sum_ik p_k(i) T_k.
+    a held base, coins are nested, so that level k - 1 is evaluated for its own increment too: sum_ik p_k(i) T_k, where
+    T_k is without what lower levels share.
     """
+    costs = as_costs(cost)
     if base == "held":
-        return float(p.sum(1) @ cost)
-    seconds = float((p * increment_cost(cost)[:, None]).sum())
+        return float(p.sum(1) @ costs.above)
+    seconds = float((p * costs.increments[:, None]).sum())
     if base == "every":
         return seconds
     begins = 1 - (1 - p[1:]).prod(0)
     begins[:1] = 1
-    return seconds - float(cost[0] * (p[0] - begins).sum())
+    return seconds - float(costs.alone[0] * (p[0] - begins).sum())
 
 
-def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Base = "every") -> np.ndarray:
+def scale_to_budget(weights: np.ndarray, cost: np.ndarray | LevelCosts, nfe: float, base: Base = "every") -> np.ndarray:
     """Probabilities p_k(i) = min(1, C weights_k(i)), with C such that the expected cost is the budget.
 
     Level 1 has p_1 = 1 at every step. With a held base, all levels have p = 1 at the first step only, because a value
@@ -59,7 +59,7 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
 
     Args:
         weights: float64 (K, N), not negative.
-        cost: float64 (K,), seconds per sample.
+        cost: seconds per sample; float64 (K,) for levels that share nothing.
         nfe: the budget, in evaluations of the best level per sample.
         base: the steps at which plans evaluate level 1.
 
@@ -67,7 +67,8 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
         UsageError: if the budget is below the cost of level 1 alone or, with a held base, of one evaluation of each
             level.
     """
-    steps = weights.shape[1]
+    steps, costs = weights.shape[1], as_costs(cost)
+    first, best = costs.alone[[0, -1]]
     certain = np.zeros(weights.shape, dtype=bool)
     if base == "held":
         certain[:, 0] = True
@@ -81,7 +82,7 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
         return np.minimum.accumulate(p, axis=0) if base == "held" else p
 
     def spent(scale: float) -> float:
-        return expected_cost(probabilities(scale), cost, base) / float(cost[-1])
+        return expected_cost(probabilities(scale), costs, base) / float(best)
 
     # The tolerance allows for rounding.
     if nfe < spent(0) * (1 - 1e-9):
@@ -89,7 +90,7 @@ def scale_to_budget(weights: np.ndarray, cost: np.ndarray, nfe: float, base: Bas
             raise UsageError(
                 f"`nfe` {nfe:g} is below the cost of one evaluation of each level, {spent(0):.3g}; raise `nfe`"
             )
-        payable = int(nfe / float(cost[0] / cost[-1])) if base == "every" else 0
+        payable = int(nfe / float(first / best)) if base == "every" else 0
         raise UsageError(
             f"`nfe` {nfe:g} is below the cost of the base level alone, {spent(0):.3g} for {steps} steps; "
             "raise `nfe`" + (f" or lower `steps` to {payable}" if payable else "")

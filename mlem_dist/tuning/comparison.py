@@ -148,7 +148,7 @@ class PlanComparison:
         table, closed_form = self._grid(plans[0], 0, path=False)
         seconds = self.timed(lambda: integrate(self._run, table, plans[0], plain, condition, closed_form))
         # The costs of drawn plans differ, with independent coins by a third and more: scale to the mean cost.
-        cost = self.ladder.cost(self.device)
+        cost = self.ladder.costs(self.device)
         seconds *= float(np.mean([plan.nfe(cost) for plan in plans])) / plans[0].nfe(cost)
         return self.measurement(seconds, lambda block: self.end(plans[block], block))
 

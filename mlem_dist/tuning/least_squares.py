@@ -201,7 +201,7 @@ class Fitter:
         self.comparison = comparison
         self.table = comparison.fine
         self.log_snr = comparison.ladder.process.grid(len(self.table)).log_snr
-        self.cost = comparison.ladder.cost(comparison.device)
+        self.cost = comparison.ladder.costs(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
         self.closed = base_of(comparison.ladder, comparison.solver, "extrapolated") == "closed"
         if self.closed:
@@ -317,11 +317,13 @@ class Fitter:
 
         With level 1 in closed form, each step that evaluates increments also costs a call of it and a run.
         """
-        below = self.cost[middle - 1] if middle else 0.0
-        first = self.cost[0] if self.closed else 0.0
-        each = self.cost[-1] + between * (below + 2 * first)
+        alone, best = self.cost.alone, len(self.cost)
+        below = alone[middle - 1] if middle else 0.0
+        first = alone[0] if self.closed else 0.0
+        shared = alone[-1] + below - self.cost.of({middle, best} - {0})
+        each = alone[-1] - shared + between * (below + 2 * first)
         # A quotient such as 3 / 0.3 may be rounded down to just below a whole number.
-        return max(0, int((nfe * self.cost[-1] - first) / each + 1e-9))
+        return max(0, int((nfe * alone[-1] - first) / each + 1e-9))
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
         """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.

@@ -19,18 +19,19 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from mlem_dist.solver.probabilities import Base, expected_cost, increment_cost
+from mlem_dist.solver.costs import LevelCosts, as_costs
+from mlem_dist.solver.probabilities import Base, expected_cost
 
 SMOOTHING = 6
 """Window over which a measured effect is averaged, in percent of the trajectory."""
 
 
-def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
+def neyman(effect: np.ndarray, cost: np.ndarray | LevelCosts, error: float) -> np.ndarray:
     """Probabilities p, float64 (K, N), of least expected cost whose coins add at most `error`.
 
     Args:
         effect: W, float64 (K, N).
-        cost: T, seconds per sample, float64 (K,).
+        cost: T, seconds per sample; float64 (K,) for levels that share nothing.
         error: largest added error, positive, in the unit of `effect`.
     """
     weights = neyman_weights(effect, cost)
@@ -51,19 +52,21 @@ def neyman(effect: np.ndarray, cost: np.ndarray, error: float) -> np.ndarray:
     return np.minimum(1, high * weights)
 
 
-def nfe_at_error(products: np.ndarray, rungs: Sequence[int], cost: np.ndarray, error: float, base: Base) -> float:
+def nfe_at_error(
+    products: np.ndarray, rungs: Sequence[int], cost: np.ndarray | LevelCosts, error: float, base: Base
+) -> float:
     """Least expected cost of ML-EM on these rungs at a given error, in evaluations of the best level.
 
     Args:
         products: W_kl(i), float64 (K, K, N).
         rungs: levels in use, by number from 1.
-        cost: T, seconds per sample, float64 (K,).
+        cost: T, seconds per sample; float64 (K,) for levels that share nothing.
         error: as in `neyman`.
         base: as in `expected_cost`.
     """
-    costs = cost[np.array(rungs) - 1]
+    costs = as_costs(cost).on(rungs)
     p = neyman(merged(products, rungs), costs, error)
-    return expected_cost(p, costs, base) / float(cost[-1])
+    return expected_cost(p, costs, base) / float(costs.alone[-1])
 
 
 def rung_sets(levels: int, held: bool = False) -> Iterator[tuple[int, ...]]:
@@ -99,24 +102,24 @@ def on_grid(products: np.ndarray, at: np.ndarray, t: np.ndarray) -> np.ndarray:
     return np.apply_along_axis(lambda row: np.interp(t, at[::-1], row[::-1]), 2, smooth)
 
 
-def neyman_weights(effect: np.ndarray, cost: np.ndarray) -> np.ndarray:
+def neyman_weights(effect: np.ndarray, cost: np.ndarray | LevelCosts) -> np.ndarray:
     """Relative probabilities sqrt(W_k(i) / (T_k + T_{k-1})) of Neyman's rule, float64 (K, N).
 
     Args:
         effect: W, float64 (K, N).
-        cost: T, seconds per sample, float64 (K,).
+        cost: T, seconds per sample; float64 (K,) for levels that share nothing.
     """
-    return np.sqrt(effect / increment_cost(cost)[:, None])
+    return np.sqrt(effect / as_costs(cost).increments[:, None])
 
 
-def gap_weights(effect: np.ndarray, cost: np.ndarray, power: int) -> np.ndarray:
+def gap_weights(effect: np.ndarray, cost: np.ndarray | LevelCosts, power: int) -> np.ndarray:
     """Relative probabilities (W_k(i) / T_k)^(1 / (1 + q)) of held values, float64 (K, N), for q = `power`.
 
     Args:
         effect: W, float64 (K, N).
-        cost: T, seconds per sample, float64 (K,).
+        cost: T, seconds per sample; float64 (K,) for levels that share nothing.
     """
-    return np.asarray((effect / cost[:, None]) ** (1 / (1 + power)))
+    return np.asarray((effect / as_costs(cost).above[:, None]) ** (1 / (1 + power)))
 
 
 def gap_error(p: np.ndarray, effect: np.ndarray, power: int) -> float:

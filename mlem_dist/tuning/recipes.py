@@ -7,6 +7,7 @@ import numpy as np
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import read_effect
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.costs import LevelCosts, as_costs
 from mlem_dist.solver.plan import Draw, Increments, Recipe
 from mlem_dist.solver.probabilities import Base, Rule, rule_weights, scale_to_budget
 from mlem_dist.solver.steps import Spacing
@@ -26,7 +27,7 @@ DEFAULT_INCREMENTS: dict[str, Increments] = {"sde": "held", "ode": "extrapolated
 
 def make_recipe(
     ladder: Ladder,
-    cost: np.ndarray,
+    cost: np.ndarray | LevelCosts,
     solver: str,
     steps: int,
     nfe: float,
@@ -37,7 +38,7 @@ def make_recipe(
 ) -> Recipe:
     """Recipe for `steps` base steps and a budget of `nfe` evaluations of the best level per sample.
 
-    `cost` (K,) is the cost of each level, in seconds per sample.
+    `cost` is that of the levels in seconds per sample, (K,) if they share nothing.
 
     None selects a default: Neyman's probabilities for a calibrated ladder and the theory's for others; one plan for all
     blocks, unless increments are impulses; held increments for the SDE and extrapolated ones for the ODE. Neyman's
@@ -66,7 +67,7 @@ def make_recipe(
         raise _uncalibrated(ladder)
     else:
         rungs = None
-        weights = rule_weights(probabilities or "theory", cost, log_snr)
+        weights = rule_weights(probabilities or "theory", as_costs(cost).alone, log_snr)
         p = scale_to_budget(weights, cost, nfe, base)
     # Rounded, because processors differ in the last digits of a logarithm: a dataset continued on another machine keeps
     # its plan.
@@ -89,7 +90,7 @@ def calibrated(ladder: Ladder) -> bool:
 class NeymanRule:
     """Neyman's probabilities for a calibrated ladder, on `steps` base steps of a solver.
 
-    `cost` (K,) is the cost of each level, in seconds per sample.
+    `cost` is that of the levels in seconds per sample, (K,) if they share nothing.
 
     Attributes:
         base: the steps at which plans evaluate level 1. Where it is held, probabilities are those of `gap_weights`.
@@ -101,7 +102,7 @@ class NeymanRule:
     def __init__(
         self,
         ladder: Ladder,
-        cost: np.ndarray,
+        cost: np.ndarray | LevelCosts,
         solver: str,
         steps: int,
         increments: Increments,
@@ -110,7 +111,7 @@ class NeymanRule:
         measured = read_effect(ladder, _measured(solver))
         if measured is None:
             raise _uncalibrated(ladder)
-        self.cost = cost
+        self.cost = as_costs(cost)
         self.base = base_of(ladder, solver, increments)
         self._power = GAP_POWER[increments]
         grid = ladder.process.grid(steps, spacing)
@@ -127,9 +128,7 @@ class NeymanRule:
         if self.base == "held":
             # All rungs are evaluated at the first step. The best level alone is refused below, if it costs too much.
             choices = [
-                rungs
-                for rungs in choices
-                if len(rungs) == 1 or sum(self.cost[rung - 1] for rung in rungs) <= nfe * self.cost[-1]
+                rungs for rungs in choices if len(rungs) == 1 or self.cost.of(rungs) <= nfe * self.cost.alone[-1]
             ]
         ranked = [
             (self._error(self.probabilities(nfe, rungs), merged(self._products, rungs)), rungs) for rungs in choices
@@ -145,7 +144,7 @@ class NeymanRule:
         Raises:
             UsageError: if the budget is below the cost of the base level.
         """
-        cost = self.cost[np.array(rungs) - 1]
+        cost = self.cost.on(rungs)
         effect = merged(self._products, rungs)
         held = self.base == "held"
         weights = gap_weights(effect, cost, self._power) if held else neyman_weights(effect, cost)

@@ -14,6 +14,7 @@ from mlem_dist.extras import require
 from mlem_dist.files import file_digest
 from mlem_dist.ladder.calibration import NAME
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.evolution import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
@@ -86,7 +87,7 @@ def tune(
             level; if cma is needed and not installed; or if no plan ends in finite numbers.
     """
     out, solver, steps = frontier.path.parent, frontier.settings["solver"], frontier.settings["steps"]
-    levels, cost = len(ladder.levels), ladder.cost(device)
+    levels, cost = len(ladder.levels), ladder.costs(device)
     recipes = {nfe: _recipes(ladder, cost, solver, steps, nfe) for nfe in budgets}
     selection = PlanComparison(ladder, solver, device, steps, SELECTION_SAMPLES, SELECTION_SEED, out / "cache", threads)
     test = PlanComparison(ladder, solver, device, steps, TEST_SAMPLES, TEST_SEED, out / "cache", threads)
@@ -118,12 +119,12 @@ def tune(
         yield from (row for row in rows.values() if row)
 
 
-def _recipes(ladder: Ladder, cost: np.ndarray, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
+def _recipes(ladder: Ladder, cost: LevelCosts, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
     """The recipes of `FAMILIES` for a budget; without ML-EM where that cannot pay for level 1 at every step."""
     recipes = {}
     for name, choices in FAMILIES.items():
         every = base_of(ladder, solver, choices["increments"]) == "every"
-        if not every or nfe * cost[-1] >= steps * cost[0]:
+        if not every or nfe * cost.alone[-1] >= steps * cost.alone[0]:
             recipes[name] = make_recipe(ladder, cost, solver, steps, nfe, **choices)
     return recipes
 
@@ -150,7 +151,7 @@ def plan_searches(
         for nfe in recipes:
             fitter.starts(nfe)
         return {FITTED: lambda nfe: fitted_plan(fitter, nfe, report(nfe, "fits"), report(nfe, "refinement"))}
-    cost = ladder.cost(device)
+    cost = ladder.costs(device)
     search = {MEMORISED: lambda nfe: best_draw(selection, recipes[nfe], cost, report(nfe, "draws"))}
     if calibrated(ladder):
         require("cma", "searches for plans")
@@ -161,7 +162,7 @@ def plan_searches(
 def best_draw(
     selection: PlanComparison,
     recipes: dict[str, Recipe],
-    cost: np.ndarray,
+    cost: np.ndarray | LevelCosts,
     progress: ReportProgress = lambda done, total: None,
 ) -> Plan:
     """Best of `DRAWS` plans drawn from the better of the recipes "held" and "extrapolated", for level costs `cost`.
@@ -177,7 +178,7 @@ def best_draw(
 def best_plan(
     selection: PlanComparison,
     plans: Sequence[Plan],
-    cost: np.ndarray,
+    cost: np.ndarray | LevelCosts,
     progress: ReportProgress = lambda done, total: None,
 ) -> Plan:
     """Best of several plans of nearly the same cost, for level costs `cost`.
@@ -215,7 +216,7 @@ class Optimiser:
         self, selection: PlanComparison, threads: int, progress: ReportStage, samples: int = MODEL_SAMPLES
     ) -> None:
         self.selection, self.threads, self.progress, self.samples = selection, threads, progress, samples
-        self.cost = selection.ladder.cost(selection.device)
+        self.cost = selection.ladder.costs(selection.device)
         comparison_rule, model_rule = (
             NeymanRule(selection.ladder, self.cost, selection.solver, steps, "extrapolated")
             for steps in (len(selection.fine), model_steps(selection))

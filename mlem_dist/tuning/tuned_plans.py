@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import ALIASES, Spacing
 from mlem_dist.tuning.recipes import make_recipe
@@ -54,7 +55,7 @@ def tuned_budgets(folder: Path, solver: str) -> list[float]:
 
 def choose_plan(
     ladder: Ladder,
-    cost: np.ndarray,
+    cost: np.ndarray | LevelCosts,
     solver: str,
     steps: int,
     nfe: float,

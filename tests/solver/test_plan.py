@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlem_dist.errors import UsageError
+from mlem_dist.solver.costs import as_costs
 from mlem_dist.solver.integrate import evaluate
 from mlem_dist.solver.plan import (
     Plan,
@@ -23,7 +24,7 @@ from mlem_dist.solver.plan import (
     switched,
     systematic,
 )
-from mlem_dist.solver.probabilities import expected_cost, increment_cost, rule_weights, scale_to_budget
+from mlem_dist.solver.probabilities import expected_cost, rule_weights, scale_to_budget
 
 COST = np.array([0.02, 0.3, 1.2, 5.0])
 RULES = ("theory", "inverse-cost", "log-snr", "constant")
@@ -223,7 +224,7 @@ def test_probabilities_meet_the_budget(rule, nfe, slope):
     assert ((p >= 0) & (p <= 1)).all()
     assert (np.diff(p, axis=0) <= 0).all()
     assert (np.diff(p, axis=1) <= 0).all()
-    assert p.sum(1) @ increment_cost(COST) / COST[-1] == pytest.approx(nfe, rel=1e-6)
+    assert p.sum(1) @ as_costs(COST).increments / COST[-1] == pytest.approx(nfe, rel=1e-6)
     rng = np.random.default_rng(1)
     drawn = np.mean([Recipe(p, "systematic", "impulse").plan(rng).nfe(COST) for _ in range(20)])
     # A plan shares evaluations at a step, so it costs at most what was budgeted, but for the luck of the draw.

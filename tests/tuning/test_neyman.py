@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from mlem_dist.solver.probabilities import expected_cost, increment_cost, scale_to_budget
+from mlem_dist.solver.costs import as_costs
+from mlem_dist.solver.probabilities import expected_cost, scale_to_budget
 from mlem_dist.tuning.neyman import coin_error, merged, neyman, neyman_weights, on_grid, rung_sets
 
 COST = np.array([0.01, 1.0, 4.0, 16.0])
@@ -35,7 +36,7 @@ def test_no_other_probabilities_are_cheaper_at_the_same_error():
 
 def test_cost_below_one_is_the_closed_form():
     """(sum sqrt(W tau))^2 / (error + sum W), where no probability reaches 1."""
-    tau = increment_cost(COST)[1:, None]
+    tau = as_costs(COST).increments[1:, None]
     p = neyman(EFFECT, COST, 300.0)
     expected = np.sqrt(EFFECT[1:] * tau).sum() ** 2 / (300.0 + EFFECT[1:].sum())
     assert expected_cost(p, COST) == pytest.approx(expected + 30 * COST[0])
@@ -50,7 +51,7 @@ def test_weights_on_another_grid_follow_the_rule():
     products = on_grid(np.eye(4)[:, :, None] * effect, at, t)
     assert products.shape == (4, 4, 250)
     weights = neyman_weights(np.einsum("kki->ki", products), COST)
-    exact = np.sqrt(scale * np.exp(-t / 400) / increment_cost(COST)[:, None])
+    exact = np.sqrt(scale * np.exp(-t / 400) / as_costs(COST).increments[:, None])
     np.testing.assert_allclose(weights, exact, rtol=0.3)
     np.testing.assert_allclose(weights.mean(1), exact.mean(1), rtol=0.03)
 

@@ -1,0 +1,165 @@
+"""With as many evaluations as steps, images are those of the pipelines of diffusers, for every family."""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pipelines import make_pipeline
+
+import mlem_dist
+from mlem_dist.ladder.ladder import Ladder
+
+STEPS, SEEDS, SCALE = 6, [3, 8], 7.0
+PROMPTS, NEGATIVE = ["a cat", "dogs on a hill"], ["ugly", "bad hands, 7 fingers; TEXT"]
+OTHER_PROMPTS = ["b", "mice"]
+OTHER_NEGATIVE = ["rain on all the roofs of the old town, and no one there", "QQQQQQ#######"]
+MEAN, MOST = 0.25, 3
+"""Largest mean and single differences from a pipeline, in grey levels."""
+ZERO = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, and the arguments that ladders and the pipeline are given for the same images."""
+
+    kind: str
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+
+
+def prompted(kind: str, negative: Any = NEGATIVE, **scheduler: Any) -> Case:
+    texts = {"prompts": PROMPTS, "negative_prompts": negative}
+    return Case(kind, scheduler, texts, {"prompt": PROMPTS, "negative_prompt": negative, "guidance_scale": SCALE})
+
+
+CASES = {
+    "pixels": Case("pixels", theirs={"batch_size": 2}),
+    "dit": Case("dit", ours={"labels": [1, 7]}, theirs={"class_labels": [1, 7], "guidance_scale": SCALE}),
+    "sd": prompted("sd"),
+    "sd without negative prompts": prompted("sd", None),
+    "sd of v, zero terminal SNR": prompted("sd", **ZERO),
+    "sdxl": prompted("sdxl"),
+    "sdxl without negative prompts": prompted("sdxl", None),
+    "sdxl with empty negative prompts": prompted("sdxl", ["", ""]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folders of a case's pipeline and of a ladder of it."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(case: Case) -> tuple[Path, Path]:
+        key = repr((case.kind, case.scheduler))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("pipelines")
+            pipeline = make_pipeline(case.kind, folder / case.kind, **case.scheduler)
+            guidance = None if case.kind == "pixels" else SCALE
+            Ladder.create(folder / "ladder", [pipeline], guidance=guidance, measure=False)
+            made[key] = pipeline, folder / "ladder"
+        return made[key]
+
+    return get
+
+
+def run_pipeline(folder: Path, **arguments: Any) -> np.ndarray:
+    """The images of a pipeline, float (2, H, W, C) from 0 to 255."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    if isinstance(pipeline, diffusers.DDPMPipeline):
+        pipeline = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    images = pipeline(generator=generators, num_inference_steps=STEPS, output_type="np", **arguments).images
+    return np.asarray(images) * 255
+
+
+def assert_same(images: np.ndarray, expected: np.ndarray) -> None:
+    difference = np.abs(images - expected.round())
+    assert difference.mean() <= MEAN
+    assert difference.max() <= MOST
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def expected(case, folders):
+    images = run_pipeline(folders(case)[0], **case.theirs)
+    assert images.std() > 20
+    return images
+
+
+def test_samples_are_those_of_the_pipeline(case, folders, expected):
+    ladder = Ladder.load(folders(case)[1])
+    images = mlem_dist.sample(ladder, seeds=SEEDS, nfe=STEPS, steps=STEPS, grid="model", **case.ours)
+    assert images.shape == expected.shape
+    assert_same(images, expected)
+
+
+@pytest.mark.parametrize("placement", ["together", "pools"])
+@pytest.mark.parametrize("name", ["pixels", "dit", "sd", "sdxl"])
+def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
+    case = CASES[name]
+    pipeline, ladder = folders(case)
+    # Sample i has the seed 3 + i, and the sixth the second's of the pipeline.
+    take = {"num": 6, "seed": SEEDS[0], "block_size": 3, "shard_size": 6, "devices": 2}
+    ours = {
+        key: values if key == "labels" else [values[i == 5] for i in range(6)] for key, values in case.ours.items()
+    }
+    mlem_dist.generate(
+        ladder, out=str(tmp_path / "out"), nfe=STEPS, steps=STEPS, grid="model", placement=placement, **take, **ours
+    )
+    table = pq.read_table(tmp_path / "out" / "data")
+    images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"].to_pylist()]
+    assert_same(np.stack([images[0], images[5]]), run_pipeline(pipeline, **case.theirs))
+    if "prompts" in ours:
+        assert table["prompt"].to_pylist() == ours["prompts"]
+        assert table["negative_prompt"].to_pylist() == ours["negative_prompts"]
+
+
+def moved(case: Case, folders: Any, expected: np.ndarray, **changes: Any) -> float:
+    """Mean change of the pipeline's images by other arguments, relative to `MEAN`."""
+    return float(np.abs(run_pipeline(folders(case)[0], **case.theirs | changes) - expected).mean()) / MEAN
+
+
+@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl"])
+def test_every_input_moves_the_images(name, folders):
+    """Otherwise the tests above would show nothing of it."""
+    case = CASES[name]
+    expected = run_pipeline(folders(case)[0], **case.theirs)
+    changes: dict[str, dict[str, Any]] = {"guidance": {"guidance_scale": 1.0}}
+    if name == "dit":
+        changes["labels"] = {"class_labels": [7, 1]}
+    else:
+        changes |= {
+            "prompts": {"prompt": OTHER_PROMPTS},
+            "negative prompts": {"negative_prompt": OTHER_NEGATIVE},
+            "no negative prompts": {"negative_prompt": None},
+        }
+    if name == "sdxl":
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(folders(case)[0])
+        text, negative, pooled, negative_pooled = pipeline.encode_prompt(
+            PROMPTS, None, "cpu", 1, True, negative_prompt=NEGATIVE
+        )
+        embedded = {"prompt": None, "negative_prompt": None, "prompt_embeds": text, "negative_prompt_embeds": negative}
+        embedded |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
+        changes |= {
+            "pooled embeddings": {**embedded, "pooled_prompt_embeds": pooled.flip(0)},
+            "negative pooled embeddings": {**embedded, "negative_pooled_prompt_embeds": negative_pooled.flip(0)},
+            "original sizes": {"original_size": (64, 64)},
+            "crops": {"crops_coords_top_left": (5, 5)},
+            "target sizes": {"target_size": (64, 32)},
+        }
+        assert moved(case, folders, expected, **embedded) < 0.01
+    for what, arguments in changes.items():
+        assert moved(case, folders, expected, **arguments) > 20, what
