@@ -11,6 +11,7 @@ import numpy as np
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import Spacing
@@ -20,7 +21,7 @@ DEFAULT_NFE = 10.0
 """Default budget per sample, in evaluations of the best level."""
 
 Solver = Literal["ode", "sde", "dpm++", "ddim", "ddpm"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16", "own"]
 Device = Literal["auto", "cpu", "cuda"]
 
 Notify = Callable[[str], None]
@@ -38,6 +39,11 @@ def load_ladder(ladder: str | Path | Ladder) -> Ladder:
         UsageError: as for `Ladder.load`.
     """
     return ladder if isinstance(ladder, Ladder) else Ladder.load(ladder)
+
+
+def check_precision(precision: Precision | None, ladder: Ladder) -> str:
+    """The precision of a job, by default float32 for a trained ladder, and for others each model's own."""
+    return precision or ("float32" if ladder.schema_version == SCHEMA_VERSION else OWN)
 
 
 def local_device(device: str) -> str:

@@ -18,6 +18,7 @@ from mlem_dist.api.arguments import (
     Solver,
     check_labels,
     check_new,
+    check_precision,
     check_prompts,
     find_plan,
     ignore,
@@ -55,7 +56,7 @@ def sample(
     steps: int = 250,
     plan: Plan | str | Path | None = None,
     grid: Spacing = "trailing",
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     device: Device = "auto",
 ) -> np.ndarray:
     """Generate images in this process.
@@ -78,7 +79,7 @@ def sample(
         plan: a plan or its file, instead of a budget.
         grid: timesteps: "trailing" for the ends of equal intervals (for flows, the pipeline's own), or "model" for the
             spacing and offset of the scheduler's configuration.
-        precision: dtype in which networks compute.
+        precision: dtype in which networks compute; by default each in its own, which is float32 in trained ladders.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Returns:
@@ -111,7 +112,7 @@ def sample(
         block_size=block_size,
         shard_size=block_size,
         device=device_type,
-        precision=precision,
+        precision=check_precision(precision, loaded),
         grid=grid,
         prompts=texts,
         negative_prompts=negative_texts,
@@ -156,7 +157,7 @@ def generate(
     increments: Increments | None = None,
     plan: Plan | str | Path | None = None,
     grid: Spacing = "trailing",
-    precision: Precision = "float32",
+    precision: Precision | None = None,
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -191,7 +192,7 @@ def generate(
         increments: how an increment enters the steps; "held" for "sde" and "extrapolated" for others by default.
         plan: a plan or its file, instead of a budget.
         grid: timesteps, as for `sample`.
-        precision: dtype in which networks compute.
+        precision: dtype in which networks compute; by default each in its own, which is float32 in trained ladders.
         block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
         shard_size: number of samples in a Parquet file, a multiple of the block size.
         placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
@@ -258,7 +259,7 @@ def generate(
         block_size=block_size,
         shard_size=shard_size,
         device=device_type,
-        precision=precision,
+        precision=check_precision(precision, loaded),
         grid=grid,
         prompts=texts,
         negative_prompts=negative_texts,

@@ -504,7 +504,7 @@ def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list
 
 def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[range]) -> tuple[float, ...]:
     """Bytes of the weights that an actor of each pool holds, in the workload's precision."""
-    share = 0.5 if workload.precision == "bfloat16" else 1.0
+    share = 0.5 if workload.precision in ("bfloat16", "float16") else 1.0
     of_pool = levels_of(evaluations(workload), pools)
     return tuple(share * sum(weight_bytes[k - 1] for k in levels) for levels in of_pool)
 

@@ -49,10 +49,9 @@ if TYPE_CHECKING:
 @click.option("--plan", type=source, metavar="FILE", help="A plan of `mlem-dist draw` or `tune`, for all blocks.")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="What UNets compute in. bfloat16 is faster on GPUs, and on CPUs that have instructions for it.",
+    type=click.Choice(["float32", "bfloat16", "float16", "own"]),
+    help="What models compute in. bfloat16 is faster on GPUs, and on CPUs that have instructions for it.  [default: "
+    "own, the precision that the ladder has for each; float32 for trained ladders]",
 )
 @click.option("--labels", type=classes, default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
 @size_options

@@ -16,6 +16,7 @@ from mlem_dist.cli.options import (
     number,
     numbers,
     on_stop,
+    precise,
     say,
     scale,
     source,
@@ -50,7 +51,8 @@ def ladder_show(name: str) -> None:
     metavar="MODEL",
     multiple=True,
     required=True,
-    help="Folder of a pipeline or a model of diffusers; several times, the best model last.",
+    help="Folder of a pipeline or a model of diffusers, with :bfloat16 or :float16 to compute in that; several times, "
+    "the best model last.",
 )
 @click.option(
     "--pipeline",
@@ -65,6 +67,7 @@ def ladder_show(name: str) -> None:
     help="Adds to each model a level with guidance, in all the noise schedule (0 to 1) or in a part of it.",
 )
 @click.option("--unguided/--no-unguided", default=True, help="Whether models with guidance are levels without it, too.")
+@click.option("--guide-with", metavar="MODEL", help="Model that gives the direction of guidance to all others, too.")
 @click.option("--size", type=width_height, metavar="WxH", help="Size of images in pixels.  [default: the model's]")
 @click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
 def ladder_create(out: Path, models: tuple[str, ...], **options: Any) -> None:
@@ -72,7 +75,8 @@ def ladder_create(out: Path, models: tuple[str, ...], **options: Any) -> None:
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.tables import ladder_table
 
-    click.echo(ladder_table(Ladder.create(out, models, **options, notify=say)))
+    names, precisions = zip(*map(precise, models), strict=True)
+    click.echo(ladder_table(Ladder.create(out, names, precision=precisions, **options, notify=say)))
 
 
 @ladder.command("measure")

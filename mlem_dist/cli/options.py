@@ -92,6 +92,12 @@ def width_height(value: str) -> tuple[int, int]:
     return height, width
 
 
+def precise(value: str) -> tuple[str, str]:
+    """A model such as FOLDER:bfloat16 as its name and precision; float32 by default."""
+    name, _, precision = value.rpartition(":")
+    return (name, precision) if name and precision in ("float32", "bfloat16", "float16") else (value, "float32")
+
+
 def given(value: str) -> str:
     """A name or path; an empty one is refused, as its variable is probably not set."""
     if not value:

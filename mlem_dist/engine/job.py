@@ -27,8 +27,8 @@ SEEDS = 2**32
 NOISE_VERSION = 2
 """Version of the noise: 1 was a function of the block, until 0.3; 2 is a function of the image seed."""
 
-PRECISIONS = ("float32", "bfloat16")
-"""Data types of the UNets' weights and activations, by torch's names."""
+PRECISIONS = ("float32", "bfloat16", "float16", "own")
+"""Data types of models' weights and activations, by torch's names, or "own" for that of each model."""
 
 SAMPLED_BLOCKS = 16
 """Number of a recipe's draws from which loads are estimated."""
@@ -61,7 +61,7 @@ class Workload:
         seed: seed of every draw of a plan.
         block_size: number of samples that advance together.
         shard_size: number of samples per file.
-        precision: data type of the UNets, one of `PRECISIONS`.
+        precision: data type of the models, one of `PRECISIONS`.
     """
 
     num: int
@@ -105,7 +105,7 @@ class Job:
         block_size: number of samples that advance together.
         shard_size: number of samples per file, a multiple of the block size.
         device: "cpu" or "cuda".
-        precision: data type of the UNets, one of `PRECISIONS`.
+        precision: data type of the models, one of `PRECISIONS`.
         grid: spacing of the steps, as for `Process.grid`.
         prompts: the prompt of each sample; empty for a ladder without prompts.
         negative_prompts: the negative prompt of each sample, None for none; empty if no sample has one.

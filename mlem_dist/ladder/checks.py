@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,14 +96,14 @@ def _remedy(kind: str, path: Path, others: Sequence[str]) -> str:
     )
 
 
-def check_present(folder: Path, name: str) -> None:
-    """Require the file `name` in a ladder's folder.
+def check_present(path: Path) -> None:
+    """Require a file of a ladder.
 
     Raises:
         UsageError: if it is missing.
     """
-    if not (folder / name).is_file():
-        raise UsageError(f"ladder file {folder / name} is missing; restore it or train the ladder again")
+    if not path.is_file():
+        raise UsageError(f"ladder file {path} is missing on {platform.node()}; restore it, or make the ladder again")
 
 
 def read_process(folder: Path) -> Process:
@@ -118,13 +119,12 @@ def read_process(folder: Path) -> Process:
         raise UsageError(f"{folder / SCHEDULER}: {error}") from None
 
 
-def check_digest(folder: Path, name: str, expected: str) -> None:
+def check_digest(path: Path, expected: str) -> None:
     """Compare a file's SHA-256 with the `expected` hex digest.
 
     Raises:
         UsageError: if the file is missing or its digest differs.
     """
-    check_present(folder, name)
-    path = folder / name
+    check_present(path)
     if remembered_digest(path) != expected:
         raise UsageError(f"ladder file {path} is corrupted: its SHA-256 is not the one in ladder.json; restore it")

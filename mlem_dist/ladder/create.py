@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from mlem_dist.files import check_writable, file_digest, own_names, read_object,
 from mlem_dist.ladder.checks import check_model_folder, model_files
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
-from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, SCHEDULER, UNGUIDED, Guidance
-from mlem_dist.ladder.sources import Source, find_source
+from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
+from mlem_dist.ladder.sources import Source, find_folder, find_source, stored_path
 from mlem_dist.models.decoder import DECODERS, upscaling
 from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
 from mlem_dist.models.imports import quiet_diffusers
@@ -34,11 +34,12 @@ OPERATIONS = "operations"
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the new ladder: its source, its name in the ladder, its prediction and its levels' operations."""
+    """A model of the new ladder: its source, name, prediction, precision, and operations of an evaluation."""
 
     source: Source
     name: str
     prediction: str
+    precision: str
     operations: float
 
 
@@ -49,6 +50,8 @@ def create_ladder(
     pipeline: str | Path | None = None,
     guidance: float | Sequence[float] | None = None,
     unguided: bool = True,
+    guide_with: str | Path | None = None,
+    precision: str | Sequence[str] = "float32",
     size: tuple[int, int] | None = None,
     measure: bool = True,
     notify: Callable[[str], None] = lambda sentence: None,
@@ -63,6 +66,8 @@ def create_ladder(
         guidance: guidance scale of a further level of each model, or (scale, start, stop) for guidance from `start` to
             `stop` only, as parts of the noise schedule from 0, pure noise, to 1, the image; None for no guidance.
         unguided: whether models with a guided level also have an unguided one.
+        guide_with: the one of `models` that gives the direction of guidance to all others, too.
+        precision: dtype in which models compute, for all or for each: "float32", "bfloat16" or "float16".
         size: height and width of the images in pixels; by default those for which the last model was trained.
         measure: whether to measure the costs of levels on this machine, instead of counting their operations.
         notify: receives sentences for the user.
@@ -75,20 +80,21 @@ def create_ladder(
     if not models:
         raise UsageError("`models` is empty, expected at least one model")
     sources = [find_source(str(model)) for model in models]
-    around = _pipeline(sources, pipeline)
-    surroundings = Surroundings(around)
+    precisions = _precisions(precision, sources)
+    by = _guide(guide_with, guide, models, _names(sources))
+    surroundings = _surroundings(sources, pipeline)
     shape = _sample_shape(sources[-1], surroundings, size)
     labels = _labels(sources[-1], surroundings)
     entries: list[Entry] = []
-    for source, name in zip(sources, _names(sources), strict=True):
+    for source, name, dtype in zip(sources, _names(sources), precisions, strict=True):
         prediction = _prediction(source, surroundings)
         _check_fit(source, surroundings, shape, sources[-1])
         if guide != UNGUIDED and not surroundings.encoder and source.family.null_class(source.config) is None:
             raise UsageError(
                 f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
             )
-        entries.append(Entry(source, name, prediction, _operations(source, shape)))
-    raw = _content(out, entries, surroundings, shape, labels, guide, unguided)
+        entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
+    raw = _content(out, entries, surroundings, shape, labels, guide, unguided, by)
     replace_file(out / SCHEDULER, json.dumps(surroundings.scheduler, indent=2) + "\n")
     raw["scheduler_sha256"] = file_digest(out / SCHEDULER)
     replace_file(out / LADDER, json.dumps(raw, indent=2) + "\n")
@@ -109,13 +115,14 @@ class Surroundings:
 
     Args:
         folder: the pipeline's folder, as `save_pretrained` writes it.
+        pinned: its path on the hub; "" if it is not from there.
 
     Raises:
         UsageError: if a part cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, pinned: str = "") -> None:
+        self.folder, self.pinned = folder, pinned
         self.index = read_object(folder / "model_index.json", "pipeline")
         self.kind = str(self.index.get("_class_name"))
         self.scheduler = read_object(folder / SCHEDULER, "noise schedule")
@@ -150,15 +157,19 @@ class Surroundings:
         """The decoder's entry in `ladder.json`."""
         if self.decoder is None:
             return None
-        return _entry(self.decoder, str(self.decoder_config["_class_name"]), model_files(self.decoder))
+        path = stored_path(self.decoder, self.folder, self.pinned)
+        return _entry(self.decoder, path, str(self.decoder_config["_class_name"]), model_files(self.decoder))
 
     def encoder_entry(self) -> dict[str, Any] | None:
         """The encoder's entry in `ladder.json`."""
-        return _entry(self.folder, self.kind, encoder_files(self.folder)) if self.encoder else None
+        if not self.encoder:
+            return None
+        path = stored_path(self.folder, self.folder, self.pinned)
+        return _entry(self.folder, path, self.kind, encoder_files(self.folder))
 
 
-def _entry(folder: Path, kind: str, names: Sequence[str]) -> dict[str, Any]:
-    return {"kind": kind, "path": str(folder), "sha256": {name: remembered_digest(folder / name) for name in names}}
+def _entry(folder: Path, path: str, kind: str, names: Sequence[str]) -> dict[str, Any]:
+    return {"kind": kind, "path": path, "sha256": {name: remembered_digest(folder / name) for name in names}}
 
 
 def _guidance(values: float | Sequence[float] | None) -> Guidance:
@@ -179,23 +190,49 @@ def _guidance(values: float | Sequence[float] | None) -> Guidance:
     return guidance
 
 
+def _precisions(precision: str | Sequence[str], sources: Sequence[Source]) -> list[str]:
+    each = [precision] * len(sources) if isinstance(precision, str) else list(precision)
+    if len(each) != len(sources):
+        raise UsageError(f"`precision`: {len(each)} for {len(sources)} models, expected one for all or one for each")
+    if bad := [name for name in each if name not in PRECISIONS]:
+        raise UsageError(f"`precision` {bad[0]!r}: expected {', '.join(PRECISIONS)}")
+    return each
+
+
+def _guide(
+    guide_with: str | Path | None, guidance: Guidance, models: Sequence[str | Path], names: Sequence[str]
+) -> str:
+    """The name of the model that gives the direction to all; "" if each model gives its own."""
+    if guide_with is None:
+        return ""
+    if guidance == UNGUIDED:
+        raise UsageError(f"`guide_with` {guide_with}: no level is guided; give `guidance`, or leave it out")
+    given = [*map(str, models)]
+    if str(guide_with) not in (*given, *names):
+        raise UsageError(f"`guide_with` {guide_with}: expected one of the models, {', '.join(names)}")
+    return names[given.index(str(guide_with))] if str(guide_with) in given else str(guide_with)
+
+
 def _check_out(out: Path) -> None:
     check_writable(out)
     if out.is_dir() and (names := own_names(entry.name for entry in out.iterdir())):
         raise UsageError(f"`out` {out} holds something else ({', '.join(names[:5])}); choose a new or empty folder")
 
 
-def _pipeline(sources: Sequence[Source], pipeline: str | Path | None) -> Path:
+def _surroundings(sources: Sequence[Source], pipeline: str | Path | None) -> Surroundings:
+    """The pipeline that is given, or that of the last model."""
     if pipeline is not None:
-        if not (Path(pipeline) / "model_index.json").is_file():
+        folder, pinned = find_folder(str(pipeline), "`pipeline`")
+        if not (folder / "model_index.json").is_file():
             raise UsageError(f"`pipeline` {pipeline}: it has no model_index.json, expected the folder of a pipeline")
-        return Path(pipeline).resolve()
-    if sources[-1].pipeline is None:
+        return Surroundings(folder, pinned)
+    last = sources[-1]
+    if last.pipeline is None:
         raise UsageError(
-            f"{sources[-1].text} is a model alone: give the folder of a pipeline as `pipeline`, from which the ladder "
-            "takes the scheduler and, if there are any, decoder and text encoders"
+            f"{last.text} is a model alone: give a pipeline as `pipeline`, from which the ladder takes the scheduler "
+            "and, if there are any, decoder and text encoders"
         )
-    return sources[-1].pipeline
+    return Surroundings(last.pipeline, last.pinned)
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
@@ -331,17 +368,19 @@ def _content(
     labels: Sequence[str],
     guidance: Guidance,
     unguided: bool,
+    by: str,
 ) -> dict[str, Any]:
     """The content of `ladder.json`, but for the scheduler's digest."""
     models: list[dict[str, Any]] = []
     levels: list[dict[str, Any]] = []
     for entry in entries:
-        names = model_files(entry.source.folder)
+        names, path = model_files(entry.source.folder), entry.source.path(entry.source.folder)
         models.append(
             {
                 "name": entry.name,
-                **_entry(entry.source.folder, entry.source.family.names[0], names),
+                **_entry(entry.source.folder, path, entry.source.family.names[0], names),
                 "prediction": entry.prediction,
+                "precision": entry.precision,
                 "parameters": _parameters(entry.source),
             }
         )
@@ -349,7 +388,11 @@ def _content(
         if guidance == UNGUIDED or unguided:
             levels.append(_level(entry.name, entry.name, cost))
         if guidance != UNGUIDED:
-            levels.append(_level(f"{entry.name} guided", entry.name, 2 * cost) | {"guidance": asdict(guidance)})
+            other = next((guide for guide in entries if guide.name == by and by != entry.name), None)
+            name = f"{entry.name} guided by {by}" if other else f"{entry.name} guided"
+            total = cost + (2 * other.operations / 1e12 if other else cost)
+            own = replace(guidance, by=by if other else "")
+            levels.append(_level(name, entry.name, total) | {"guidance": asdict(own)})
     levels.sort(key=lambda level: level["seconds"][OPERATIONS])
     return {
         "schema_version": MODELS_VERSION,

@@ -33,9 +33,11 @@ from mlem_dist.ladder.checks import (
     read_process,
     tensor_shape,
 )
+from mlem_dist.ladder.hub import PREFIX, local_path
 from mlem_dist.ladder.schema import (
     LADDER,
     MODELS_VERSION,
+    OWN,
     SCHEDULER,
     SCHEMA_VERSION,
     UNGUIDED,
@@ -165,14 +167,15 @@ class Ladder:
         check_text((self.name, *names, *self.labels), str(self.folder))
         if len(set(self.labels)) != len(self.labels):
             raise UsageError(f"{self.folder}: labels has a name twice: {', '.join(self.labels)}")
-        check_digest(self.folder, SCHEDULER, self.scheduler_sha256)
+        check_digest(self.folder / SCHEDULER, self.scheduler_sha256)
         _ = self.process
         for level in self.levels:
             if level.kind != "gaussian":
                 kind = family_of(level.kind, f"level {level.name!r}").names[0]
-                check_model_folder(f"level {level.name!r}", kind, self.folder / level.path)
-            for name in level.sha256:
-                check_present(self.folder, name)
+                if not level.path.startswith(PREFIX):
+                    check_model_folder(f"level {level.name!r}", kind, self.folder / level.path)
+            for name in level.sha256 if not level.path.startswith(PREFIX) else ():
+                check_present(self.folder / name)
             for name in self._files(level):
                 if name not in level.sha256:
                     raise UsageError(
@@ -180,24 +183,39 @@ class Ladder:
                         "would be noticed; add it"
                     )
             self._check_level(level)
+            if level.guidance.by not in ("", *(other.model for other in self.levels)):
+                raise UsageError(
+                    f"level {level.name!r}: its guidance is by {level.guidance.by!r}, expected the model of a level"
+                )
         for device in {device for level in self.levels for device in level.seconds}:
             if any(level.seconds.get(device, 0) <= 0 for level in self.levels):
                 raise UsageError(f"{self.folder}: not every level has a positive cost in seconds for device {device!r}")
 
     def _files(self, level: Level) -> list[str]:
         """The paths of a level's files, relative to the folder; absolute for files elsewhere."""
-        path = self.folder / level.path
         if level.kind == "gaussian":
             return [level.path]
+        # Files at a commit of the hub do not change, and may not be here yet.
+        if level.path.startswith(PREFIX):
+            return []
+        path = self.folder / level.path
         return [str(PurePath(level.path) / name) for name in model_files(path)]
 
     def _check_files(self, level: Level) -> None:
         for name, digest in level.sha256.items():
-            check_digest(self.folder, name, digest)
+            check_digest(self.place(name), digest)
 
     def _check_part(self, part: Part) -> None:
         for name, digest in part.sha256.items():
-            check_digest(self.folder / part.path, name, digest)
+            check_digest(self.place(f"{part.path}/{name}"), digest)
+
+    def place(self, path: str) -> Path:
+        """The place of a file or folder of the ladder on this machine; files on the hub are downloaded if needed.
+
+        Raises:
+            UsageError: if the file cannot be downloaded.
+        """
+        return local_path(path) if path.startswith(PREFIX) else self.folder / path
 
     def _check_level(self, level: Level) -> None:
         """Refuse a level that does not fit the ladder's sample shape and labels."""
@@ -264,7 +282,7 @@ class Ladder:
 
     def _config(self, level: Level) -> dict[str, Any]:
         """The configuration of a level's model."""
-        return read_object(self.folder / level.path / "config.json", "model configuration")
+        return read_object(self.place(f"{level.path}/config.json"), "model configuration")
 
     def check_models(self) -> None:
         """Refuse a model that cannot be built or fails on samples of the ladder's shape.
@@ -317,7 +335,7 @@ class Ladder:
         """The shape (C, H, W) of an image in pixels."""
         if self.decoder is None:
             return self.sample_shape
-        config = read_object(self.folder / self.decoder.path / "config.json", "decoder's configuration")
+        config = read_object(self.place(f"{self.decoder.path}/config.json"), "decoder's configuration")
         factor = upscaling(config)
         return int(config["out_channels"]), self.sample_shape[1] * factor, self.sample_shape[2] * factor
 
@@ -361,7 +379,7 @@ class Ladder:
         by = next((other.sha256 for other in self.levels if other.model == level.guidance.by), None)
         guides = sorted(by.values()) if by else []
         guidance = [level.guidance.scale, level.guidance.start, level.guidance.stop, guides]
-        return [level.kind, level.patch, level.prediction, files, guidance, *corrects]
+        return [level.kind, level.patch, level.prediction, level.precision, files, guidance, *corrects]
 
     def cost(self, device: str) -> np.ndarray:
         """Costs T_k on a device type, float64 (K,), in seconds per sample; those of `measured_on(device)`.
@@ -439,8 +457,8 @@ class Ladder:
 
     @property
     def weight_bytes(self) -> np.ndarray:
-        """Bytes of each level's weights in float32, float64 (K,)."""
-        return np.array([4.0 * level.parameters for level in self.levels])
+        """Bytes of each level's weights in its own precision, float64 (K,)."""
+        return np.array([(4.0 if level.precision == "float32" else 2.0) * level.parameters for level in self.levels])
 
     # A level may be loaded in inference mode first, and used with derivatives later.
     @torch.inference_mode(False)
@@ -482,10 +500,10 @@ class Ladder:
 
     def _load_model(self, number: int, device: torch.device | str, precision: str) -> nn.Module:
         """A level of a model: its evaluation, alone or with guidance."""
-        level = self.levels[number - 1]
+        level, model = self.levels[number - 1], self._model_level(number, device, precision)
         if self.schema_version == SCHEMA_VERSION:
-            return self._model_level(number, device, precision)
-        value = Evaluation(self._model_level(number, device, precision), level.model, False)
+            return model
+        value = Evaluation(model, level.model, False)
         if level.guidance == UNGUIDED:
             return value
         by = level.guidance.by or level.model
@@ -493,6 +511,10 @@ class Ladder:
         evaluations = value, Evaluation(guide, by, False), Evaluation(guide, by, True)
         guidance = level.guidance
         return GuidedLevel(*evaluations, guidance.scale, (guidance.start, guidance.stop), self.process)
+
+    def _precision(self, number: int, precision: str) -> str:
+        """The precision of a level's model in a job of the given precision."""
+        return self.levels[number - 1].precision if precision == OWN else precision
 
     @cached_property
     def _models(self) -> dict[tuple[str, str, str], ModelLevel]:
@@ -502,11 +524,12 @@ class Ladder:
     def _model_level(self, number: int, device: torch.device | str, precision: str) -> ModelLevel:
         """The drift of a level's model without guidance; of each model there is one on a device."""
         level, corrects = self.levels[number - 1], self.corrected(number)
+        precision = self._precision(number, precision)
         key = level.path, str(device), precision
         if loaded := self._models.get(key):
             return loaded
         family, dtype = FAMILIES[level.kind], getattr(torch, precision)
-        model = load_model(family.model_class(), self.folder / level.path, precision)
+        model = load_model(family.model_class(), self.place(level.path), precision)
         widths = model.config.get("block_out_channels") or [0]
         if torch.device(device).type == "cpu" and max(widths) >= WIDE:
             model.to(memory_format=torch.channels_last)
@@ -532,7 +555,8 @@ class Ladder:
         import diffusers
 
         self._check_part(self.decoder)
-        path = self.folder / self.decoder.path
+        precision = self._precision(len(self.levels), precision)
+        path = self.place(self.decoder.path)
         upcast = read_object(path / "config.json", "decoder's configuration").get("force_upcast")
         with loading(f"decoder {path}"):
             model = load_model(getattr(diffusers, self.decoder.kind), path, "float32" if upcast else precision)
@@ -548,7 +572,8 @@ class Ladder:
         if self.encoder is None:
             return None
         self._check_part(self.encoder)
-        path = self.folder / self.encoder.path
+        precision = self._precision(len(self.levels), precision)
+        path = self.place(self.encoder.path)
         with loading(f"text encoders of {path}"):
             return load_encoder(path, self.encoder.kind, self.image_shape[1:], device, precision)
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schema import LADDER
+from mlem_dist.ladder.schema import LADDER, OWN
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.pixels import to_range
@@ -22,7 +23,13 @@ WARM, REPEATS = 2, 7
 """Numbers of untimed evaluations for warm-up and of timed evaluations."""
 
 BATCH = {"cpu": 64, "cuda": 512}
-"""Batch size, in samples, of cost measurements by device type: about one block."""
+"""Largest batch size, in samples, of cost measurements by device type: about one block."""
+
+CALL_SECONDS = 1.0
+"""Longest evaluation of a batch in cost measurements, in seconds, unless one sample takes longer."""
+
+STAGE_SAMPLES = 4
+"""Number of samples for which stages are timed."""
 
 
 @torch.inference_mode()
@@ -60,17 +67,66 @@ def seconds_per_sample(
 
 
 def measure_costs(ladder: Ladder) -> Ladder:
-    """Measure the levels' costs on this machine's devices, store them in `ladder.json`, and return the new ladder."""
+    """Measure the costs of levels and stages on this machine's devices, and store them in `ladder.json`.
+
+    Returns:
+        The ladder with the new costs.
+    """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     raw = read_object(ladder.folder / LADDER, "ladder")
     for number, entry in enumerate(raw["levels"], 1):
         seconds = {
-            device: seconds_per_sample(as_run(ladder.load_level(number, device), device), ladder, device, BATCH[device])
+            device: _level_seconds(as_run(ladder.load_level(number, device, OWN), device), ladder, device)
             for device in devices
         }
         entry["seconds"] = entry.get("seconds", {}) | seconds
+    for part, measure in (("encoder", _encoder_seconds), ("decoder", _decoder_seconds)):
+        if entry := raw.get(part):
+            entry["seconds"] = entry.get("seconds", {}) | {device: measure(ladder, device) for device in devices}
     replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
     return Ladder.load(ladder.folder)
+
+
+def _level_seconds(level: Drift, ladder: Ladder, device: str) -> float:
+    """Seconds per sample of a level, in a batch that takes about `CALL_SECONDS`."""
+    single = seconds_per_sample(level, ladder, device, 1, 1, 1)
+    if single > CALL_SECONDS:
+        return single
+    return seconds_per_sample(level, ladder, device, min(BATCH[device], int(CALL_SECONDS / single)))
+
+
+def _encoder_seconds(ladder: Ladder, device: str) -> float:
+    """Seconds per sample of the encoder, for samples whose prompts all differ and have no negative prompts."""
+    encoder = ladder.load_encoder(device, OWN)
+    assert encoder
+    prompts = [f"a photograph of {number} red apples on a table" for number in range(STAGE_SAMPLES)]
+    return _stage_seconds(lambda: encoder(prompts, [None] * len(prompts)), device)
+
+
+def _decoder_seconds(ladder: Ladder, device: str) -> float:
+    """Seconds per sample of the decoder."""
+    decoder = ladder.load_decoder(device, OWN)
+    assert decoder
+    latents = torch.randn(STAGE_SAMPLES, *ladder.sample_shape, device=device)
+    return _stage_seconds(lambda: decoder(latents), device)
+
+
+@torch.inference_mode()
+def _stage_seconds(run: Callable[[], object], device: str) -> float:
+    """Seconds per sample of a stage's second run of `STAGE_SAMPLES` samples, on one CPU thread or one GPU."""
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(2):
+            start = clock()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = clock() - start
+    finally:
+        torch.set_num_threads(threads)
+    return seconds / STAGE_SAMPLES
 
 
 @torch.inference_mode()

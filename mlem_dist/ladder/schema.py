@@ -15,6 +15,13 @@ LADDER = "ladder.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Data types of models' weights and activations, by torch's names."""
+
+OWN = "own"
+"""The precision of a job in which each model computes in its own."""
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Guidance of a level; see `GuidedLevel`.
@@ -45,6 +52,7 @@ class Level:
         path: a safetensors file for a Gaussian, a folder for a model; relative to the ladder folder or absolute.
         patch: factor of the pixel-unshuffle before a model, 1 for none.
         prediction: meaning of a model's output: one of `conversion.PREDICTIONS` or "residual", see `ModelLevel`.
+        precision: dtype in which its model computes, unless a job names another one.
         corrects: name of the Gaussian level that a residual corrects; "" for the first level, and for other levels.
         guidance: guidance of the level.
         model: name of its model; "" in version 1 of the schema, where each level has its own.
@@ -62,6 +70,7 @@ class Level:
     patch: int = 1
     prediction: str = "epsilon"
     corrects: str = ""
+    precision: str = "float32"
     guidance: Guidance = UNGUIDED
     model: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -111,7 +120,7 @@ class Part:
 
 def level_entry(level: Level) -> dict[str, Any]:
     """A level of a trained ladder as JSON-ready values."""
-    return {key: value for key, value in level.__dict__.items() if key not in ("guidance", "model")}
+    return {key: value for key, value in level.__dict__.items() if key not in ("precision", "guidance", "model")}
 
 
 def parse_levels(raw: Mapping[str, Any]) -> tuple[Level, ...]:
@@ -139,7 +148,7 @@ def parse_level(raw: Any) -> Level:
 
     Raises:
         TypeError: if a key is missing or unknown, or a value has the wrong type.
-        ValueError: if the patch is not positive.
+        ValueError: if the patch is not positive, or the precision is unknown.
     """
     level = Level(**raw)
     for key, kind in get_type_hints(Level).items():
@@ -148,6 +157,8 @@ def parse_level(raw: Any) -> Level:
     for number in (*level.seconds.values(), *level.denoising_error):
         if not isinstance(number, int | float):
             raise TypeError(f"level {level.name!r} has {number!r} for a number")
+    if level.precision not in PRECISIONS:
+        raise ValueError(f"precision of level {level.name!r} is {level.precision!r}, expected {', '.join(PRECISIONS)}")
     if level.patch < 1:
         raise ValueError(f"patch of level {level.name!r} is {level.patch}, expected at least 1")
     return level

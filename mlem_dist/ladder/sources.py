@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
 from mlem_dist.ladder.checks import check_model_folder
+from mlem_dist.ladder.hub import fetch_pipeline, is_hub_id
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 
@@ -30,8 +31,9 @@ class Source:
     Attributes:
         text: how the user named it.
         name: a short name.
-        folder: the model's folder.
-        pipeline: the folder of the pipeline of which it is a part; None if it is alone.
+        folder: the model's folder on this machine.
+        pipeline: the folder of the pipeline of which it is a part, on this machine; None if it is alone.
+        pinned: the path of the repository on the hub that holds them; "" if they are not from there.
         family: its family.
         config: its configuration.
     """
@@ -42,26 +44,55 @@ class Source:
     pipeline: Path | None
     family: Family
     config: Mapping[str, Any]
+    pinned: str = ""
+
+    def path(self, folder: Path) -> str:
+        """How `ladder.json` refers to a folder of the model or of its pipeline."""
+        return stored_path(folder, self.pipeline or self.folder, self.pinned)
+
+
+def stored_path(folder: Path, root: Path, pinned: str) -> str:
+    """The path of `folder` in `ladder.json`; `pinned` is that of `root`, which holds it, if it is from the hub."""
+    if not pinned:
+        return str(folder)
+    return "/".join([pinned, *folder.relative_to(root).parts])
 
 
 def find_source(text: str) -> Source:
-    """The model in a folder as `save_pretrained` of a pipeline or of a model writes it.
+    """The model in a folder as `save_pretrained` of a pipeline or of a model writes it, or in a repository on the hub.
 
     Raises:
         UsageError: if there is no model, or it cannot be used.
     """
-    folder = Path(text)
-    if not folder.exists():
-        raise UsageError(f"model {text!r}: there is no such folder; expected the folder of a pipeline or of a model")
-    if folder.is_file():
-        raise UsageError(f"model {text!r} is a file, expected the folder of a pipeline or of a model of diffusers")
-    folder = folder.resolve()
+    folder, pinned = find_folder(text, "model")
     if (folder / "model_index.json").is_file():
-        return _part(text, folder)
+        return replace(_part(text, folder), pinned=pinned)
     if not (folder / "config.json").is_file():
         raise UsageError(f"model {text!r} has neither model_index.json nor config.json, expected a folder of diffusers")
+    if pinned:
+        return replace(_source(text, text.rpartition("/")[2], folder, None), pinned=pinned)
     pipeline = folder.parent if (folder.parent / "model_index.json").is_file() else None
     return _source(text, (pipeline or folder).name, folder, pipeline)
+
+
+def find_folder(text: str, what: str) -> tuple[Path, str]:
+    """The folder that a text names, by its path or by an id on the hub, and its pinned path if it is from there.
+
+    Raises:
+        UsageError: if there is no such folder.
+    """
+    folder = Path(text)
+    if folder.is_file():
+        raise UsageError(f"{what} {text!r} is a file, expected the folder of a pipeline or of a model of diffusers")
+    if folder.exists():
+        return folder.resolve(), ""
+    if is_hub_id(text):
+        pinned, snapshot = fetch_pipeline(text)
+        return snapshot, pinned
+    raise UsageError(
+        f"{what} {text!r}: there is no such folder; expected the folder of a pipeline or of a model, or an id on the "
+        "hub such as OWNER/NAME or OWNER/NAME@REVISION"
+    )
 
 
 def _part(text: str, pipeline: Path) -> Source:
@@ -69,7 +100,7 @@ def _part(text: str, pipeline: Path) -> Source:
     index = read_object(pipeline / "model_index.json", "pipeline")
     for part in PARTS:
         if isinstance(index.get(part), list) and index[part][1] is not None:
-            return _source(text, pipeline.name, pipeline / part, pipeline)
+            return _source(text, text.rstrip("/").rpartition("/")[2].partition("@")[0], pipeline / part, pipeline)
     raise UsageError(
         f"model {text!r}: a {index.get('_class_name')} has no {' or '.join(PARTS)}; choose another pipeline"
     )

@@ -1,0 +1,151 @@
+"""Models on the Hugging Face Hub, by its own client and in its cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from mlem_dist.errors import UsageError
+
+PREFIX = "hub:"
+"""Beginning of the paths of files on the hub in `ladder.json`: hub:OWNER/NAME@COMMIT/FOLDER/FILE."""
+
+ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+"""An id as users give it: OWNER/NAME, or OWNER/NAME@REVISION."""
+
+STORED = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)@([0-9a-f]{{40}})(?:/(.+))?")
+
+PARTS = ("text_encoder", "transformer", "unet", "vae")
+"""Beginnings of the names of the parts of pipelines that are used."""
+
+SMALL = ("*.json", "*.txt", "*.model")
+"""Patterns of the files of configurations, tokenizers and indices of weights."""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text may be the id of a repository on the hub."""
+    return ID.fullmatch(text) is not None
+
+
+def fetch_pipeline(text: str) -> tuple[str, Path]:
+    """The pinned path of a repository, with its branch resolved to a commit, and its folder in the hub's cache.
+
+    Downloads the small files, and the weights of the parts of a pipeline or of a model, in safetensors files.
+
+    Raises:
+        UsageError: if the repository or its revision cannot be reached, or it has weights in other formats only.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    match = ID.fullmatch(text)
+    assert match
+    name, revision = match.groups()
+    with _reached(text):
+        information = HfApi().model_info(name, revision=revision)
+        commit = str(information.sha)
+        files = [file.rfilename for file in information.siblings or ()]
+        folder = snapshot_download(name, revision=commit, allow_patterns=[*SMALL, *weights_of(text, files)])
+    return f"{PREFIX}{name}@{commit}", Path(folder)
+
+
+def weights_of(text: str, files: Sequence[str]) -> list[str]:
+    """The safetensors files that the parts of a repository are loaded from: without variants, if there are others.
+
+    Args:
+        text: the repository's id, for the message.
+        files: the paths of its files.
+
+    Raises:
+        UsageError: if a part has weights in other formats only.
+    """
+    weights: dict[str, list[str]] = {}
+    pickles: dict[str, str] = {}
+    for file in files:
+        path = PurePosixPath(file)
+        folder = str(path.parent)
+        # Weights beside the parts of a pipeline are those of all in one file.
+        if folder.startswith(PARTS) if "model_index.json" in files else folder == ".":
+            if path.suffix == ".safetensors":
+                weights.setdefault(folder, []).append(file)
+            elif path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+                pickles[folder] = file
+    if missing := sorted(pickles.keys() - weights.keys()):
+        raise UsageError(
+            f"{text}: {pickles[missing[0]]} may run code when it is read, and is not; load it by diffusers with "
+            "`use_safetensors=False`, save it by `save_pretrained`, and take that folder"
+        )
+    chosen: list[str] = []
+    for names in weights.values():
+        plain = [name for name in names if not re.search(r"\.(fp16|bf16|non_ema|ema)[.-]", name)]
+        chosen += plain or names
+    return chosen
+
+
+def local_path(path: str) -> Path:
+    """The path of a file or folder on the hub in the cache of this machine; a missing file is downloaded.
+
+    `path` is pinned, as it stands in `ladder.json`. The names of files have a suffix, and those of folders have none.
+
+    Raises:
+        UsageError: if a file is neither in the cache nor can be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    match = STORED.fullmatch(path)
+    if match is None:
+        raise UsageError(f"{path}: expected {PREFIX}OWNER/NAME@COMMIT/PATH, with a commit of 40 hexadecimal digits")
+    name, commit, rest = match.groups()
+    local = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots" / commit / (rest or "")
+    if local.exists() or not PurePosixPath(rest or "").suffix:
+        return local
+    with _reached(path):
+        return Path(hf_hub_download(name, rest, revision=commit))
+
+
+@contextmanager
+def _reached(what: str) -> Iterator[None]:
+    """Turn errors of the hub's client into one sentence.
+
+    Raises:
+        UsageError: if the hub cannot be reached, or does not have what is asked for.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError:
+        reason = "its authors give access on request; accept their terms on its page, then log in by `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such repository, or it is private; check the name, or log in by `hf auth login`"
+    except RevisionNotFoundError:
+        reason = "the repository has no such branch, tag or commit; check the part after @"
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        offline = isinstance(error, OfflineModeIsEnabled) or "offline" in str(error).lower()
+        reason = (
+            "it is not in this machine's cache, and HF_HUB_OFFLINE forbids a download; download it first"
+            if offline
+            else "it is not in this machine's cache, and the hub cannot be reached; check the connection"
+        )
+    except EntryNotFoundError:
+        reason = "the repository has no such file"
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = f"the hub cannot be reached: {' '.join(str(error).split())[:200]}"
+    except Exception as error:
+        # The client's own library for HTTP, which has changed before.
+        if not type(error).__module__.startswith("http"):
+            raise
+        reason = f"the hub cannot be reached ({type(error).__name__}); check the connection"
+    else:
+        return
+    raise UsageError(f"{what}: {reason}")
