@@ -215,7 +215,7 @@ def test_a_residual_that_does_not_name_a_gaussian_below_it_is_refused(copy, name
     [
         ({"parametrisation": "v"}, "parametrisation is 'v'"),
         ({"value_range": [0, 1]}, "residual needs a Gaussian level to correct, .* and the value range"),
-        ({"schema_version": 2}, "schema_version is 2"),
+        ({"schema_version": 3}, "schema_version is 3"),
     ],
 )
 def test_a_ladder_that_this_program_cannot_use_is_refused(copy, entries, message):
