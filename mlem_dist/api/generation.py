@@ -33,6 +33,7 @@ from mlem_dist.engine.prompts import read_prompts
 from mlem_dist.engine.sizes import sizes
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import OPERATIONS
 from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
@@ -311,6 +312,11 @@ def _cost_note(ladder: Ladder, device: str) -> str:
     """A sentence for the user if the costs of levels come from another device; else ""."""
     if (measured := ladder.measured_on(device)) == device:
         return ""
+    if measured == OPERATIONS:
+        return (
+            "Evaluations are counted by the levels' operations, as costs were not measured; run `mlem-dist ladder "
+            f"measure {ladder.source}` on a machine like those of the cluster, before the first dataset."
+        )
     return (
         f"Evaluations are counted by the levels' costs on {measured}, as they were not measured on {device}; run "
         f"`mlem-dist ladder measure {ladder.source}` on such a machine, before the first dataset."

@@ -19,7 +19,7 @@ from mlem_dist.files import check_writable, file_digest, own_names, read_object,
 from mlem_dist.ladder.checks import check_model_folder, model_files
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
-from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
+from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, OPERATIONS, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
 from mlem_dist.ladder.sources import Source, find_folder, find_source, stored_path
 from mlem_dist.models.decoder import DECODERS, upscaling
 from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
@@ -27,9 +27,6 @@ from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.level import placeholder
 from mlem_dist.solver.condition import LABEL
 from mlem_dist.solver.process import BetaProcess, Process, process_of
-
-OPERATIONS = "operations"
-"""Key of costs that are counted instead of measured, in place of a device: 1e12 operations per sample."""
 
 
 @dataclass(frozen=True)

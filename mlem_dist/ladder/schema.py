@@ -18,6 +18,9 @@ SCHEDULER = "scheduler/scheduler_config.json"
 PRECISIONS = ("float32", "bfloat16", "float16")
 """Data types of models' weights and activations, by torch's names."""
 
+OPERATIONS = "operations"
+"""Key of costs that are counted, in place of a device type for which they are measured: 1e12 operations per sample."""
+
 OWN = "own"
 """The precision of a job in which each model computes in its own."""
 

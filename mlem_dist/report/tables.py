@@ -5,27 +5,36 @@ from collections.abc import Mapping, Sequence
 
 from mlem_dist.capacity.placement import pools_text
 from mlem_dist.capacity.planner import Capacity, Forecast
+from mlem_dist.files import listing
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import OPERATIONS
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.tuning.calibrate import Calibration
 from mlem_dist.tuning.frontier import Row
 from mlem_dist.tuning.gamma import THRESHOLD, Interval, Reading
 
+GIGA = "GFLOP"
+"""Unit of counted operations: stored in units of 1e12, they are shown as thousands of these."""
+
+CLASSES = 10
+"""Largest number of classes that a table names."""
+
 
 def ladder_table(ladder: Ladder) -> str:
-    """A table of a ladder's levels: parameters, measured milliseconds per sample by device, and denoising error."""
+    """A table of a ladder's levels: parameters, milliseconds or operations per sample, and denoising error."""
     devices = sorted(ladder.levels[0].seconds)
-    rows = [["", "level", "kind", "parameters", *(f"ms/sample {device}" for device in devices), "denoising error"]]
+    units = [f"{GIGA}/sample" if device == OPERATIONS else f"ms/sample {device}" for device in devices]
+    rows = [["", "level", "kind", "parameters", *units, "denoising error"]]
     for number, level in enumerate(ladder.levels, 1):
         error = sum(level.denoising_error) / len(level.denoising_error) if level.denoising_error else None
         costs = [f"{level.seconds[device] * 1e3:.3f}" for device in devices]
         shown = "-" if error is None else f"{error:.4f}"
         rows.append([str(number), level.name, level.kind, f"{level.parameters:,}", *costs, shown])
-    head = (
-        f"{ladder.name}: {'x'.join(map(str, ladder.sample_shape))}, "
-        f"{', '.join(ladder.labels) or 'unconditional'}, digest {ladder.digest[:12]}"
-    )
-    return f"{head}\n{_aligned(rows)}"
+    size = "x".join(map(str, ladder.image_shape))
+    if ladder.decoder:
+        size += f" from latents of {'x'.join(map(str, ladder.sample_shape))}"
+    condition = "prompts" if ladder.encoder else listing(ladder.labels, CLASSES) or "unconditional"
+    return f"{ladder.name}: {size}, {condition}, digest {ladder.digest[:12]}\n{_aligned(rows)}"
 
 
 def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
