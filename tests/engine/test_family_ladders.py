@@ -12,7 +12,7 @@ import mlem_dist
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import image_noise
-from mlem_dist.solver.plan import impulse, single_level
+from mlem_dist.solver.plan import held, impulse, single_level
 from mlem_dist.solver.steps import solver_table
 
 PROMPTS = ["a cat", "dogs on a hill", "a cat", "", "x" * 100]
@@ -70,8 +70,10 @@ def test_impulses_over_all_plans_have_the_mean_of_the_best_level(ladder, kind):
 
 
 def test_engines_and_a_resumed_run_write_the_same_bytes(ladder, kind, local_ray, tmp_path):
-    arguments = {"steps": 6, "block_size": 2, "shard_size": 2, "probabilities": "constant", "draw": "independent"}
-    arguments |= {"nfe": 4, "num": 5, "seed": 3, **SOURCES[kind]}
+    # Level k's increment is evaluated at every k-th step, and held.
+    steps, levels = np.arange(6), np.arange(1, len(ladder.levels) + 1)
+    plan = held(steps % levels[:, None] == 0)
+    arguments = {"steps": 6, "block_size": 2, "shard_size": 2, "plan": plan, "num": 5, "seed": 3, **SOURCES[kind]}
     for name, choice in (("inline", {"engine": "inline"}), ("pools", {"placement": "pools", "devices": 2})):
         report = mlem_dist.generate(ladder, out=str(tmp_path / name), **arguments, **choice)
         assert all(count > 0 for count in report.calls_per_sample.values())
