@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mlem_dist.api.arguments import Device, Notify, ignore, load_ladder, local_device
+from mlem_dist.api.arguments import Device, Notify, check_prompts, ignore, load_ladder, local_device
+from mlem_dist.engine.prompts import read_prompts
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
@@ -153,6 +155,7 @@ def tune(
     nfe: Sequence[float] = (5, 10, 20, 40),
     solver: Literal["ode", "sde", "ddim", "ddpm"] = "ode",
     steps: int = 250,
+    prompts: str | Path | Sequence[str] | None = None,
     device: Device = "auto",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[list[Row], list[Path]]:
@@ -166,6 +169,8 @@ def tune(
         nfe: budgets, in evaluations of the best level per image.
         solver: "ode" or "sde", or their aliases "ddim" and "ddpm".
         steps: number of base steps.
+        prompts: prompts like those of the images to be generated, a few hundred, or a file of them as for `generate`;
+            for a ladder that is conditioned on prompts.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         progress: receives the name of a stage, its finished units of work, and their total.
 
@@ -186,6 +191,10 @@ def tune(
     if method == "dpm++":
         raise UsageError("`solver` dpm++: `tune` finds plans for ode and sde; choose one of them")
     loaded = load_ladder(ladder)
+    if isinstance(prompts, str | Path):
+        prompts, _ = read_prompts(Path(prompts), None)
+    texts, _ = check_prompts(prompts, None, loaded)
+    loaded = replace(loaded, prompts=texts)
     loaded.check_models()
     device_type = local_device(device)
     frontier = open_frontier(loaded, method, steps, device_type, out)

@@ -141,6 +141,7 @@ def calibrate(ladder: str, **arguments: Any) -> None:
     "--solver", type=click.Choice(["ode", "sde", "ddim", "ddpm"]), metavar="[ode|sde]", default="ode", show_default=True
 )
 @click.option("--steps", type=number, default=250, show_default=True, help="Base steps, as for generate.")
+@click.option("--prompts", type=source, metavar="FILE", help="Some hundred prompts, for a ladder that takes prompts.")
 @device_option
 @click.option("--out", type=target, metavar="FOLDER", required=True, help="Folder; a rerun goes on.")
 def tune(ladder: str, **arguments: Any) -> None:

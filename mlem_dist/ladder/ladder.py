@@ -55,7 +55,7 @@ from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.guidance import Evaluation, GuidedLevel
 from mlem_dist.models.level import ModelLevel, check_prediction, on_meta, placeholder
 from mlem_dist.models.weights import load_model, loading
-from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition
+from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition, join
 from mlem_dist.solver.costs import LevelCosts, as_costs
 from mlem_dist.solver.process import Process
 
@@ -84,6 +84,7 @@ class Ladder:
         decoder: the decoder of samples that are latents; None if samples are images.
         encoder: the pipeline whose text encoders encode prompts; None if samples are not conditioned on prompts.
         schema_version: version of the schema of `ladder.json`.
+        prompts: prompts that samples take in turn where no job gives them prompts, as in tuning; not in `ladder.json`.
     """
 
     folder: Path
@@ -96,6 +97,7 @@ class Ladder:
     decoder: Part | None = None
     encoder: Part | None = None
     schema_version: int = SCHEMA_VERSION
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, source: str | Path) -> Ladder:
@@ -305,12 +307,46 @@ class Ladder:
         return ModelLevel(model, level.patch, level.prediction, self.process, gaussian, family=family)
 
     def condition(self, samples: Tensor) -> Condition:
-        """A condition of samples, by their numbers, int64 (B,): they take the classes in turn, or an empty prompt."""
+        """A condition of samples, by their numbers, int64 (B,): they take the classes or the prompts in turn.
+
+        Without prompts, tensors of texts are zeros.
+        """
+        if self.prompts:
+            rows = [self.prompts[number % len(self.prompts)] for number in samples.tolist()]
+            return join([self._encoded(text, samples.device) for text in rows])
         if self.encoder:
             inputs = self._family.inputs(self._config(self.levels[-1]))
             zeros = {name: value.to(samples.device) for name, value in placeholder(inputs, len(samples)).items()}
             return {**zeros, **{NEGATIVE + name: value for name, value in zeros.items()}}
         return self.completed({LABEL: samples % len(self.labels)} if self.labels else {})
+
+    @property
+    def conditions(self) -> int:
+        """Number of different conditions that `condition` gives samples."""
+        return max(1, len(self.labels), len(self.prompts))
+
+    @cached_property
+    def _texts(self) -> dict[tuple[str, str], Condition]:
+        """The conditions of encoded prompts, by prompt and device."""
+        return {}
+
+    @cached_property
+    def _encoders(self) -> dict[str, Encoder | None]:
+        """The encoders that have been loaded for `condition`, by device."""
+        return {}
+
+    # Conditions that are kept may be used with derivatives later.
+    @torch.inference_mode(False)
+    def _encoded(self, text: str, device: torch.device) -> Condition:
+        """The condition of a prompt without a negative prompt, for a batch of one."""
+        key = str(device)
+        if (text, key) not in self._texts:
+            if key not in self._encoders:
+                self._encoders[key] = self.load_encoder(device, OWN)
+            encoder = self._encoders[key]
+            assert encoder
+            self._texts[text, key] = encoder([text], [None])
+        return self._texts[text, key]
 
     def completed(self, condition: Condition) -> Condition:
         """The condition of samples with the class for unconditional evaluations, if a level makes them."""
@@ -462,7 +498,7 @@ class Ladder:
 
     # A level may be loaded in inference mode first, and used with derivatives later.
     @torch.inference_mode(False)
-    def load_level(self, number: int, device: torch.device | str, precision: str = "float32") -> nn.Module:
+    def load_level(self, number: int, device: torch.device | str, precision: str = OWN) -> nn.Module:
         """Level `number` (from 1) as a module in evaluation mode on `device`.
 
         A UNet computes in the torch dtype named `precision`; its input and output are float32. A Gaussian level is
@@ -542,7 +578,7 @@ class Ladder:
         return module
 
     @torch.inference_mode(False)
-    def load_decoder(self, device: torch.device | str, precision: str = "float32") -> Decoder | None:
+    def load_decoder(self, device: torch.device | str, precision: str = OWN) -> Decoder | None:
         """The decoder in evaluation mode on `device`, with weights of dtype `precision`; None if there is none.
 
         A decoder whose configuration says `force_upcast` is always float32, as half precision overflows in it.
@@ -563,7 +599,7 @@ class Ladder:
         return Decoder(model).eval().requires_grad_(False).to(device)
 
     @torch.inference_mode(False)
-    def load_encoder(self, device: torch.device | str, precision: str = "float32") -> Encoder | None:
+    def load_encoder(self, device: torch.device | str, precision: str = OWN) -> Encoder | None:
         """The encoder of prompts on `device`, with weights of dtype `precision`; None if there is none.
 
         Raises:

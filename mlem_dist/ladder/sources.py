@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
@@ -22,6 +25,15 @@ OTHERS: Mapping[str, str] = {
     "AutoencoderKL": "an autoencoder is a part of a pipeline; give the pipeline's folder",
 }
 """Reasons for classes of models that are not drifts, and the way out."""
+
+
+FILES: Mapping[str, str] = {
+    "lora": "a LoRA, expected a model; load its pipeline by diffusers, then `pipeline.load_lora_weights(FILE)`, "
+    "`pipeline.fuse_lora()` and `pipeline.save_pretrained(FOLDER)`, and take that folder",
+    "ip_adapter": "an IP-Adapter, which steers a model by a picture; take that model alone",
+    "control_model": "a ControlNet, which steers a model by a picture; take that model alone",
+}
+"""Reasons for files by a part of the names of their tensors, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
     """
     folder = Path(text)
     if folder.is_file():
-        raise UsageError(f"{what} {text!r} is a file, expected the folder of a pipeline or of a model of diffusers")
+        raise UsageError(f"{what} {text!r} is {_file_reason(folder)}")
     if folder.exists():
         return folder.resolve(), ""
     if is_hub_id(text):
@@ -92,6 +104,21 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
     raise UsageError(
         f"{what} {text!r}: there is no such folder; expected the folder of a pipeline or of a model, or an id on the "
         "hub such as OWNER/NAME or OWNER/NAME@REVISION"
+    )
+
+
+def _file_reason(file: Path) -> str:
+    """What a file is, and how to make a folder of it."""
+    names: list[str] = []
+    if file.suffix == ".safetensors":
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+    for word, reason in FILES.items():
+        if any(word in name for name in names):
+            return reason
+    return (
+        "a file, expected a folder; load it by diffusers, `pipeline = StableDiffusionPipeline.from_single_file(FILE)`, "
+        "then `pipeline.save_pretrained(FOLDER)`, and take that folder"
     )
 
 

@@ -68,7 +68,7 @@ class Encoder:
         self._pipeline, self._encode = pipeline, ENCODERS[kind]
         self._sizes = [*size, 0, 0, *size] if kind in SIZED else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[Text]) -> Condition:
         """The condition of B samples, on the device of the text encoders; equal texts are encoded once."""
         condition: dict[str, Tensor] = {}

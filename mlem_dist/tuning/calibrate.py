@@ -182,7 +182,7 @@ def calibrate(
     cost = np.array([level.seconds[BATCH[device]] for level in levels])
 
     steps = min(steps, ladder.process.length)
-    number, classes = torch.arange(samples, device=device), max(1, len(ladder.labels))
+    number, classes = torch.arange(samples, device=device), ladder.conditions
     chosen = number * classes // samples if classes > samples else number
     solvers, increments = {}, {}
     for name in ETA:
@@ -250,7 +250,7 @@ def _gamma(
     levels: Sequence[LevelCalibration], cost: np.ndarray, errors: np.ndarray, increments: np.ndarray
 ) -> dict[str, Reading]:
     """Readings of gamma from errors (K, bands, per_band) and increments (K, samples), or {} for too few UNets."""
-    unets = [k for k, level in enumerate(levels) if level.kind == "unet"]
+    unets = [k for k, level in enumerate(levels) if level.kind != "gaussian"]
     upper_unets = [k for k in unets if k - 1 in unets]
     if len(upper_unets) < 2:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,8 @@ class PlanComparison:
         self.ladder, self.solver, self.device = ladder, solver, device
         self.samples, self.seed, self.cache = samples, seed, cache
         self._warm = False
+        # Before several threads ask for conditions.
+        ladder.condition(torch.arange(ladder.conditions, device=device))
         self.use({k: ladder.load_level(k, device) for k in range(1, len(ladder.levels) + 1)})
         self.fine = solver_table(ladder.process, steps, solver)
 
@@ -104,8 +107,8 @@ class PlanComparison:
         self._run: dict[int, Drift] = {k: as_run(level, self.device) for k, level in levels.items()}
 
     def condition(self, block: int) -> Condition:
-        """The condition of a block; its classes are the same in all blocks if there are at most B classes."""
-        first = block * self.block if len(self.ladder.labels) > self.block else 0
+        """The condition of a block, the same in all blocks if there are at most B classes or prompts."""
+        first = block * self.block if self.ladder.conditions > self.block else 0
         return self.ladder.condition(torch.arange(first, first + self.block, device=self.device))
 
     def closed_form(self, block: int, table: StepTable, path: bool = False) -> ClosedForm:
@@ -130,7 +133,9 @@ class PlanComparison:
         """Final samples of the best level at every step, float32 (samples, C, H, W)."""
         # The noise is part of the name: a version that drew other noise may have cached a reference for other paths.
         noise = hashlib.sha256(self.noise(0, len(self.fine))(-1).cpu().numpy().tobytes()).hexdigest()[:8]
-        identity = self.ladder.digest[:12], self.solver, len(self.fine), self.seed, noise, self.samples, self.device
+        settings = self.ladder.digest[:12], self.solver, len(self.fine), self.seed, noise, self.samples, self.device
+        prompts = [hashlib.sha256(json.dumps(self.ladder.prompts).encode()).hexdigest()[:8]] * bool(self.ladder.prompts)
+        identity = *settings, *prompts
         name = f"{'-'.join(map(str, identity))}.safetensors"
         if self.cache and (self.cache / name).exists():
             return load_file(self.cache / name, device=self.device)["reference"]

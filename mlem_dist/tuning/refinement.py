@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mlem_dist.solver.condition import Condition
+from mlem_dist.solver.integrate import Drift, Known
 from mlem_dist.solver.plan import Plan
 from mlem_dist.tuning.least_squares import LARGEST, Block, Fit, Fitter, ridge
 from mlem_dist.tuning.reporting import ReportProgress
@@ -111,10 +113,21 @@ def _error(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
 def _end(state: Block, fit: Fit, factors: Tensor) -> Tensor:
     """Final samples x_N (B, C, H, W) of a block, each sample with its own factors (B, P)."""
     # Checkpoints keep only the state of an evaluation, and compute the rest again in the backward pass.
-    state.levels = {k: partial(checkpoint, level, use_reentrant=False) for k, level in state.levels.items()}
+    state.levels = {k: recomputed(level) for k, level in state.levels.items()}
     state.begin(fit.segments[0].start)
     for segment, sample_factors in zip(fit.segments, factors.split(_sizes(fit), dim=1), strict=True):
         state.evaluate(segment.start, segment.firing)
         columns = torch.stack([state.column(choice) for choice in segment.choices])
         state.x = state.run(segment.stop, []) + torch.einsum("bc,cbd->bd", sample_factors, columns).view_as(state.x)
     return state.x
+
+
+def recomputed(level: Drift) -> Drift:
+    """A level whose intermediate values are computed again for derivatives instead of kept."""
+
+    def call(x: Tensor, t: Tensor, condition: Condition, known: Known) -> Tensor:
+        # Each computation must find the same values known: a level may note further ones.
+        before = dict(known)
+        return checkpoint(lambda state: level(state, t, condition, dict(before)), x, use_reentrant=False)
+
+    return call

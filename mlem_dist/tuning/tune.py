@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -58,6 +60,8 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "samples": TEST_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
+    if ladder.prompts:
+        settings["prompts"] = hashlib.sha256(json.dumps(ladder.prompts).encode()).hexdigest()[:16]
     return Frontier(out / f"frontier-{solver}.json", settings)
 
 

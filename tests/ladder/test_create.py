@@ -1,0 +1,223 @@
+"""Ladders of models of diffusers: what fits is made, and what does not is refused before anything is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from pipelines import make_pipeline
+from safetensors.torch import save_file
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> Path:
+    """Folders of pipelines: sd of two sizes, sdxl, dit and pixels."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for kind in ("sd", "sdxl", "dit", "pixels"):
+        make_pipeline(kind, root / kind)
+    make_pipeline("sd", root / "large", 2)
+    return root
+
+
+@pytest.fixture
+def copy(pipelines, tmp_path):
+    """A function that copies a pipeline and changes a configuration in it."""
+
+    def make(name: str, part: str = "", remove: tuple[str, ...] = (), **changes: object) -> Path:
+        folder = tmp_path / f"copy-{name}"
+        shutil.copytree(pipelines / name, folder)
+        if part:
+            path = folder / part
+            config = {key: value for key, value in json.loads(path.read_text()).items() if key not in remove}
+            path.write_text(json.dumps(config | changes))
+        return folder
+
+    return make
+
+
+def test_a_ladder_refers_to_models_and_is_the_same_wherever_they_are(pipelines, tmp_path):
+    ladder = Ladder.create(tmp_path / "ladder", [pipelines / "sd", pipelines / "large"], guidance=5, measure=False)
+    assert {path.name for path in (tmp_path / "ladder").rglob("*") if path.is_file()} == {
+        "ladder.json",
+        "scheduler_config.json",
+    }
+    raw = json.loads((tmp_path / "ladder" / "ladder.json").read_text())
+    assert [model["path"] for model in raw["models"]] == [str(pipelines / name / "unet") for name in ("sd", "large")]
+    assert [level["model"] for level in raw["levels"]] == ["sd", "sd", "large", "large"]
+    for name in ("sd", "large"):
+        shutil.copytree(pipelines / name, tmp_path / name)
+    moved = Ladder.create(tmp_path / "moved", [tmp_path / "sd", tmp_path / "large"], guidance=5, measure=False)
+    assert moved.digest == ladder.digest
+    other = Ladder.create(tmp_path / "other", [pipelines / "sd", pipelines / "large"], guidance=6, measure=False)
+    assert other.digest != ladder.digest
+
+
+def test_a_changed_file_is_noticed(copy, tmp_path):
+    folder = copy("sd")
+    Ladder.create(tmp_path / "ladder", [folder], measure=False)
+    for name in ("vae/config.json", "tokenizer/tokenizer.json", "unet/config.json"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before + b" ")
+        with pytest.raises(UsageError, match="is corrupted"):
+            Ladder.load(tmp_path / "ladder")
+        (folder / name).write_bytes(before)
+    Ladder.load(tmp_path / "ladder")
+
+
+def test_costs_are_measured_and_shared(pipelines, tmp_path):
+    heard: list[str] = []
+    models = [pipelines / "sd", pipelines / "large"]
+    ladder = Ladder.create(tmp_path / "ladder", models, guidance=5, notify=heard.append)
+    assert heard == ["Levels are in the order of their costs, measured on this machine (cpu)."]
+    assert (np.diff(ladder.cost("cpu")) >= 0).all()
+    assert set(ladder.stage_seconds("cpu")) == {"encode", "decode"}
+    costs = ladder.costs("cpu")
+    names = [level.name for level in ladder.levels]
+    plain, guided = (names.index(name) + 1 for name in ("large", "large guided"))
+    # With both at a step, the conditional evaluation is made once.
+    assert costs.of([plain, guided]) == pytest.approx(costs.of([guided]))
+    assert costs.of([guided]) == pytest.approx(2 * costs.of([plain]))
+    others = [names.index(name) + 1 for name in ("sd", "sd guided")]
+    assert costs.of([*others, guided]) == pytest.approx(costs.of([guided]) + costs.of(others))
+
+
+@torch.inference_mode()
+def test_guidance_by_another_model_and_in_an_interval(pipelines, tmp_path):
+    models = [pipelines / "sd", pipelines / "large"]
+    ladder = Ladder.create(
+        tmp_path / "ladder", models, guidance=(3, 0.2, 0.6), guide_with=pipelines / "sd", measure=False
+    )
+    by_name = {level.name: number for number, level in enumerate(ladder.levels, 1)}
+    assert set(by_name) == {"sd", "sd guided", "large", "large guided by sd"}
+    names = ("sd", "sd guided", "large", "large guided by sd")
+    small, guided, large, result = (ladder.load_level(by_name[name], "cpu") for name in names)
+    encoder = ladder.load_encoder("cpu")
+    condition = encoder(["a cat", "b"], ["ugly", None])
+    x = torch.randn(2, *ladder.sample_shape, generator=torch.Generator().manual_seed(0))
+    for t, inside in ((900.0, False), (700.0, True), (500.0, True), (300.0, False)):
+        times = torch.full((2,), t)
+        values = {
+            name: level(x, times, condition) for name, level in zip(names, (small, guided, large, result), strict=True)
+        }
+        direction = values["sd guided"] - values["sd"]
+        assert bool(direction.abs().max() > 0) == inside
+        torch.testing.assert_close(values["large guided by sd"], values["large"] + direction)
+        known = {}
+        for level in (small, guided, large, result):
+            level(x, times, condition, known)
+        assert len(known) == 2 + inside
+    mixed = result(x, torch.tensor([700.0, 900.0]), condition)
+    torch.testing.assert_close(mixed[1:], large(x, torch.tensor([700.0, 900.0]), condition)[1:])
+
+
+def test_each_model_computes_in_its_precision(pipelines, tmp_path):
+    ladder = Ladder.create(
+        tmp_path / "ladder",
+        [pipelines / "sd", pipelines / "large"],
+        precision=["bfloat16", "float32"],
+        measure=False,
+    )
+    low, high = (ladder.load_level(number, "cpu") for number in (1, 2))
+    assert next(low.parameters()).dtype == torch.bfloat16
+    assert next(high.parameters()).dtype == torch.float32
+    assert next(ladder.load_level(2, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
+
+
+def refuse(message: str, out: Path, *models: object, **options: object) -> None:
+    with pytest.raises(UsageError, match=message):
+        Ladder.create(out, models, measure=False, **options)
+    assert not out.exists()
+
+
+def test_what_does_not_fit_is_named(pipelines, copy, tmp_path):
+    out = tmp_path / "out"
+    sd, large, sdxl, dit, pixels = (pipelines / name for name in ("sd", "large", "sdxl", "dit", "pixels"))
+    refuse(
+        "copy-sd: the noise schedule of its pipeline is not that of",
+        out,
+        copy("sd", "scheduler/scheduler_config.json", beta_end=0.02),
+        large,
+    )
+    refuse("text of width 16, and the text encoders of .*sdxl give 40", out, sd, sdxl)
+    refuse("noise schedule", out, pixels, sd)
+    refuse("noise schedule", out, dit, sd)
+    shutil.copytree(sd / "unet", tmp_path / "alone")
+    refuse("alone: it takes text, which the DiTPipeline .* does not give", out, tmp_path / "alone", pipeline=dit)
+    refuse("alone: its samples have 4 channels, expected 1 or 3", out, tmp_path / "alone", pipeline=pixels)
+    refuse("guidance.*was not trained without its condition", out, pixels, guidance=3)
+    refuse("`guidance` 0.5: expected a scale above 1", out, sd, guidance=0.5)
+    refuse("expected a start and a stop", out, sd, guidance=(3, 0.5, 0.5))
+    refuse("`guide_with` sdxl: expected one of the models, sd", out, sd, guidance=3, guide_with="sdxl")
+    refuse("`guide_with` sd: no level is guided", out, sd, guide_with="sd")
+    refuse("`size` 15x16: expected multiples of 2", out, sd, size=(16, 15))
+    refuse("`precision` 'int8': expected float32", out, sd, precision="int8")
+    refuse("`models` is empty", out)
+
+
+def test_another_decoder_is_refused_but_not_a_model_alone(pipelines, copy, tmp_path):
+    folder = copy("sd")
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refuse("copy-sd: its decoder is not that of", tmp_path / "out", folder, pipelines / "large")
+    shutil.copytree(folder / "unet", tmp_path / "alone")
+    ladder = Ladder.create(tmp_path / "ladder", [tmp_path / "alone", pipelines / "large"], measure=False)
+    assert [level.name for level in ladder.levels] == ["alone", "large"]
+
+
+def test_models_that_are_no_drifts_are_refused(pipelines, copy, tmp_path):
+    out = tmp_path / "out"
+    refuse(
+        "takes 9 channels and predicts 4, as models for inpainting", out, copy("sd", "unet/config.json", in_channels=9)
+    )
+    refuse("time_cond_proj_dim .* consistency models", out, copy("large", "unet/config.json", time_cond_proj_dim=8))
+    refuse(
+        "norm_type of its model is 'ada_norm_single'",
+        out,
+        copy("dit", "transformer/config.json", norm_type="ada_norm_single"),
+    )
+    refuse(
+        "its class is 'FluxTransformer2DModel', expected one of",
+        out,
+        copy("sdxl", "unet/config.json", _class_name="FluxTransformer2DModel"),
+    )
+    refuse("no such folder; expected the folder of a pipeline", out, tmp_path / "nothing" / "here" / "at all")
+    (tmp_path / "empty").mkdir()
+    refuse("neither model_index.json nor config.json", out, tmp_path / "empty")
+    save_file({"unet.lora_A.weight": torch.zeros(1)}, tmp_path / "style.safetensors")
+    refuse("a LoRA, expected a model; .*fuse_lora", out, tmp_path / "style.safetensors")
+    save_file({"model.diffusion_model.weight": torch.zeros(1)}, tmp_path / "whole.safetensors")
+    refuse("is a file, expected a folder; .*from_single_file", out, tmp_path / "whole.safetensors")
+    config = dict.fromkeys(("block_out_channels",), [8, 16]) | {"_class_name": ControlNetModel.__name__}
+    (tmp_path / "control").mkdir()
+    (tmp_path / "control" / "config.json").write_text(json.dumps(config))
+    refuse("a ControlNet steers another model by a picture", out, tmp_path / "control", pipeline=pipelines / "sd")
+
+
+def test_weights_that_are_pickles_or_missing_are_refused(pipelines, copy, tmp_path):
+    out = tmp_path / "out"
+    folder = copy("sd")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    refuse("lacks diffusion_pytorch_model.safetensors; diffusion_pytorch_model.bin is not read", out, folder)
+    folder = copy("sdxl")
+    (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
+    refuse("text_encoder has no weights in safetensors files", out, folder)
+    folder = copy("large")
+    index = {"weight_map": {"some": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refuse("names diffusion_pytorch_model-00001-of-00002.safetensors, which is not there", out, folder)
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(pipelines, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds something else"):
+        Ladder.create(tmp_path, [pipelines / "sd"], measure=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
