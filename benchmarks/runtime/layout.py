@@ -22,7 +22,8 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from mlem_dist.ladder.ladder import WIDE, Ladder
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.loader import WIDE
 from mlem_dist.models.level import ModelLevel
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison

@@ -289,7 +289,6 @@ def _same(one: Process, other: Process) -> bool:
     if type(one) is not type(other) or one.length != other.length:
         return False
     if isinstance(one, BetaProcess) and isinstance(other, BetaProcess):
-        # Rescaling to zero terminal SNR is a choice of the sampler: all other values change little.
         return bool(np.allclose(one.alpha_bar, other.alpha_bar, atol=1e-6))
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64) * one.length
     return all(torch.allclose(a, b) for a, b in zip(one.marginal(t), other.marginal(t), strict=True))

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
@@ -34,6 +33,7 @@ from mlem_dist.ladder.checks import (
     tensor_shape,
 )
 from mlem_dist.ladder.hub import PREFIX, local_path
+from mlem_dist.ladder.loader import Loader
 from mlem_dist.ladder.schema import (
     LADDER,
     MODELS_VERSION,
@@ -48,13 +48,11 @@ from mlem_dist.ladder.schema import (
     parse_value_range,
 )
 from mlem_dist.models.decoder import Decoder, upscaling
-from mlem_dist.models.encoder import Encoder, load_encoder
+from mlem_dist.models.encoder import Encoder
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.guidance import Evaluation, GuidedLevel
 from mlem_dist.models.level import ModelLevel, check_prediction, on_meta, placeholder
-from mlem_dist.models.weights import load_model, loading
 from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition, join
 from mlem_dist.solver.costs import LevelCosts, as_costs
 from mlem_dist.solver.process import Process
@@ -63,10 +61,6 @@ PACKAGE = Path(str(files("mlem_dist.ladder")))
 
 LEAST_SECONDS = 1e-6
 """Smallest time of a stage, in seconds per sample: a stage without a time would get no actor."""
-
-WIDE = 64
-"""Smallest number of channels in a UNet's widest block for which CPUs use the channels-last format. It makes such UNets
-1.0 to 1.3 times as fast (layout.py in benchmarks/runtime), but some narrower UNets slower."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +103,9 @@ class Ladder:
         """
         ladder = cls.read(source)
         for level in ladder.levels:
-            ladder._check_files(level)
+            ladder.check_files(level)
         for part in filter(None, (ladder.decoder, ladder.encoder)):
-            ladder._check_part(part)
+            ladder.check_part(part)
         return ladder
 
     @classmethod
@@ -203,11 +197,21 @@ class Ladder:
         path = self.folder / level.path
         return [str(PurePath(level.path) / name) for name in model_files(path)]
 
-    def _check_files(self, level: Level) -> None:
+    def check_files(self, level: Level) -> None:
+        """Compare a level's files with their digests.
+
+        Raises:
+            UsageError: if a file is missing or changed.
+        """
         for name, digest in level.sha256.items():
             check_digest(self.place(name), digest)
 
-    def _check_part(self, part: Part) -> None:
+    def check_part(self, part: Part) -> None:
+        """Compare the files of the decoder or the encoder with their digests.
+
+        Raises:
+            UsageError: if a file is missing or changed.
+        """
         for name, digest in part.sha256.items():
             check_digest(self.place(f"{part.path}/{name}"), digest)
 
@@ -229,7 +233,9 @@ class Ladder:
 
     def _check_model(self, level: Level, family: Family) -> None:
         channels, height, width = self.sample_shape
-        check_prediction(level.name, level.prediction, self.process)
+        # Models of schema 2 have predictions of their own pipelines, which may differ from the scheduler's.
+        if self.schema_version == SCHEMA_VERSION:
+            check_prediction(level.name, level.prediction, self.process)
         if level.prediction == "residual":
             self._check_residual(level)
         if height % level.patch or width % level.patch:
@@ -313,7 +319,7 @@ class Ladder:
         """
         if self.prompts:
             rows = [self.prompts[number % len(self.prompts)] for number in samples.tolist()]
-            return join([self._encoded(text, samples.device) for text in rows])
+            return join([self._loader.encoded(text, samples.device) for text in rows])
         if self.encoder:
             inputs = self._family.inputs(self._config(self.levels[-1]))
             zeros = {name: value.to(samples.device) for name, value in placeholder(inputs, len(samples)).items()}
@@ -324,29 +330,6 @@ class Ladder:
     def conditions(self) -> int:
         """Number of different conditions that `condition` gives samples."""
         return max(1, len(self.labels), len(self.prompts))
-
-    @cached_property
-    def _texts(self) -> dict[tuple[str, str], Condition]:
-        """The conditions of encoded prompts, by prompt and device."""
-        return {}
-
-    @cached_property
-    def _encoders(self) -> dict[str, Encoder | None]:
-        """The encoders that have been loaded for `condition`, by device."""
-        return {}
-
-    # Conditions that are kept may be used with derivatives later.
-    @torch.inference_mode(False)
-    def _encoded(self, text: str, device: torch.device) -> Condition:
-        """The condition of a prompt without a negative prompt, for a batch of one."""
-        key = str(device)
-        if (text, key) not in self._texts:
-            if key not in self._encoders:
-                self._encoders[key] = self.load_encoder(device, OWN)
-            encoder = self._encoders[key]
-            assert encoder
-            self._texts[text, key] = encoder([text], [None])
-        return self._texts[text, key]
 
     def completed(self, condition: Condition) -> Condition:
         """The condition of samples with the class for unconditional evaluations, if a level makes them."""
@@ -496,122 +479,39 @@ class Ladder:
         """Bytes of each level's weights in its own precision, float64 (K,)."""
         return np.array([(4.0 if level.precision == "float32" else 2.0) * level.parameters for level in self.levels])
 
-    # A level may be loaded in inference mode first, and used with derivatives later.
-    @torch.inference_mode(False)
+    @cached_property
+    def _loader(self) -> Loader:
+        return Loader(self)
+
     def load_level(self, number: int, device: torch.device | str, precision: str = OWN) -> nn.Module:
         """Level `number` (from 1) as a module in evaluation mode on `device`.
 
-        A UNet computes in the torch dtype named `precision`; its input and output are float32. A Gaussian level is
-        always float32. There is one of each on a device, which the residual UNets there share.
+        A model computes in the torch dtype named `precision`, by default its own; its input and output are float32. A
+        Gaussian level is always float32. Levels share what they have in common: the models, and the Gaussian levels
+        that residuals correct.
 
         Raises:
-            UsageError: if the weights are unreadable or do not match the configuration.
+            UsageError: if the weights are changed or unreadable, or do not match the configuration.
         """
-        level, key = self.levels[number - 1], str(device)
-        if gaussian := self._gaussians.get((number, key)):
-            return gaussian
-        self._check_files(level)
-        with loading(f"level {level.name!r}"):
-            if level.kind == "gaussian":
-                module: nn.Module = self._load_gaussian(level)
-            else:
-                module = self._load_model(number, device, precision)
-        module = module.eval().requires_grad_(False).to(device)
-        if isinstance(module, GaussianLevel):
-            self._gaussians[number, key] = module
-        return module
+        return self._loader.level(number, device, precision)
 
-    @cached_property
-    def _gaussians(self) -> dict[tuple[int, str], GaussianLevel]:
-        """The Gaussian levels that have been loaded, by number and device."""
-        return {}
-
-    def _load_gaussian(self, level: Level) -> GaussianLevel:
-        state = {key: value.float() for key, value in load_file(self.folder / level.path).items()}
-        classes, d, rank = state["basis"].shape
-        module = GaussianLevel(classes, d, rank, self.process)
-        module.load_state_dict(state)
-        module.orthonormalise()
-        return module
-
-    def _load_model(self, number: int, device: torch.device | str, precision: str) -> nn.Module:
-        """A level of a model: its evaluation, alone or with guidance."""
-        level, model = self.levels[number - 1], self._model_level(number, device, precision)
-        if self.schema_version == SCHEMA_VERSION:
-            return model
-        value = Evaluation(model, level.model, False)
-        if level.guidance == UNGUIDED:
-            return value
-        by = level.guidance.by or level.model
-        guide = self._model_level([other.model for other in self.levels].index(by) + 1, device, precision)
-        evaluations = value, Evaluation(guide, by, False), Evaluation(guide, by, True)
-        guidance = level.guidance
-        return GuidedLevel(*evaluations, guidance.scale, (guidance.start, guidance.stop), self.process)
-
-    def _precision(self, number: int, precision: str) -> str:
-        """The precision of a level's model in a job of the given precision."""
-        return self.levels[number - 1].precision if precision == OWN else precision
-
-    @cached_property
-    def _models(self) -> dict[tuple[str, str, str], ModelLevel]:
-        """The models that have been loaded and may serve several levels, by path, device and precision."""
-        return {}
-
-    def _model_level(self, number: int, device: torch.device | str, precision: str) -> ModelLevel:
-        """The drift of a level's model without guidance; of each model there is one on a device."""
-        level, corrects = self.levels[number - 1], self.corrected(number)
-        precision = self._precision(number, precision)
-        key = level.path, str(device), precision
-        if loaded := self._models.get(key):
-            return loaded
-        family, dtype = FAMILIES[level.kind], getattr(torch, precision)
-        model = load_model(family.model_class(), self.place(level.path), precision)
-        widths = model.config.get("block_out_channels") or [0]
-        if torch.device(device).type == "cpu" and max(widths) >= WIDE:
-            model.to(memory_format=torch.channels_last)
-        gaussian = self.load_level(corrects, device) if corrects else None
-        assert gaussian is None or isinstance(gaussian, GaussianLevel)
-        module = ModelLevel(model, level.patch, level.prediction, self.process, gaussian, dtype, corrects, family)
-        module = module.eval().requires_grad_(False).to(device)
-        if self.schema_version == MODELS_VERSION:
-            self._models[key] = module
-        return module
-
-    @torch.inference_mode(False)
     def load_decoder(self, device: torch.device | str, precision: str = OWN) -> Decoder | None:
         """The decoder in evaluation mode on `device`, with weights of dtype `precision`; None if there is none.
 
         A decoder whose configuration says `force_upcast` is always float32, as half precision overflows in it.
 
         Raises:
-            UsageError: if the weights are changed or unreadable, or do not match the configuration.
+            UsageError: as for `load_level`.
         """
-        if self.decoder is None:
-            return None
-        import diffusers
+        return self._loader.decoder(device, precision)
 
-        self._check_part(self.decoder)
-        precision = self._precision(len(self.levels), precision)
-        path = self.place(self.decoder.path)
-        upcast = read_object(path / "config.json", "decoder's configuration").get("force_upcast")
-        with loading(f"decoder {path}"):
-            model = load_model(getattr(diffusers, self.decoder.kind), path, "float32" if upcast else precision)
-        return Decoder(model).eval().requires_grad_(False).to(device)
-
-    @torch.inference_mode(False)
     def load_encoder(self, device: torch.device | str, precision: str = OWN) -> Encoder | None:
         """The encoder of prompts on `device`, with weights of dtype `precision`; None if there is none.
 
         Raises:
-            UsageError: if files are changed or unreadable, or the package transformers is missing.
+            UsageError: as for `load_level`, or if the package transformers is missing.
         """
-        if self.encoder is None:
-            return None
-        self._check_part(self.encoder)
-        precision = self._precision(len(self.levels), precision)
-        path = self.place(self.encoder.path)
-        with loading(f"text encoders of {path}"):
-            return load_encoder(path, self.encoder.kind, self.image_shape[1:], device, precision)
+        return self._loader.encoder(device, precision)
 
 
 def bundled() -> Iterator[str]:

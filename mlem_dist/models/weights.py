@@ -95,6 +95,8 @@ def loading(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except UsageError:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = " ".join(str(error).split()) or "allocation failed"
         raise UsageError(f"{what} does not fit into memory: {reason}; take a smaller precision or device") from None

@@ -116,6 +116,20 @@ def test_guidance_by_another_model_and_in_an_interval(pipelines, tmp_path):
     torch.testing.assert_close(mixed[1:], large(x, torch.tensor([700.0, 900.0]), condition)[1:])
 
 
+def test_models_may_predict_different_things(pipelines, copy, tmp_path):
+    scheduler = "scheduler/scheduler_config.json"
+    other = copy("large", scheduler, prediction_type="v_prediction")
+    for models in ([pipelines / "sd", other], [other, pipelines / "sd"]):
+        ladder = Ladder.create(tmp_path / f"ladder-{models[0].name}", models, measure=False)
+        assert {level.name: level.prediction for level in ladder.levels} == {
+            "sd": "epsilon",
+            "copy-large": "v_prediction",
+        }
+        ladder.load_level(1, "cpu")
+    zero = copy("sd", scheduler, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    refuse("the noise schedule of its pipeline is not that of", tmp_path / "out", pipelines / "sd", zero)
+
+
 def test_each_model_computes_in_its_precision(pipelines, tmp_path):
     ladder = Ladder.create(
         tmp_path / "ladder",
@@ -195,7 +209,7 @@ def test_models_that_are_no_drifts_are_refused(pipelines, copy, tmp_path):
     refuse("a LoRA, expected a model; .*fuse_lora", out, tmp_path / "style.safetensors")
     save_file({"model.diffusion_model.weight": torch.zeros(1)}, tmp_path / "whole.safetensors")
     refuse("is a file, expected a folder; .*from_single_file", out, tmp_path / "whole.safetensors")
-    config = dict.fromkeys(("block_out_channels",), [8, 16]) | {"_class_name": ControlNetModel.__name__}
+    config = {"_class_name": ControlNetModel.__name__}
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "config.json").write_text(json.dumps(config))
     refuse("a ControlNet steers another model by a picture", out, tmp_path / "control", pipeline=pipelines / "sd")

@@ -10,7 +10,8 @@ from processes import process_of_products
 from safetensors.torch import load_file
 from torch import nn
 
-from mlem_dist.ladder.ladder import WIDE, Ladder
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.loader import WIDE
 from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
 from mlem_dist.models.level import ModelLevel, new_unet_level
 from mlem_dist.solver.closed_form import ClosedForm
