@@ -69,6 +69,7 @@ def ladder_show(name: str) -> None:
 @click.option("--unguided/--no-unguided", default=True, help="Whether models with guidance are levels without it, too.")
 @click.option("--guide-with", metavar="MODEL", help="Model that gives the direction of guidance to all others, too.")
 @click.option("--size", type=width_height, metavar="WxH", help="Size of images in pixels.  [default: the model's]")
+@click.option("--copy", is_flag=True, help="Copy models into OUT, instead of referring to them where they are.")
 @click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
 def ladder_create(out: Path, models: tuple[str, ...], **options: Any) -> None:
     """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ def create_ladder(
     guide_with: str | Path | None = None,
     precision: str | Sequence[str] = "float32",
     size: tuple[int, int] | None = None,
+    copy: bool = False,
     measure: bool = True,
     notify: Callable[[str], None] = lambda sentence: None,
 ) -> Ladder:
@@ -66,6 +69,7 @@ def create_ladder(
         guide_with: the one of `models` that gives the direction of guidance to all others, too.
         precision: dtype in which models compute, for all or for each: "float32", "bfloat16" or "float16".
         size: height and width of the images in pixels; by default those for which the last model was trained.
+        copy: whether to copy models, decoder and text encoders into the ladder's folder, instead of referring to them.
         measure: whether to measure the costs of levels on this machine, instead of counting their operations.
         notify: receives sentences for the user.
 
@@ -92,6 +96,8 @@ def create_ladder(
             )
         entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
     raw = _content(out, entries, surroundings, shape, labels, guide, unguided, by)
+    if copy:
+        _copy(out, raw, entries, surroundings)
     replace_file(out / SCHEDULER, json.dumps(surroundings.scheduler, indent=2) + "\n")
     raw["scheduler_sha256"] = file_digest(out / SCHEDULER)
     replace_file(out / LADDER, json.dumps(raw, indent=2) + "\n")
@@ -101,6 +107,7 @@ def create_ladder(
             "Levels are in the order of their operations per image; `mlem-dist ladder measure` measures their costs."
         )
         return ladder
+    notify(f"Measuring the costs of {len(ladder.levels)} levels on this machine.")
     ladder = sorted_by_cost(measure_costs(ladder))
     devices = " and ".join(sorted(ladder.levels[0].seconds.keys() - {OPERATIONS}))
     notify(f"Levels are in the order of their costs, measured on this machine ({devices}).")
@@ -208,6 +215,26 @@ def _guide(
     if str(guide_with) not in (*given, *names):
         raise UsageError(f"`guide_with` {guide_with}: expected one of the models, {', '.join(names)}")
     return names[given.index(str(guide_with))] if str(guide_with) in given else str(guide_with)
+
+
+def _copy(out: Path, raw: dict[str, Any], entries: Sequence[Entry], around: Surroundings) -> None:
+    """Copy what the entries of `raw` refer to into the new ladder's folder, and let them refer to the copies.
+
+    Raises:
+        OSError: if the disk is full or not writable.
+    """
+    places = [
+        (model, entry.source.folder, f"models/{entry.name}")
+        for model, entry in zip(raw["models"], entries, strict=True)
+    ]
+    if around.decoder:
+        places.append((raw["decoder"], around.decoder, "decoder"))
+    if around.encoder:
+        places.append((raw["encoder"], around.folder, "encoder"))
+    for stored, folder, path in places:
+        for name in stored["sha256"]:
+            replace_file(out / path / name, partial(shutil.copyfile, folder / name))
+        stored["path"] = path
 
 
 def _check_out(out: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mlem_dist.errors import UsageError
+from mlem_dist.models.encoder import chosen_weights
 
 PREFIX = "hub:"
 """Beginning of the paths of files on the hub in `ladder.json`: hub:OWNER/NAME@COMMIT/FOLDER/FILE."""
@@ -78,8 +79,7 @@ def weights_of(text: str, files: Sequence[str]) -> list[str]:
         )
     chosen: list[str] = []
     for names in weights.values():
-        plain = [name for name in names if not re.search(r"\.(fp16|bf16|non_ema|ema)[.-]", name)]
-        chosen += plain or names
+        chosen += chosen_weights(names)
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ ENCODERS: Mapping[str, Encode] = {
 }
 """The function for each class of pipelines that are conditioned on prompts."""
 
-TEXTS = (".json", ".txt", ".model")
-"""Ends of the names of files of configurations, tokenizers and indices of weights."""
+VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]")
+"""Pattern of the variant in the name of a file of weights."""
 
 SIZED = ("StableDiffusionXLPipeline",)
 """Classes of pipelines whose models are conditioned on sizes."""
@@ -112,10 +113,24 @@ def encoder_files(folder: Path) -> list[str]:
                 f"{folder / part} has no weights in safetensors files; load the pipeline by diffusers and save it "
                 "again by `save_pretrained`"
             )
-        # Files of variants in half precision are read only where there are no others.
-        plain = [name for name in weights if ".fp16." not in name]
-        names += [f"{part}/{name}" for name in (*(plain or weights), *files) if name in plain or name.endswith(TEXTS)]
+        others = [name for name in files if name.endswith((".json", ".txt", ".model"))]
+        names += [f"{part}/{name}" for name in (*chosen_weights(weights), *others)]
     return names
+
+
+def chosen_weights(names: Sequence[str]) -> list[str]:
+    """The files of weights that are read: those of no variant, such as "fp16" in `model.fp16.safetensors`, if any."""
+    return [name for name in names if not VARIANT.search(name)] or list(names)
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the text encoders' weights; None if one of them has weights of no variant."""
+    variants: set[str | None] = set()
+    for part in encoder_parts(folder):
+        if part.startswith("text_encoder"):
+            chosen = chosen_weights([file.name for file in (folder / part).glob("*.safetensors")])
+            variants |= {match[1] if (match := VARIANT.search(name)) else None for name in chosen}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def encoder_shapes(folder: Path, kind: str) -> dict[str, tuple[int | None, ...]]:
@@ -143,7 +158,7 @@ def load_encoder(folder: Path, kind: str, size: tuple[int, int], device: torch.d
     import diffusers
 
     index = read_object(folder / "model_index.json", "pipeline")
-    parts = {name for name, value in index.items() if isinstance(value, list)} - {*encoder_parts(folder), "scheduler"}
+    parts = {name for name, value in index.items() if isinstance(value, list)} - {*encoder_parts(folder)}
     with quiet_diffusers():
         pipeline = getattr(diffusers, kind).from_pretrained(
             folder,
@@ -151,6 +166,7 @@ def load_encoder(folder: Path, kind: str, size: tuple[int, int], device: torch.d
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
+            variant=_variant(folder),
             **dict.fromkeys(parts),
         )
     return Encoder(pipeline.to(device), kind, size)

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, StableDiffusionPipeline
 from pipelines import make_pipeline
 from safetensors.torch import save_file
 
+import mlem_dist
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 
@@ -58,6 +59,19 @@ def test_a_ladder_refers_to_models_and_is_the_same_wherever_they_are(pipelines, 
     assert other.digest != ladder.digest
 
 
+def test_copied_models_need_no_others(copy, pipelines, tmp_path):
+    folder = copy("sd")
+    there = Ladder.create(tmp_path / "there", [folder, pipelines / "large"], guidance=5, measure=False)
+    copied = Ladder.create(tmp_path / "copied", [folder, pipelines / "large"], guidance=5, measure=False, copy=True)
+    assert copied.digest == there.digest
+    shutil.rmtree(folder)
+    (tmp_path / "copied").rename(tmp_path / "moved")
+    ladder = Ladder.load(tmp_path / "moved")
+    assert ladder.load_encoder("cpu")(["a"], [None])
+    ladder.load_decoder("cpu")
+    ladder.load_level(len(ladder.levels), "cpu")
+
+
 def test_a_changed_file_is_noticed(copy, tmp_path):
     folder = copy("sd")
     Ladder.create(tmp_path / "ladder", [folder], measure=False)
@@ -74,7 +88,7 @@ def test_costs_are_measured_and_shared(pipelines, tmp_path):
     heard: list[str] = []
     models = [pipelines / "sd", pipelines / "large"]
     ladder = Ladder.create(tmp_path / "ladder", models, guidance=5, notify=heard.append)
-    assert heard == ["Levels are in the order of their costs, measured on this machine (cpu)."]
+    assert heard[-1] == "Levels are in the order of their costs, measured on this machine (cpu)."
     assert (np.diff(ladder.cost("cpu")) >= 0).all()
     assert set(ladder.stage_seconds("cpu")) == {"encode", "decode"}
     costs = ladder.costs("cpu")
@@ -114,6 +128,18 @@ def test_guidance_by_another_model_and_in_an_interval(pipelines, tmp_path):
         assert len(known) == 2 + inside
     mixed = result(x, torch.tensor([700.0, 900.0]), condition)
     torch.testing.assert_close(mixed[1:], large(x, torch.tensor([700.0, 900.0]), condition)[1:])
+
+
+def test_pipelines_of_a_variant_are_read(pipelines, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(pipelines / "sd", torch_dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert (tmp_path / "half" / "text_encoder" / "model.fp16.safetensors").exists()
+    plans = {"prompts": ["a cat"], "seeds": [1], "steps": 4, "nfe": 4}
+    images = [
+        mlem_dist.sample(Ladder.create(tmp_path / name, [folder], guidance=3, measure=False), **plans).astype(int)
+        for name, folder in (("whole", pipelines / "sd"), ("variant", tmp_path / "half"))
+    ]
+    assert np.abs(images[0] - images[1]).mean() < 2
 
 
 def test_models_may_predict_different_things(pipelines, copy, tmp_path):
