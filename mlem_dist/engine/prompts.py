@@ -28,10 +28,10 @@ def read_prompts(
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise UsageError(f"`prompts` {path} cannot be read: {reason}") from None
+    if not text:
+        raise UsageError(f"`prompts` {path} is empty, expected a prompt in each line")
     # `splitlines` would also split at characters that prompts may hold.
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    if lines == [""]:
-        raise UsageError(f"`prompts` {path} is empty, expected a prompt in each line")
     if path.suffix != ".jsonl":
         return lines, negative_prompts
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1)]

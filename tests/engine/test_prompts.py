@@ -68,5 +68,5 @@ def test_negative_prompts_come_from_one_place(tmp_path):
     path.write_text('{"prompt": "a", "negative_prompt": "b"}')
     with pytest.raises(UsageError, match=r"has negative prompts of its own; leave out either"):
         read_prompts(path, "ugly")
-    with pytest.raises(UsageError, match="nothing.txt cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"nothing\.txt cannot be read: No such file"):
         read_prompts(tmp_path / "nothing.txt", None)
