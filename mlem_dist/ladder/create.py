@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pixel_unshuffle
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlem_dist.errors import UsageError
@@ -89,8 +90,8 @@ def create_ladder(
     entries: list[Entry] = []
     for source, name, dtype in zip(sources, _names(sources), precisions, strict=True):
         prediction = _prediction(source, surroundings)
-        _check_fit(source, surroundings, shape, sources[-1])
-        if guide != UNGUIDED and not surroundings.encoder and source.family.null_class(source.config) is None:
+        _check_fit(source, surroundings, shape, len(labels), sources[-1])
+        if guide != UNGUIDED and not surroundings.encoder and not source.family.has_null(source.config, len(labels)):
             raise UsageError(
                 f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
             )
@@ -127,7 +128,9 @@ class Surroundings:
 
     def __init__(self, folder: Path, pinned: str = "") -> None:
         self.folder, self.pinned = folder, pinned
-        self.index = read_object(folder / "model_index.json", "pipeline")
+        # A ladder's folder has a scheduler, and the names of its classes.
+        self.ladder = read_object(folder / LADDER, "ladder") if (folder / LADDER).is_file() else {}
+        self.index = {} if self.ladder else read_object(folder / "model_index.json", "pipeline")
         self.kind = str(self.index.get("_class_name"))
         self.scheduler = read_object(folder / SCHEDULER, "noise schedule")
         try:
@@ -247,7 +250,7 @@ def _surroundings(sources: Sequence[Source], pipeline: str | Path | None) -> Sur
     """The pipeline that is given, or that of the last model."""
     if pipeline is not None:
         folder, pinned = find_folder(str(pipeline), "`pipeline`")
-        if not (folder / "model_index.json").is_file():
+        if not (folder / "model_index.json").is_file() and not (folder / LADDER).is_file():
             raise UsageError(f"`pipeline` {pipeline}: it has no model_index.json, expected the folder of a pipeline")
         return Surroundings(folder, pinned)
     last = sources[-1]
@@ -270,20 +273,23 @@ def _names(sources: Sequence[Source]) -> list[str]:
 def _sample_shape(source: Source, around: Surroundings, size: tuple[int, int] | None) -> tuple[int, int, int]:
     factor = around.upscaling
     if size is None:
-        sample = source.family.size(source.config)
-        if sample is None:
+        trained = source.family.size(source.config)
+        if trained is None:
             raise UsageError(
                 f"`size` is missing: the configuration of {source.text} does not say for which size it was trained"
             )
     else:
         if size[0] % factor or size[1] % factor:
             raise UsageError(f"`size` {size[1]}x{size[0]}: expected multiples of {factor}, the decoder's upscaling")
-        sample = size[0] // factor, size[1] // factor
-    return (source.family.channels(source.config), *sample)
+        trained = size[0] // factor // source.patch, size[1] // factor // source.patch
+    channels = source.family.channels(source.config) // source.patch**2
+    return channels, trained[0] * source.patch, trained[1] * source.patch
 
 
 def _labels(source: Source, around: Surroundings) -> list[str]:
-    """The names of the classes: those of the pipeline, if it has any, else the numbers."""
+    """The names of the classes: those of the pipeline or ladder, if it has any, else the numbers."""
+    if around.ladder:
+        return [str(name) for name in around.ladder["labels"]]
     classes = source.family.classes(source.config)
     named = around.index.get("id2label") or {}
     names = [str(named.get(str(number), number)) for number in range(classes)]
@@ -309,7 +315,7 @@ def _prediction(source: Source, around: Surroundings) -> str:
             f"{source.text}: it predicts the noise, which says nothing of the image at the beginning of the noise "
             f"schedule of {around.folder}; take a model that predicts v or the image"
         )
-    return own.prediction
+    return source.prediction or own.prediction
 
 
 def _same(one: Process, other: Process) -> bool:
@@ -321,13 +327,16 @@ def _same(one: Process, other: Process) -> bool:
     return all(torch.allclose(a, b) for a, b in zip(one.marginal(t), other.marginal(t), strict=True))
 
 
-def _check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int], last: Source) -> None:
+def _check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int], classes: int, last: Source) -> None:
     """Refuse a model that does not fit the ladder's samples, decoder or text encoders."""
     family, config = source.family, source.config
     if reason := family.refusal(config, around.process):
         raise UsageError(f"{source.text}: {reason}")
-    if (channels := family.channels(config)) != shape[0]:
+    channels = family.channels(config) // source.patch**2
+    if channels != shape[0]:
         raise UsageError(f"{source.text}: its samples have {channels} channels, expected {shape[0]}, as in {last.text}")
+    if shape[1] % source.patch or shape[2] % source.patch:
+        raise UsageError(f"{source.text}: {shape[1]}x{shape[2]} is not divisible by its patch {source.patch}")
     if around.decoder and (latent := around.decoder_config["latent_channels"]) != channels:
         raise UsageError(
             f"{source.text}: its samples have {channels} channels, and the decoder {around.decoder} takes {latent}; "
@@ -335,8 +344,10 @@ def _check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int]
         )
     if not around.decoder and channels not in (1, 3):
         raise UsageError(f"{source.text}: its samples have {channels} channels, expected 1 or 3 without a decoder")
-    if (classes := family.classes(config)) != (expected := last.family.classes(last.config)):
-        raise UsageError(f"{source.text}: it has {classes} classes, expected {expected}, as in {last.text}")
+    if not family.fits(config, classes):
+        raise UsageError(
+            f"{source.text}: it has {family.classes(config)} classes, expected {classes}, as in {last.text}"
+        )
     for name, wanted in family.inputs(config).items():
         given = () if name == LABEL else around.shapes.get(name)
         if given is None:
@@ -374,7 +385,8 @@ def _operations(source: Source, shape: tuple[int, int, int]) -> float:
             model = family.model_class().from_config(dict(source.config))
             condition = placeholder(family.inputs(source.config), 2)
             with FlopCounterMode(display=False) as counter:
-                family.predict(model, torch.empty(2, *shape), torch.ones(2), condition)
+                x = pixel_unshuffle(torch.empty(2, *shape), source.patch)
+                family.predict(model, x, torch.ones(2), condition)
     except Exception as error:
         size = "x".join(map(str, shape))
         raise UsageError(
@@ -403,6 +415,7 @@ def _content(
                 "name": entry.name,
                 **_entry(entry.source.folder, path, entry.source.family.names[0], names),
                 "prediction": entry.prediction,
+                "patch": entry.source.patch,
                 "precision": entry.precision,
                 "parameters": _parameters(entry.source),
             }

@@ -249,11 +249,10 @@ class Ladder:
             expected |= {"out_channels": inner, "sample_size": (height // level.patch, width // level.patch)}
         given = dict(config) | {"sample_size": family.size(config)}
         self._check_fit(level, given, expected)
-        classes = family.classes(config)
-        if classes != len(self.labels):
+        if not family.fits(config, len(self.labels)):
             raise UsageError(
-                f"level {level.name!r} does not fit the ladder: its model has {classes or 'no'} classes, expected "
-                f"{len(self.labels) or 'none'}"
+                f"level {level.name!r} does not fit the ladder: its model has {family.classes(config) or 'no'} "
+                f"classes, expected {len(self.labels) or 'none'}"
             )
         if reason := family.refusal(config, self.process):
             raise UsageError(f"level {level.name!r}: {reason}")
@@ -335,9 +334,7 @@ class Ladder:
         """The condition of samples with the class for unconditional evaluations, if a level makes them."""
         if LABEL not in condition or not self.guided:
             return condition
-        null = self._family.null_class(self._config(self.levels[-1]))
-        assert null is not None
-        return {**condition, NEGATIVE + LABEL: torch.full_like(condition[LABEL], null)}
+        return {**condition, NEGATIVE + LABEL: torch.full_like(condition[LABEL], len(self.labels))}
 
     @property
     def guided(self) -> bool:

@@ -14,6 +14,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
 from mlem_dist.ladder.checks import check_model_folder
 from mlem_dist.ladder.hub import fetch_pipeline, is_hub_id
+from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 
@@ -45,6 +46,8 @@ class Source:
         name: a short name.
         folder: the model's folder on this machine.
         pipeline: the folder of the pipeline of which it is a part, on this machine; None if it is alone.
+        prediction: its prediction, if a ladder says so; "" for that of its pipeline's scheduler.
+        patch: factor of the pixel-unshuffle before it.
         pinned: the path of the repository on the hub that holds them; "" if they are not from there.
         family: its family.
         config: its configuration.
@@ -56,6 +59,8 @@ class Source:
     pipeline: Path | None
     family: Family
     config: Mapping[str, Any]
+    prediction: str = ""
+    patch: int = 1
     pinned: str = ""
 
     def path(self, folder: Path) -> str:
@@ -83,8 +88,25 @@ def find_source(text: str) -> Source:
         raise UsageError(f"model {text!r} has neither model_index.json nor config.json, expected a folder of diffusers")
     if pinned:
         return replace(_source(text, text.rpartition("/")[2], folder, None), pinned=pinned)
+    if (folder.parent / LADDER).is_file():
+        return _level(text, folder)
     pipeline = folder.parent if (folder.parent / "model_index.json").is_file() else None
     return _source(text, (pipeline or folder).name, folder, pipeline)
+
+
+def _level(text: str, folder: Path) -> Source:
+    """The model in a ladder's folder, with what the ladder says of it."""
+    levels = read_object(folder.parent / LADDER, "ladder").get("levels", [])
+    entry = next((level for level in levels if level.get("path") == folder.name), None)
+    if entry is None:
+        raise UsageError(f"model {text!r}: {folder.parent / LADDER} has no level of it")
+    if entry.get("prediction") == "residual":
+        raise UsageError(
+            f"model {text!r}: it corrects a Gaussian level, and cannot leave its ladder; take one that predicts the "
+            "noise, v or the image"
+        )
+    source = _source(text, folder.name, folder, folder.parent)
+    return replace(source, prediction=str(entry.get("prediction", "")), patch=int(entry.get("patch", 1)))
 
 
 def find_folder(text: str, what: str) -> tuple[Path, str]:

@@ -37,6 +37,7 @@ class LevelConfig:
     batch_size: int = 64
     learning_rate: float = 1e-3
     ema: float = 0.999
+    label_dropout: float = 0.0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
 
@@ -158,6 +159,10 @@ def _wrong(level: LevelConfig, config: TrainConfig) -> str | None:
         return f"learning_rate is {level.learning_rate}, expected a positive number"
     if not 0 <= level.ema < 1:
         return f"ema is {level.ema}, expected 0 or more and less than 1"
+    if not 0 <= level.label_dropout < 1:
+        return f"label_dropout is {level.label_dropout}, expected 0 or more and less than 1"
+    if level.label_dropout and level.prediction == "residual":
+        return f"label_dropout is {level.label_dropout}, expected 0 for a residual: its Gaussian level knows the class"
     if level.prediction == "residual" and config.levels[0].kind != "gaussian":
         return "a residual corrects a Gaussian level, but the first level is none"
     teachers = [other.name for other in config.levels if other.kind == "unet" and not other.teacher]

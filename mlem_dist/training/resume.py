@@ -57,6 +57,8 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         values["rank"] = level.rank
     else:
         values |= {key: getattr(level, key) for key in ("patch", "prediction", "teacher", *FREE)}
+        if level.label_dropout:
+            values["label_dropout"] = level.label_dropout
         values |= {f"model.{key}": value for key, value in level.model.items()}
         if level.prediction == "residual":
             values["rank of the Gaussian level"] = config.levels[0].rank
@@ -89,6 +91,10 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
             f"{name} has {count[smallest_class]} training images, expected at least 2; add some or leave it out"
         )
     for level in config.levels:
+        if level.label_dropout and not images.labels:
+            raise UsageError(
+                f"level {level.name!r}: label_dropout is {level.label_dropout}, expected 0: the dataset has no classes"
+            )
         if level.kind == "unet":
             unet = _on_meta(config, level, len(images.labels))
             _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), unet)
@@ -125,7 +131,8 @@ def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module
     """
     process, shape, patch = process_of(config.scheduler), config.sample_shape, level.patch
     gaussian = GaussianLevel(1, 1, 1, process) if level.prediction == "residual" else None
-    build = partial(new_unet_level, shape, classes, patch, level.prediction, process, level.model, gaussian)
+    embedded = classes + (level.label_dropout > 0)
+    build = partial(new_unet_level, shape, embedded, patch, level.prediction, process, level.model, gaussian)
     return on_meta(level.name, shape, patch, build).model
 
 

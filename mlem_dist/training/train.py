@@ -55,7 +55,11 @@ def _batch(
     x0 = to_range(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
     t = process.times(0, 1, level.batch_size, rng)
-    return x0, images.train_label[index], noise, t
+    label = images.train_label[index]
+    if level.label_dropout:
+        dropped = torch.rand(level.batch_size, generator=rng) < level.label_dropout
+        label = label.where(~dropped, len(images.labels))
+    return x0, label, noise, t
 
 
 def _learning_rate(level: LevelConfig, step: int) -> float:
@@ -150,8 +154,10 @@ def train_unet(
     checkpoint, log_file = folder / CHECKPOINT, folder / LOG
     process = process_of(config.scheduler)
     torch.manual_seed(config.seed)
+    # The class after the last stands for none.
+    classes = len(images.labels) + (level.label_dropout > 0)
     model = new_unet_level(
-        config.sample_shape, len(images.labels), level.patch, level.prediction, process, level.model, gaussian
+        config.sample_shape, classes, level.patch, level.prediction, process, level.model, gaussian
     ).to(device)
     unet: Any = model.model
     if teacher is not None:

@@ -14,6 +14,10 @@ from safetensors.torch import save_file
 import mlem_dist
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.models.level import new_unet_level
+from mlem_dist.solver.condition import LABEL
+from mlem_dist.solver.process import process_of
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,34 @@ def test_models_may_predict_different_things(pipelines, copy, tmp_path):
         ladder.load_level(1, "cpu")
     zero = copy("sd", scheduler, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     refuse("the noise schedule of its pipeline is not that of", tmp_path / "out", pipelines / "sd", zero)
+
+
+@torch.inference_mode()
+def test_unets_of_a_trained_ladder_are_guided_if_they_know_no_class(tmp_path):
+    """The class after the last stands for none; the ladder says what its UNets predict, and their patch."""
+    scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False}
+    process, levels = process_of(scheduler), []
+    for name, classes, patch in (("small", 3, 2), ("large", 3, 1), ("other", 2, 1)):
+        model = {"block_out_channels": [8], "norm_num_groups": 4, "layers_per_block": 1}
+        model |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+        level = new_unet_level((1, 8, 8), classes, patch, "v_prediction", process, model, None)
+        levels.append(save_level(tmp_path / "trained", name, level, torch.float32))
+    trained = tmp_path / "trained"
+    save_ladder(trained, "trained", (1, 8, 8), ["a", "b"], scheduler, levels)
+    ladder = Ladder.create(tmp_path / "ladder", [trained / "small", trained / "large"], guidance=3, measure=False)
+    assert ladder.labels == ("a", "b")
+    assert {(level.prediction, level.patch) for level in ladder.levels} == {("v_prediction", 1), ("v_prediction", 2)}
+    plain, guided = (
+        ladder.load_level([level.name for level in ladder.levels].index(name) + 1, "cpu")
+        for name in ("large", "large guided")
+    )
+    x, t, label = torch.randn(2, 1, 8, 8), torch.full((2,), 500.0), torch.tensor([0, 1])
+    none = plain(x, t, {LABEL: torch.tensor([2, 2])})
+    value = plain(x, t, {LABEL: label})
+    assert not torch.equal(none, value)
+    torch.testing.assert_close(guided(x, t, ladder.completed({LABEL: label})), value + 2 * (value - none))
+    assert mlem_dist.sample(ladder, num=2, steps=4, nfe=4).shape == (2, 8, 8, 1)
+    refuse("other was not trained without its condition", tmp_path / "out", trained / "other", guidance=3)
 
 
 def test_each_model_computes_in_its_precision(pipelines, tmp_path):

@@ -1,12 +1,15 @@
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from mlem_dist.errors import UsageError
-from mlem_dist.solver.process import BetaProcess
+from mlem_dist.solver.process import BetaProcess, process_of
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.data import load_images
-from mlem_dist.training.train import DivergedError, denoising_error
+from mlem_dist.training.resume import check_training
+from mlem_dist.training.train import DivergedError, _batch, denoising_error
 
 
 class KilledError(Exception):
@@ -50,6 +53,26 @@ def test_a_level_that_is_finished_is_not_stored_again(tmp_path, data, configure)
     assert ladder.digest == train_ladder(config, images, tmp_path / "whole", lambda *progress: None).digest
     longer = configure({"steps": 20}, {"steps": 30, "name": "large"})
     assert train_ladder(longer, images, tmp_path / "out", lambda *progress: None).digest != ladder.digest
+
+
+def test_hidden_classes_train_a_class_that_stands_for_none(tmp_path, data, configure):
+    """So that the ladder has levels with guidance, and the data's classes only."""
+    config = configure({"steps": 20, "prediction": "v_prediction", "label_dropout": 0.5})
+    images = load_images(data, config.sample_shape, config.labels)
+    ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
+    assert ladder.labels == images.labels
+    classes = len(images.labels)
+    embedding = ladder.load_level(2, "cpu").model.class_embedding.weight
+    assert len(embedding) == classes + 1
+    process = process_of(config.scheduler)
+    label = torch.cat([_batch(images, 0, config.levels[1], process, step)[1] for step in range(100)])
+    share = (label == classes).float().mean()
+    assert 0.4 < share < 0.6
+    with pytest.raises(UsageError, match=r"label_dropout is 0\.5, expected 0 for a residual"):
+        configure({"prediction": "residual", "label_dropout": 0.5})
+    none = replace(images, labels=())
+    with pytest.raises(UsageError, match=r"label_dropout is 0\.5, expected 0: the dataset has no classes"):
+        check_training(config, none, tmp_path / "other")
 
 
 @pytest.mark.parametrize("changes", [{"prediction": "residual"}, {"prediction": "epsilon"}, {"teacher": "large"}])

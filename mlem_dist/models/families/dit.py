@@ -31,6 +31,6 @@ class DiT(Family):
         """As `Family.classes`."""
         return int(config.get("num_embeds_ada_norm") or 1000)
 
-    def null_class(self, config: Config) -> int:
-        """As `Family.null_class`: the class after the last one."""
-        return self.classes(config)
+    def has_null(self, config: Config, classes: int) -> bool:
+        """As `Family.has_null`."""
+        return True

@@ -60,6 +60,10 @@ class Family(ABC):
         """Number of classes that the model is conditioned on; 0 for none."""
         return 0
 
-    def null_class(self, config: Config) -> int | None:
-        """The class that stands for no class in unconditional evaluations; None if there is none."""
-        return None
+    def fits(self, config: Config, classes: int) -> bool:
+        """Whether the model fits a ladder of so many classes, 0 for none."""
+        return self.classes(config) == classes
+
+    def has_null(self, config: Config, classes: int) -> bool:
+        """Whether the model of a ladder of `classes` takes the class after the last for none, as guidance needs."""
+        return False

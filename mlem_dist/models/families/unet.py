@@ -49,3 +49,11 @@ class UNet(Family):
     def classes(self, config: Config) -> int:
         """As `Family.classes`."""
         return int(config.get("num_class_embeds") or 0)
+
+    def fits(self, config: Config, classes: int) -> bool:
+        """As `Family.fits`; one more class than the ladder has may stand for none."""
+        return self.classes(config) == classes or self.has_null(config, classes)
+
+    def has_null(self, config: Config, classes: int) -> bool:
+        """As `Family.has_null`."""
+        return classes > 0 and self.classes(config) == classes + 1
