@@ -420,15 +420,10 @@ def _content(
                 "parameters": _parameters(entry.source),
             }
         )
-        cost = entry.operations / 1e12
         if guidance == UNGUIDED or unguided:
-            levels.append(_level(entry.name, entry.name, cost))
+            levels.append(_level(entry.name, entry.name, entry.operations))
         if guidance != UNGUIDED:
-            other = next((guide for guide in entries if guide.name == by and by != entry.name), None)
-            name = f"{entry.name} guided by {by}" if other else f"{entry.name} guided"
-            total = cost + (2 * other.operations / 1e12 if other else cost)
-            own = replace(guidance, by=by if other else "")
-            levels.append(_level(name, entry.name, total) | {"guidance": asdict(own)})
+            levels += _guided(entry, entries, guidance, by)
     levels.sort(key=lambda level: level["seconds"][OPERATIONS])
     return {
         "schema_version": MODELS_VERSION,
@@ -444,8 +439,30 @@ def _content(
     }
 
 
-def _level(name: str, model: str, cost: float) -> dict[str, Any]:
-    return {"name": name, "model": model, "seconds": {OPERATIONS: cost}}
+def _guided(entry: Entry, entries: Sequence[Entry], guidance: Guidance, by: str) -> list[dict[str, Any]]:
+    """The levels of a model with guidance: by the model `by`, or by its own evaluations.
+
+    In the latter case there is also a level that is guided by the smallest model, if that takes less than half of the
+    time. It lies between the model's unguided and guided levels, so that increments are small.
+    """
+    smallest = min(entries, key=lambda other: other.operations)
+    guides = [other for other in entries if other.name == by and by != entry.name]
+    own = not guides
+    if own and not by and 2 * smallest.operations < entry.operations:
+        guides = [smallest]
+    levels = [
+        _level(f"{entry.name} guided by {guide.name}", entry.name, entry.operations + 2 * guide.operations)
+        | {"guidance": asdict(replace(guidance, by=guide.name))}
+        for guide in guides
+    ]
+    if own:
+        level = _level(f"{entry.name} guided", entry.name, 2 * entry.operations)
+        levels.append(level | {"guidance": asdict(guidance)})
+    return levels
+
+
+def _level(name: str, model: str, operations: float) -> dict[str, Any]:
+    return {"name": name, "model": model, "seconds": {OPERATIONS: operations / 1e12}}
 
 
 def _parameters(source: Source) -> int:
@@ -455,11 +472,14 @@ def _parameters(source: Source) -> int:
 
 
 def sorted_by_cost(ladder: Ladder) -> Ladder:
-    """The ladder with its levels in the order of their costs on this machine, after a change of `ladder.json`."""
+    """The ladder with its levels in the order of their costs on this machine, after a change of `ladder.json`.
+
+    The best level stays the last one.
+    """
     raw = read_object(ladder.folder / LADDER, "ladder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = raw["levels"]
-    raw["levels"] = sorted(before, key=lambda level: level["seconds"][device])
+    raw["levels"] = [*sorted(before[:-1], key=lambda level: level["seconds"][device]), before[-1]]
     if raw["levels"] != before:
         replace_file(ladder.folder / LADDER, json.dumps(raw, indent=2) + "\n")
     return Ladder.load(ladder.folder)

@@ -40,10 +40,11 @@ def make_recipe(
 
     `cost` is that of the levels in seconds per sample, (K,) if they share nothing.
 
-    None selects a default: Neyman's probabilities for a calibrated ladder and the theory's for others; one plan for all
-    blocks, unless increments are impulses; held increments for the SDE and extrapolated ones for the ODE. Neyman's
-    probabilities come with the choice of rungs whose coins add the least error at this budget; other probabilities take
-    every level.
+    None selects a default. On the ODE, a ladder whose first level is held spends its budget on the best level alone,
+    evenly: no plan with other levels that was not fitted has come near that (docs/frontier.md). Else the default is
+    Neyman's probabilities if the ladder is calibrated, else the theory's. All blocks have one plan, unless increments
+    are impulses; increments are held for the SDE and extrapolated for the ODE. Neyman's probabilities come with the
+    choice of rungs whose coins add the least error at this budget; other probabilities take every level.
 
     Raises:
         UsageError: if `steps` or `nfe` is out of range, or Neyman's probabilities are requested for a ladder that is
@@ -59,7 +60,11 @@ def make_recipe(
     log_snr = ladder.process.grid(steps, grid).log_snr
     kind = increments or DEFAULT_INCREMENTS[solver]
     base = base_of(ladder, solver, kind)
-    if probabilities in (None, "neyman") and calibrated(ladder):
+    rungs: tuple[int, ...] | None
+    if probabilities is None and base == "held" and solver != "sde":
+        rungs = (len(ladder.levels),)
+        p = scale_to_budget(np.ones((1, steps)), as_costs(cost).on(rungs), nfe, base)
+    elif probabilities in (None, "neyman") and calibrated(ladder):
         rule = NeymanRule(ladder, cost, solver, steps, kind, grid)
         rungs = rule.choices(nfe)[0]
         p = rule.probabilities(nfe, rungs)

@@ -26,7 +26,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def ladder(kind, tmp_path_factory):
-    """Both models without and, except for pixels, with guidance: two levels or four."""
+    """Both models without and, except for pixels, with guidance, and the larger guided by the smaller."""
     folder = tmp_path_factory.mktemp(kind)
     models = [make_pipeline(kind, folder / f"size-{size}", size) for size in (1, 2)]
     guidance = None if kind == "pixels" else 3.0
@@ -36,12 +36,14 @@ def ladder(kind, tmp_path_factory):
 def test_levels_are_in_order_and_share_what_is_loaded(ladder, kind):
     names = ["size-1", "size-2"]
     if kind != "pixels":
-        names = ["size-1", "size-1 guided", "size-2", "size-2 guided"]
-        levels = [ladder.load_level(number, "cpu") for number in range(1, 5)]
-        assert levels[1].value.level is levels[0].level
-        assert levels[3].unconditional.level is levels[2].level
+        names = ["size-1", "size-1 guided", "size-2", "size-2 guided", "size-2 guided by size-1"]
+        by_name = {level.name: ladder.load_level(number, "cpu") for number, level in enumerate(ladder.levels, 1)}
+        small, _, large, guided, by_small = (by_name[name] for name in names)
+        assert guided.value.level is guided.unconditional.level is large.level
+        assert by_small.value.level is large.level
+        assert by_small.unconditional.level is small.level
     assert sorted(level.name for level in ladder.levels) == names
-    assert ladder.levels[-1].name == names[-1]
+    assert ladder.levels[-1].name == ("size-2" if kind == "pixels" else "size-2 guided")
     assert (np.diff(ladder.cost("cpu")) > 0).all()
     assert Path(ladder.levels[0].path).parent.name.startswith("size")
 
@@ -52,7 +54,7 @@ def test_impulses_over_all_plans_have_the_mean_of_the_best_level(ladder, kind):
     count = len(ladder.levels)
     table = solver_table(ladder.process, 2, "ode")
     # The second step: its plan is drawn, and the first takes the best level.
-    p = np.array([1.0, *(0.3, 0.6, 0.45)[: count - 1]])[:, None].repeat(2, 1)
+    p = np.array([1.0, *(0.3, 0.6, 0.45, 0.5)[: count - 1]])[:, None].repeat(2, 1)
     p[:, 0] = 1
     levels = {number: ladder.load_level(number, "cpu") for number in range(1, count + 1)}
     noise, encoder = image_noise([1, 2], ladder.sample_shape, "cpu"), ladder.load_encoder("cpu")

@@ -93,7 +93,8 @@ def test_costs_are_measured_and_shared(pipelines, tmp_path):
     models = [pipelines / "sd", pipelines / "large"]
     ladder = Ladder.create(tmp_path / "ladder", models, guidance=5, notify=heard.append)
     assert heard[-1] == "Levels are in the order of their costs, measured on this machine (cpu)."
-    assert (np.diff(ladder.cost("cpu")) >= 0).all()
+    assert (np.diff(ladder.cost("cpu")[:-1]) >= 0).all()
+    assert ladder.levels[-1].name == "large guided"
     assert set(ladder.stage_seconds("cpu")) == {"encode", "decode"}
     costs = ladder.costs("cpu")
     names = [level.name for level in ladder.levels]

@@ -44,6 +44,14 @@ def test_without_a_gaussian_the_base_is_held_like_any_other_level(two_unets, sol
     assert plan.calls.sum(1).max() < 100
 
 
+@pytest.mark.parametrize("nfe", [1, 5, 40, 100])
+def test_without_a_gaussian_an_untuned_budget_of_the_ode_is_the_best_levels(two_unets, nfe):
+    recipe = make_recipe(two_unets, two_unets.costs("cpu"), "ode", 100, nfe)
+    plan = recipe.plan(np.random.default_rng(0))
+    assert plan.calls.sum(1).tolist() == [0, nfe]
+    assert plan.calls[1, 0]
+
+
 def test_lines_from_pure_noise_are_flat_and_written_as_numbers(flow):
     """There lambda is minus infinity, which JSON lacks."""
     log_snr = flow.process.grid(20).log_snr
