@@ -186,7 +186,7 @@ def generate(
             aliases of "ode" and "sde".
         steps: number of base steps.
         probabilities: distribution of the budget over levels and steps; by default "neyman" for a calibrated ladder,
-            else "theory".
+            else "theory". Without a Gaussian first level, the default for the ODE is the best level alone.
         draw: choice of the steps at which a plan evaluates each level. "quantiles", the default, is one plan for all
             images; "systematic" and "independent" draw a plan for each block. Increments of type "impulse" need one of
             the latter, by default "systematic".

@@ -192,7 +192,7 @@ def budget_options(command: Any) -> Any:
                 "--probabilities",
                 type=click.Choice(["neyman", "theory", "inverse-cost", "constant", "log-snr"]),
                 help="How the budget is spread over levels and steps.  [default: neyman if the ladder is calibrated, "
-                "else theory]",
+                "else theory; the best level alone where no level is a Gaussian]",
             ),
             click.option(
                 "--draw",
