@@ -38,12 +38,14 @@ class Costs:
         alone: time of a level that is evaluated on its own.
         beside: time of a level if level 1 is evaluated at the same state, so that its value is known.
         stages: seconds per sample of each stage: "encode" for prompts, "decode" for latents.
+        stage_bytes: bytes of the weights of each stage.
         shared: costs of levels that share evaluations in one actor; None if they take level 1's value at most.
     """
 
     alone: np.ndarray
     beside: np.ndarray
     stages: Mapping[str, float] = field(default_factory=dict)
+    stage_bytes: Mapping[str, float] = field(default_factory=dict)
     shared: LevelCosts | None = None
 
     def of(self, levels: Collection[int]) -> dict[int, float]:

@@ -26,6 +26,7 @@ from mlem_dist.engine.program import Program, evaluations, levels_of
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import measured_costs
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.solver.costs import LevelCosts, as_costs
 
 _CORE = Overheads(
     call=0.002,
@@ -75,7 +76,7 @@ def costs_of(ladder: Ladder, alone: np.ndarray, device: str) -> Costs:
     `alone` is float64 (K,), in seconds per sample.
     """
     shared = ladder.shared_costs(alone) if ladder.guided else None
-    return Costs(alone, ladder.cost_beside(alone), ladder.stage_seconds(device), shared)
+    return Costs(alone, ladder.cost_beside(alone), ladder.stage_seconds(device), ladder.stage_bytes, shared)
 
 
 def state_bytes(sample_shape: Sequence[int]) -> int:
@@ -279,9 +280,13 @@ def with_stages(pools: Sequence[range], kinds: Sequence[Kind], held: tuple[float
 
     `held` is as for `Layout`, for the pools of levels.
     """
-    stages = tuple(kinds[0].costs.stages) if len(pools) > 1 else ()
-    none = len(stages)
-    return Layout((*pools, *[range(0)] * none), (*kinds, *[kinds[0]] * none), held and (*held, *[0.0] * none), stages)
+    weights = kinds[0].costs.stage_bytes
+    if len(pools) == 1:
+        return Layout(tuple(pools), tuple(kinds), held and (held[0] + sum(weights.values()),))
+    stages = tuple(kinds[0].costs.stages)
+    more = len(stages)
+    every = held and (*held, *(weights.get(stage, 0.0) for stage in stages))
+    return Layout((*pools, *[range(0)] * more), (*kinds, *[kinds[0]] * more), every, stages)
 
 
 def forecast(workload: Workload, layout: Layout, cell_devices: int | None = None) -> Forecast:
@@ -413,7 +418,7 @@ class Capacity:
         return " + ".join(str(part.layout) for part in self.parts)
 
 
-def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[Kind]) -> list[Capacity]:
+def plan_capacity(workload: Workload, weight_bytes: np.ndarray | LevelCosts, kinds: Sequence[Kind]) -> list[Capacity]:
     """Ways to use the devices, the fastest first.
 
     One way lets every kind work on its own, by its fastest placement of the levels. Each other way pairs two kinds, one
@@ -421,7 +426,7 @@ def plan_capacity(workload: Workload, weight_bytes: np.ndarray, kinds: Sequence[
 
     Args:
         workload: the images to make.
-        weight_bytes: float64 (K,), bytes of each level in float32.
+        weight_bytes: bytes of the levels' weights, float64 (K,) if they share none.
         kinds: the kinds of devices, with distinct names.
 
     Raises:
@@ -468,7 +473,7 @@ def _fastest(workload: Workload, choices: Sequence[Layout]) -> Forecast:
     return max(forecasts, key=lambda result: result.images_per_second)
 
 
-def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
+def layouts(workload: Workload, weight_bytes: np.ndarray | LevelCosts, kind: Kind) -> list[Layout]:
     """The most promising placements on one kind, and the most divided one.
 
     Raises:
@@ -479,7 +484,7 @@ def layouts(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[La
     return list(dict.fromkeys([*every[:SIMULATED], divided]))
 
 
-def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list[Layout]:
+def candidates(workload: Workload, weight_bytes: np.ndarray | LevelCosts, kind: Kind) -> list[Layout]:
     """Every placement that fits on the devices of a kind, in increasing order of the device time per sample.
 
     Raises:
@@ -495,21 +500,22 @@ def candidates(workload: Workload, weight_bytes: np.ndarray, kind: Kind) -> list
         if layout.fits(load, CELL_DEVICES):
             fitting.append((float(load.sum()), len(pools), layout))
     if not fitting:
+        every = as_costs(weight_bytes).of(range(1, levels + 1))
         raise UsageError(
-            f"the ladder's weights take {weight_bytes.sum() / 2**30:.3g} GiB, and no placement of its levels fits on "
+            f"the ladder's weights take {every / 2**30:.3g} GiB, and no placement of its levels fits on "
             f"{kind.count} devices of {kind.memory / 2**30:.3g} GiB; use more devices or larger ones"
         )
     return [layout for *_, layout in sorted(fitting, key=lambda entry: entry[:2])]
 
 
-def _held_bytes(workload: Workload, weight_bytes: np.ndarray, pools: Sequence[range]) -> tuple[float, ...]:
+def _held_bytes(workload: Workload, weight_bytes: np.ndarray | LevelCosts, pools: Sequence[range]) -> tuple[float, ...]:
     """Bytes of the weights that an actor of each pool holds, in the workload's precision."""
     share = 0.5 if workload.precision in ("bfloat16", "float16") else 1.0
     of_pool = levels_of(evaluations(workload), pools)
-    return tuple(share * sum(weight_bytes[k - 1] for k in levels) for levels in of_pool)
+    return tuple(share * as_costs(weight_bytes).of(levels) for levels in of_pool)
 
 
-def _paired(workload: Workload, weight_bytes: np.ndarray, lower: Kind, upper: Kind) -> list[Layout]:
+def _paired(workload: Workload, weight_bytes: np.ndarray | LevelCosts, lower: Kind, upper: Kind) -> list[Layout]:
     """Layouts of two pools, one on each kind, at the most promising cuts between levels."""
     counts = evaluations(workload)
     pairs = []

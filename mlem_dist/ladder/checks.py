@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,22 @@ def tensor_shape(path: Path, name: str) -> list[int] | None:
             return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
+
+
+def stored_values(files: Iterable[Path]) -> int:
+    """The number of values in safetensors files, from their headers.
+
+    Raises:
+        UsageError: if a file is not a safetensors file.
+    """
+    total = 0
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path} is not a safetensors file: {error}") from None
+    return total
 
 
 def model_files(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, file_digest, own_names, read_object, remembered_digest, replace_file
-from mlem_dist.ladder.checks import check_model_folder, model_files
+from mlem_dist.ladder.checks import check_model_folder, model_files, stored_values
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, OPERATIONS, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
@@ -176,7 +176,12 @@ class Surroundings:
 
 
 def _entry(folder: Path, path: str, kind: str, names: Sequence[str]) -> dict[str, Any]:
-    return {"kind": kind, "path": path, "sha256": {name: remembered_digest(folder / name) for name in names}}
+    return {
+        "kind": kind,
+        "path": path,
+        "sha256": {name: remembered_digest(folder / name) for name in names},
+        "parameters": stored_values(folder / name for name in names if name.endswith(".safetensors")),
+    }
 
 
 def _guidance(values: float | Sequence[float] | None) -> Guidance:
@@ -417,7 +422,6 @@ def _content(
                 "prediction": entry.prediction,
                 "patch": entry.source.patch,
                 "precision": entry.precision,
-                "parameters": _parameters(entry.source),
             }
         )
         if guidance == UNGUIDED or unguided:
@@ -463,12 +467,6 @@ def _guided(entry: Entry, entries: Sequence[Entry], guidance: Guidance, by: str)
 
 def _level(name: str, model: str, operations: float) -> dict[str, Any]:
     return {"name": name, "model": model, "seconds": {OPERATIONS: operations / 1e12}}
-
-
-def _parameters(source: Source) -> int:
-    with quiet_diffusers(), torch.device("meta"):
-        model = source.family.model_class().from_config(dict(source.config))
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def sorted_by_cost(ladder: Ladder) -> Ladder:

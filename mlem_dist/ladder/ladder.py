@@ -463,6 +463,13 @@ class Ladder:
             for stage, seconds in known.items()
         }
 
+    @property
+    def stage_bytes(self) -> dict[str, float]:
+        """Bytes of the weights of each stage in the best level's precision, by the names of `stage_seconds`."""
+        each = 4.0 if self.levels[-1].precision == "float32" else 2.0
+        parts = {"encode": self.encoder, "decode": self.decoder}
+        return {stage: each * part.parameters for stage, part in parts.items() if part}
+
     def cost_beside(self, cost: np.ndarray) -> np.ndarray:
         """Costs of the levels at a state at which level 1 is evaluated too, float64 (K,), in the unit of `cost` (K,).
 
@@ -472,9 +479,14 @@ class Ladder:
         return np.asarray(np.where(residual, np.maximum(cost - cost[0], 0.0), cost))
 
     @property
-    def weight_bytes(self) -> np.ndarray:
-        """Bytes of each level's weights in its own precision, float64 (K,)."""
-        return np.array([(4.0 if level.precision == "float32" else 2.0) * level.parameters for level in self.levels])
+    def weight_bytes(self) -> LevelCosts:
+        """Bytes of the levels' weights, each model in its own precision; levels may share models."""
+        sizes = {
+            level.model or level.name: (4.0 if level.precision == "float32" else 2.0) * level.parameters
+            for level in self.levels
+        }
+        parts = [[model in {name for name, _ in self._evaluations(level)} for model in sizes] for level in self.levels]
+        return LevelCosts(np.array([*sizes.values()]), np.array(parts))
 
     @cached_property
     def _loader(self) -> Loader:

@@ -112,12 +112,14 @@ class Part:
         kind: the class of the decoder, or of the pipeline.
         path: the folder of the decoder, or of the pipeline; relative to the ladder folder or absolute.
         sha256: hex digest of each file, by path relative to `path`.
+        parameters: number of stored values.
         seconds: seconds per sample, by device type.
     """
 
     kind: str
     path: str
     sha256: dict[str, str]
+    parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -12,9 +12,11 @@ import numpy as np
 class LevelCosts:
     """Seconds per sample of a ladder's levels; an evaluation that several levels need at a step is made once.
 
+    The same holds for bytes of weights: a model that several levels need is loaded once.
+
     Attributes:
-        seconds: seconds per sample of each evaluation, float64 (E,).
-        parts: whether each level needs each evaluation, bool (K, E).
+        seconds: seconds per sample of each evaluation, or bytes of each model, float64 (E,).
+        parts: whether each level needs each of them, bool (K, E).
     """
 
     seconds: np.ndarray

@@ -54,7 +54,7 @@ def test_a_ladder_refers_to_models_and_is_the_same_wherever_they_are(pipelines, 
     }
     raw = json.loads((tmp_path / "ladder" / "ladder.json").read_text())
     assert [model["path"] for model in raw["models"]] == [str(pipelines / name / "unet") for name in ("sd", "large")]
-    assert [level["model"] for level in raw["levels"]] == ["sd", "sd", "large", "large"]
+    assert {level["model"] for level in raw["levels"]} == {"sd", "large"}
     for name in ("sd", "large"):
         shutil.copytree(pipelines / name, tmp_path / name)
     moved = Ladder.create(tmp_path / "moved", [tmp_path / "sd", tmp_path / "large"], guidance=5, measure=False)
