@@ -172,6 +172,11 @@ class Layout:
     stages: tuple[str, ...] = ()
 
     @property
+    def level_pools(self) -> tuple[range, ...]:
+        """The pools of levels, without those of stages."""
+        return self.pools[: len(self.pools) - len(self.stages)]
+
+    @property
     def groups(self) -> dict[Kind, list[int]]:
         """The indices of the pools on each kind."""
         return {kind: [i for i, other in enumerate(self.kinds) if other is kind] for kind in self.kinds}
@@ -211,7 +216,7 @@ class Layout:
     @property
     def names(self) -> list[str]:
         """Names of the pools, such as "1-3@h100"."""
-        texts = [*map(pools_text, ([pool] for pool in self.pools[: len(self.pools) - len(self.stages)])), *self.stages]
+        texts = [*(pools_text([pool]) for pool in self.level_pools), *self.stages]
         return [f"{text}@{kind.name}" for text, kind in zip(texts, self.kinds, strict=True)]
 
     def __str__(self) -> str:

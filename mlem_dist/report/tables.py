@@ -145,10 +145,10 @@ def placement_reason(forecasts: Sequence[Forecast], timed: bool) -> str:
     """
     best, divided = forecasts[0], max(forecasts, key=lambda forecast: len(forecast.layout.pools))
     by = "the levels' time here" if timed else "the ladder's costs"
-    text = f"Placement {pools_text(best.layout.pools)}, by {by}: simulated {_simulated(best)}"
+    text = f"Placement {pools_text(best.layout.level_pools)}, by {by}: simulated {_simulated(best)}"
     if best is divided:
         return text
-    return f"{text}; {pools_text(divided.layout.pools)} would make {_simulated(divided)}."
+    return f"{text}; {pools_text(divided.layout.level_pools)} would make {_simulated(divided)}."
 
 
 def capacity_table(ladder: Ladder, num: int, capacities: Sequence[Capacity], gains: Mapping[str, float]) -> str:

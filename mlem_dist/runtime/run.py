@@ -56,8 +56,7 @@ def run_ray(
     """
     began = time.monotonic()
     layout, load = arrangement.layout, seat_loads(job.workload, arrangement.layout)
-    level_pools = layout.pools[: len(layout.pools) - len(layout.stages)]
-    names = [*("+".join(ladder.levels[k - 1].name for k in pool) for pool in level_pools), *layout.stages]
+    names = [*("+".join(ladder.levels[k - 1].name for k in pool) for pool in layout.level_pools), *layout.stages]
     devices = [kind.devices for kind in layout.kinds]
     kinds, sizes = list(layout.groups), layout.cells(arrangement.cell_devices)
     # This process owns the placement groups: the devices are free again when it ends, however it ends.

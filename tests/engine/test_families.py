@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,10 @@ def test_samples_are_those_of_the_pipeline(case, folders, expected):
     assert_same(images, expected)
 
 
-@pytest.mark.parametrize("placement", ["together", "pools"])
-@pytest.mark.parametrize("name", ["pixels", "dit", "sd", "sdxl"])
+@pytest.mark.parametrize(
+    ("name", "placement"),
+    [*product(["pixels", "dit", "sd", "sdxl"], ["together", "pools"]), ("sd", "auto")],
+)
 def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
     case = CASES[name]
     pipeline, ladder = folders(case)
