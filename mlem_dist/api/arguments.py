@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlem_dist.errors import UsageError
+from mlem_dist.extras import require
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION
@@ -119,7 +120,7 @@ def check_prompts(
     """The prompts and negative prompts of all samples; the latter are empty if no sample has one.
 
     Raises:
-        UsageError: if prompts are missing or empty, are no texts, or the ladder takes none.
+        UsageError: if prompts are missing or empty, are no texts, the ladder takes none, or transformers is missing.
     """
     if prompts is None and negative_prompts is None and not ladder.encoder:
         return (), ()
@@ -127,6 +128,7 @@ def check_prompts(
         raise UsageError(
             f"`prompts`: ladder {ladder.name!r} is not conditioned on prompts; leave them out, or take a ladder that is"
         )
+    require("transformers", "prompts", "text")
     if prompts is None or isinstance(prompts, str) or not len(prompts):
         raise UsageError(f"`prompts` is {prompts!r}, expected a list with a prompt for each image")
     if bad := [i for i, text in enumerate(prompts) if not isinstance(text, str)]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,11 @@ def pipelines(tmp_path_factory) -> Path:
         make_pipeline(kind, root / kind)
     make_pipeline("sd", root / "large", 2)
     return root
+
+
+@pytest.fixture(scope="module")
+def prompted(pipelines, tmp_path_factory) -> Ladder:
+    return Ladder.create(tmp_path_factory.mktemp("ladders") / "sd", [pipelines / "sd"], guidance=3, measure=False)
 
 
 @pytest.fixture
@@ -287,6 +293,33 @@ def test_weights_that_are_pickles_or_missing_are_refused(pipelines, copy, tmp_pa
     index = {"weight_map": {"some": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     refuse("names diffusion_pytorch_model-00001-of-00002.safetensors, which is not there", out, folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "`prompts` is None, expected a list with a prompt for each image"),
+        ({"prompts": "a cat"}, "`prompts` is 'a cat', expected a list"),
+        ({"prompts": []}, r"`prompts` is \[\], expected a list"),
+        ({"prompts": ["a", None]}, "`prompts`: number 1 is None, expected a text"),
+        ({"prompts": ["a", "b"], "negative_prompts": ["c"]}, "`negative_prompts`: 1 for 2 prompts, expected as many"),
+        ({"prompts": ["a"], "negative_prompts": [3]}, "`negative_prompts`: number 0 is 3, expected a text or None"),
+        ({"prompts": ["a"], "labels": [0]}, "`labels` 0: the ladder has no classes"),
+        ({"prompts": ["a"], "num": 2}, "`num` 2: expected at most 1, the number of prompts"),
+        ({"prompts": ["a"], "precision": "int8"}, "precision is 'int8', expected one of"),
+    ],
+)
+def test_arguments_that_a_ladder_of_prompts_cannot_take_are_refused(prompted, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        mlem_dist.sample(prompted, nfe=2, steps=2, **arguments)
+
+
+def test_prompts_need_an_extra_and_a_ladder_that_takes_them(prompted, fashion, monkeypatch):
+    with pytest.raises(UsageError, match="ladder 'fashion' is not conditioned on prompts; leave them out"):
+        mlem_dist.sample(fashion, prompts=["a"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError, match="prompts need transformers, which is not installed: install the extra `text`"):
+        mlem_dist.sample(prompted, prompts=["a"], nfe=2, steps=2)
 
 
 def test_a_folder_that_holds_something_is_not_overwritten(pipelines, tmp_path):
