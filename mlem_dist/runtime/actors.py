@@ -21,7 +21,7 @@ class LevelActor:
 
     worker: LevelWorker
 
-    def __init__(self, job: Job, pools: Sequence[range], pool: int, stages: Sequence[str]) -> None:
+    def __init__(self, job: Job, pools: Sequence[range], pool: int, stages: Sequence[str] = ()) -> None:
         self.job = job
         self.arguments = job, pools, pool, stages
 
