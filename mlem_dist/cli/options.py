@@ -94,8 +94,10 @@ def width_height(value: str) -> tuple[int, int]:
 
 def precise(value: str) -> tuple[str, str]:
     """A model such as FOLDER:bfloat16 as its name and precision; float32 by default."""
+    from mlem_dist.ladder.schema import PRECISIONS
+
     name, _, precision = value.rpartition(":")
-    return (name, precision) if name and precision in ("float32", "bfloat16", "float16") else (value, "float32")
+    return (name, precision) if name and precision in PRECISIONS else (value, PRECISIONS[0])
 
 
 def given(value: str) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 
 from mlem_dist import __version__
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.schema import OWN
+from mlem_dist.ladder.schema import PRECISIONS as MODEL_PRECISIONS
 from mlem_dist.solver.plan import Plan, Recipe, block_rng, plan_to_dict
 from mlem_dist.solver.steps import SOLVERS, SPACINGS, Spacing
 
@@ -27,7 +29,7 @@ SEEDS = 2**32
 NOISE_VERSION = 2
 """Version of the noise: 1 was a function of the block, until 0.3; 2 is a function of the image seed."""
 
-PRECISIONS = ("float32", "bfloat16", "float16", "own")
+PRECISIONS = (*MODEL_PRECISIONS, OWN)
 """Data types of models' weights and activations, by torch's names, or "own" for that of each model."""
 
 SAMPLED_BLOCKS = 16

@@ -20,33 +20,26 @@ WEIGHT_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|index(\..+)
 """Pattern of the names of files that may hold weights or an index of weight files."""
 
 
-def tensor_shape(path: Path, name: str) -> list[int] | None:
-    """The shape of a tensor, from the header of a safetensors file; None if the file has no tensor `name`.
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, by name, from its header.
 
     Raises:
         UsageError: if the file is not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
-            return list(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118  # not a mapping
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} is not a safetensors file: {error}") from None
 
 
 def stored_values(files: Iterable[Path]) -> int:
-    """The number of values in safetensors files, from their headers.
+    """The number of values in safetensors files.
 
     Raises:
-        UsageError: if a file is not a safetensors file.
+        UsageError: as for `tensor_shapes`.
     """
-    total = 0
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{path} is not a safetensors file: {error}") from None
-    return total
+    return sum(math.prod(shape) for path in files for shape in tensor_shapes(path).values())
 
 
 def model_files(path: Path) -> list[str]:

@@ -116,7 +116,7 @@ def create_ladder(
 
 
 class Surroundings:
-    """What a pipeline has around its models: scheduler, decoder and text encoders.
+    """Scheduler, decoder and text encoders of a pipeline, around its models.
 
     Args:
         folder: the pipeline's folder, as `save_pretrained` writes it.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from mlem_dist.errors import UsageError
-from mlem_dist.models.encoder import chosen_weights
+from mlem_dist.models.weights import chosen_weights
 
 PREFIX = "hub:"
 """Beginning of the paths of files on the hub in `ladder.json`: hub:OWNER/NAME@COMMIT/FOLDER/FILE."""

@@ -30,7 +30,7 @@ from mlem_dist.ladder.checks import (
     check_present,
     model_files,
     read_process,
-    tensor_shape,
+    tensor_shapes,
 )
 from mlem_dist.ladder.hub import PREFIX, local_path
 from mlem_dist.ladder.loader import Loader
@@ -227,7 +227,7 @@ class Ladder:
         """Refuse a level that does not fit the ladder's sample shape and labels."""
         if level.kind == "gaussian":
             shape = [max(1, len(self.labels)), math.prod(self.sample_shape)]
-            self._check_fit(level, {"mean": tensor_shape(self.folder / level.path, "mean")}, {"mean": shape})
+            self._check_fit(level, {"mean": tensor_shapes(self.folder / level.path).get("mean")}, {"mean": shape})
         else:
             self._check_model(level, family_of(level.kind, f"level {level.name!r}"))
 

@@ -130,7 +130,7 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
 
 
 def _file_reason(file: Path) -> str:
-    """What a file is, and how to make a folder of it."""
+    """The reason why a file is not taken, and the way out, for a message."""
     names: list[str] = []
     if file.suffix == ".safetensors":
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:

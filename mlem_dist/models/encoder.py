@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mlem_dist.extras import require
 from mlem_dist.files import read_object
 from mlem_dist.models.families.stable_diffusion import POOLED, SIZES, TEXT
 from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.models.weights import SAFE, VARIANT, chosen_weights
 from mlem_dist.solver.condition import NEGATIVE, Condition
 
 BATCH = 16
@@ -48,9 +48,6 @@ ENCODERS: Mapping[str, Encode] = {
     "StableDiffusionXLPipeline": encode_clips,
 }
 """The function for each class of pipelines that are conditioned on prompts."""
-
-VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]")
-"""Pattern of the variant in the name of a file of weights."""
 
 SIZED = ("StableDiffusionXLPipeline",)
 """Classes of pipelines whose models are conditioned on sizes."""
@@ -118,11 +115,6 @@ def encoder_files(folder: Path) -> list[str]:
     return names
 
 
-def chosen_weights(names: Sequence[str]) -> list[str]:
-    """The files of weights that are read: those of no variant, such as "fp16" in `model.fp16.safetensors`, if any."""
-    return [name for name in names if not VARIANT.search(name)] or list(names)
-
-
 def _variant(folder: Path) -> str | None:
     """The variant of the text encoders' weights; None if one of them has weights of no variant."""
     variants: set[str | None] = set()
@@ -163,10 +155,8 @@ def load_encoder(folder: Path, kind: str, size: tuple[int, int], device: torch.d
         pipeline = getattr(diffusers, kind).from_pretrained(
             folder,
             torch_dtype=getattr(torch, precision),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
             variant=_variant(folder),
+            **SAFE,
             **dict.fromkeys(parts),
         )
     return Encoder(pipeline.to(device), kind, size)

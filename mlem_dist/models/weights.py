@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ from mlem_dist.models.imports import quiet_diffusers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+
+SAFE: Mapping[str, bool] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+"""Arguments with which diffusers reads no pickle and asks no server, and does not need the package accelerate."""
+
+VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]")
+"""Pattern of the variant in the name of a file of weights."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -55,6 +61,11 @@ def variant_of(folder: Path) -> str | None:
     return variants.pop() if len(variants) == 1 else None
 
 
+def chosen_weights(names: Sequence[str]) -> list[str]:
+    """The files of weights that are read: those of no variant, such as "fp16" in `model.fp16.safetensors`, if any."""
+    return [name for name in names if not VARIANT.search(name)] or list(names)
+
+
 def weight_names(folder: Path) -> tuple[str, str]:
     """The names of a model's index of shards and of its only file of weights; one of them is there."""
     if variant := variant_of(folder):
@@ -73,11 +84,9 @@ def load_model(kind: Any, folder: Path, precision: str) -> Any:
         model, info = kind.from_pretrained(
             folder,
             torch_dtype=getattr(torch, precision),
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
             variant=variant_of(folder),
             output_loading_info=True,
+            **SAFE,
         )
     # Diffusers only warns, and leaves missing weights at random values.
     for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):

@@ -71,9 +71,9 @@ def test_a_ladder_refers_to_models_and_is_the_same_wherever_they_are(pipelines, 
 
 def test_copied_models_need_no_others(copy, pipelines, tmp_path):
     folder = copy("sd")
-    there = Ladder.create(tmp_path / "there", [folder, pipelines / "large"], guidance=5, measure=False)
+    reference = Ladder.create(tmp_path / "reference", [folder, pipelines / "large"], guidance=5, measure=False)
     copied = Ladder.create(tmp_path / "copied", [folder, pipelines / "large"], guidance=5, measure=False, copy=True)
-    assert copied.digest == there.digest
+    assert copied.digest == reference.digest
     shutil.rmtree(folder)
     (tmp_path / "copied").rename(tmp_path / "moved")
     ladder = Ladder.load(tmp_path / "moved")

@@ -162,7 +162,7 @@ def test_without_a_gaussian_the_path_has_a_state_for_each_step_too(two_unets):
 
 
 def test_a_fitted_plan_that_holds_its_first_level_is_better_on_noises_that_it_has_not_seen(lowest, monkeypatch):
-    """Of real levels; those that are not trained carry small differences of noise very far."""
+    """On trained levels: untrained ones carry small differences of noise very far."""
     monkeypatch.setattr("mlem_dist.tuning.least_squares.base_of", lambda *_: "held")
     plan, cost = Fitter(judge(lowest, 0)).search(8).plan(), lowest.cost("cpu")
     assert not plan.collapse
