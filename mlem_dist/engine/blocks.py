@@ -120,7 +120,7 @@ class Blocks:
         assert isinstance(level, GaussianLevel)
         return level, level.affine(self.table.t)
 
-    def closed_form(self, block: int) -> ClosedForm | None:
+    def closed_form(self, block: int, condition: Condition) -> ClosedForm | None:
         """The closed form of a block's runs of steps with level 1; None if its plan does not collapse them."""
         if not self.job.plan.collapse:
             return None
@@ -128,13 +128,13 @@ class Blocks:
         place, latest = self._place(block), self._latest
         if latest is None or latest[0] != place:
             level, affine = self._base
-            classes = level.classes(self.condition(block), self.job.block_size)
-            latest = self._latest = place, ClosedForm(affine, self.table, classes)
+            closed_form = level.closed_form(affine, self.table, condition, self.job.block_size)
+            latest = self._latest = place, closed_form
         return latest[1]
 
-    def trajectory(self, block: int, plan: Plan) -> Generator[Request, list[Tensor], Tensor]:
+    def trajectory(self, block: int, plan: Plan, condition: Condition) -> Generator[Request, list[Tensor], Tensor]:
         """The block's trajectory by its plan; the caller drives it and evaluates the levels."""
-        return trajectory(self.table, plan, self.noise(block), self.closed_form(block))
+        return trajectory(self.table, plan, self.noise(block), self.closed_form(block, condition))
 
     def images(self, block: int, x: Tensor) -> np.ndarray:
         """The images of a finished block x (B, C, H, W), uint8 (B, H, W, C), clipped to the ladder's value range.

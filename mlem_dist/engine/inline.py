@@ -37,8 +37,9 @@ def block_maker(
     blocks, levels = Blocks(job, ladder, image_seed), Levels(ladder, job.device, job.precision)
 
     def make(block: int) -> tuple[np.ndarray, np.ndarray]:
-        plan, closed_form = job.block_plan(block), blocks.closed_form(block)
-        x = integrate(levels, blocks.table, plan, blocks.noise(block), blocks.condition(block), closed_form)
+        plan, condition = job.block_plan(block), blocks.condition(block)
+        closed_form = blocks.closed_form(block, condition)
+        x = integrate(levels, blocks.table, plan, blocks.noise(block), condition, closed_form)
         return blocks.images(block, x), plan.calls.sum(1)
 
     for number in levels_of(evaluations(job.workload), [range(1, len(ladder.levels) + 1)])[0]:

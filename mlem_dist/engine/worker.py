@@ -239,7 +239,8 @@ class TrajectoryWorker(LevelWorker):
         clock = self._clock()
         plan = self.job.block_plan(block)
         program = program_of(plan, tuple(self.pools))
-        running = Running(self.blocks.trajectory(block, plan), program, self._condition(block, condition))
+        known = self._condition(block, condition)
+        running = Running(self.blocks.trajectory(block, plan, known), program, known)
         return self._run(block, running, None, clock)
 
     @torch.inference_mode()

@@ -55,12 +55,7 @@ class Loader:
         return module
 
     def _gaussian(self, level: Level) -> GaussianLevel:
-        state = {key: value.float() for key, value in load_file(self.ladder.folder / level.path).items()}
-        classes, d, rank = state["basis"].shape
-        module = GaussianLevel(classes, d, rank, self.ladder.process)
-        module.load_state_dict(state)
-        module.orthonormalise()
-        return module
+        return GaussianLevel.of_state(load_file(self.ladder.folder / level.path), self.ladder.process)
 
     def _evaluations(self, number: int, device: torch.device | str, precision: str) -> nn.Module:
         """A level of a model: its evaluation, alone or with guidance."""

@@ -25,17 +25,16 @@ KNOWN_BYTES = 2**26
 
 @dataclass(frozen=True)
 class AffineDrift:
-    """f(x, t_i) = G_i (x - m_i mu) + o_i mu, with matrices G_i that share their eigenvectors.
+    """f(x, t_i) = G_i (x - m_i mu) + o_i mu, with matrices G_i that share their eigenvectors, and mu of the sample.
 
     Attributes:
-        mean: mu by class, float32 (classes, d), with d the number of values of a sample.
-        basis: Q by class, float32 (classes, d, r): orthonormal columns, or zero ones.
+        basis: Q by class, float32 (classes, d, r), with d the number of values of a sample: orthonormal columns, or
+            zero ones.
         gain: float64 (classes, N, r + 1): the eigenvalues of G_i in the columns of Q and, last, outside them.
         centre: m, float64 (N,).
         offset: o, float64 (N,).
     """
 
-    mean: Tensor
     basis: Tensor
     gain: np.ndarray
     centre: np.ndarray
@@ -45,7 +44,7 @@ class AffineDrift:
 def no_drift(steps: int, size: int, device: torch.device | str) -> AffineDrift:
     """f = 0 at `steps` steps for samples of `size` values: runs carry x by the factors a_i alone."""
     zeros = torch.zeros(1, size, 1, device=device)
-    return AffineDrift(zeros[:, :, 0], zeros, np.zeros((1, steps, 2)), np.zeros(steps), np.zeros(steps))
+    return AffineDrift(zeros, np.zeros((1, steps, 2)), np.zeros(steps), np.zeros(steps))
 
 
 class Projected:
@@ -62,7 +61,7 @@ class Projected:
 
 
 class ClosedForm:
-    """Runs of the steps of a table for a block of classes `label` (B,), with f^1 an `AffineDrift`.
+    """Runs of the steps of a table for a block of classes `label` (B,) and means mu (B, d), with f^1 an `AffineDrift`.
 
     With f = w_i f^1(x, t_i) + h_i, where h_i does not depend on x, step i is x <- (a_i + b_i w_i g_i) x + ... in an
     eigenmode of gain g_i. A run therefore multiplies x by the product of its factors. It multiplies the addend of each
@@ -73,7 +72,7 @@ class ClosedForm:
             Otherwise a run scales the noise of its first step to the sum of its noises: the same distribution.
     """
 
-    def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, path: bool = False) -> None:
+    def __init__(self, drift: AffineDrift, table: StepTable, label: Tensor, mean: Tensor, path: bool = False) -> None:
         self.drift, self.table, self.path = drift, table, path
         self._known: dict[Any, Tensor] = {}
         # The classes of the block's samples only: a ladder may have many more.
@@ -90,7 +89,7 @@ class ClosedForm:
         self.members[self.label[order], rank] = order
         self.place = torch.empty_like(order)
         self.place[order] = self.label[order] * self.members.shape[1] + rank
-        self.mean = Projected(drift.mean[label])
+        self.mean = Projected(mean)
         self._project([self.mean])
 
     def advance(

@@ -231,7 +231,7 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
     """Gaussian level fitted to the training images."""
     classes, d = max(1, len(images.labels)), math.prod(config.sample_shape)
     gaussian = GaussianLevel(classes, d, level.rank, process_of(config.scheduler))
-    gaussian.fit(images.train, images.train_label, to_range)
+    gaussian.fit(images.train, images.condition(images.train_label), to_range)
     gaussian.eval()
     return gaussian
 

@@ -115,7 +115,7 @@ class PlanComparison:
         """The closed form of a block's runs of steps with level 1, a Gaussian; `path` is as for `ClosedForm`."""
         base = self.levels[1]
         assert isinstance(base, GaussianLevel)
-        return ClosedForm(base.affine(table.t), table, base.classes(self.condition(block), self.block), path)
+        return base.closed_form(base.affine(table.t), table, self.condition(block), self.block, path)
 
     def _step_noise(self, block: int) -> Noise:
         first = set_seed(self.seed) + block * self.block

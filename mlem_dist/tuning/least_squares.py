@@ -210,7 +210,8 @@ class Fitter:
             size = math.prod(comparison.ladder.sample_shape)
             drift = no_drift(len(self.table), size, comparison.device)
             classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
-            self.forms = [ClosedForm(drift, self.table, classes)] * len(self.blocks)
+            mean = torch.zeros(comparison.block, size, device=comparison.device)
+            self.forms = [ClosedForm(drift, self.table, classes, mean)] * len(self.blocks)
         self.pool = ThreadPoolExecutor(comparison.threads)
         self._errors: dict[Times, float] = {}
 

@@ -50,7 +50,7 @@ def ladder(request, tmp_path):
     process = process_of(config)
     torch.manual_seed(0)
     gaussian = GaussianLevel(2, 3 * 8 * 8, 4, process)
-    gaussian.fit(torch.randn(500, *SHAPE).clamp(-1, 1), torch.arange(500) % 2)
+    gaussian.fit(torch.randn(500, *SHAPE).clamp(-1, 1), {"label": torch.arange(500) % 2})
     unet = new_unet_level(SHAPE, 2, 1, process.prediction, process, MODEL, None)
     for parameter in unet.parameters():
         # Of untrained UNets the last layer is near zero, and little depends on anything.

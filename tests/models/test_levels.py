@@ -14,7 +14,6 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.loader import WIDE
 from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
 from mlem_dist.models.level import ModelLevel, new_unet_level
-from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import evaluate, integrate
 from mlem_dist.solver.plan import Increment, single_level
 from mlem_dist.solver.process import process_of
@@ -30,7 +29,7 @@ def test_the_gaussian_level_is_the_exact_posterior_mean():
     label = torch.arange(n) % 2
     x0 = torch.einsum("nd,ndk->nk", torch.randn(n, d, generator=rng, dtype=torch.float64), mix[label])
     level = GaussianLevel(2, d, rank, process_of_products(alpha_bar))
-    level.fit(x0.float().reshape(n, 1, 3, 4), label)
+    level.fit(x0.float().reshape(n, 1, 3, 4), {"label": label})
     x = torch.randn(6, 1, 3, 4, generator=rng)
     which = torch.tensor([0, 1, 1, 0, 1, 0])
     t = torch.tensor([0, 5, 10, 15, 19, 3])
@@ -57,7 +56,7 @@ def test_a_fit_has_the_mean_and_covariance_of_its_class(n, rank):
         + label[:, None]
     )
     level = GaussianLevel(2, d, rank, process_of_products(np.linspace(0.999, 0.01, 20)))
-    level.fit(x0.reshape(-1, 1, 3, 4), label)
+    level.fit(x0.reshape(-1, 1, 3, 4), {"label": label})
     for c in (0, 1):
         members = x0[label == c]
         covariance = members.T.cov()
@@ -125,7 +124,7 @@ def test_a_residual_of_zero_is_the_clamped_gaussian_level():
     alpha_bar = np.linspace(0.999, 1e-4, 20)
     rng = torch.Generator().manual_seed(0)
     gaussian = GaussianLevel(2, 64, 4, process_of_products(alpha_bar))
-    gaussian.fit(torch.randn(100, 1, 8, 8, generator=rng), torch.arange(100) % 2)
+    gaussian.fit(torch.randn(100, 1, 8, 8, generator=rng), {"label": torch.arange(100) % 2})
     blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     level = new_unet_level((1, 8, 8), 2, 2, "residual", gaussian.process, blocks | {"norm_num_groups": 4}, gaussian)
     x, t = torch.randn(3, 1, 8, 8, generator=rng), torch.tensor([0, 9, 19])
@@ -193,7 +192,8 @@ def test_the_gaussian_level_by_the_kernels_of_a_gpu_is_the_same(fashion):
     rng = torch.Generator().manual_seed(0)
     x, t = torch.randn(20, *fashion.sample_shape, generator=rng), torch.randint(1000, (20,), generator=rng)
     label = torch.arange(20) % 10
-    drift = level._gathered(x.flatten(1), *(value[:, None] for value in fashion.process.marginal(t)), label).view_as(x)
+    marginal = (value[:, None] for value in fashion.process.marginal(t))
+    drift = level._gathered(label, x.flatten(1), *marginal, level.mean[label]).view_as(x)
     torch.testing.assert_close(drift, level(x, t, {"label": label}), rtol=1e-4, atol=1e-4)
 
 
@@ -280,12 +280,12 @@ def test_the_gaussian_level_brings_noise_of_any_process_to_its_gaussian(config, 
     level = GaussianLevel(1, d, 3, process)
     mix = torch.randn(d, d, generator=rng) / 3
     x0 = (torch.randn(5_000, d, generator=rng) @ mix + torch.linspace(-1, 1, d)).reshape(-1, 1, 2, 3)
-    level.fit(x0, torch.zeros(len(x0), dtype=torch.int64))
+    level.fit(x0, {})
     table = solver_table(process, steps, solver)
     noises = {step: torch.randn(n, 1, 2, 3, generator=rng) for step in range(-1, steps)}
     plan = single_level(1, 1, steps)
     singly = integrate({1: level}, table, plan, noises.__getitem__, {})
-    closed_form = ClosedForm(level.affine(table.t), table, level.classes({}, n), path=True)
+    closed_form = level.closed_form(level.affine(table.t), table, {}, n, path=True)
     at_once = integrate({}, table, replace(plan, collapse=True), noises.__getitem__, {}, closed_form)
     assert (singly - at_once).abs().max() < 1e-3
     flat = at_once.flatten(1).double()
@@ -303,3 +303,50 @@ def test_a_level_that_is_loaded_in_inference_mode_has_derivatives(number):
     x = torch.zeros(1, *ladder.sample_shape, requires_grad=True)
     level(x, torch.tensor([500.0]), {"label": torch.tensor([3])}).sum().backward()
     assert x.grad.abs().max() > 0
+
+
+def test_means_of_classes_with_few_samples_are_drawn_to_the_common_one():
+    """With one covariance for all, the means are nearer to the true ones than those of the classes' samples."""
+    rng = torch.Generator().manual_seed(0)
+    classes, d = 200, 12
+    true = 0.3 * torch.randn(classes, d, generator=rng)
+    label = torch.arange(600) % classes
+    x0 = (true[label] + torch.randn(600, d, generator=rng) @ torch.diag(torch.linspace(0.1, 1, d))).reshape(-1, 1, 3, 4)
+    level = GaussianLevel(classes, d, 6, process_of_products(np.linspace(0.999, 0.01, 20)), bases=1)
+    level.fit(x0, {"label": label})
+    own = torch.stack([x0[label == c].flatten(1).mean(0) for c in range(classes)])
+    drawn, plain, common = ((mean - true).square().mean() for mean in (level.mean, own, own.mean(0)))
+    assert drawn < 0.7 * min(plain, common)
+    # With many samples they are the means of the classes.
+    many = torch.arange(40_000) % classes
+    x0 = (true[many] + torch.randn(40_000, d, generator=rng)).reshape(-1, 1, 3, 4)
+    level.fit(x0, {"label": many})
+    assert (level.mean - true).square().mean() < 1.1 / 200
+    assert (level.variance[0].mean() - 1).abs() < 0.05
+
+
+@pytest.mark.parametrize("depends", [True, False])
+def test_a_mean_that_is_linear_in_the_embedding_is_found(depends):
+    rng = torch.Generator().manual_seed(0)
+    n, features, d = 800, 24, 12
+    text = torch.randn(2 * n, 5, features, generator=rng) * torch.logspace(0, -1, features)
+    response = 2 * torch.randn(features, d, generator=rng) * depends
+    mean = 3 + text.mean(1) @ response
+    x0 = (mean + 0.5 * torch.randn(2 * n, d, generator=rng)).reshape(-1, 1, 3, 4)
+    level = GaussianLevel(1, d, 6, process_of_products(np.linspace(0.999, 0.01, 20)))
+    level.fit(x0[:n], {"text": text[:n]})
+    error = (level.means({"text": text[n:]}, n) - mean[n:]).square().mean()
+    # Of an unbiased fit, the error is the noise times the number of coefficients per sample.
+    assert error < 1.2 * (1 + features * depends) * 0.25 / n + 1e-4
+    covariance = 0.25 * torch.eye(d)
+    found = level.basis[0] @ torch.diag(level.variance[0] - level.residual[0]) @ level.basis[0].T
+    assert (found + level.residual[0] * torch.eye(d) - covariance).abs().max() < 0.06
+    # It survives a file, and its closed form is that of single steps.
+    again = GaussianLevel.of_state(level.state_dict(), level.process)
+    table = solver_table(level.process, 10, "ode")
+    condition, noise = {"text": text[n : n + 4]}, torch.randn(4, 1, 3, 4, generator=rng)
+    plan = single_level(1, 1, 10)
+    singly = integrate({1: again}, table, plan, lambda _: noise, condition)
+    closed_form = again.closed_form(again.affine(table.t), table, condition, 4)
+    at_once = integrate({}, table, replace(plan, collapse=True), lambda _: noise, condition, closed_form)
+    assert (singly - at_once).abs().max() < 1e-4

@@ -488,11 +488,23 @@ def test_a_sample_does_not_depend_on_num(three, small_job):
     job = small_job(num=3)
     blocks = Blocks(job, three)
     levels = {k: three.load_level(k, "cpu") for k in range(1, len(three.levels) + 1)}
-    x = integrate(levels, blocks.table, job.block_plan(0), blocks.noise(0), blocks.condition(0), blocks.closed_form(0))
+    x = integrate(
+        levels,
+        blocks.table,
+        job.block_plan(0),
+        blocks.noise(0),
+        blocks.condition(0),
+        blocks.closed_form(0, blocks.condition(0)),
+    )
     assert len(x) == job.block_size
     longer = Blocks(small_job(num=44), three)
     y = integrate(
-        levels, longer.table, longer.job.block_plan(0), longer.noise(0), longer.condition(0), longer.closed_form(0)
+        levels,
+        longer.table,
+        longer.job.block_plan(0),
+        longer.noise(0),
+        longer.condition(0),
+        longer.closed_form(0, longer.condition(0)),
     )
     assert (blocks.images(0, x) == longer.images(0, y)).all()
 

@@ -36,7 +36,7 @@ def test_runs_in_closed_form_are_the_single_steps(fashion, levels, solver, incre
     )
     assert len(runs.runs) < STEPS / 3
     expected = integrate(levels, table, single, noise, {"label": label})
-    closed_form = ClosedForm(levels[1].affine(table.t), table, label, path=True)
+    closed_form = levels[1].closed_form(levels[1].affine(table.t), table, {"label": label}, len(label), path=True)
     end = integrate(levels, table, runs, noise, {"label": label}, closed_form)
     assert (end - expected).abs().max() < 3e-5
     assert expected.std() > 0.3
@@ -52,7 +52,7 @@ def test_a_single_step_between_two_runs_is_none_of_theirs(fashion, levels):
     fire[1, [20, 21, 22, 40]] = True
     single, runs = held(fire), replace(held(fire), collapse=True)
     assert {bool(run.base) for run in runs.runs[1:4]} == {True, False}
-    closed_form = ClosedForm(levels[1].affine(table.t), table, label)
+    closed_form = levels[1].closed_form(levels[1].affine(table.t), table, {"label": label}, len(label))
     end = integrate(levels, table, runs, noise, {"label": label}, closed_form)
     assert (end - integrate(levels, table, single, noise, {"label": label})).abs().max() < 3e-5
 
@@ -62,7 +62,7 @@ def test_a_thousand_steps_of_the_gaussian_level_are_one(fashion, levels):
     label = torch.tensor([1, 9])
     noise = image_noise(range(40, 40 + 2), fashion.sample_shape, "cpu")
     expected = integrate(levels, table, single_level(1, 3, 1000), noise, {"label": label})
-    closed_form = ClosedForm(levels[1].affine(table.t), table, label)
+    closed_form = levels[1].closed_form(levels[1].affine(table.t), table, {"label": label}, len(label))
     plan = replace(single_level(1, 3, 1000), collapse=True)
     assert len(plan.runs) == 1
     end = integrate({}, table, plan, noise, {"label": label}, closed_form)
@@ -74,7 +74,6 @@ def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, Ste
     basis = np.stack([np.linalg.qr(rng.standard_normal((d, rank)))[0] for _ in range(classes)])
     table = solver_table(process_of_betas(np.linspace(0.01, 0.3, 20)), 10, "sde")
     drift = AffineDrift(
-        torch.tensor(rng.standard_normal((classes, d))),
         torch.tensor(basis),
         rng.uniform(0.2, 1.2, (classes, 10, rank + 1)),
         rng.uniform(0.2, 1, 10),
@@ -86,14 +85,14 @@ def small(classes: int = 2, d: int = 4, rank: int = 2) -> tuple[AffineDrift, Ste
 def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
     """The run is affine in x and z: read off both matrices by unit vectors, for the SDE's one draw and its many."""
     drift, table = small()
-    label = torch.tensor([1, 0])
+    label, mean = torch.tensor([1, 0]), torch.randn(2, 4, dtype=torch.float64)
     unit = torch.eye(4, dtype=torch.float64)
     zero = torch.zeros(2, 4, dtype=torch.float64)
     run, start = [1.0, 0.5, 1.0, 2.0], 3
 
     def response(path: bool, step: int) -> torch.Tensor:
         """(2, 4, 4): how each sample's end depends on the noise of a step."""
-        closed_form = ClosedForm(drift, table, label, path)
+        closed_form = ClosedForm(drift, table, label, mean, path)
 
         def end(noise: torch.Tensor) -> torch.Tensor:
             return closed_form.advance(start, Projected(zero), run, [], lambda i: noise if i == step else zero).value
@@ -105,11 +104,11 @@ def test_the_noise_of_a_run_has_the_mean_and_covariance_of_its_steps():
     assert (at_once @ at_once.mT - single).abs().max() < 1e-12
     assert single.diagonal(dim1=1, dim2=2).min() > 0.01
     # Means: both forms without noise, against the steps written out.
-    forms = [ClosedForm(drift, table, label, path) for path in (False, True)]
+    forms = [ClosedForm(drift, table, label, mean, path) for path in (False, True)]
     ends = [form.advance(start, Projected(zero), run, [], lambda i: zero).value for form in forms]
     assert torch.equal(*ends)
     for sample, c in enumerate(label.tolist()):
-        q, mu, x = drift.basis[c].numpy(), drift.mean[c].numpy(), np.zeros(4)
+        q, mu, x = drift.basis[c].numpy(), mean[sample].numpy(), np.zeros(4)
         for i, w in enumerate(run, start):
             inside, outside = drift.gain[c, i, :-1], drift.gain[c, i, -1]
             gain = q @ np.diag(inside - outside) @ q.T + outside * np.eye(4)
@@ -126,7 +125,7 @@ def test_affine_drift_of_a_gaussian_level_is_its_forward_pass(levels, fashion):
     for i, time in enumerate(t):
         expected = levels[1](x, torch.full((3,), int(time)), {"label": label}).flatten(1)
         for row, c in enumerate(label.tolist()):
-            centred = x[row].flatten() - float(drift.centre[i]) * drift.mean[c]
+            centred = x[row].flatten() - float(drift.centre[i]) * levels[1].mean[c]
             inside, outside = (torch.tensor(drift.gain[c, i], dtype=torch.float32)[s] for s in (slice(-1), -1))
             found = outside * centred + drift.basis[c] @ ((inside - outside) * (drift.basis[c].T @ centred))
             assert (found - expected[row]).abs().max() < 1e-4
@@ -136,7 +135,7 @@ def test_response_and_flow_are_what_a_run_does():
     """A run is affine: what a held value adds, and what a change of x becomes, do not depend on the rest."""
     drift, table = small()
     label = torch.tensor([0, 1, 1])
-    form = ClosedForm(drift, table, label)
+    form = ClosedForm(drift, table, label, torch.randn(3, 4, dtype=torch.float64))
     rng = np.random.default_rng(3)
     x, change, value = (torch.tensor(rng.standard_normal((3, 4))) for _ in range(3))
     weights = rng.standard_normal(5)
@@ -155,8 +154,8 @@ def test_response_and_flow_are_what_a_run_does():
 def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(monkeypatch, classes):
     """A run knows the projection of its end without a look at it, as the next run takes it for granted."""
     drift, table = small(3)
-    label = torch.tensor(classes)
-    form = ClosedForm(drift, table, label)
+    label, mean = torch.tensor(classes), torch.randn(len(classes), 4, dtype=torch.float64)
+    form = ClosedForm(drift, table, label, mean)
     rng = np.random.default_rng(5)
     x, value, noise = (torch.tensor(rng.standard_normal((len(label), 4))) for _ in range(3))
     base, weights = [1.0, 0.7, 1.3], [0.5, 1.0, -1.0]
@@ -166,14 +165,14 @@ def test_a_state_that_is_carried_from_run_to_run_is_its_own_projection(monkeypat
         torch.testing.assert_close(end.thin[sample], drift.basis[c].T @ end.value[sample])
     # Each sample as in a block of its own; and again, from what is kept.
     for i, c in enumerate(classes):
-        alone = ClosedForm(drift, table, torch.tensor([c]))
+        alone = ClosedForm(drift, table, torch.tensor([c]), mean[i : i + 1])
         for _ in range(2):
             held = [(Projected(value[i : i + 1]), weights)]
             found = alone.advance(1, Projected(x[i : i + 1]), base, held, lambda _, i=i: noise[i : i + 1])
             torch.testing.assert_close(found.value[0], end.value[i])
     # The same where there is room for the basis of one class only.
     monkeypatch.setattr("mlem_dist.solver.closed_form.BASIS_BYTES", drift.basis[0].nbytes)
-    narrow = ClosedForm(drift, table, label)
+    narrow = ClosedForm(drift, table, label, mean)
     assert (narrow.basis is None) == (len({*classes}) == 2)
     found = narrow.advance(1, Projected(x), base, [(Projected(value), weights)], lambda _: noise)
     torch.testing.assert_close(found.value, end.value)

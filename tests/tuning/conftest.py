@@ -99,7 +99,7 @@ def two_gaussians(folder: Path, scheduler: dict) -> Ladder:
     levels = []
     for name, rank, seconds in (("small", 1, 1e-5), ("large", 8, 1e-3)):
         level = GaussianLevel(40, 16, rank, process_of(scheduler))
-        level.fit(x0.clamp(0, 1), label)
+        level.fit(x0.clamp(0, 1), {"label": label})
         entry = save_level(folder, name, level, torch.float32)
         levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))
     save_ladder(folder, "many", (1, 4, 4), [str(c) for c in range(40)], scheduler, levels)

@@ -11,7 +11,6 @@ from mlem_dist import api
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.solver.closed_form import ClosedForm
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import Plan, read_plan, single_level
@@ -107,7 +106,7 @@ def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
     table = solver_table(fashion.process, 250, "ode")
     first, condition = set_seed(TEST_SEED), {"label": torch.arange(4)}
     noise = image_noise(range(first, first + 4), fashion.sample_shape, "cpu")
-    form = ClosedForm(levels[1].affine(table.t), table, condition["label"])
+    form = levels[1].closed_form(levels[1].affine(table.t), table, condition, len(condition["label"]))
     ends = [integrate(levels, table, plan, noise, condition, form) for plan in plans]
     best = integrate(levels, table, single_level(len(levels), len(levels), 250), noise, condition)
     errors = np.array([(end - best).square().mean() for end in ends])
