@@ -16,9 +16,9 @@ from commands import ENDLESS, HANGS, SCRIPT, SMALL, assert_refused, command, run
 from PIL import Image
 
 from mlem_dist.cli import cli
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import plan_from_dict
-from mlem_dist.training.data import load_images
 
 HALF = """
 import time

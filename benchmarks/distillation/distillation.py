@@ -17,13 +17,13 @@ import click
 import numpy as np
 import torch
 
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.steps import solver_table
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.data import load_images
 from mlem_dist.training.train import train_unet
 from mlem_dist.tuning.calibrate import best_trajectory
 

@@ -15,9 +15,9 @@ from typing import Any
 import click
 from classifier import frechet, generate, seen, train
 
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import Plan, single_level, switched, write_plan
-from mlem_dist.training.data import load_images
 
 SMALL = 3
 """The level that T-Stitch begins with, for half of its steps."""

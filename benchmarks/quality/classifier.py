@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import plan_to_dict, single_level
-from mlem_dist.training.data import load_images
 
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
 FEATURES = 64

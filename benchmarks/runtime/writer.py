@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlem_dist.dataset.shards import encode_png, encode_shard, write_shard
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.training.data import load_images
 
 SHARD, ROUNDS = 2000, 5
 

@@ -15,7 +15,7 @@ from mlem_dist.machine import available_cores
 from mlem_dist.solver.steps import canonical_solver
 
 if TYPE_CHECKING:
-    from mlem_dist.training.data import Images
+    from mlem_dist.ladder.images import Images
     from mlem_dist.training.tasks import TrainingProgress
     from mlem_dist.tuning.calibrate import Calibration
     from mlem_dist.tuning.frontier import Row
@@ -37,7 +37,7 @@ def measure(ladder: str | Path | Ladder) -> Ladder:
 
 def load_data(data: Path, ladder: Any, notify: Notify = ignore) -> Images:
     """The images in a folder, for a ladder or a training configuration, with notes on resized and skipped files."""
-    from mlem_dist.training.data import load_images
+    from mlem_dist.ladder.images import load_images
 
     images = load_images(data, ladder.sample_shape, ladder.labels)
     if images.resized:

@@ -12,6 +12,7 @@ from mlem_dist.cli.options import (
     data_option,
     device_option,
     expect_command,
+    folder_or_number,
     given,
     number,
     numbers,
@@ -69,13 +70,22 @@ def ladder_show(name: str) -> None:
 @click.option("--unguided/--no-unguided", default=True, help="Whether models with guidance are levels without it, too.")
 @click.option("--guide-with", metavar="MODEL", help="Model that gives the direction of guidance to all others, too.")
 @click.option("--size", type=width_height, metavar="WxH", help="Size of images in pixels.  [default: the model's]")
+@click.option(
+    "--gaussian",
+    type=folder_or_number,
+    metavar="FOLDER|N",
+    help="Adds a Gaussian below, fitted to the images in FOLDER or to N samples of the best level.",
+)
+@click.option("--prompts", type=source, metavar="FILE", help="Some hundred prompts of these samples.")
 @click.option("--copy", is_flag=True, help="Copy models into OUT, instead of referring to them where they are.")
 @click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
-def ladder_create(out: Path, models: tuple[str, ...], **options: Any) -> None:
+def ladder_create(out: Path, models: tuple[str, ...], prompts: Path | None, **options: Any) -> None:
     """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are."""
+    from mlem_dist.engine.prompts import read_prompts
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.tables import ladder_table
 
+    options["prompts"] = read_prompts(prompts, None)[0] if prompts else ()
     names, precisions = zip(*map(precise, models), strict=True)
     click.echo(ladder_table(Ladder.create(out, names, precision=precisions, **options, notify=say)))
 

@@ -92,6 +92,12 @@ def width_height(value: str) -> tuple[int, int]:
     return height, width
 
 
+def folder_or_number(value: str) -> Path | int:
+    """A folder, or a number where there is no such folder."""
+    path = source(value)
+    return int(value) if value.isdecimal() and not path.exists() else path
+
+
 def precise(value: str) -> tuple[str, str]:
     """A model such as FOLDER:bfloat16 as its name and precision; float32 by default."""
     from mlem_dist.ladder.schema import PRECISIONS

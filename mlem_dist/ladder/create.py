@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, file_digest, own_names, read_object, remembered_digest, replace_file
+from mlem_dist.ladder.base import gaussian_of_images, gaussian_of_samples
 from mlem_dist.ladder.checks import check_model_folder, model_files, stored_values
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
+from mlem_dist.ladder.save import save_level
 from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, OPERATIONS, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
 from mlem_dist.ladder.sources import Source, find_folder, find_source, stored_path
 from mlem_dist.models.decoder import DECODERS, upscaling
 from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
+from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.level import placeholder
 from mlem_dist.solver.condition import LABEL
 from mlem_dist.solver.process import BetaProcess, Process, process_of
+
+GAUSSIAN = "gaussian"
+"""Name of the Gaussian level of a new ladder."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ def create_ladder(
     guide_with: str | Path | None = None,
     precision: str | Sequence[str] = "float32",
     size: tuple[int, int] | None = None,
+    gaussian: str | Path | int | None = None,
+    prompts: Sequence[str] = (),
     copy: bool = False,
     measure: bool = True,
     notify: Callable[[str], None] = lambda sentence: None,
@@ -70,6 +79,9 @@ def create_ladder(
         guide_with: the one of `models` that gives the direction of guidance to all others, too.
         precision: dtype in which models compute, for all or for each: "float32", "bfloat16" or "float16".
         size: height and width of the images in pixels; by default those for which the last model was trained.
+        gaussian: a Gaussian as the first level, fitted to the images in a folder, or to this number of samples of the
+            best level; None for none.
+        prompts: prompts of those samples, some hundred, for a ladder that is conditioned on prompts.
         copy: whether to copy models, decoder and text encoders into the ladder's folder, instead of referring to them.
         measure: whether to measure the costs of levels on this machine, instead of counting their operations.
         notify: receives sentences for the user.
@@ -97,12 +109,12 @@ def create_ladder(
             )
         entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
     raw = _content(out, entries, surroundings, shape, labels, guide, unguided, by)
+    fitted = None if gaussian is None else _fitted(gaussian, raw, surroundings, prompts, notify)
     if copy:
         _copy(out, raw, entries, surroundings)
-    replace_file(out / SCHEDULER, json.dumps(surroundings.scheduler, indent=2) + "\n")
-    raw["scheduler_sha256"] = file_digest(out / SCHEDULER)
-    replace_file(out / LADDER, json.dumps(raw, indent=2) + "\n")
-    ladder = Ladder.load(out)
+    if fitted:
+        _add_gaussian(out, raw, fitted)
+    ladder = _write(out, raw, surroundings)
     if not measure:
         notify(
             "Levels are in the order of their operations per image; `mlem-dist ladder measure` measures their costs."
@@ -113,6 +125,39 @@ def create_ladder(
     devices = " and ".join(sorted(ladder.levels[0].seconds.keys() - {OPERATIONS}))
     notify(f"Levels are in the order of their costs, measured on this machine ({devices}).")
     return ladder
+
+
+def _write(out: Path, raw: dict[str, Any], around: Surroundings) -> Ladder:
+    replace_file(out / SCHEDULER, json.dumps(around.scheduler, indent=2) + "\n")
+    raw["scheduler_sha256"] = file_digest(out / SCHEDULER)
+    replace_file(out / LADDER, json.dumps(raw, indent=2) + "\n")
+    return Ladder.load(out)
+
+
+def _fitted(
+    gaussian: str | Path | int,
+    raw: dict[str, Any],
+    around: Surroundings,
+    prompts: Sequence[str],
+    notify: Callable[[str], None],
+) -> GaussianLevel:
+    """A Gaussian level for the ladder of the content `raw`, which is not written yet."""
+    if not isinstance(gaussian, int) and not Path(gaussian).is_dir():
+        raise UsageError(f"`gaussian` {gaussian}: expected a folder of images, or a number of samples")
+    with TemporaryDirectory() as work:
+        ladder = replace(_write(Path(work), raw, around), prompts=tuple(prompts))
+        if isinstance(gaussian, int):
+            return gaussian_of_samples(ladder, gaussian, notify)
+        return gaussian_of_images(ladder, Path(gaussian), notify)
+
+
+def _add_gaussian(out: Path, raw: dict[str, Any], level: GaussianLevel) -> None:
+    """Write a Gaussian level to the new ladder's folder, and put its entries first in `raw`."""
+    entry = save_level(out, GAUSSIAN, level, torch.float32)
+    stored = {"kind": entry.kind, "path": entry.path, "sha256": entry.sha256, "parameters": entry.parameters}
+    raw["models"].insert(0, {"name": GAUSSIAN, **stored})
+    d, rank = level.basis.shape[1:]
+    raw["levels"].insert(0, _level(GAUSSIAN, GAUSSIAN, 4.0 * d * rank))
 
 
 class Surroundings:
@@ -268,11 +313,11 @@ def _surroundings(sources: Sequence[Source], pipeline: str | Path | None) -> Sur
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    names: list[str] = []
+    names = [GAUSSIAN]
     for source in sources:
         choices = (source.name if number == 1 else f"{source.name}-{number}" for number in count(1))
         names.append(next(name for name in choices if name not in names))
-    return names
+    return names[1:]
 
 
 def _sample_shape(source: Source, around: Surroundings, size: tuple[int, int] | None) -> tuple[int, int, int]:

@@ -28,16 +28,29 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images (B, C, H, W) float32, of latents z (B, c, h, w) float32."""
-        scale, shift = 1 / self.config.scaling_factor, getattr(self.config, "shift_factor", None) or 0.0
-        mean, deviation = (getattr(self.config, f"latents_{name}", None) for name in ("mean", "std"))
-        if mean is not None and deviation is not None:
-            shift = torch.tensor(mean, device=z.device)[:, None, None]
-            scale = torch.tensor(deviation, device=z.device)[:, None, None] * scale
+        scale, shift = self._units(z)
         z = (z * scale + shift).to(next(self.model.parameters()).dtype)
         factor = upscaling(self.config)
         batch = max(1, PIXELS // (z.shape[2] * z.shape[3] * factor**2))
         model: Any = self.model
         return torch.cat([model.decode(part, return_dict=False)[0].float() for part in z.split(batch)])
+
+    def latents(self, images: Tensor) -> Tensor:
+        """The most likely latents (B, c, h, w) float32, of images (B, C, H, W) float32 in [-1, 1]."""
+        model: Any = self.model
+        encoded = model.encode(images.to(next(model.parameters()).dtype)).latent_dist.mode().float()
+        scale, shift = self._units(encoded)
+        latents: Tensor = (encoded - shift) / scale
+        return latents
+
+    def _units(self, z: Tensor) -> tuple[Any, Any]:
+        """The scale and the shift by which latents z differ from the autoencoder's: those are z scale + shift."""
+        scale, shift = 1 / self.config.scaling_factor, getattr(self.config, "shift_factor", None) or 0.0
+        mean, deviation = (getattr(self.config, f"latents_{name}", None) for name in ("mean", "std"))
+        if mean is not None and deviation is not None:
+            shift = torch.tensor(mean, device=z.device)[:, None, None]
+            scale = torch.tensor(deviation, device=z.device)[:, None, None] * scale
+        return scale, shift
 
 
 def upscaling(config: Any) -> int:

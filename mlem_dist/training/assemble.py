@@ -16,6 +16,7 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
+from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.save import save_ladder, save_level
@@ -24,7 +25,6 @@ from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel
 from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.data import Images
 from mlem_dist.training.resume import (
     ENTRY,
     FINISHED,

@@ -20,13 +20,13 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, listing, own_names, replace_file
+from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import new_unet_level, on_meta
 from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.data import Images
 from mlem_dist.training.train import CHECKPOINT
 
 WORK = "training"

@@ -14,10 +14,10 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from torch import nn
 
+from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.schema import Level
 from mlem_dist.training.assemble import finish_training, needs, train_level, training_order
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.data import Images
 from mlem_dist.training.resume import begin_training
 
 POLL_SECONDS = 0.5

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlem_dist.files import replace_file
+from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel, new_unet_level
@@ -24,7 +25,6 @@ from mlem_dist.models.weights import save_tensors
 from mlem_dist.solver.process import Process, process_of
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.data import Images
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 45.0

@@ -53,7 +53,9 @@ noise, earlier states have hardly any signal, and the Gaussian level is accurate
 the more its remaining error counts."""
 
 BETWEEN = (3, 2, 5)
-"""Candidates for the number of calls of the middle rung per call of the best level, in the order of trial."""
+"""Candidates for the number of calls of the middle rung per call of the best level, in the order of trial. For a level
+whose evaluations the best level makes, too, 1 comes first: the increments of both then have weights of their own, at no
+cost, such as the conditional value and the direction of guidance."""
 
 LARGEST = 10.0
 """Largest budget for which the middle rung is searched, in evaluations of the best level. Larger budgets take the
@@ -255,7 +257,7 @@ class Fitter:
             UsageError: if the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
         starts = self.starts(min(nfe, LARGEST))
-        total, done = len(starts) + len(BETWEEN) + (1 + (nfe > LARGEST)) * len(BEGINNINGS), count(1)
+        total, done = len(starts) + len(BETWEEN) + 1 + (1 + (nfe > LARGEST)) * len(BEGINNINGS), count(1)
 
         def report() -> None:
             progress(next(done), total)
@@ -305,8 +307,10 @@ class Fitter:
             UsageError: if the budget is below the cost of one call of the best level.
         """
         by_number: dict[int, list[Times]] = {}
-        for middle in (0, *range(1 + self.closed, len(self.cost))):
-            for between in BETWEEN if middle else (1,):
+        best = len(self.cost)
+        for middle in (0, *range(1 + self.closed, best)):
+            part = self.cost.of({middle or best, best}) <= (1 + 1e-9) * self.cost.alone[-1]
+            for between in (*((1,) if part else ()), *(BETWEEN if middle else ())):
                 if calls := self.affordable_calls(nfe, middle, between):
                     by_number.setdefault(middle, []).append(Times(middle, calls, between, closed=self.closed))
         if not by_number:

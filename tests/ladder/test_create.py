@@ -3,12 +3,14 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
+from PIL import Image
 from pipelines import make_pipeline
 from safetensors.torch import save_file
 
@@ -327,3 +329,54 @@ def test_a_folder_that_holds_something_is_not_overwritten(pipelines, tmp_path):
     with pytest.raises(UsageError, match="holds something else"):
         Ladder.create(tmp_path, [pipelines / "sd"], measure=False)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_gaussian_is_fitted_to_samples_of_the_best_level(pipelines, tmp_path):
+    """Its mean depends on the prompt, and the same command fits the same Gaussian."""
+    prompts = [f"{word} {number}" for number in range(10) for word in ("a", "bb", "ccc")]
+    given = {"models": [pipelines / "sd"], "guidance": 3, "measure": False, "gaussian": 60, "prompts": prompts}
+    ladder = Ladder.create(tmp_path / "sd", **given)
+    assert [level.name for level in ladder.levels] == ["gaussian", "sd", "sd guided"]
+    assert Ladder.create(tmp_path / "again", **given).digest == ladder.digest
+    level = ladder.load_level(1, "cpu")
+    samples = replace(ladder, prompts=tuple(prompts))
+    means = level.means(samples.condition(torch.arange(30)), 30)
+    assert means.shape == (30, np.prod(ladder.sample_shape))
+    assert (means - means[0]).abs().max() > 0
+    images = mlem_dist.sample(ladder, prompts=prompts[:4], seeds=range(4), nfe=3, steps=10)
+    assert len(images) == 4
+
+
+@pytest.mark.parametrize("kind", ["sd", "pixels"])
+def test_a_gaussian_is_fitted_to_images(kind, pipelines, tmp_path):
+    """To their latents, if samples are latents: its samples decode to images like them."""
+    rng = np.random.default_rng(0)
+    ladder = Ladder.create(tmp_path / "alone", [pipelines / kind], measure=False)
+    channels, *size = ladder.image_shape
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        shade = rng.integers(40, 200)
+        pixels = np.full((*size, channels), shade, np.uint8) + rng.integers(0, 20, (*size, 1), np.uint8)
+        Image.fromarray(pixels.squeeze()).save(tmp_path / "images" / f"{number}.png")
+    made = Ladder.create(tmp_path / "made", [pipelines / kind], measure=False, gaussian=tmp_path / "images")
+    assert made.levels[0].kind == "gaussian"
+    level = made.load_level(1, "cpu")
+    assert 0 < float(level.variance.max()) < level.mean.numel()
+    decoder = made.load_decoder("cpu")
+    if decoder is None:
+        assert (level.mean[0] - level.mean[0].mean()).abs().max() < 0.3
+    else:
+        pictures = torch.stack([torch.full(made.image_shape, v) for v in (-0.5, 0.0, 0.5)])
+        latents = decoder.latents(pictures)
+        again = decoder.model.encode(pictures).latent_dist.mode() * decoder.config.scaling_factor
+        torch.testing.assert_close(latents, again)
+    with pytest.raises(UsageError, match="expected a folder of images"):
+        Ladder.create(tmp_path / "no", [pipelines / kind], measure=False, gaussian=tmp_path / "nowhere")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("given", "reason"), [({"gaussian": 3}, "at least 16"), ({"gaussian": 20}, "need prompts")])
+def test_samples_for_a_gaussian_that_cannot_be_made_are_refused(given, reason, pipelines, tmp_path):
+    with pytest.raises(UsageError, match=reason):
+        Ladder.create(tmp_path / "no", [pipelines / "sd"], measure=False, **given)
+    assert not (tmp_path / "no").exists()

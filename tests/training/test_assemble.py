@@ -1,8 +1,8 @@
 import json
 import logging
 
+from mlem_dist.ladder.images import load_images
 from mlem_dist.training.assemble import set_stale_aside, train_ladder
-from mlem_dist.training.data import load_images
 
 
 def test_what_was_measured_of_an_earlier_training_is_set_aside(tmp_path, data, configure, caplog):

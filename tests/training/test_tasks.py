@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.training.assemble import train_ladder
-from mlem_dist.training.data import load_images
 from mlem_dist.training.resume import check_training
 from mlem_dist.training.tasks import level_share, train_on_ray
 

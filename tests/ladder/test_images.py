@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageCms
 
 from mlem_dist.errors import UsageError
-from mlem_dist.training.data import Images, load_images
+from mlem_dist.ladder.images import Images, load_images
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 NAMES = ["left", "right"]

@@ -1,0 +1,38 @@
+"""Error against evaluations of a guided model: fitted plans on it and a Gaussian, beside fast solvers on it.
+
+python benchmarks/frontier/guided.py --ladder DIR --data /usr/share/datasets/fashion-mnist \
+    --out benchmarks/results/frontier-guided
+
+DIR holds the ladder of guided.yaml. From its largest UNet alone, and from both UNets, `Ladder.create` makes ladders of a
+Gaussian fitted to the images and of levels without and with guidance. A rerun goes on where the last one stopped.
+"""
+
+from pathlib import Path
+
+import click
+from plain import race
+
+from mlem_dist.ladder.ladder import Ladder
+
+SCALE, BUDGETS, FAST_STEPS = 3.0, (3, 5, 10, 20), (5, 7, 10, 15, 20, 30)
+LADDERS = {"single": ("large",), "two": ("small", "large")}
+
+
+@click.command()
+@click.option("--ladder", "folder", type=click.Path(path_type=Path), required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True)
+@click.option("--threads", default=2)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(folder: Path, data: Path, threads: int, out: Path) -> None:
+    """Write OUT/LADDER/frontier-ode.json and the plans of each ladder."""
+    for name, models in LADDERS.items():
+        place = folder.parent / f"{folder.name}-{name}"
+        if place.exists():
+            ladder = Ladder.load(place)
+        else:
+            ladder = Ladder.create(place, [folder / model for model in models], guidance=SCALE, gaussian=data)
+        race(name, ladder, BUDGETS, FAST_STEPS, out / name, threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A Gaussian level for a new ladder, fitted to images or to samples of its best level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mlem_dist.errors import UsageError
+from mlem_dist.ladder.images import load_images
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import OWN
+from mlem_dist.models.families.stable_diffusion import TEXT
+from mlem_dist.models.gaussian import GaussianLevel, embedding
+from mlem_dist.models.graphs import as_run
+from mlem_dist.models.pixels import to_range
+from mlem_dist.solver.condition import LABEL, Condition, join
+from mlem_dist.solver.integrate import integrate
+from mlem_dist.solver.noise import image_noise
+from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.steps import solver_table
+
+STEPS = 20
+"""Number of steps of samples of the best level. Means and covariances do not need the last digit of a sample."""
+
+BATCH = 8
+"""Number of images or samples that a model takes at a time."""
+
+FEWEST = 16
+"""Smallest number of samples of a fit."""
+
+ENCODED = 4096
+"""Largest number of images that are encoded to latents for a fit."""
+
+RANK = 256
+"""Largest rank of a covariance, beside its isotropic part."""
+
+CLASS_SAMPLES = 500
+"""Smallest number of samples of a class with which each class gets a covariance of its own."""
+
+BASES_BYTES = 2**28
+"""Memory limit, in bytes, for the covariances of all classes; above it, all classes share one."""
+
+
+@torch.inference_mode()
+def gaussian_of_images(ladder: Ladder, folder: Path, notify: Callable[[str], None]) -> GaussianLevel:
+    """A Gaussian level fitted to the images in a folder, through the ladder's decoder if samples are latents.
+
+    Raises:
+        UsageError: if the folder has no images, or their classes are not the ladder's.
+    """
+    images = load_images(folder, ladder.image_shape, ladder.labels)
+    label, pixels = images.train_label, images.train
+    in_range: Callable[[Tensor], Tensor] = partial(to_range, value_range=ladder.value_range)
+    device = _device()
+    if decoder := ladder.load_decoder(device, OWN):
+        index = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:ENCODED]
+        notify(f"Encoding {len(index):,} images for the Gaussian level.")
+        parts = [decoder.latents(to_range(pixels[part].to(device))).cpu() for part in index.split(BATCH)]
+        pixels, label, in_range = torch.cat(parts), label[index], Tensor.double
+    return _fit(ladder, pixels, images.condition(label), in_range)
+
+
+@torch.inference_mode()
+def gaussian_of_samples(ladder: Ladder, number: int, notify: Callable[[str], None]) -> GaussianLevel:
+    """A Gaussian level fitted to samples of the best level, which take the ladder's classes or prompts in turn.
+
+    Raises:
+        UsageError: if the samples are too few, or are not finite.
+    """
+    if number < FEWEST:
+        raise UsageError(f"`gaussian` {number}: expected a folder of images, or at least {FEWEST} samples to fit to")
+    if ladder.encoder and not ladder.prompts:
+        raise UsageError(f"`gaussian` {number}: samples need prompts; give some hundred as `prompts`")
+    device, best = _device(), len(ladder.levels)
+    notify(f"Making {number:,} samples of {ladder.levels[-1].name} in {STEPS} steps for the Gaussian level.")
+    levels = {best: as_run(ladder.load_level(best, device), device)}
+    table, plan = solver_table(ladder.process, STEPS, "dpm++"), single_level(best, best, STEPS)
+    ends: list[Tensor] = []
+    conditions: list[Condition] = []
+    for part in torch.arange(number, device=device).split(BATCH):
+        condition = ladder.condition(part)
+        noise = image_noise(part.tolist(), ladder.sample_shape, device)
+        ends.append(integrate(levels, table, plan, noise, condition).cpu())
+        # Of a prompt, its embedding alone is needed.
+        short = {LABEL: condition[LABEL]} if LABEL in condition else {}
+        conditions.append({TEXT: embedding(condition)[:, None].cpu()} if ladder.encoder else short)
+    samples = torch.cat(ends)
+    if not samples.isfinite().all():
+        raise UsageError(f"`gaussian` {number}: samples of {ladder.levels[-1].name} are not finite; give images")
+    return _fit(ladder, samples, {name: value.cpu() for name, value in join(conditions).items()}, Tensor.double)
+
+
+def _fit(ladder: Ladder, x0: Tensor, condition: Condition, in_range: Callable[[Tensor], Tensor]) -> GaussianLevel:
+    classes, d = max(1, len(ladder.labels)), math.prod(ladder.sample_shape)
+    least = int(condition[LABEL].bincount(minlength=classes).min()) if LABEL in condition else len(x0)
+    rank = max(1, min(RANK, d - 1, (least if least >= CLASS_SAMPLES else len(x0)) // 4))
+    own = least >= CLASS_SAMPLES and 4 * classes * d * rank <= BASES_BYTES
+    level = GaussianLevel(classes, d, rank, ladder.process, classes if own else 1)
+    level.fit(x0, condition, in_range)
+    return level.eval()
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
