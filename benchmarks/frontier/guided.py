@@ -3,8 +3,8 @@
 python benchmarks/frontier/guided.py --ladder DIR --data /usr/share/datasets/fashion-mnist \
     --out benchmarks/results/frontier-guided
 
-DIR holds the ladder of guided.yaml. From its largest UNet alone, and from both UNets, `Ladder.create` makes ladders of a
-Gaussian fitted to the images and of levels without and with guidance. A rerun goes on where the last one stopped.
+DIR holds the ladder of guided.yaml. Of its largest UNet alone, and of both UNets, `Ladder.create` makes ladders with a
+Gaussian fitted to the images and with levels without and with guidance. A rerun goes on where the last one stopped.
 """
 
 from pathlib import Path
