@@ -312,7 +312,9 @@ class Fitter:
             part = self.cost.of({middle or best, best}) <= (1 + 1e-9) * self.cost.alone[-1]
             for between in (*((1,) if part else ()), *(BETWEEN if middle else ())):
                 if calls := self.affordable_calls(nfe, middle, between):
-                    by_number.setdefault(middle, []).append(Times(middle, calls, between, closed=self.closed))
+                    # Without a Gaussian, calls of both rungs begin at the first step; at one step they cost less.
+                    begin = 0.4 if self.closed or between > 1 else 0.0
+                    by_number.setdefault(middle, []).append(Times(middle, calls, between, begin, self.closed))
         if not by_number:
             raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
         return by_number

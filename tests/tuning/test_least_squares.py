@@ -1,8 +1,10 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from pipelines import make_pipeline
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -104,6 +106,25 @@ def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
     }
     first = next(times for times in starts[chosen.middle] if times.between == chosen.between)
     assert of_starts[first] == min(of_starts.values())
+
+
+@pytest.mark.parametrize("gaussian", [64, None])
+def test_the_direction_of_guidance_gets_weights_of_its_own_at_no_cost(gaussian, tmp_path):
+    make_pipeline("dit", tmp_path / "dit")
+    ladder = Ladder.create(tmp_path / "ladder", [tmp_path / "dit"], guidance=3, measure=False, gaussian=gaussian)
+    fitter = Fitter(judge(ladder, 0))
+    starts, unguided = fitter.starts(4), len(ladder.levels) - 1
+    (joint,), apart = starts[0], starts[unguided][0]
+    assert (apart.between, apart.calls) == (1, joint.calls)
+    plans, errors = zip(
+        *((fit.plan(), fit.error) for fit in map(partial(fitter._fit_times, blocks=fitter.blocks), (joint, apart))),
+        strict=True,
+    )
+    nfe = [plan.nfe(ladder.costs("cpu")) for plan in plans]
+    assert nfe[1] == pytest.approx(nfe[0], rel=0.01)
+    assert nfe[1] <= 4
+    assert errors[1] < errors[0]
+    assert fitter.search(4).error <= errors[0]
 
 
 def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
