@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OWN
+from mlem_dist.machine import available_cores
 from mlem_dist.models.families.stable_diffusion import TEXT
 from mlem_dist.models.gaussian import GaussianLevel, embedding
 from mlem_dist.models.graphs import as_run
@@ -23,6 +26,8 @@ from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.steps import solver_table
+
+T = TypeVar("T")
 
 STEPS = 20
 """Number of steps of samples of the best level. Means and covariances do not need the last digit of a sample."""
@@ -60,7 +65,7 @@ def gaussian_of_images(ladder: Ladder, folder: Path, notify: Callable[[str], Non
     if decoder := ladder.load_decoder(device, OWN):
         index = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:ENCODED]
         notify(f"Encoding {len(index):,} images for the Gaussian level.")
-        parts = [decoder.latents(to_range(pixels[part].to(device))).cpu() for part in index.split(BATCH)]
+        parts = _each(index.split(BATCH), lambda part: decoder.latents(to_range(pixels[part].to(device))).cpu())
         pixels, label, in_range = torch.cat(parts), label[index], Tensor.double
     return _fit(ladder, pixels, images.condition(label), in_range)
 
@@ -80,15 +85,17 @@ def gaussian_of_samples(ladder: Ladder, number: int, notify: Callable[[str], Non
     notify(f"Making {number:,} samples of {ladder.levels[-1].name} in {STEPS} steps for the Gaussian level.")
     levels = {best: as_run(ladder.load_level(best, device), device)}
     table, plan = solver_table(ladder.process, STEPS, "dpm++"), single_level(best, best, STEPS)
-    ends: list[Tensor] = []
-    conditions: list[Condition] = []
-    for part in torch.arange(number, device=device).split(BATCH):
+    ladder.condition(torch.arange(ladder.conditions, device=device))
+
+    def sample(part: Tensor) -> tuple[Tensor, Condition]:
         condition = ladder.condition(part)
         noise = image_noise(part.tolist(), ladder.sample_shape, device)
-        ends.append(integrate(levels, table, plan, noise, condition).cpu())
+        end = integrate(levels, table, plan, noise, condition).cpu()
         # Of a prompt, its embedding alone is needed.
         short = {LABEL: condition[LABEL]} if LABEL in condition else {}
-        conditions.append({TEXT: embedding(condition)[:, None].cpu()} if ladder.encoder else short)
+        return end, {TEXT: embedding(condition)[:, None].cpu()} if ladder.encoder else short
+
+    ends, conditions = zip(*_each(torch.arange(number, device=device).split(BATCH), sample), strict=True)
     samples = torch.cat(ends)
     if not samples.isfinite().all():
         raise UsageError(f"`gaussian` {number}: samples of {ladder.levels[-1].name} are not finite; give images")
@@ -103,6 +110,17 @@ def _fit(ladder: Ladder, x0: Tensor, condition: Condition, in_range: Callable[[T
     level = GaussianLevel(classes, d, rank, ladder.process, classes if own else 1)
     level.fit(x0, condition, in_range)
     return level.eval()
+
+
+def _each(parts: Sequence[Tensor], run: Callable[[Tensor], T]) -> list[T]:
+    """The results of `run` for parts of BATCH images, side by side on a CPU, each on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(available_cores() if _device() == "cpu" else 1) as pool:
+            return list(pool.map(torch.inference_mode()(run), parts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _device() -> str:

@@ -1,5 +1,6 @@
 """Ladders of two sizes of each family have the properties of the bundled ladder."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -26,11 +27,15 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def ladder(kind, tmp_path_factory):
-    """Both models without and, except for pixels, with guidance, and the larger guided by the smaller."""
+    """Both models without and, except for pixels, with guidance, and the larger guided by the smaller.
+
+    For Stable Diffusion there is also a Gaussian, whose mean depends on the prompt.
+    """
     folder = tmp_path_factory.mktemp(kind)
     models = [make_pipeline(kind, folder / f"size-{size}", size) for size in (1, 2)]
     guidance = None if kind == "pixels" else 3.0
-    return Ladder.create(folder / "ladder", models, guidance=guidance, measure=False)
+    below = {"gaussian": 40, "prompts": PROMPTS} if kind == "sd" else {}
+    return Ladder.create(folder / "ladder", models, guidance=guidance, measure=False, **below)
 
 
 def test_levels_are_in_order_and_share_what_is_loaded(ladder, kind):
@@ -42,10 +47,10 @@ def test_levels_are_in_order_and_share_what_is_loaded(ladder, kind):
         assert guided.value.level is guided.unconditional.level is large.level
         assert by_small.value.level is large.level
         assert by_small.unconditional.level is small.level
-    assert sorted(level.name for level in ladder.levels) == names
+    assert sorted(level.name for level in ladder.levels) == ["gaussian"] * (kind == "sd") + names
     assert ladder.levels[-1].name == ("size-2" if kind == "pixels" else "size-2 guided")
     assert (np.diff(ladder.cost("cpu")) > 0).all()
-    assert Path(ladder.levels[0].path).parent.name.startswith("size")
+    assert Path(ladder.levels[-1].path).parent.name.startswith("size")
 
 
 @torch.inference_mode()
@@ -54,7 +59,7 @@ def test_impulses_over_all_plans_have_the_mean_of_the_best_level(ladder, kind):
     count = len(ladder.levels)
     table = solver_table(ladder.process, 2, "ode")
     # The second step: its plan is drawn, and the first takes the best level.
-    p = np.array([1.0, *(0.3, 0.6, 0.45, 0.5)[: count - 1]])[:, None].repeat(2, 1)
+    p = np.array([1.0, *(0.3, 0.6, 0.45, 0.5, 0.4)[: count - 1]])[:, None].repeat(2, 1)
     p[:, 0] = 1
     levels = {number: ladder.load_level(number, "cpu") for number in range(1, count + 1)}
     noise, encoder = image_noise([1, 2], ladder.sample_shape, "cpu"), ladder.load_encoder("cpu")
@@ -75,6 +80,8 @@ def test_engines_and_a_resumed_run_write_the_same_bytes(ladder, kind, local_ray,
     # Level k's increment is evaluated at every k-th step, and held.
     steps, levels = np.arange(6), np.arange(1, len(ladder.levels) + 1)
     plan = held(steps % levels[:, None] == 0)
+    if ladder.levels[0].kind == "gaussian":
+        plan = replace(plan, collapse=True)
     arguments = {"steps": 6, "block_size": 2, "shard_size": 2, "plan": plan, "num": 5, "seed": 3, **SOURCES[kind]}
     for name, choice in (("inline", {"engine": "inline"}), ("pools", {"placement": "pools", "devices": 2})):
         report = mlem_dist.generate(ladder, out=str(tmp_path / name), **arguments, **choice)
