@@ -97,6 +97,20 @@ def write_data(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def data(write_data):
+    """Bright squares on the left or the right, 6x6."""
+    rng = np.random.default_rng(0)
+    parts = {}
+    for part, n in (("train", 400), ("t10k", 100)):
+        label = rng.integers(0, 2, n)
+        images = np.zeros((n, 6, 6), np.uint8)
+        for image, side in zip(images, label, strict=True):
+            image[1:5, 3 * side : 3 * side + 3] = rng.integers(120, 255)
+        parts[part] = images, label
+    return write_data(**parts)
+
+
+@pytest.fixture
 def here(monkeypatch, capfd) -> Callable[..., subprocess.CompletedProcess[str]]:
     """As `command`, in this process: one of its own takes seconds to start."""
 
