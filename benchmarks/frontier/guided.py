@@ -9,8 +9,7 @@ Gaussian fitted to the images and with levels without and with guidance. A rerun
 
 from pathlib import Path
 
-import click
-from plain import race
+from race import race, race_command
 
 from mlem_dist.ladder.ladder import Ladder
 
@@ -18,11 +17,7 @@ SCALE, BUDGETS, FAST_STEPS = 3.0, (3, 5, 10, 20), (5, 7, 10, 15, 20, 30)
 LADDERS = {"single": ("large",), "two": ("small", "large")}
 
 
-@click.command()
-@click.option("--ladder", "folder", type=click.Path(path_type=Path), required=True)
-@click.option("--data", type=click.Path(path_type=Path), required=True)
-@click.option("--threads", default=2)
-@click.option("--out", type=click.Path(path_type=Path), required=True)
+@race_command
 def main(folder: Path, data: Path, threads: int, out: Path) -> None:
     """Write OUT/LADDER/frontier-ode.json and the plans of each ladder."""
     for name, models in LADDERS.items():

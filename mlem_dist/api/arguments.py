@@ -55,11 +55,13 @@ def local_device(device: str) -> str:
     """
     import torch
 
+    from mlem_dist.models.devices import default_device
+
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"`device` {device!r}: expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("`device` cuda: torch finds no CUDA device on this machine; use `device` cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return default_device() if device == "auto" else device
 
 
 def find_plan(

@@ -20,14 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, file_digest, own_names, read_object, remembered_digest, replace_file
-from mlem_dist.ladder.base import gaussian_of_images, gaussian_of_samples
 from mlem_dist.ladder.checks import check_model_folder, model_files, stored_values
+from mlem_dist.ladder.gaussian_fit import gaussian_of_images, gaussian_of_samples
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.save import save_level
 from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, OPERATIONS, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
 from mlem_dist.ladder.sources import Source, find_folder, find_source, stored_path
 from mlem_dist.models.decoder import DECODERS, upscaling
+from mlem_dist.models.devices import default_device
 from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
@@ -520,7 +521,7 @@ def sorted_by_cost(ladder: Ladder) -> Ladder:
     The best level stays the last one.
     """
     raw = read_object(ladder.folder / LADDER, "ladder")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     before = raw["levels"]
     raw["levels"] = [*sorted(before[:-1], key=lambda level: level["seconds"][device]), before[-1]]
     if raw["levels"] != before:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mlem_dist.files import read_object, replace_file
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER, OWN
+from mlem_dist.models.devices import one_thread
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.models.pixels import to_range
@@ -52,17 +53,13 @@ def seconds_per_sample(
     t = torch.ones(batch, device=device)
     condition = ladder.condition(torch.arange(batch, device=device))
     times = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(warm + repeats):
             start = clock()
             level(x, t, condition, {})
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(clock() - start)
-    finally:
-        torch.set_num_threads(threads)
     return median(times[warm:]) / batch
 
 
@@ -115,17 +112,13 @@ def _decoder_seconds(ladder: Ladder, device: str) -> float:
 def _stage_seconds(run: Callable[[], object], device: str) -> float:
     """Seconds per sample of a stage's second run of `STAGE_SAMPLES` samples, on one CPU thread or one GPU."""
     clock = time.perf_counter if device == "cuda" else time.thread_time
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(2):
             start = clock()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds = clock() - start
-    finally:
-        torch.set_num_threads(threads)
     return seconds / STAGE_SAMPLES
 
 

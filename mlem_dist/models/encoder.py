@@ -12,10 +12,9 @@ from torch import Tensor
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import read_object
-from mlem_dist.models.families.stable_diffusion import POOLED, SIZES, TEXT
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.weights import SAFE, VARIANT, chosen_weights
-from mlem_dist.solver.condition import NEGATIVE, Condition
+from mlem_dist.solver.condition import NEGATIVE, POOLED, SIZES, TEXT, Condition
 
 BATCH = 16
 """Number of texts that are encoded together."""

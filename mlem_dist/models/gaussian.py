@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlem_dist.models.families.stable_diffusion import POOLED, TEXT
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
-from mlem_dist.solver.condition import LABEL, Condition, take
+from mlem_dist.solver.condition import LABEL, POOLED, TEXT, Condition, take
 from mlem_dist.solver.conversion import combination
 from mlem_dist.solver.process import Process
 from mlem_dist.solver.steps import StepTable
@@ -98,10 +97,13 @@ class GaussianLevel(nn.Module):
         self._fit_means(x0, number, in_range)
         if TEXT in condition:
             self._fit_responses(x0, embedding(condition).double(), in_range)
+
+        def centred(part: Tensor) -> Tensor:
+            return _rows(x0, part, in_range) - self.means(take(condition, part), len(part)).double()
+
         for c in range(len(self.basis)):
             members = everyone if len(self.basis) == 1 else (number == c).nonzero(as_tuple=True)[0]
-            parts = [(part, self.means(take(condition, part), len(part)).double()) for part in members.split(FIT_ROWS)]
-            self._fit_covariance(c, [(partial(_rows, x0, part, in_range), mean) for part, mean in parts], len(members))
+            self._fit_covariance(c, [partial(centred, part) for part in members.split(FIT_ROWS)], len(members))
 
     def _fit_means(self, x0: Tensor, number: Tensor, in_range: Callable[[Tensor], Tensor]) -> None:
         classes, d = self.mean.shape
@@ -114,11 +116,15 @@ class GaussianLevel(nn.Module):
         mean = sums / counts.clamp(min=1)[:, None]
         if len(self.basis) < classes:
             # Between classes, the variance of the means less what chance makes of it. Cf. James & Stein (1961).
-            common = sums.sum(0) / len(x0)
-            within = (squares - float((counts * mean.square().sum(1)).sum())) / max(1, len(x0) - classes)
-            spread = float((counts * (mean - common).square().sum(1)).sum()) - (classes - 1) * within
-            between = max(spread, 1e-12) / (len(x0) - float(counts.square().sum()) / len(x0))
-            mean = common + (counts / (counts + within / between))[:, None] * (mean - common)
+            common, present = sums.sum(0) / len(x0), int((counts > 0).sum())
+            freedom = len(x0) - present
+            within = max(0.0, squares - float((counts * mean.square().sum(1)).sum())) / max(1, freedom)
+            spread = float((counts * (mean - common).square().sum(1)).sum()) - (present - 1) * within
+            # One sample of each class says nothing of the variance within classes: all take the common mean.
+            effective = max(1e-30, len(x0) - float(counts.square().sum()) / len(x0))
+            between = max(0.0, spread) / effective if freedom else 0.0
+            share = counts * between / (counts * between + within).clamp(min=1e-30)
+            mean = common + share[:, None] * (mean - common)
         self.mean.copy_(mean)
 
     def _fit_responses(self, x0: Tensor, embedded: Tensor, in_range: Callable[[Tensor], Tensor]) -> None:
@@ -148,20 +154,20 @@ class GaussianLevel(nn.Module):
         self.directions, self.responses = right.float(), responses.float()
         self.mean.sub_((centre @ right @ responses).float())
 
-    def _fit_covariance(self, c: int, parts: Sequence[tuple[Callable[[], Tensor], Tensor]], n: int) -> None:
-        """Fit basis c to the rows of n samples, given in parts, each with its means (rows, d)."""
+    def _fit_covariance(self, c: int, parts: Sequence[Callable[[], Tensor]], n: int) -> None:
+        """Fit basis c to n samples less their means, each part a function that returns float64 (rows, d)."""
         d, rank = self.basis.shape[1:]
         if n > d:
             covariance = torch.zeros(d, d).double()
-            for rows, mean in parts:
-                centred = rows() - mean
+            for part in parts:
+                centred = part()
                 covariance += centred.T @ centred
             covariance /= n - 1
             total = covariance.trace()
             value, vector = torch.linalg.eigh(covariance)
         else:
             # A smaller matrix has the same non-zero eigenvalues; the directions of the others do not matter.
-            centred = torch.cat([rows() - mean for rows, mean in parts]) / math.sqrt(n - 1)
+            centred = torch.cat([part() for part in parts]) / math.sqrt(n - 1)
             total = centred.square().sum()
             value, left = torch.linalg.eigh(centred @ centred.T)
             value, left = value[1:], left[:, 1:]

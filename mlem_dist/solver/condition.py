@@ -8,6 +8,11 @@ from torch import Tensor
 LABEL = "label"
 """Name of the tensor of classes, int64 (B,), in the condition of a class-conditional ladder."""
 
+TEXT, POOLED, SIZES = "text", "pooled", "sizes"
+"""Names of tensors in the condition of a ladder with prompts: embeddings of the prompt's tokens (B, tokens, width), of
+the whole prompt (B, width), and original height and width, crop at the top and left, target height and width in pixels
+(B, 6)."""
+
 NEGATIVE = "negative_"
 """Prefix of the name of a tensor that takes another one's place in unconditional evaluations, by guided levels."""
 

@@ -309,11 +309,11 @@ class Fitter:
         by_number: dict[int, list[Times]] = {}
         best = len(self.cost)
         for middle in (0, *range(1 + self.closed, best)):
-            part = self.cost.of({middle or best, best}) <= (1 + 1e-9) * self.cost.alone[-1]
-            for between in (*((1,) if part else ()), *(BETWEEN if middle else ())):
+            free = middle and self.cost.of({middle, best}) <= (1 + 1e-9) * self.cost.alone[-1]
+            for between in (1, *BETWEEN) if free else BETWEEN if middle else (1,):
                 if calls := self.affordable_calls(nfe, middle, between):
-                    # Without a Gaussian, calls of both rungs begin at the first step; at one step they cost less.
-                    begin = 0.4 if self.closed or between > 1 else 0.0
+                    # Where the first rung is called as often as the best level, both are called at the same steps.
+                    begin = Times.begin if self.closed or between > 1 else 0.0
                     by_number.setdefault(middle, []).append(Times(middle, calls, between, begin, self.closed))
         if not by_number:
             raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")

@@ -59,12 +59,7 @@ def test_workers_of_any_placement_do_what_the_integrator_does(three, make_job, d
     blocks = Blocks(job, three)
     with torch.inference_mode():
         modules = {k: three.load_level(k, "cpu") for k in range(1, levels + 1)}
-        x = integrate(
-            modules,
-            blocks.table,
-            plan,
-            blocks.noise(0),
-            blocks.condition(0),
-            blocks.closed_form(0, blocks.condition(0)),
-        )
+        condition = blocks.condition(0)
+        closed_form = blocks.closed_form(0, condition)
+        x = integrate(modules, blocks.table, plan, blocks.noise(0), condition, closed_form)
     np.testing.assert_array_equal(by_pools(job, pools), blocks.images(0, x))

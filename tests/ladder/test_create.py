@@ -349,7 +349,7 @@ def test_a_gaussian_is_fitted_to_samples_of_the_best_level(pipelines, tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd", "pixels"])
 def test_a_gaussian_is_fitted_to_images(kind, pipelines, tmp_path):
-    """To their latents, if samples are latents: its samples decode to images like them."""
+    """To their latents in the unit of the pipeline, if samples are latents."""
     rng = np.random.default_rng(0)
     ladder = Ladder.create(tmp_path / "alone", [pipelines / kind], measure=False)
     channels, *size = ladder.image_shape

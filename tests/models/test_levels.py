@@ -325,6 +325,17 @@ def test_means_of_classes_with_few_samples_are_drawn_to_the_common_one():
     assert (level.variance[0].mean() - 1).abs() < 0.05
 
 
+@pytest.mark.parametrize("label", [torch.arange(64), torch.zeros(64, dtype=torch.int64), torch.arange(64) % 60])
+def test_classes_with_hardly_any_samples_share_the_common_mean(label):
+    """One sample does not become its class's mean, with no variance left, and no class is without a mean."""
+    x0 = torch.randn(64, 1, 3, 4, generator=torch.Generator().manual_seed(0)) + 3
+    level = GaussianLevel(200, 12, 6, process_of_products(np.linspace(0.999, 0.01, 20)), bases=1)
+    level.fit(x0, {"label": label})
+    torch.testing.assert_close(level.mean[199], x0.flatten(1).mean(0))
+    assert (level.mean - level.mean[199]).square().mean() < 0.3
+    assert level.residual[0] > 0.3
+
+
 @pytest.mark.parametrize("depends", [True, False])
 def test_a_mean_that_is_linear_in_the_embedding_is_found(depends):
     rng = torch.Generator().manual_seed(0)
@@ -339,8 +350,8 @@ def test_a_mean_that_is_linear_in_the_embedding_is_found(depends):
     # Of an unbiased fit, the error is the noise times the number of coefficients per sample.
     assert error < 1.2 * (1 + features * depends) * 0.25 / n + 1e-4
     covariance = 0.25 * torch.eye(d)
-    found = level.basis[0] @ torch.diag(level.variance[0] - level.residual[0]) @ level.basis[0].T
-    assert (found + level.residual[0] * torch.eye(d) - covariance).abs().max() < 0.06
+    low_rank = level.basis[0] @ torch.diag(level.variance[0] - level.residual[0]) @ level.basis[0].T
+    assert (low_rank + level.residual[0] * torch.eye(d) - covariance).abs().max() < 0.06
     # It survives a file, and its closed form is that of single steps.
     again = GaussianLevel.of_state(level.state_dict(), level.process)
     table = solver_table(level.process, 10, "ode")

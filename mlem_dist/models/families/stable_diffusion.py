@@ -7,12 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mlem_dist.models.families.family import Config, Family
-from mlem_dist.solver.condition import Condition
+from mlem_dist.solver.condition import POOLED, SIZES, TEXT, Condition
 from mlem_dist.solver.process import Process
-
-TEXT, POOLED, SIZES = "text", "pooled", "sizes"
-"""Names of tensors in the condition: embeddings of the prompt's tokens (B, tokens, width), of the whole prompt
-(B, width), and original height and width, crop at the top and left, target height and width in pixels (B, 6)."""
 
 FURTHER = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
 """Keys of further conditions, which are null for a model that has none."""

@@ -17,11 +17,11 @@ from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OWN
 from mlem_dist.machine import available_cores
-from mlem_dist.models.families.stable_diffusion import TEXT
+from mlem_dist.models.devices import default_device, one_thread
 from mlem_dist.models.gaussian import GaussianLevel, embedding
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.pixels import to_range
-from mlem_dist.solver.condition import LABEL, Condition, join
+from mlem_dist.solver.condition import LABEL, TEXT, Condition, join
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import single_level
@@ -61,7 +61,7 @@ def gaussian_of_images(ladder: Ladder, folder: Path, notify: Callable[[str], Non
     images = load_images(folder, ladder.image_shape, ladder.labels)
     label, pixels = images.train_label, images.train
     in_range: Callable[[Tensor], Tensor] = partial(to_range, value_range=ladder.value_range)
-    device = _device()
+    device = default_device()
     if decoder := ladder.load_decoder(device, OWN):
         index = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:ENCODED]
         notify(f"Encoding {len(index):,} images for the Gaussian level.")
@@ -81,11 +81,12 @@ def gaussian_of_samples(ladder: Ladder, number: int, notify: Callable[[str], Non
         raise UsageError(f"`gaussian` {number}: expected a folder of images, or at least {FEWEST} samples to fit to")
     if ladder.encoder and not ladder.prompts:
         raise UsageError(f"`gaussian` {number}: samples need prompts; give some hundred as `prompts`")
-    device, best = _device(), len(ladder.levels)
+    device, best = default_device(), len(ladder.levels)
     notify(f"Making {number:,} samples of {ladder.levels[-1].name} in {STEPS} steps for the Gaussian level.")
     levels = {best: as_run(ladder.load_level(best, device), device)}
     table, plan = solver_table(ladder.process, STEPS, "dpm++"), single_level(best, best, STEPS)
-    ladder.condition(torch.arange(ladder.conditions, device=device))
+    # Before several threads ask for conditions.
+    ladder.condition(torch.arange(min(number, ladder.conditions), device=device))
 
     def sample(part: Tensor) -> tuple[Tensor, Condition]:
         condition = ladder.condition(part)
@@ -114,14 +115,6 @@ def _fit(ladder: Ladder, x0: Tensor, condition: Condition, in_range: Callable[[T
 
 def _each(parts: Sequence[Tensor], run: Callable[[Tensor], T]) -> list[T]:
     """The results of `run` for parts of BATCH images, side by side on a CPU, each on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(available_cores() if _device() == "cpu" else 1) as pool:
-            return list(pool.map(torch.inference_mode()(run), parts))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    workers = available_cores() if default_device() == "cpu" else 1
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(torch.inference_mode()(run), parts))
