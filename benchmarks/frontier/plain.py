@@ -17,7 +17,7 @@ from race import race, race_command
 
 from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.tuning.calibrate import calibrate, store
+from mlem_dist.tuning.calibrate import HeldOut, calibrate, store
 from mlem_dist.tuning.recipes import calibrated
 
 BUDGETS = (3, 5, 10, 20, 40)
@@ -41,7 +41,7 @@ def main(folder: Path, data: Path, threads: int, out: Path) -> None:
         ladder = part_of(Ladder.load(folder), numbers, folder.parent / f"{folder.name}-{name}")
         if not calibrated(ladder):
             images = load_images(data, ladder.sample_shape, ladder.labels)
-            store(ladder.folder, ladder, calibrate(ladder, images.test, images.condition(images.test_label), "cpu"))
+            store(ladder.folder, ladder, calibrate(ladder, "cpu", held_out=HeldOut.of(images, ladder)))
         race(name, ladder, BUDGETS, BUDGETS, out / name, threads)
 
 

@@ -16,8 +16,8 @@ from mlem_dist.api.arguments import find_plan
 from mlem_dist.engine import blocks as engine_blocks
 from mlem_dist.engine.inline import block_maker
 from mlem_dist.engine.job import Job
-from mlem_dist.engine.sizes import BLOCK_SIZE
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.sizes import BLOCK_SIZE
 from mlem_dist.solver.noise import Noise, image_noise
 
 STEPS, BLOCKS = 250, 3

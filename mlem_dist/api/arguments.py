@@ -69,13 +69,15 @@ def find_plan(
     cost: np.ndarray | LevelCosts,
     *,
     solver: str,
-    steps: int,
+    steps: int | None,
     nfe: float | None = None,
     plan: Plan | str | Path | None = None,
     grid: Spacing = "trailing",
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
     """The given plan, or the plan or recipe of a budget for level costs `cost`, and a note for the user or "".
+
+    Without `steps`, plans have the steps that they were made with.
 
     Raises:
         UsageError: if the plan is for another ladder, solver or number of steps, or a budget is given as well; or as
@@ -86,10 +88,10 @@ def find_plan(
     if given := [name for name, value in {"nfe": nfe, **choices}.items() if value is not None]:
         raise UsageError(f"`{given[0]}` and `plan` exclude each other: a plan has its own; leave one out")
     if isinstance(plan, Plan):
-        if plan.fire.shape != (len(ladder.levels), steps):
+        if len(plan.fire) != len(ladder.levels) or steps not in (None, plan.steps):
             raise UsageError(
-                f"`plan` is of {plan.fire.shape[0]} levels and {plan.fire.shape[1]} steps, expected "
-                f"{len(ladder.levels)} and {steps}"
+                f"`plan` is of {len(plan.fire)} levels and {plan.steps} steps, expected {len(ladder.levels)} and "
+                f"{steps or plan.steps}"
             )
         return plan, ""
     return read_plan(Path(plan), ladder.digest, len(ladder.levels), solver, steps), ""

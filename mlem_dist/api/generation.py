@@ -30,10 +30,10 @@ from mlem_dist.engine.completion import Engine, complete, open_dataset
 from mlem_dist.engine.job import SEEDS, Job
 from mlem_dist.engine.progress import GenerationReport, Progress
 from mlem_dist.engine.prompts import read_prompts
-from mlem_dist.engine.sizes import sizes
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OPERATIONS
+from mlem_dist.ladder.sizes import sizes
 from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
@@ -54,7 +54,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     nfe: float | None = None,
     solver: Solver = "ode",
-    steps: int = 250,
+    steps: int | None = None,
     plan: Plan | str | Path | None = None,
     grid: Spacing = "trailing",
     precision: Precision | None = None,
@@ -76,7 +76,7 @@ def sample(
         nfe: budget per image, in evaluations of the best level; 10 by default.
         solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
             aliases of "ode" and "sde".
-        steps: number of base steps.
+        steps: number of base steps; by default that of the plan, else 250.
         plan: a plan or its file, instead of a budget.
         grid: timesteps: "trailing" for the ends of equal intervals (for flows, the pipeline's own), or "model" for the
             spacing and offset of the scheduler's configuration.
@@ -107,7 +107,7 @@ def sample(
         num=num,
         labels=check_labels(labels, loaded),
         solver=method,
-        steps=steps,
+        steps=chosen.steps,
         plan=chosen,
         seed=seed,
         block_size=block_size,
@@ -152,7 +152,7 @@ def generate(
     seed: int = 0,
     nfe: float | None = None,
     solver: Solver = "ode",
-    steps: int = 250,
+    steps: int | None = None,
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
     increments: Increments | None = None,
@@ -184,7 +184,7 @@ def generate(
         nfe: budget per image, in evaluations of the best level; 10 by default.
         solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
             aliases of "ode" and "sde".
-        steps: number of base steps.
+        steps: number of base steps; by default that of the plan, else 250.
         probabilities: distribution of the budget over levels and steps; by default "neyman" for a calibrated ladder,
             else "theory". Without a Gaussian first level, the default for the ODE is the best level alone.
         draw: choice of the steps at which a plan evaluates each level. "quantiles", the default, is one plan for all
@@ -254,7 +254,7 @@ def generate(
         num=num,
         labels=classes,
         solver=method,
-        steps=steps,
+        steps=chosen.steps,
         plan=chosen,
         seed=seed,
         block_size=block_size,
@@ -372,7 +372,7 @@ def draw(
     seed: int = 0,
     nfe: float | None = None,
     solver: Solver = "ode",
-    steps: int = 250,
+    steps: int | None = None,
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
     increments: Increments | None = None,
@@ -395,14 +395,14 @@ def draw(
     """
     from mlem_dist.solver.plan import block_rng, write_plan
     from mlem_dist.tuning.recipes import make_recipe
+    from mlem_dist.tuning.tuned_plans import DEFAULT_STEPS
 
     method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     check_new(out)
     cost = loaded.costs(local_device(device))
-    recipe = make_recipe(
-        loaded, cost, method, steps, DEFAULT_NFE if nfe is None else nfe, probabilities, draw, increments, grid
-    )
+    budget = DEFAULT_NFE if nfe is None else nfe
+    recipe = make_recipe(loaded, cost, method, steps or DEFAULT_STEPS, budget, probabilities, draw, increments, grid)
     plan = recipe.plan(block_rng(seed, 0))
     write_plan(out, plan, loaded.digest, method)
     return plan, plan.nfe(cost)

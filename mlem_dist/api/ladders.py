@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mlem_dist.api.arguments import Device, Notify, check_prompts, ignore, load_ladder, local_device
 from mlem_dist.engine.prompts import read_prompts
@@ -15,10 +15,13 @@ from mlem_dist.machine import available_cores
 from mlem_dist.solver.steps import canonical_solver
 
 if TYPE_CHECKING:
-    from mlem_dist.ladder.images import Images
+    from mlem_dist.runtime.device_task import Report
     from mlem_dist.training.tasks import TrainingProgress
     from mlem_dist.tuning.calibrate import Calibration
     from mlem_dist.tuning.frontier import Row
+
+
+T = TypeVar("T")
 
 
 def measure(ladder: str | Path | Ladder) -> Ladder:
@@ -33,18 +36,6 @@ def measure(ladder: str | Path | Ladder) -> Ladder:
     loaded = load_ladder(ladder)
     loaded.check_models()
     return measure_costs(loaded)
-
-
-def load_data(data: Path, ladder: Any, notify: Notify = ignore) -> Images:
-    """The images in a folder, for a ladder or a training configuration, with notes on resized and skipped files."""
-    from mlem_dist.ladder.images import load_images
-
-    images = load_images(data, ladder.sample_shape, ladder.labels)
-    if images.resized:
-        notify(f"{images.resized:,} images are larger than the samples: cropped and scaled down.")
-    if images.skipped:
-        notify(f"{images.skipped:,} files are no pictures: passed over.")
-    return images
 
 
 def train(
@@ -78,6 +69,7 @@ def train(
         RuntimeError: if memory does not suffice, or the process of a level dies.
     """
     from mlem_dist.extras import require
+    from mlem_dist.ladder.images import load_images
     from mlem_dist.report.figures import save_loss_curves
     from mlem_dist.runtime import cluster
     from mlem_dist.training.config import read_config
@@ -90,7 +82,9 @@ def train(
     remote = cluster.is_remote(address)
     if not remote:
         device_type = local_device(device)
-    images = load_data(data, settings, notify)
+    images = load_images(data, settings.sample_shape, settings.labels)
+    for sentence in images.notes():
+        notify(sentence)
     finished = check_training(settings, images, out)
     if not finished:
         cluster.connect(address)
@@ -106,19 +100,25 @@ def train(
 def calibrate(
     ladder: str | Path | Ladder,
     *,
-    data: Path,
+    data: Path | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
     device: Device = "auto",
+    address: str | None = None,
     out: Path | None = None,
     compiled: bool = False,
     notify: Notify = ignore,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[Calibration, list[Path], bool]:
-    """Measure a ladder on this device: times, errors, increments and their effects, gamma, and predicted speed-up.
+    """Measure a ladder on a device: times, errors, increments and their effects, gamma, and predicted speed-up.
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        data: folder of an image dataset.
+        data: folder of an image dataset; without it, denoising errors and gamma by them are left out.
+        prompts: prompts like those of the images to be generated, some dozens, or a file of them as for `generate`;
+            for a ladder that is conditioned on prompts.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        address: address of a Ray head, as for `generate`; the work is then done on one device of that cluster, which
+            must share the folders of the ladder and of `out`. By default it is done in this process.
         out: folder for calibration.json and figures; the ladder's folder by default.
         compiled: whether to time UNets with torch.compile as well.
         notify: receives sentences for the user.
@@ -131,21 +131,34 @@ def calibrate(
         UsageError: if the ladder or the data cannot be used.
     """
     from mlem_dist.extras import require
-    from mlem_dist.ladder.calibration import device_key, stored
+    from mlem_dist.ladder.calibration import stored
+    from mlem_dist.ladder.images import load_images
     from mlem_dist.report.figures import save_figures
-    from mlem_dist.tuning.calibrate import calibrate, store
+    from mlem_dist.tuning.calibrate import HeldOut, calibrate, store
 
     require("matplotlib", "figures")
-    loaded = load_ladder(ladder)
-    device_type = local_device(device)
-    folder = loaded.folder if out is None else out
-    replaced = device_key(device_type) in stored(folder, loaded)
+    loaded = _with_prompts(load_ladder(ladder), prompts)
+    if data is not None and loaded.encoder:
+        raise UsageError(f"`data` {data}: images have no prompts, on which this ladder is conditioned; leave it out")
+    folder = (loaded.folder if out is None else out).absolute()
+    known = stored(folder, loaded)
     loaded.check_models()
-    images = load_data(data, loaded, notify)
-    calibration = calibrate(
-        loaded, images.test, images.condition(images.test_label), device_type, progress, compiled=compiled
-    )
-    return calibration, [store(folder, loaded, calibration), *save_figures(folder, loaded, calibration)], replaced
+    with _Place(address, device) as place:
+        images = None if data is None else load_images(data, loaded.image_shape, loaded.labels)
+        for sentence in images.notes() if images else ():
+            notify(sentence)
+        measured = place.run(
+            lambda report: calibrate(
+                loaded,
+                place.device,
+                report,
+                held_out=None if images is None else HeldOut.of(images, loaded),
+                compiled=compiled,
+            ),
+            progress,
+        )
+    written = [store(folder, loaded, measured), *save_figures(folder, loaded, measured)]
+    return measured, written, measured.device in known
 
 
 def tune(
@@ -154,9 +167,12 @@ def tune(
     out: Path,
     nfe: Sequence[float] = (5, 10, 20, 40),
     solver: Literal["ode", "sde", "ddim", "ddpm"] = "ode",
-    steps: int = 250,
+    steps: int | None = None,
     prompts: str | Path | Sequence[str] | None = None,
+    minutes: float | None = None,
     device: Device = "auto",
+    address: str | None = None,
+    notify: Notify = ignore,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> tuple[list[Row], list[Path]]:
     """Find the best plan of a ladder for each budget: try candidates, and judge them on other noises.
@@ -168,21 +184,28 @@ def tune(
         out: folder for the plans, the frontier and its figure; `generate` uses plans in the ladder's folder.
         nfe: budgets, in evaluations of the best level per image.
         solver: "ode" or "sde", or their aliases "ddim" and "ddpm".
-        steps: number of base steps.
+        steps: number of base steps, and of the steps of the best level that plans are judged by; by default the least
+            number of which twice as many hardly change the images, by measurement.
         prompts: prompts like those of the images to be generated, a few hundred, or a file of them as for `generate`;
             for a ladder that is conditioned on prompts.
+        minutes: about the largest time to take: fewer samples are fitted to, if it is short.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
+        address: address of a Ray head, as for `calibrate`.
+        notify: receives sentences for the user.
         progress: receives the name of a stage, its finished units of work, and their total.
 
     Returns:
         A row of the frontier for each candidate, and the paths of the written files.
 
     Raises:
-        UsageError: if the ladder or `out` cannot be used, or a budget cannot be met.
+        UsageError: if the ladder or `out` cannot be used, or a budget or `minutes` cannot be met.
     """
     from mlem_dist.extras import require
     from mlem_dist.report.figures import save_frontier
-    from mlem_dist.tuning.tune import open_frontier
+    from mlem_dist.report.tables import tuning_price
+    from mlem_dist.tuning.frontier import stored_steps
+    from mlem_dist.tuning.price import reference_steps
+    from mlem_dist.tuning.tune import affordable_samples, check_budgets, frontier_path, open_frontier
     from mlem_dist.tuning.tune import tune as search
     from mlem_dist.tuning.tuned_plans import plan_path
 
@@ -190,15 +213,67 @@ def tune(
     method = canonical_solver(solver)
     if method == "dpm++":
         raise UsageError("`solver` dpm++: `tune` finds plans for ode and sde; choose one of them")
-    loaded = load_ladder(ladder)
-    if isinstance(prompts, str | Path):
-        prompts, _ = read_prompts(Path(prompts), None)
-    texts, _ = check_prompts(prompts, None, loaded)
-    loaded = replace(loaded, prompts=texts)
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"`minutes` {minutes:g}: expected a positive number")
+    loaded, folder, budgets = _with_prompts(load_ladder(ladder), prompts), out.absolute(), tuple(nfe)
     loaded.check_models()
-    device_type = local_device(device)
-    frontier = open_frontier(loaded, method, steps, device_type, out)
-    threads = available_cores() if device_type == "cpu" else 1
-    rows = list(search(loaded, device_type, tuple(nfe), frontier, threads, progress))
+    with _Place(address, device) as place:
+        check_budgets(loaded, method, place.device, budgets)
+        if steps is None:
+            steps = stored_steps(frontier_path(folder, method)) or place.run(
+                lambda report: reference_steps(loaded, method, place.device, report), progress
+            )
+            notify(f"Plans have {steps} `steps`, and are judged by {loaded.levels[-1].name} at each of them.")
+        samples, seconds = affordable_samples(loaded, method, place.device, steps, budgets, minutes, place.threads)
+        notify(tuning_price(seconds, float(loaded.cost(place.device)[-1]) / place.threads, max(budgets)))
+        frontier = open_frontier(loaded, method, steps, place.device, folder, samples)
+        rows, frontier = place.run(
+            lambda report: (
+                list(search(loaded, place.device, budgets, frontier, place.threads, report, samples)),
+                frontier,
+            ),
+            progress,
+        )
     figure = save_frontier(frontier, frontier.path.with_suffix(".png"))
     return rows, [*(plan_path(out, method, budget) for budget in nfe), frontier.path, figure]
+
+
+def _with_prompts(ladder: Ladder, prompts: str | Path | Sequence[str] | None) -> Ladder:
+    """The ladder with prompts from a list or a file, if it is conditioned on prompts."""
+    if isinstance(prompts, str | Path):
+        prompts, _ = read_prompts(Path(prompts), None)
+    texts, _ = check_prompts(prompts, None, ladder)
+    return replace(ladder, prompts=texts)
+
+
+class _Place:
+    """Where a ladder is measured: in this process, or on one device of a cluster if `address` names one.
+
+    Attributes:
+        device: the device type, "cpu" or "cuda".
+        threads: number of threads, 1 on a GPU.
+    """
+
+    def __init__(self, address: str | None, device: Device) -> None:
+        from mlem_dist.runtime import cluster
+
+        self.remote = cluster.is_named(address)
+        if self.remote:
+            cluster.connect(address)
+        self.device = cluster.device_type(device) if self.remote else local_device(device)
+        cores = cluster.largest_node() if self.remote else available_cores()
+        self.threads = cores if self.device == "cpu" else 1
+
+    def __enter__(self) -> _Place:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        from mlem_dist.runtime import cluster
+
+        cluster.disconnect()
+
+    def run(self, work: Callable[[Report], T], progress: Report) -> T:
+        """The result of `work` there."""
+        from mlem_dist.runtime.device_task import run_on_device
+
+        return run_on_device(work, self.device, self.threads, progress) if self.remote else work(progress)

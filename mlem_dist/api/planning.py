@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlem_dist.api.arguments import Solver, check_new, find_plan, load_ladder
-from mlem_dist.engine.sizes import sizes
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.sizes import sizes
 from mlem_dist.solver.plan import Draw, Increments
 from mlem_dist.solver.probabilities import Rule
 from mlem_dist.solver.steps import Spacing, canonical_solver
@@ -25,7 +25,7 @@ def capacity(
     cost: Sequence[str] = (),
     nfe: float | None = None,
     solver: Solver = "ode",
-    steps: int = 250,
+    steps: int | None = None,
     probabilities: Rule | Literal["neyman"] | None = None,
     draw: Draw | None = None,
     increments: Increments | None = None,

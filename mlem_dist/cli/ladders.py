@@ -123,8 +123,15 @@ def train(**arguments: Any) -> None:
 
 @click.command()
 @click.argument("ladder", type=given)
-@data_option
+@click.option(
+    "--data",
+    type=source,
+    metavar="FOLDER",
+    help="Folder of images, for denoising errors too: IDX files, Parquet or pictures; see the docs.",
+)
+@click.option("--prompts", type=source, metavar="FILE", help="Some dozen prompts, for a ladder that takes prompts.")
 @device_option
+@address_option
 @click.option(
     "--out", type=target, metavar="FOLDER", help="Folder for calibration.json and figures.  [default: the ladder's]"
 )
@@ -151,9 +158,11 @@ def calibrate(ladder: str, **arguments: Any) -> None:
 @click.option(
     "--solver", type=click.Choice(["ode", "sde", "ddim", "ddpm"]), metavar="[ode|sde]", default="ode", show_default=True
 )
-@click.option("--steps", type=number, default=250, show_default=True, help="Base steps, as for generate.")
+@click.option("--steps", type=number, help="Base steps, as for generate.  [default: by measurement]")
 @click.option("--prompts", type=source, metavar="FILE", help="Some hundred prompts, for a ladder that takes prompts.")
+@click.option("--minutes", type=float, help="Fits to fewer samples, so that the search takes about that long, at most.")
 @device_option
+@address_option
 @click.option("--out", type=target, metavar="FOLDER", required=True, help="Folder; a rerun goes on.")
 def tune(ladder: str, **arguments: Any) -> None:
     """Find plans for LADDER: try ways to spend each budget, and judge them on other noises.
@@ -167,6 +176,6 @@ def tune(ladder: str, **arguments: Any) -> None:
     from mlem_dist.report.tables import frontier_table
 
     with parts_bar() as progress:
-        rows, written = api.tune(ladder, **arguments, progress=progress)
+        rows, written = api.tune(ladder, **arguments, notify=say, progress=progress)
     click.echo(frontier_table(rows))
     click.echo(f"Wrote {', '.join(map(str, written))}")

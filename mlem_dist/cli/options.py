@@ -184,7 +184,7 @@ def budget_options(command: Any) -> Any:
                 help="The ODE, by DDIM or Euler's method; the SDE, by DDPM; or the ODE by DPM-Solver++(2M). ddim and "
                 "ddpm are aliases of ode and sde.",
             ),
-            click.option("--steps", type=number, default=250, show_default=True, help="Base steps."),
+            click.option("--steps", type=number, help="Base steps.  [default: the tuned plan's, else 250]"),
             click.option(
                 "--grid",
                 type=click.Choice(["trailing", "model"]),

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, file_digest, own_names, read_object, remembered_digest, replace_file
 from mlem_dist.ladder.checks import check_model_folder, model_files, stored_values
-from mlem_dist.ladder.gaussian_fit import gaussian_of_images, gaussian_of_samples
+from mlem_dist.ladder.gaussian_fit import FEWEST, gaussian_of_images, gaussian_of_samples
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.save import save_level
@@ -91,6 +91,7 @@ def create_ladder(
         UsageError: if a model cannot be used, or does not fit the others. Nothing is written in this case.
     """
     guide = _guidance(guidance)
+    _check_gaussian(gaussian, prompts)
     _check_out(out)
     if not models:
         raise UsageError("`models` is empty, expected at least one model")
@@ -98,6 +99,8 @@ def create_ladder(
     precisions = _precisions(precision, sources)
     by = _guide(guide_with, guide, models, _names(sources))
     surroundings = _surroundings(sources, pipeline)
+    if surroundings.encoder and isinstance(gaussian, int) and not prompts:
+        raise UsageError(f"`gaussian` {gaussian}: samples need prompts; give some hundred as `prompts`")
     shape = _sample_shape(sources[-1], surroundings, size)
     labels = _labels(sources[-1], surroundings)
     entries: list[Entry] = []
@@ -143,8 +146,6 @@ def _fitted(
     notify: Callable[[str], None],
 ) -> GaussianLevel:
     """A Gaussian level for the ladder of the content `raw`, which is not written yet."""
-    if not isinstance(gaussian, int) and not Path(gaussian).is_dir():
-        raise UsageError(f"`gaussian` {gaussian}: expected a folder of images, or a number of samples")
     with TemporaryDirectory() as work:
         ladder = replace(_write(Path(work), raw, around), prompts=tuple(prompts))
         if isinstance(gaussian, int):
@@ -289,6 +290,18 @@ def _copy(out: Path, raw: dict[str, Any], entries: Sequence[Entry], around: Surr
         for name in stored["sha256"]:
             replace_file(out / path / name, partial(shutil.copyfile, folder / name))
         stored["path"] = path
+
+
+def _check_gaussian(gaussian: str | Path | int | None, prompts: Sequence[str]) -> None:
+    if prompts and not isinstance(gaussian, int):
+        raise UsageError("`prompts` are those of samples to fit a Gaussian to; give their number as `gaussian` as well")
+    if isinstance(gaussian, int):
+        if gaussian < FEWEST:
+            raise UsageError(
+                f"`gaussian` {gaussian}: expected a folder of images, or at least {FEWEST} samples to fit to"
+            )
+    elif gaussian is not None and not Path(gaussian).is_dir():
+        raise UsageError(f"`gaussian` {gaussian}: expected a folder of images, or a number of samples")
 
 
 def _check_out(out: Path) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,31 +12,21 @@ from torch import Tensor
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schema import OWN
-from mlem_dist.machine import available_cores
-from mlem_dist.models.devices import default_device, one_thread
+from mlem_dist.ladder.latents import in_batches, samples_of_images
+from mlem_dist.models.devices import default_device
 from mlem_dist.models.gaussian import GaussianLevel, embedding
 from mlem_dist.models.graphs import as_run
-from mlem_dist.models.pixels import to_range
 from mlem_dist.solver.condition import LABEL, TEXT, Condition, join
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import single_level
 from mlem_dist.solver.steps import solver_table
 
-T = TypeVar("T")
-
 STEPS = 20
 """Number of steps of samples of the best level. Means and covariances do not need the last digit of a sample."""
 
-BATCH = 8
-"""Number of images or samples that a model takes at a time."""
-
 FEWEST = 16
 """Smallest number of samples of a fit."""
-
-ENCODED = 4096
-"""Largest number of images that are encoded to latents for a fit."""
 
 RANK = 256
 """Largest rank of a covariance, beside its isotropic part."""
@@ -59,15 +46,10 @@ def gaussian_of_images(ladder: Ladder, folder: Path, notify: Callable[[str], Non
         UsageError: if the folder has no images, or their classes are not the ladder's.
     """
     images = load_images(folder, ladder.image_shape, ladder.labels)
-    label, pixels = images.train_label, images.train
-    in_range: Callable[[Tensor], Tensor] = partial(to_range, value_range=ladder.value_range)
-    device = default_device()
-    if decoder := ladder.load_decoder(device, OWN):
-        index = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[:ENCODED]
-        notify(f"Encoding {len(index):,} images for the Gaussian level.")
-        parts = _each(index.split(BATCH), lambda part: decoder.latents(to_range(pixels[part].to(device))).cpu())
-        pixels, label, in_range = torch.cat(parts), label[index], Tensor.double
-    return _fit(ladder, pixels, images.condition(label), in_range)
+    for sentence in images.notes():
+        notify(sentence)
+    x0, label, in_range = samples_of_images(ladder, images.train, images.train_label, notify)
+    return _fit(ladder, x0, images.condition(label), in_range)
 
 
 @torch.inference_mode()
@@ -75,12 +57,8 @@ def gaussian_of_samples(ladder: Ladder, number: int, notify: Callable[[str], Non
     """A Gaussian level fitted to samples of the best level, which take the ladder's classes or prompts in turn.
 
     Raises:
-        UsageError: if the samples are too few, or are not finite.
+        UsageError: if the samples are not finite.
     """
-    if number < FEWEST:
-        raise UsageError(f"`gaussian` {number}: expected a folder of images, or at least {FEWEST} samples to fit to")
-    if ladder.encoder and not ladder.prompts:
-        raise UsageError(f"`gaussian` {number}: samples need prompts; give some hundred as `prompts`")
     device, best = default_device(), len(ladder.levels)
     notify(f"Making {number:,} samples of {ladder.levels[-1].name} in {STEPS} steps for the Gaussian level.")
     levels = {best: as_run(ladder.load_level(best, device), device)}
@@ -96,7 +74,7 @@ def gaussian_of_samples(ladder: Ladder, number: int, notify: Callable[[str], Non
         short = {LABEL: condition[LABEL]} if LABEL in condition else {}
         return end, {TEXT: embedding(condition)[:, None].cpu()} if ladder.encoder else short
 
-    ends, conditions = zip(*_each(torch.arange(number, device=device).split(BATCH), sample), strict=True)
+    ends, conditions = zip(*in_batches(torch.arange(number, device=device), sample), strict=True)
     samples = torch.cat(ends)
     if not samples.isfinite().all():
         raise UsageError(f"`gaussian` {number}: samples of {ladder.levels[-1].name} are not finite; give images")
@@ -111,10 +89,3 @@ def _fit(ladder: Ladder, x0: Tensor, condition: Condition, in_range: Callable[[T
     level = GaussianLevel(classes, d, rank, ladder.process, classes if own else 1)
     level.fit(x0, condition, in_range)
     return level.eval()
-
-
-def _each(parts: Sequence[Tensor], run: Callable[[Tensor], T]) -> list[T]:
-    """The results of `run` for parts of BATCH images, side by side on a CPU, each on one thread."""
-    workers = available_cores() if default_device() == "cpu" else 1
-    with one_thread(), ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(torch.inference_mode()(run), parts))

@@ -84,6 +84,15 @@ class Images:
         """The condition of images with classes `label`, int64 (B,); empty if they are used without classes."""
         return {LABEL: label} if self.labels else {}
 
+    def notes(self) -> list[str]:
+        """Sentences for the user on resized images and skipped files."""
+        notes = []
+        if self.resized:
+            notes.append(f"{self.resized:,} images are larger than the samples: cropped and scaled down.")
+        if self.skipped:
+            notes.append(f"{self.skipped:,} files are no pictures: passed over.")
+        return notes
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the training part."""

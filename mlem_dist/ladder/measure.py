@@ -130,18 +130,18 @@ def denoising_errors(
     process: Process,
     bands: int,
     per_band: int,
-    value_range: tuple[float, float] = (-1.0, 1.0),
+    in_range: Callable[[Tensor], Tensor] = to_range,
 ) -> np.ndarray:
     """Squared errors of a level's drift, each the mean over the values of a sample, float64 (bands, per_band).
 
     Args:
         module: the level.
-        images: uint8 (n, C, H, W), on the module's device.
+        images: images, uint8 or as latents (n, C, H, W), on the module's device.
         condition: the condition of the images, on the same device.
         process: the ladder's process.
         bands: number of equal bands of noise; the first band has the least noise.
         per_band: number of samples in a band. Images, times and noises are the same for every level.
-        value_range: the interval of a finished sample's values.
+        in_range: map from a part of the images to a finished sample's values.
     """
     device = images.device
     errors = np.empty((bands, per_band))
@@ -150,7 +150,7 @@ def denoising_errors(
         index = torch.randint(len(images), (per_band,), generator=rng)
         times = process.times(band, bands, per_band, rng)
         for rows in torch.arange(per_band).split(100):
-            x0 = to_range(images[index[rows]], value_range)
+            x0 = in_range(images[index[rows]])
             noise = torch.randn(x0.shape, generator=rng).to(device)
             t = times[rows].to(device)
             value = module(process.mixed(x0, noise, t), t, take(condition, index[rows]))

@@ -33,26 +33,33 @@ def save_figures(folder: Path, ladder: Ladder, calibration: Calibration) -> list
 
 
 def error_against_time(ladder: Ladder, calibration: Calibration) -> Figure:
-    """Both readings of gamma as lines in logarithmic axes; the left one is Figure 2 of Jacot, arXiv:2603.24594."""
-    figure = _figure(f"{ladder.name} on {calibration.device}", 1, 2, 4.4, sharex=True)
-    left, right = figure.axes
+    """Both readings of gamma as lines in logarithmic axes; the left one is Figure 2 of Jacot, arXiv:2603.24594.
+
+    Without denoising errors, there is the right one alone.
+    """
+    rms = [level.rms_error for level in calibration.levels if level.rms_error is not None]
+    figure = _figure(f"{ladder.name} on {calibration.device}", 1, 1 + bool(rms), 4.4, sharex=True)
+    *left, right = figure.axes
     batch = max(calibration.levels[0].seconds)
     ms = [level.seconds[batch] * 1e3 for level in calibration.levels]
     names = [level.name for level in calibration.levels]
-    rms = np.array([level.rms_error for level in calibration.levels])
     error, increments = calibration.gamma.get("error"), calibration.gamma.get("increments")
     floor = error.floor if error else 0.0
-    _points(left, ms, rms, names, "with the floor", "C0", hollow=True)
-    if error:
-        above = [(time, value - floor, name) for time, value, name in zip(ms, rms, names, strict=True) if value > floor]
-        times, values, shown = zip(*above, strict=True)
-        _points(left, times, values, shown, f"above the floor, {floor:.4f}", "C0")
-        _line(left, error)
+    for axes in left:
+        _points(axes, ms, rms, names, "with the floor", "C0", hollow=True)
+        if error:
+            above = [
+                (time, value - floor, name) for time, value, name in zip(ms, rms, names, strict=True) if value > floor
+            ]
+            times, values, shown = zip(*above, strict=True)
+            _points(axes, times, values, shown, f"above the floor, {floor:.4f}", "C0")
+            _line(axes, error)
     mean = np.sqrt(calibration.solvers["sde"].increments.mean(1))
     _points(right, ms[1:], mean[1:], names[1:], "DDPM trajectories", "C1")
     if increments:
         _line(right, increments)
-    for axes, title in ((left, "RMS denoising error"), (right, "RMS increment over the next lower level")):
+    titles = ["RMS denoising error"] * len(left) + ["RMS increment over the next lower level"]
+    for axes, title in zip(figure.axes, titles, strict=True):
         axes.set(xscale="log", yscale="log", xlabel=f"ms per sample, batch {batch}", ylabel="per value", title=title)
         axes.margins(x=0.15, y=0.12)
         axes.legend()

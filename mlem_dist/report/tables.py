@@ -51,7 +51,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
         levels.append(
             [
                 *(str(k + 1), level.name, *(f"{level.seconds[batch] * 1e3:.3f}" for batch in batches)),
-                f"{level.rms_error:.4f}",
+                "-" if level.rms_error is None else f"{level.rms_error:.4f}",
                 *(f"{solver.increments[k].mean() ** 0.5:.4f}" for _, solver in solvers),
                 *(f"{solver.effect[k].sum() ** 0.5:.4f}" for _, solver in solvers),
             ]
@@ -66,9 +66,13 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
     bands = [["timesteps", *(level.name for level in calibration.levels)]]
     for band in range(BANDS):
         start, stop = band * train_steps // BANDS, (band + 1) * train_steps // BANDS
-        bands.append(
-            [f"{start} ... {stop - 1}", *(f"{level.denoising_error[band]:.3g}" for level in calibration.levels)]
-        )
+        errors = (level.denoising_error for level in calibration.levels)
+        bands.append([f"{start} ... {stop - 1}", *("-" if error is None else f"{error[band]:.3g}" for error in errors)])
+    by_band = [
+        f"Mean squared denoising error by band of noise, {calibration.images} held-out images each:",
+        _aligned(bands),
+        "",
+    ]
     readings = [gamma_statement(reading) for reading in calibration.gamma.values()] or [
         "gamma: cannot be read; a line needs at least three UNets in a row."
     ]
@@ -84,9 +88,7 @@ def calibration_table(ladder: Ladder, calibration: Calibration) -> str:
             _aligned(levels),
             "",
             *compiled,
-            f"Mean squared denoising error by band of noise, {calibration.images} held-out images each:",
-            _aligned(bands),
-            "",
+            *(by_band if calibration.images else ()),
             *readings,
             "",
             f"Predicted: ML-EM of {steps} steps with Neyman probabilities, at the error of Euler-Maruyama (EM) with",
@@ -102,6 +104,29 @@ def frontier_table(rows: Sequence[Row]) -> str:
     table += [[row.label, row.family, f"{row.seconds * 1e3:.2f}", f"{row.error:.3g}"] for row in rows]
     unbiased = "Unbiased over plans: the drift of ML-EM. All others err alike on every image that one noise gives."
     return f"{_aligned(table)}\n{unbiased}"
+
+
+def tuning_price(seconds: float, evaluation_seconds: float, nfe: float) -> str:
+    """A sentence on the time of a search, and on the number of images after which it is repaid.
+
+    Args:
+        seconds: time of the search.
+        evaluation_seconds: time of an evaluation of the best level for one image.
+        nfe: the largest budget, in such evaluations.
+    """
+    images = seconds / (nfe * evaluation_seconds)
+    return (
+        f"The search takes about {duration(seconds)} on this device, as long as {images:,.3g} images of {nfe:g} "
+        "evaluations. A plan that halves the evaluations repays it after as many images."
+    )
+
+
+def duration(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def gamma_statement(reading: Reading) -> str:

@@ -65,7 +65,12 @@ as in a container whose first process does not reap; the default is a minute."""
 
 def is_remote(address: str | None) -> bool:
     """Whether Ray already runs somewhere, rather than being started here."""
-    return _joined(address) or _resolved(address) != "local"
+    return _joined(address) or is_named(address)
+
+
+def is_named(address: str | None) -> bool:
+    """Whether an address, or RAY_ADDRESS, names a Ray that runs somewhere."""
+    return _resolved(address) != "local"
 
 
 def _joined(address: str | None) -> bool:
@@ -284,6 +289,18 @@ def find_devices(kinds: Sequence[str], device: str) -> list[Devices]:
         if len({one.type for one in here}) < len(here):
             raise UsageError("`placement`: two of its kinds are on one node, whose devices would count twice")
     return devices
+
+
+def largest_node() -> int:
+    """Number of CPU cores of the node of the connected cluster that has most.
+
+    Raises:
+        UsageError: if no node has one.
+    """
+    cores = max((int(node["Resources"].get("CPU", 0)) for node in live_nodes()), default=0)
+    if not cores:
+        raise UsageError("1 CPU is needed and Ray has 0; start nodes that have some")
+    return cores
 
 
 def live_nodes() -> list[dict[str, Any]]:

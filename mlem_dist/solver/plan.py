@@ -136,6 +136,11 @@ class Plan:
                 joined.append(Run(i, i + 1, terms[1:], base))
         return tuple(joined)
 
+    @property
+    def steps(self) -> int:
+        """N, the number of base steps."""
+        return int(self.fire.shape[1])
+
     @cached_property
     def calls(self) -> np.ndarray:
         """Whether each level is called at each step, bool (K, N); a run in closed form does not call level 1."""
@@ -278,6 +283,11 @@ class Recipe:
     rungs: tuple[int, ...] | None = None
     reach: tuple[float, ...] | None = None
     nested: bool = False
+
+    @property
+    def steps(self) -> int:
+        """N, the number of base steps."""
+        return int(self.probabilities.shape[1])
 
     def plan(self, rng: np.random.Generator) -> Plan:
         """Draw a plan."""

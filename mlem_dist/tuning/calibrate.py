@@ -7,7 +7,7 @@ of the ladder's digest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import device_key, store_entry
+from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.latents import samples_of_images
 from mlem_dist.ladder.measure import BATCH, denoising_errors, seconds_per_sample
 from mlem_dist.ladder.schema import Level
 from mlem_dist.models.graphs import as_run
+from mlem_dist.models.pixels import to_range
 from mlem_dist.solver.condition import Condition, move
 from mlem_dist.solver.integrate import Drift, evaluate, integrate, trajectory
 from mlem_dist.solver.noise import Noise, coarse_noise, image_noise
@@ -47,19 +50,46 @@ class LevelCalibration:
     Attributes:
         seconds: seconds per sample, by batch size.
         compiled: `seconds` with torch.compile; empty if not measured, and for Gaussian levels.
-        denoising_error: mean squared error per value of the predicted noise, by band of timesteps, float64 (bands,).
+        denoising_error: mean squared error per value of the drift, by band of timesteps, float64 (bands,); None without
+            images.
     """
 
     name: str
     kind: str
     seconds: dict[int, float]
     compiled: dict[int, float]
-    denoising_error: np.ndarray
+    denoising_error: np.ndarray | None
 
     @property
-    def rms_error(self) -> float:
-        """Root of the mean squared denoising error over all bands."""
-        return math.sqrt(self.denoising_error.mean())
+    def rms_error(self) -> float | None:
+        """Root of the mean squared denoising error over all bands; None without images."""
+        return None if self.denoising_error is None else math.sqrt(self.denoising_error.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Images on which no level was trained.
+
+    Attributes:
+        images: the images, uint8 or as latents (n, C, H, W).
+        condition: their condition.
+        in_range: map from a part of them to a finished sample's values.
+    """
+
+    images: Tensor
+    condition: Condition
+    in_range: Callable[[Tensor], Tensor] = to_range
+
+    @classmethod
+    def of(cls, images: Images, ladder: Ladder) -> HeldOut:
+        """The held-out part of a dataset, as samples of a ladder."""
+        x0, label, in_range = samples_of_images(ladder, images.test, images.test_label)
+        return cls(x0, images.condition(label), in_range)
+
+    def errors(self, module: nn.Module, ladder: Ladder, device: str, per_band: int) -> np.ndarray:
+        """Squared errors of a level's drift, float64 (bands, per_band), as in `denoising_errors`."""
+        images, condition = self.images.to(device), move(self.condition, device)
+        return denoising_errors(module, images, condition, ladder.process, BANDS, per_band, self.in_range)
 
 
 @dataclass(frozen=True)
@@ -114,11 +144,12 @@ class Calibration:
     Attributes:
         device: "cpu" or "cuda", a slash, and the name of the processor or GPU.
         samples: number of trajectories per solver.
-        images: number of held-out images per band of timesteps.
+        images: number of held-out images per band of timesteps; 0 without images.
         levels: measurements of each level, cheapest first.
         solvers: measurements by solver, "sde" and "ode".
         gamma: readings of gamma: "error" from the denoising errors of the UNets, "increments" from the increments
-            between UNets on the DDPM trajectories. Empty for fewer than three UNets, too few to fit a line to.
+            between UNets on the DDPM trajectories. Empty for fewer than three UNets, too few to fit a line to; without
+            "error" if there are no images.
     """
 
     device: str
@@ -132,11 +163,10 @@ class Calibration:
 
 def calibrate(
     ladder: Ladder,
-    images: Tensor,
-    condition: Condition,
     device: str,
     progress: ReportStage = lambda stage, done, total: None,
     *,
+    held_out: HeldOut | None = None,
     per_band: int = 500,
     steps: int = 100,
     samples: int = 32,
@@ -148,9 +178,8 @@ def calibrate(
     term is 10 `samples` `steps`.
 
     Args:
-        images: held-out images, uint8 (n, C, H, W), on which no level was trained.
-        condition: the condition of the images.
         progress: callback with the current stage.
+        held_out: images on which no level was trained; None to leave out denoising errors.
         per_band: number of images per band of timesteps for the denoising error.
         steps: N, the number of steps of the trajectories; capped at the length of the noise schedule.
         samples: number of trajectories per solver.
@@ -164,10 +193,9 @@ def calibrate(
         raise UsageError(f"ladder {ladder.name!r} has one level, and calibration compares levels; expected two or more")
     numbers = range(1, len(ladder.levels) + 1)
     modules = {k: ladder.load_level(k, device) for k in numbers}
-    images, condition = images.to(device), move(condition, device)
     levels, errors = [], []
     for k, level in zip(numbers, ladder.levels, strict=True):
-        progress("time and denoising error", k, len(modules))
+        progress("time and denoising error" if held_out else "time", k, len(modules))
         seconds = _seconds(ladder, modules[k], device)
         compiled_seconds = {}
         if compiled and level.kind == "unet":
@@ -175,10 +203,10 @@ def calibrate(
             module: Any = ladder.load_level(k, device)
             module.model.compile(dynamic=False)
             compiled_seconds = _seconds(ladder, module, device)
-        errors.append(
-            denoising_errors(modules[k], images, condition, ladder.process, BANDS, per_band, ladder.value_range)
-        )
-        levels.append(LevelCalibration(level.name, level.kind, seconds, compiled_seconds, errors[-1].mean(1)))
+        if held_out:
+            errors.append(held_out.errors(modules[k], ladder, device, per_band))
+        error = errors[-1].mean(1) if errors else None
+        levels.append(LevelCalibration(level.name, level.kind, seconds, compiled_seconds, error))
     cost = np.array([level.seconds[BATCH[device]] for level in levels])
 
     steps = min(steps, ladder.process.length)
@@ -191,10 +219,10 @@ def calibrate(
         device=device_key(device),
         torch=torch.__version__,
         samples=samples,
-        images=per_band,
+        images=per_band if held_out else 0,
         levels=tuple(levels),
         solvers=solvers,
-        gamma=_gamma(levels, cost, np.stack(errors), increments["sde"].mean(1)),
+        gamma=_gamma(levels, cost, errors, increments["sde"].mean(1)),
     )
 
 
@@ -247,20 +275,23 @@ def _not_finite(level: Level, does: str) -> ArithmeticError:
 
 
 def _gamma(
-    levels: Sequence[LevelCalibration], cost: np.ndarray, errors: np.ndarray, increments: np.ndarray
+    levels: Sequence[LevelCalibration], cost: np.ndarray, errors: Sequence[np.ndarray], increments: np.ndarray
 ) -> dict[str, Reading]:
-    """Readings of gamma from errors (K, bands, per_band) and increments (K, samples), or {} for too few UNets."""
+    """Readings of gamma from K errors (bands, per_band), if there are any, and increments (K, samples).
+
+    There are none for too few UNets.
+    """
     unets = [k for k, level in enumerate(levels) if level.kind != "gaussian"]
     upper_unets = [k for k in unets if k - 1 in unets]
     if len(upper_unets) < 2:
         return {}
     rng = np.random.default_rng(0)
-    return {
-        "error": read_error(tuple(levels[k].name for k in unets), cost[unets], errors[unets], rng),
-        "increments": read_increments(
-            tuple(levels[k].name for k in upper_unets), cost[upper_unets], increments[upper_unets], rng
-        ),
-    }
+    readings = {}
+    if errors:
+        names = tuple(levels[k].name for k in unets)
+        readings["error"] = read_error(names, cost[unets], np.stack([errors[k] for k in unets]), rng)
+    names = tuple(levels[k].name for k in upper_unets)
+    return readings | {"increments": read_increments(names, cost[upper_unets], increments[upper_unets], rng)}
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.sizes import default_block
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
@@ -42,6 +44,11 @@ def set_seed(number: int) -> int:
     return 2**32 - (number + 1) * SET_SIZE
 
 
+def block_size(ladder: Ladder, device: str) -> int:
+    """Number of samples per block: a power of two, so that it divides the numbers of samples of all comparisons."""
+    return 2 ** int(math.log2(min(BLOCK[device], default_block(ladder, device))))
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Cost of a plan and its error against the reference.
@@ -59,7 +66,8 @@ class Measurement:
 class PlanComparison:
     """Error and time of plans on `samples` trajectories of a ladder with one solver.
 
-    Blocks have 32 samples, or 128 on a GPU. The samples take the ladder's classes in turn.
+    Blocks have 32 samples, or 128 on a GPU, and fewer of large samples. The samples take the ladder's classes or
+    prompts in turn.
 
     Args:
         ladder: the ladder.
@@ -87,7 +95,7 @@ class PlanComparison:
         cache: Path | None = None,
         threads: int = 1,
     ) -> None:
-        self.block = min(samples, BLOCK[device])
+        self.block = min(samples, block_size(ladder, device))
         assert samples % self.block == 0
         keep_memory()
         # One thread per block: `timed` measures one thread, and several threads would round sums in another order.

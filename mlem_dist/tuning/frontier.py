@@ -82,6 +82,15 @@ def _plain(row: Row) -> dict[str, Any]:
     return {"family": row.family, "label": row.label, "seconds": float(f"{row.seconds:.6g}"), "errors": errors}
 
 
+def stored_steps(path: Path) -> int | None:
+    """The number of steps of a frontier's file; None if there is no such file, or it is no frontier."""
+    try:
+        steps = json.loads(path.read_bytes())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
+
+
 def lower_envelope(rows: Sequence[Row]) -> list[Row]:
     """Rows of finite error that no other row beats in both time and error, in order of time."""
     best: list[Row] = []

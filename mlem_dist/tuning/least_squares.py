@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mlem_dist.errors import UsageError
 from mlem_dist.solver.closed_form import ClosedForm, Projected, no_drift
+from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
 from mlem_dist.solver.plan import Plan, Term, extrapolated, nest, on_levels, single_level
 from mlem_dist.tuning.comparison import PlanComparison
@@ -45,7 +46,11 @@ TIME_SHARE = 0.4
 
 KNOTS = (0.0, 0.3, 0.2, 0.5)
 """Logarithms of a factor on the density of calls, at equally spaced points from the first call to the end, and linear
-between them. They are the mean of twelve searches for `fashion`, at budgets of 1.6 to 10 evaluations."""
+between them, where the search begins. They are the mean of twelve searches for `fashion`, at budgets of 1.6 to 10
+evaluations."""
+
+KNOT_STEP = 0.5
+"""Change of a knot that the search tries, up and down."""
 
 BEGINNINGS = (0.0, 0.15, 0.25, 0.33, 0.4, 0.5)
 """Candidates for the first call of the levels above the first, as a share of the path. Where a schedule begins at pure
@@ -82,6 +87,7 @@ class Times:
         begin: first call of the levels above the first rung, as a share of the path, see `BEGINNINGS`.
         closed: whether there is a first rung below them, level 1 in closed form. Without it, the middle rung is the
             first one, or the best level, and is called from the beginning.
+        knots: logarithms of a factor on the density of calls, see `KNOTS`.
     """
 
     middle: int
@@ -89,6 +95,7 @@ class Times:
     between: int
     begin: float = 0.4
     closed: bool = True
+    knots: tuple[float, ...] = KNOTS
 
     def rungs(self, best: int) -> tuple[int, ...]:
         """Levels in use, by number."""
@@ -117,7 +124,7 @@ class Times:
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
         path_position = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
         path = np.linspace(begin, 1, 1001)
-        density = np.exp(np.interp(path, np.linspace(begin, 1, len(KNOTS)), KNOTS))
+        density = np.exp(np.interp(path, np.linspace(begin, 1, len(self.knots)), self.knots))
         below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
         # Quantiles that fall on one step are one call: moving some to other steps is worse (docs/frontier.md).
         return np.searchsorted(path_position, np.interp(np.arange(number) / number, below / below[-1], path))
@@ -188,6 +195,42 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
     return max(block, min(most, states // block * block))
 
 
+def starts(cost: LevelCosts, closed: bool, nfe: float) -> dict[int, list[Times]]:
+    """Candidate times that a budget pays for, by the level of the middle rung; one for each value of `between`.
+
+    `closed` says whether level 1 is taken in closed form.
+
+    Raises:
+        UsageError: if the budget is below the cost of one call of the best level.
+    """
+    by_number: dict[int, list[Times]] = {}
+    best = len(cost)
+    for middle in (0, *range(1 + closed, best)):
+        free = middle and cost.of({middle, best}) <= (1 + 1e-9) * cost.alone[-1]
+        for between in (1, *BETWEEN) if free else BETWEEN if middle else (1,):
+            if calls := affordable_calls(cost, closed, nfe, middle, between):
+                # Where the first rung is called as often as the best level, both are called at the same steps.
+                begin = Times.begin if closed or between > 1 else 0.0
+                by_number.setdefault(middle, []).append(Times(middle, calls, between, begin, closed))
+    if not by_number:
+        raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
+    return by_number
+
+
+def affordable_calls(cost: LevelCosts, closed: bool, nfe: float, middle: int, between: int) -> int:
+    """Number of calls of the best level that a budget pays for, with their calls of the middle rung.
+
+    With level 1 in closed form, each step that evaluates increments also costs a call of it and a run.
+    """
+    alone, best = cost.alone, len(cost)
+    below = alone[middle - 1] if middle else 0.0
+    first = alone[0] if closed else 0.0
+    shared = alone[-1] + below - cost.of({middle, best} - {0})
+    each = alone[-1] - shared + between * (below + 2 * first)
+    # A quotient such as 3 / 0.3 may be rounded down to just below a whole number.
+    return max(0, int((nfe * alone[-1] - first) / each + 1e-9))
+
+
 class Fitter:
     """Fits plans on the noises of a comparison of the ODE.
 
@@ -250,14 +293,14 @@ class Fitter:
     def search(self, nfe: float, progress: ReportProgress = lambda done, total: None) -> Fit:
         """Fit of least error among the candidate times, for a budget of `nfe` evaluations of the best level.
 
-        The search chooses the middle rung first, then the number of its calls, then the first call. `progress` is
-        called with the number of fitted plans and the largest number that the search can fit.
+        The search chooses the middle rung first, then the number of its calls, then the first call, then the density
+        of calls after it. `progress` is called with the number of fitted plans and the largest number that the search
+        can fit.
 
         Raises:
             UsageError: if the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
-        starts = self.starts(min(nfe, LARGEST))
-        total, done = len(starts) + len(BETWEEN) + 1 + (1 + (nfe > LARGEST)) * len(BEGINNINGS), count(1)
+        starts, total, done = self.starts(min(nfe, LARGEST)), self.most_fits(nfe), count(1)
 
         def report() -> None:
             progress(next(done), total)
@@ -265,12 +308,26 @@ class Fitter:
         best = self._best([times[0] for times in starts.values()], report)
         best = self._beginning(self._best(starts[best.middle], report), report)
         if nfe > LARGEST:
-            best = self._beginning(replace(best, calls=self.affordable_calls(nfe, best.middle, best.between)), report)
-        fit = self._fit_times(best, self.blocks)
+            calls = affordable_calls(self.cost, self.closed, nfe, best.middle, best.between)
+            best = self._beginning(replace(best, calls=calls), report)
+        fit = self._fit_times(self._density(best, report), self.blocks)
         progress(total, total)
         if fit.error == math.inf:
             raise UsageError(f"`nfe` {nfe:g}: no fitted plan ends in finite numbers on this ladder; raise `nfe`")
         return fit
+
+    def most_fits(self, nfe: float) -> int:
+        """Largest number of fits to half of the blocks that `search` makes."""
+        starts = len(self.starts(min(nfe, LARGEST))) + len(BETWEEN) + 1
+        return starts + (1 + (nfe > LARGEST)) * len(BEGINNINGS) + 2 * (len(KNOTS) - 1)
+
+    def _density(self, times: Times, report: Callable[[], None]) -> Times:
+        """Times, from `times`, with each knot but the first moved to where there is less error, one after the other."""
+        for knot in range(1, len(KNOTS)):
+            steps = ([change * (k == knot) for k in range(len(KNOTS))] for change in (0.0, KNOT_STEP, -KNOT_STEP))
+            moved = [tuple(np.add(times.knots, step).tolist()) for step in steps]
+            times = self._best([replace(times, knots=knots) for knots in moved], report)
+        return times
 
     def _beginning(self, times: Times, report: Callable[[], None]) -> Times:
         """Times, searched from `times`, whose `begin` gives less error than both of its neighbours in `BEGINNINGS`."""
@@ -301,36 +358,8 @@ class Fitter:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
     def starts(self, nfe: float) -> dict[int, list[Times]]:
-        """Candidate times that a budget pays for, by the level of the middle rung; one for each value of `between`.
-
-        Raises:
-            UsageError: if the budget is below the cost of one call of the best level.
-        """
-        by_number: dict[int, list[Times]] = {}
-        best = len(self.cost)
-        for middle in (0, *range(1 + self.closed, best)):
-            free = middle and self.cost.of({middle, best}) <= (1 + 1e-9) * self.cost.alone[-1]
-            for between in (1, *BETWEEN) if free else BETWEEN if middle else (1,):
-                if calls := self.affordable_calls(nfe, middle, between):
-                    # Where the first rung is called as often as the best level, both are called at the same steps.
-                    begin = Times.begin if self.closed or between > 1 else 0.0
-                    by_number.setdefault(middle, []).append(Times(middle, calls, between, begin, self.closed))
-        if not by_number:
-            raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
-        return by_number
-
-    def affordable_calls(self, nfe: float, middle: int, between: int) -> int:
-        """Number of calls of the best level that a budget pays for, with their calls of the middle rung.
-
-        With level 1 in closed form, each step that evaluates increments also costs a call of it and a run.
-        """
-        alone, best = self.cost.alone, len(self.cost)
-        below = alone[middle - 1] if middle else 0.0
-        first = alone[0] if self.closed else 0.0
-        shared = alone[-1] + below - self.cost.of({middle, best} - {0})
-        each = alone[-1] - shared + between * (below + 2 * first)
-        # A quotient such as 3 / 0.3 may be rounded down to just below a whole number.
-        return max(0, int((nfe * alone[-1] - first) / each + 1e-9))
+        """Candidate times that a budget pays for, as in `starts`."""
+        return starts(self.cost, self.closed, nfe)
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
         """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.

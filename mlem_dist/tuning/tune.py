@@ -18,10 +18,19 @@ from mlem_dist.ladder.calibration import NAME
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
-from mlem_dist.tuning.comparison import BLOCK, PlanComparison
-from mlem_dist.tuning.evolution import MODEL_SAMPLES, FirstOrder, Shape, first_order, model_steps, optimise
+from mlem_dist.tuning.comparison import PlanComparison, block_size
+from mlem_dist.tuning.evolution import (
+    MODEL_SAMPLES,
+    MODEL_STEPS,
+    FirstOrder,
+    Shape,
+    first_order,
+    model_steps,
+    optimise,
+)
 from mlem_dist.tuning.frontier import Frontier, Row
-from mlem_dist.tuning.least_squares import Fitter, fitting_samples
+from mlem_dist.tuning.least_squares import Fitter, fitting_samples, starts
+from mlem_dist.tuning.price import DERIVATIVE, STEPS, fit_evaluations
 from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, base_of, calibrated, make_recipe
 from mlem_dist.tuning.refinement import fitted_plan
 from mlem_dist.tuning.reporting import ReportProgress, ReportStage
@@ -29,6 +38,9 @@ from mlem_dist.tuning.tuned_plans import plan_path
 
 SELECTION_SEED, TEST_SEED, FITTING_SEED = 0, 1, 2
 SELECTION_SAMPLES, TEST_SAMPLES, FITTING_SAMPLES = 32, 64, 256
+
+LEAST_SAMPLES = 64
+"""Smallest number of fitting samples that a limit of time leaves."""
 
 DRAWS = 15
 """Number of drawn plans among which the memorised one is chosen, as in Jacot, arXiv:2603.24594."""
@@ -43,8 +55,50 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Recipes from which every block draws its own plan; only the last recipe is unbiased."""
 
 
-def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
-    """Open the frontier in `out`, or begin a new one.
+def fits(ladder: Ladder, solver: str) -> bool:
+    """Whether plans are fitted: for the ODE, where a level is a network."""
+    return solver == "ode" and len(ladder.levels) > (ladder.levels[0].kind == "gaussian")
+
+
+def evaluations(ladder: Ladder, solver: str, device: str, steps: int, budgets: Sequence[float], samples: int) -> float:
+    """Evaluations of the best level that `tune` takes, at most; `samples` is the number of fitting samples."""
+    spent = float(sum(budgets))
+    tests = TEST_SAMPLES * (steps + (len(FAMILIES) + 1) * spent)
+    if fits(ladder, solver):
+        searched = [nfe for nfe in budgets if nfe < steps]
+        return tests + TEST_SAMPLES * spent + fit_evaluations(len(ladder.levels), steps, searched, samples)
+    total = tests + 2 * TEST_SAMPLES * spent + SELECTION_SAMPLES * (steps + (DRAWS + 2) * spent)
+    if calibrated(ladder):
+        alone = ladder.costs(device).alone
+        total += MODEL_SAMPLES * MODEL_STEPS * (DERIVATIVE + alone.sum() / alone[-1])
+    return total
+
+
+def affordable_samples(
+    ladder: Ladder, solver: str, device: str, steps: int, budgets: Sequence[float], minutes: float | None, threads: int
+) -> tuple[int, float]:
+    """The number of fitting samples for which `tune` takes about `minutes`, at most, and the seconds that it takes.
+
+    Without `minutes`, it is `FITTING_SAMPLES` or as many as memory allows.
+
+    Raises:
+        UsageError: if `tune` takes more than `minutes` with the fewest samples, too.
+    """
+    block, best = block_size(ladder, device), float(ladder.cost(device)[-1])
+    most = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, block)
+    least = min(most, max(block, LEAST_SAMPLES)) if minutes is not None and fits(ladder, solver) else most
+    for samples in range(most, least - 1, -block):
+        seconds = evaluations(ladder, solver, device, steps, budgets, samples) * best / threads
+        if minutes is None or seconds <= 60 * minutes:
+            return samples, seconds
+    raise UsageError(
+        f"`minutes` {minutes:g}: the search takes about {seconds / 60:.3g} minutes on this device at least; raise it, "
+        "or give fewer or smaller budgets as `nfe`, or fewer `steps`"
+    )
+
+
+def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path, samples: int) -> Frontier:
+    """Open the frontier in `out`, or begin a new one; `samples` is the number of fitting samples.
 
     Raises:
         UsageError: as in `Frontier`.
@@ -60,13 +114,26 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "samples": TEST_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
+    if samples < FITTING_SAMPLES:
+        settings["fitting samples"] = samples
     if ladder.prompts:
         settings["prompts"] = hashlib.sha256(json.dumps(ladder.prompts).encode()).hexdigest()[:16]
-    return Frontier(out / f"frontier-{solver}.json", settings)
+    return Frontier(frontier_path(out, solver), settings)
+
+
+def frontier_path(out: Path, solver: str) -> Path:
+    """Path of the frontier of a solver."""
+    return out / f"frontier-{solver}.json"
 
 
 def tune(
-    ladder: Ladder, device: str, budgets: Sequence[float], frontier: Frontier, threads: int, progress: ReportStage
+    ladder: Ladder,
+    device: str,
+    budgets: Sequence[float],
+    frontier: Frontier,
+    threads: int,
+    progress: ReportStage,
+    samples: int = FITTING_SAMPLES,
 ) -> Iterator[Row]:
     """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
@@ -82,6 +149,7 @@ def tune(
         frontier: the frontier, from `open_frontier`.
         threads: number of blocks that advance at a time.
         progress: callback with the current stage.
+        samples: number of fitting samples, as in `affordable_samples`.
 
     Yields:
         The rows, budget by budget.
@@ -95,7 +163,8 @@ def tune(
     recipes = {nfe: _recipes(ladder, cost, solver, steps, nfe) for nfe in budgets}
     selection = PlanComparison(ladder, solver, device, steps, SELECTION_SAMPLES, SELECTION_SEED, out / "cache", threads)
     test = PlanComparison(ladder, solver, device, steps, TEST_SAMPLES, TEST_SEED, out / "cache", threads)
-    search = plan_searches(selection, {nfe: recipes[nfe] for nfe in budgets if nfe < steps}, threads, progress)
+    searched = {nfe: recipes[nfe] for nfe in budgets if nfe < steps}
+    search = plan_searches(selection, searched, threads, progress, samples)
     for nfe in budgets:
         label = f"{nfe:g} NFE"
         # For the SDE, a grid can only take every second, third, ... step of one Brownian path; the ODE has no path.
@@ -123,6 +192,20 @@ def tune(
         yield from (row for row in rows.values() if row)
 
 
+def check_budgets(ladder: Ladder, solver: str, device: str, budgets: Sequence[float]) -> None:
+    """Refuse budgets that are too small for any number of steps, before anything is measured.
+
+    Raises:
+        UsageError: if a budget is below the cost of the base level or, where plans are fitted, of one call of the best
+            level.
+    """
+    cost = ladder.costs(device)
+    for nfe in budgets:
+        _recipes(ladder, cost, solver, min(STEPS[0], ladder.process.length), nfe)
+        if fits(ladder, solver):
+            starts(cost, base_of(ladder, solver, "extrapolated") == "closed", nfe)
+
+
 def _recipes(ladder: Ladder, cost: LevelCosts, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
     """The recipes of `FAMILIES` for a budget; without ML-EM where that cannot pay for level 1 at every step."""
     recipes = {}
@@ -134,7 +217,11 @@ def _recipes(ladder: Ladder, cost: LevelCosts, solver: str, steps: int, nfe: flo
 
 
 def plan_searches(
-    selection: PlanComparison, recipes: Mapping[float, dict[str, Recipe]], threads: int, progress: ReportStage
+    selection: PlanComparison,
+    recipes: Mapping[float, dict[str, Recipe]],
+    threads: int,
+    progress: ReportStage,
+    samples: int,
 ) -> dict[str, Callable[[float], Plan]]:
     """Families whose plans are searched for on this ladder, each with a function that finds the plan for a budget.
 
@@ -146,11 +233,9 @@ def plan_searches(
     def report(nfe: float, stage: str) -> Callable[[int, int], None]:
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
-    networks = len(ladder.levels) - (ladder.levels[0].kind == "gaussian")
-    if solver == "ode" and networks:
+    if fits(ladder, solver):
         # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
         # between fitted and drawn plans only by chance.
-        samples = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, BLOCK[device])
         fitter = Fitter(PlanComparison(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)

@@ -14,6 +14,9 @@ from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import ALIASES, Spacing
 from mlem_dist.tuning.recipes import make_recipe
 
+DEFAULT_STEPS = 250
+"""Default number of base steps of plans that are not tuned."""
+
 
 def plan_path(folder: Path, solver: str, nfe: float) -> Path:
     """Path of the tuned plan of a solver and budget."""
@@ -28,8 +31,8 @@ def _stored_path(folder: Path, solver: str, nfe: float) -> Path:
     )
 
 
-def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | None:
-    """Plan tuned for a budget, or None if the ladder's folder has none with `steps` steps.
+def tuned_plan(ladder: Ladder, solver: str, steps: int | None, nfe: float) -> Plan | None:
+    """Plan tuned for a budget, or None if the ladder's folder has none, or none with `steps` steps if they are given.
 
     Raises:
         UsageError: as in `read_plan`.
@@ -38,7 +41,7 @@ def tuned_plan(ladder: Ladder, solver: str, steps: int, nfe: float) -> Plan | No
     if not path.exists():
         return None
     plan = read_plan(path, ladder.digest, len(ladder.levels), solver, None)
-    return plan if plan.fire.shape[1] == steps else None
+    return plan if steps in (None, plan.steps) else None
 
 
 def tuned_budgets(folder: Path, solver: str) -> list[float]:
@@ -57,14 +60,15 @@ def choose_plan(
     ladder: Ladder,
     cost: np.ndarray | LevelCosts,
     solver: str,
-    steps: int,
+    steps: int | None,
     nfe: float,
     grid: Spacing = "trailing",
     **choices: Any,
 ) -> tuple[Plan | Recipe, str]:
     """Tuned plan if there is one and only the budget is given, or else the recipe of `make_recipe`; and a user note.
 
-    Plans are tuned on the grid "trailing". `choices` are the other arguments of `make_recipe`.
+    Plans are tuned on the grid "trailing". `choices` are the other arguments of `make_recipe`. Without `steps`, a tuned
+    plan has its own, and a recipe `DEFAULT_STEPS`.
 
     Raises:
         UsageError: as in `read_plan` and `make_recipe`.
@@ -78,8 +82,8 @@ def choose_plan(
             return tuned, note
         if budgets := tuned_budgets(ladder.folder, solver):
             note = (
-                f"No plan is tuned for `nfe` {nfe:g} `steps` {steps}. {ladder.source} has plans for `nfe` "
-                f"{', '.join(f'{budget:g}' for budget in budgets)}, at the `steps` they were tuned with; "
+                f"No plan is tuned for `nfe` {nfe:g}{f' `steps` {steps}' if steps else ''}. {ladder.source} has plans "
+                f"for `nfe` {', '.join(f'{budget:g}' for budget in budgets)}, at the `steps` they were tuned with; "
                 "`mlem-dist tune` finds more."
             )
-    return make_recipe(ladder, cost, solver, steps, nfe, **choices, grid=grid), note
+    return make_recipe(ladder, cost, solver, steps or DEFAULT_STEPS, nfe, **choices, grid=grid), note

@@ -375,7 +375,14 @@ def test_a_gaussian_is_fitted_to_images(kind, pipelines, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(("given", "reason"), [({"gaussian": 3}, "at least 16"), ({"gaussian": 20}, "need prompts")])
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"gaussian": 3}, "at least 16"),
+        ({"gaussian": 20}, "need prompts"),
+        ({"prompts": ["a cat"]}, "give their number as `gaussian`"),
+    ],
+)
 def test_samples_for_a_gaussian_that_cannot_be_made_are_refused(given, reason, pipelines, tmp_path):
     with pytest.raises(UsageError, match=reason):
         Ladder.create(tmp_path / "no", [pipelines / "sd"], measure=False, **given)

@@ -16,14 +16,14 @@ from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import stored
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.ladder.save import save_level
+from mlem_dist.models.pixels import to_range
 from mlem_dist.report.tables import calibration_table
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import coarse_noise, image_noise
 from mlem_dist.solver.plan import impulse, single_level
 from mlem_dist.solver.steps import solver_table, step_table
-from mlem_dist.tuning.calibrate import best_trajectory, calibrate, products_of, propagate, store
+from mlem_dist.tuning.calibrate import HeldOut, best_trajectory, calibrate, products_of, propagate, store
 from mlem_dist.tuning.neyman import coin_error, neyman
 
 FIGURES = ("error-against-time-cpu.png", "increments-cpu.png")
@@ -155,7 +155,8 @@ def measured(fashion):
     """The bundled ladder, measured very little."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *fashion.sample_shape), generator=rng, dtype=torch.uint8)
-    return calibrate(fashion, images, fashion.condition(torch.arange(20)), "cpu", per_band=4, steps=10, samples=3)
+    held_out = HeldOut(images, fashion.condition(torch.arange(20)))
+    return calibrate(fashion, "cpu", held_out=held_out, per_band=4, steps=10, samples=3)
 
 
 def test_the_bundled_ladder_is_measured(fashion, measured):
@@ -187,10 +188,7 @@ def test_each_level_is_timed_per_sample_of_each_batch(fashion, monkeypatch):
 
     monkeypatch.setattr("mlem_dist.tuning.calibrate.as_run", clocked)
     monkeypatch.setattr("mlem_dist.ladder.measure.time", SimpleNamespace(thread_time=lambda: now))
-    images = torch.zeros(1, *fashion.sample_shape, dtype=torch.uint8)
-    calibration = calibrate(
-        fashion, images, fashion.condition(torch.zeros(1).long()), "cpu", per_band=1, steps=5, samples=1
-    )
+    calibration = calibrate(fashion, "cpu", steps=5, samples=1)
     for number, level in enumerate(calibration.levels, 1):
         weights = sum(map(torch.numel, fashion.load_level(number, "cpu").state_dict().values()))
         assert level.seconds == dict.fromkeys((1, 8, 64), weights)
@@ -198,20 +196,10 @@ def test_each_level_is_timed_per_sample_of_each_batch(fashion, monkeypatch):
 
 def test_unets_are_timed_compiled_where_that_is_asked_for(small, measured):
     assert not any(level.compiled for level in measured.levels)
-    images = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     ladder = Ladder.load(small)
     # Compiling itself takes a minute.
     with torch.compiler.set_stance("force_eager"):
-        calibration = calibrate(
-            ladder,
-            images,
-            ladder.condition(torch.zeros(1).long()),
-            "cpu",
-            per_band=4,
-            steps=10,
-            samples=3,
-            compiled=True,
-        )
+        calibration = calibrate(ladder, "cpu", steps=10, samples=3, compiled=True)
     gaussian, unet = calibration.levels
     assert gaussian.compiled == {}
     assert {*unet.compiled} == {*unet.seconds}
@@ -233,10 +221,10 @@ def test_images_are_in_the_ladders_range_and_trajectories_of_all_its_classes(man
     monkeypatch.setattr("mlem_dist.tuning.calibrate.best_trajectory", watched)
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(256, (20, *many.sample_shape), generator=rng, dtype=torch.uint8)
-    condition = {"label": torch.arange(20)}
-    calibration = calibrate(many, images, condition, "cpu", per_band=4, steps=10, samples=4)
+    held_out = HeldOut(images, {"label": torch.arange(20)}, partial(to_range, value_range=(0.0, 1.0)))
+    calibration = calibrate(many, "cpu", held_out=held_out, per_band=4, steps=10, samples=4)
     assert chosen[0] == [0, 10, 20, 30]
-    exact = denoising_errors(many.load_level(1, "cpu"), images, condition, many.process, 10, 4, (0.0, 1.0))
+    exact = held_out.errors(many.load_level(1, "cpu"), many, "cpu", 4)
     np.testing.assert_array_equal(calibration.levels[0].denoising_error, exact.mean(1))
 
 
@@ -292,11 +280,13 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, ["calibrate", *arguments], standalone_mode=False, catch_exceptions=False)
 
 
-def test_the_command_stores_in_the_ladder_and_leaves_its_digest(small, data, monkeypatch):
+@pytest.mark.parametrize("images", [True, False])
+def test_the_command_stores_in_the_ladder_and_leaves_its_digest(small, data, images, monkeypatch):
     little = partial(calibrate, per_band=4, steps=10, samples=3)
     monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", little)
     digest = Ladder.load(small).digest
-    done = run(str(small), "--data", str(data), "--device", "cpu")
+    done = run(str(small), "--device", "cpu", *(["--data", str(data)] if images else []))
+    assert ("held-out images" in done.stdout) == images
     assert all(level.name in done.stdout for level in Ladder.load(small).levels)
     assert "at least three UNets" in done.stdout
     assert Ladder.load(small).digest == digest
@@ -352,7 +342,7 @@ def test_a_ladder_of_one_level_is_refused(small):
     raw = json.loads((small / "ladder.json").read_text())
     (small / "ladder.json").write_text(json.dumps(raw | {"levels": raw["levels"][:1]}))
     with pytest.raises(UsageError, match="one level"):
-        calibrate(Ladder.load(small), torch.zeros(1, 1, 32, 32, dtype=torch.uint8), {}, "cpu")
+        calibrate(Ladder.load(small), "cpu")
 
 
 def test_a_level_that_is_not_finite_is_named(two_unets, tmp_path):
@@ -363,6 +353,5 @@ def test_a_level_that_is_not_finite_is_named(two_unets, tmp_path):
     raw = json.loads((folder / "ladder.json").read_text())
     raw["levels"][1]["sha256"] = entry.sha256
     (folder / "ladder.json").write_text(json.dumps(raw))
-    ladder, images = Ladder.load(folder), torch.zeros(8, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(ArithmeticError, match="level 'large' does not end in finite numbers"):
-        calibrate(ladder, images, ladder.condition(torch.zeros(8).long()), "cpu", per_band=2, steps=10, samples=2)
+        calibrate(Ladder.load(folder), "cpu", steps=10, samples=2)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.least_squares import (
     BEGINNINGS,
     BETWEEN,
+    KNOT_STEP,
+    KNOTS,
     LARGEST,
     PATH_CALLS,
     TIME_SHARE,
@@ -85,27 +88,39 @@ def test_a_fitted_plan_is_better_on_noises_that_it_has_not_seen(lowest, fitter):
 
 
 def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
-    """On the half of the blocks that it goes by: neither another beginning, nor another number of calls between."""
-    found = fitter.search(6)
+    """On the half of the blocks that it goes by: no other beginning, number of calls between, or density."""
+    fit = fitter.search(6)
     starts = fitter.starts(6)
 
     def error(times: Times) -> float:
         return fitter.fit(times.rungs(3), times.fire(fitter.log_snr), fitter.blocks[:2]).error
 
-    tried = [replace(times, begin=begin) for several in starts.values() for times in several for begin in BEGINNINGS]
-    (chosen,) = (
-        times
-        for times in tried
-        if times.rungs(3) == found.rungs and np.array_equal(times.fire(fitter.log_snr), found.fire)
+    begun = [replace(times, begin=begin) for several in starts.values() for times in several for begin in BEGINNINGS]
+    moves = list(product(*((0.0, KNOT_STEP, -KNOT_STEP) if knot else (0.0,) for knot in range(len(KNOTS)))))
+    chosen = next(
+        moved
+        for times in begun
+        for move in moves
+        if (moved := moved_by(times, move)).rungs(3) == fit.rungs
+        and np.array_equal(moved.fire(fitter.log_snr), fit.fire)
     )
+    before = replace(chosen, knots=KNOTS)
     at = BEGINNINGS.index(chosen.begin)
     for begin in {*BEGINNINGS[max(0, at - 1) : at + 2]} - {chosen.begin}:
-        assert error(chosen) < error(replace(chosen, begin=begin))
+        assert error(before) < error(replace(before, begin=begin))
     of_starts = {
         times: error(times) for times in (*(several[0] for several in starts.values()), *starts[chosen.middle])
     }
     first = next(times for times in starts[chosen.middle] if times.between == chosen.between)
     assert of_starts[first] == min(of_starts.values())
+    assert error(chosen) <= error(before)
+    for change in (0.0, KNOT_STEP, -KNOT_STEP):
+        assert error(chosen) <= error(replace(chosen, knots=(*chosen.knots[:-1], KNOTS[-1] + change)))
+
+
+def moved_by(times: Times, move: tuple[float, ...]) -> Times:
+    """Times whose knots are moved."""
+    return replace(times, knots=tuple(np.add(times.knots, move).tolist()))
 
 
 @pytest.mark.parametrize("gaussian", [64, None])

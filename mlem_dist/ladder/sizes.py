@@ -20,12 +20,15 @@ SHARD_SIZE, SHARD_BYTES = 2000, 5e8
 """Largest default number of samples in a shard, and of bytes of its images before encoding."""
 
 
+def default_block(ladder: Ladder, device: str) -> int:
+    """The default number of samples in a block on a device type."""
+    values = LATENT_VALUES if ladder.decoder else PIXEL_VALUES
+    return max(1, min(BLOCK_SIZE[device], values[device] // math.prod(ladder.sample_shape)))
+
+
 def sizes(ladder: Ladder, device: str, block_size: int | None, shard_size: int | None) -> tuple[int, int]:
     """The number of samples in a block and in a shard: those given, or defaults for the ladder on a device type."""
-    block = block_size
-    if block is None:
-        values = LATENT_VALUES if ladder.decoder else PIXEL_VALUES
-        block = max(1, min(BLOCK_SIZE[device], values[device] // math.prod(ladder.sample_shape)))
+    block = default_block(ladder, device) if block_size is None else block_size
     if shard_size is None:
         most = min(SHARD_SIZE, int(SHARD_BYTES / math.prod(ladder.image_shape)))
         shard_size = max(1, most // max(1, block)) * block
