@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, PromptTable, open_prompts, table_of_texts
+from mlem_dist.dataset.schema import SCALE
+from mlem_dist.dataset.shards import WORK
+from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION
+from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION, UNGUIDED
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import Spacing
@@ -118,33 +124,76 @@ def check_labels(labels: Sequence[int] | None, ladder: Ladder) -> tuple[int, ...
     return tuple(labels)
 
 
-def check_prompts(
-    prompts: Sequence[str] | None, negative_prompts: str | Sequence[str | None] | None, ladder: Ladder
-) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
-    """The prompts and negative prompts of all samples; the latter are empty if no sample has one.
+def find_prompts(
+    prompts: str | Path | Location | Sequence[str] | None,
+    ladder: Ladder,
+    negative_prompts: str | Sequence[str | None] | None = None,
+    column: str = PROMPT,
+    images: int = 1,
+    out: Location | None = None,
+) -> tuple[PromptTable | None, str | None]:
+    """The table of prompts, and the negative prompt of all of its rows; None for a ladder that takes none.
+
+    Args:
+        prompts: texts, or a file as for `open_prompts`.
+        negative_prompts: the negative prompt of all rows or, of texts, of each.
+        column: name of the column of prompts.
+        images: number of images per prompt.
+        out: the dataset that an earlier run may have begun.
 
     Raises:
-        UsageError: if prompts are missing or empty, are no texts, the ladder takes none, or transformers is missing.
+        UsageError: if prompts are missing or empty, are no texts, the ladder takes none, or transformers is missing; or
+            as in `open_prompts`.
     """
     if prompts is None and negative_prompts is None and not ladder.encoder:
-        return (), ()
+        return None, None
     if not ladder.encoder:
         raise UsageError(
             f"`prompts`: ladder {ladder.name!r} is not conditioned on prompts; leave them out, or take a ladder that is"
         )
     require("transformers", "prompts", "text")
-    if prompts is None or isinstance(prompts, str) or not len(prompts):
+    every = negative_prompts if isinstance(negative_prompts, str) else None
+    if isinstance(prompts, str):
+        prompts = parse_location(prompts)
+    if prompts is not None and not isinstance(prompts, Sequence):
+        table = open_prompts(prompts, column, images, out / WORK if out is not None else None)
+        if negative_prompts is not None and every is None:
+            raise UsageError("`negative_prompts` is a list, expected one text for all rows of a file of prompts")
+        if every is not None and table.has(NEGATIVE_PROMPT):
+            raise UsageError(f"`negative_prompts`: {prompts} has negative prompts of its own; leave out either")
+        return table, every
+    if column != PROMPT:
+        raise UsageError(f"`prompt_column` {column}: expected a file of prompts, whose column it names")
+    if prompts is None or not len(prompts):
         raise UsageError(f"`prompts` is {prompts!r}, expected a list with a prompt for each image")
     if bad := [i for i, text in enumerate(prompts) if not isinstance(text, str)]:
         raise UsageError(f"`prompts`: number {bad[0]} is {prompts[bad[0]]!r}, expected a text")
-    if negative_prompts is None:
-        return tuple(prompts), ()
-    each = [negative_prompts] * len(prompts) if isinstance(negative_prompts, str) else negative_prompts
-    if len(each) != len(prompts):
+    each = None if every is not None else negative_prompts
+    if each is not None and len(each) != len(prompts):
         raise UsageError(f"`negative_prompts`: {len(each)} for {len(prompts)} prompts, expected as many")
-    if bad := [i for i, text in enumerate(each) if not isinstance(text, str | None)]:
-        raise UsageError(f"`negative_prompts`: number {bad[0]} is {each[bad[0]]!r}, expected a text or None")
-    return tuple(prompts), tuple(each)
+    if bad := [i for i, text in enumerate(each or ()) if not isinstance(text, str | None)]:
+        raise UsageError(f"`negative_prompts`: number {bad[0]} is {(each or ())[bad[0]]!r}, expected a text or None")
+    return replace(table_of_texts(prompts, each), images=images), every
+
+
+def check_guidance(guidance: float | None, ladder: Ladder, prompts: PromptTable | None) -> float | None:
+    """The scale of guidance of samples whose row has none; None if the ladder's holds for all.
+
+    Raises:
+        UsageError: if it is out of range, or the ladder's best level has no guidance.
+    """
+    by_row = prompts is not None and prompts.has(SCALE)
+    if guidance is None and not by_row:
+        return None
+    own = ladder.levels[-1].guidance
+    if own == UNGUIDED:
+        what = f"`guidance` {guidance:g}" if guidance is not None else f"`prompts`: the column {SCALE!r}"
+        raise UsageError(
+            f"{what}: the best level of ladder {ladder.name!r} has no guidance; create the ladder with guidance"
+        )
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise UsageError(f"`guidance` {guidance}: expected a number from 0 on")
+    return own.scale if guidance is None else float(guidance)
 
 
 def check_new(out: Path) -> None:

@@ -16,20 +16,22 @@ from mlem_dist.api.arguments import (
     Notify,
     Precision,
     Solver,
+    check_guidance,
     check_labels,
     check_new,
     check_precision,
-    check_prompts,
     find_plan,
+    find_prompts,
     ignore,
     load_ladder,
     local_device,
 )
+from mlem_dist.dataset.prompts import PROMPT, SEEDS
+from mlem_dist.dataset.shards import WORK
 from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.engine.completion import Engine, complete, open_dataset
-from mlem_dist.engine.job import SEEDS, Job
+from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import GenerationReport, Progress
-from mlem_dist.engine.prompts import read_prompts
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OPERATIONS
@@ -50,6 +52,7 @@ def sample(
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
     negative_prompts: str | Sequence[str | None] | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     nfe: float | None = None,
@@ -71,6 +74,7 @@ def sample(
         labels: classes to generate, in turn; all by default.
         prompts: a prompt for each image, for a ladder that is conditioned on prompts; `num` is then their number.
         negative_prompts: the negative prompt of all images, or of each; None for none.
+        guidance: scale of guidance, for a ladder whose best level is guided; by default the ladder's.
         seed: image seed of the first image, in [0, 2^32).
         seeds: image seeds of all images, instead of `num` and `seed`.
         nfe: budget per image, in evaluations of the best level; 10 by default.
@@ -93,9 +97,9 @@ def sample(
     from mlem_dist.engine.inline import sample_blocks
 
     loaded = load_ladder(ladder)
-    texts, negative_texts = check_prompts(prompts, negative_prompts, loaded)
-    if texts and seeds is None:
-        num = len(texts) if num is None else num
+    table, negative_prompt = find_prompts(prompts, loaded, negative_prompts)
+    if table and seeds is None:
+        num = table.rows if num is None else num
     num, image_seed = _check_seeds(num, seed, seeds)
     method = canonical_solver(solver)
     device_type = local_device(device)
@@ -115,8 +119,9 @@ def sample(
         device=device_type,
         precision=check_precision(precision, loaded),
         grid=grid,
-        prompts=texts,
-        negative_prompts=negative_texts,
+        prompts=table,
+        negative_prompt=negative_prompt,
+        guidance=check_guidance(guidance, loaded, table),
     )
     loaded.check_models()
     return np.concatenate(list(sample_blocks(job, loaded, image_seed)))[:num]
@@ -147,8 +152,11 @@ def generate(
     num: int | None = None,
     out: str | Location,
     labels: Sequence[int] | None = None,
-    prompts: str | Path | Sequence[str] | None = None,
+    prompts: str | Location | Sequence[str] | None = None,
+    prompt_column: str = PROMPT,
+    images_per_prompt: int = 1,
     negative_prompts: str | Sequence[str | None] | None = None,
+    guidance: float | None = None,
     seed: int = 0,
     nfe: float | None = None,
     solver: Solver = "ode",
@@ -174,12 +182,16 @@ def generate(
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        num: number of images in the whole dataset; by default the number of prompts.
+        num: number of images in the whole dataset; by default `images_per_prompt` for each prompt.
         out: the dataset's folder, or its URL in an object store.
         labels: classes to generate, in turn; all by default.
-        prompts: a prompt for each image, or a file of them, which `read_prompts` describes, for a ladder that is
-            conditioned on prompts.
-        negative_prompts: the negative prompt of all images, or of each; None for none. A file may have its own.
+        prompts: prompts, or a file of them as for `open_prompts`, for a ladder that is conditioned on prompts. Images
+            are in their order. A file's columns `negative_prompt`, `seed` and `guidance_scale` are used if there are
+            any; all other columns are carried into the dataset.
+        prompt_column: name of the file's column of prompts.
+        images_per_prompt: number of images of each prompt; those of a row with a seed have that seed, the next, ...
+        negative_prompts: the negative prompt of all images, or of each of a list of prompts; None for none.
+        guidance: scale of guidance of all images whose row has none; by default the ladder's.
         seed: image seed of sample 0, and seed of drawn plans; sample i has the image seed `seed` + i, below 2^32.
         nfe: budget per image, in evaluations of the best level; 10 by default.
         solver: "ode" for DDIM or Euler's method, "dpm++" for DPM-Solver++(2M), "sde" for DDPM; "ddim" and "ddpm" are
@@ -219,13 +231,11 @@ def generate(
     loaded = load_ladder(ladder)
     place = parse_location(out) if isinstance(out, str) else out
     classes = check_labels(labels, loaded)
-    if isinstance(prompts, str | Path):
-        prompts, negative_prompts = read_prompts(Path(prompts), negative_prompts)
-    texts, negative_texts = check_prompts(prompts, negative_prompts, loaded)
+    table, negative_prompt = find_prompts(prompts, loaded, negative_prompts, prompt_column, images_per_prompt, place)
     if num is None:
-        if not texts:
+        if not table:
             raise UsageError("`num` is missing: expected the number of images")
-        num = len(texts)
+        num = table.rows * table.images
     pools = _check_engine(loaded, placement, coalesce, devices, address, engine)
     remote = False
     if engine == "ray":
@@ -262,8 +272,9 @@ def generate(
         device=device_type,
         precision=check_precision(precision, loaded),
         grid=grid,
-        prompts=texts,
-        negative_prompts=negative_texts,
+        prompts=table,
+        negative_prompt=negative_prompt,
+        guidance=check_guidance(guidance, loaded, table),
     )
     dataset = open_dataset(job, loaded, place)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
@@ -273,6 +284,9 @@ def generate(
             notify(sentence)
         if todo:
             loaded.check_models()
+        if todo and table:
+            # The digest of its rows is that of the job, wherever they are.
+            job = replace(job, prompts=table.published(place / WORK))
         if engine == "ray" and todo:
             make = _on_ray(job, loaded, place, todo, pools, coalesce, devices, address, remote, notify)
         else:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from mlem_dist.api.arguments import Device, Notify, check_prompts, ignore, load_ladder, local_device
-from mlem_dist.engine.prompts import read_prompts
+from mlem_dist.api.arguments import Device, Notify, find_prompts, ignore, load_ladder, local_device
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
@@ -240,10 +239,8 @@ def tune(
 
 def _with_prompts(ladder: Ladder, prompts: str | Path | Sequence[str] | None) -> Ladder:
     """The ladder with prompts from a list or a file, if it is conditioned on prompts."""
-    if isinstance(prompts, str | Path):
-        prompts, _ = read_prompts(Path(prompts), None)
-    texts, _ = check_prompts(prompts, None, ladder)
-    return replace(ladder, prompts=texts)
+    table, _ = find_prompts(prompts, ladder)
+    return replace(ladder, prompts=table.first_texts()) if table else ladder
 
 
 class _Place:

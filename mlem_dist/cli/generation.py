@@ -15,6 +15,7 @@ import click
 from mlem_dist.cli.options import (
     address_option,
     classes,
+    location,
     number,
     on_stop,
     plan_options,
@@ -33,11 +34,15 @@ if TYPE_CHECKING:
 @click.option("--num", type=number, help="Images: 1000, 1e6, 1_000_000.  [default: one for each prompt]")
 @click.option(
     "--prompts",
-    type=source,
+    type=location,
     metavar="FILE",
-    help="A prompt in each line, or JSON in each line of a .jsonl: prompt and, as needed, negative_prompt.",
+    help="Table of prompts: .parquet, .jsonl, .csv, or a text with a prompt in each line. Its columns negative_prompt, "
+    "seed and guidance_scale are used, all others are carried into the dataset.",
 )
+@click.option("--prompt-column", default="prompt", show_default=True, help="The table's column of prompts.")
+@click.option("--images-per-prompt", type=number, default=1, show_default=True, help="Images of each prompt.")
 @click.option("--negative-prompt", "negative_prompts", metavar="TEXT", help="Negative prompt of all images.")
+@click.option("--guidance", type=float, help="Scale of guidance.  [default: the ladder's]")
 @click.option(
     "--out",
     type=target_location,

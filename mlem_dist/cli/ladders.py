@@ -81,11 +81,11 @@ def ladder_show(name: str) -> None:
 @click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
 def ladder_create(out: Path, models: tuple[str, ...], prompts: Path | None, **options: Any) -> None:
     """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are."""
-    from mlem_dist.engine.prompts import read_prompts
+    from mlem_dist.dataset.prompts import open_prompts
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.tables import ladder_table
 
-    options["prompts"] = read_prompts(prompts, None)[0] if prompts else ()
+    options["prompts"] = open_prompts(prompts).first_texts() if prompts else ()
     names, precisions = zip(*map(precise, models), strict=True)
     click.echo(ladder_table(Ladder.create(out, names, precision=precisions, **options, notify=say)))
 

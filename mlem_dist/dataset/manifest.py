@@ -40,9 +40,10 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """The names of the columns of texts."""
-        return tuple(self.config.get("text_columns", ()))
+    def columns(self) -> dict[str, str]:
+        """The types of the columns of a table of prompts, by name; empty without one."""
+        columns: dict[str, str] = self.config.get("columns", {})
+        return columns
 
     @property
     def fingerprint(self) -> str:
@@ -151,18 +152,20 @@ def card(manifest: Manifest) -> str:
     """The dataset card: YAML front matter for Hugging Face, then a description for readers."""
     config = manifest.config
     rows, size = sum(shard.rows for shard in manifest.shards), sum(shard.bytes for shard in manifest.shards)
+    # The columns of a table of prompts may be of types that this form lacks; readers take them from the files.
+    named = {} if manifest.columns else {"features": _card_features(manifest.labels)}
     front = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
-        "dataset_info": {
-            "features": _card_features(manifest.labels, manifest.texts),
-            "splits": [{"name": "train", "num_examples": rows, "num_bytes": size}],
-        },
+        "dataset_info": named | {"splits": [{"name": "train", "num_examples": rows, "num_bytes": size}]},
         "tags": ["synthetic", "mlem-dist"],
     }
     names = (" ".join(name.replace("|", "\\|").split()) for name in manifest.labels)
     classes = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     label = f"| label | int64 | {classes} |\n" if manifest.labels else ""
-    texts = "".join(f"| {name} | string | what the image is generated from |\n" for name in manifest.texts)
+    texts = "".join(f"| {name} | {kind} | {_meaning(name)} |\n" for name, kind in manifest.columns.items())
+    texts += "| seed | int64 | decides the image's noise |\n"
+    if manifest.columns:
+        texts += "| width, height | int64 | size in pixels |\n"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -181,13 +184,17 @@ load_dataset("parquet", data_files="data/*.parquet")   # pandas, polars, DuckDB,
 |---|---|---|
 | sample_id | int64 | 0 ... {rows - 1} |
 | image | struct<bytes, path> | PNG |
-{label}{texts}| seed | int64 | decides the image's noise |
-"""
+{label}{texts}"""
 
 
-def _card_features(labels: Sequence[str], texts: Sequence[str]) -> list[dict[str, Any]]:
+def _meaning(name: str) -> str:
+    decisive = {"prompt": "what the image shows", "negative_prompt": "what it does not show"}
+    return decisive.get(name, "from the table of prompts") if name != "guidance_scale" else "scale of guidance"
+
+
+def _card_features(labels: Sequence[str]) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
-    for name, kind in features(labels, texts).items():
+    for name, kind in features(labels).items():
         if kind["_type"] == "Value":
             entries.append({"name": name, "dtype": kind["dtype"]})
         elif kind["_type"] == "Image":

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+SEED, SCALE = "seed", "guidance_scale"
 
-def schema(labels: Sequence[str], texts: Sequence[str] = ()) -> pa.Schema:
-    """The schema: sample_id, image struct<bytes: binary, path: string>, label if there are classes, texts, and seed.
 
-    Texts are the columns with these names, of strings. All others but the image are int64.
+def schema(labels: Sequence[str], table: pa.Schema | None = None) -> pa.Schema:
+    """The schema: sample_id, image struct<bytes: binary, path: string>, label if there are classes, and seed.
 
-    The metadata key `huggingface` names the features, so that `datasets` shows pictures and class names.
+    For images of a table of prompts, its columns stand after the image, as they are. Its columns of seeds and guidance
+    scales, if any, come after them, then width and height. All others but the image are int64.
+
+    The metadata key `huggingface` names the features, so that `datasets` shows pictures and class names. It infers the
+    features that are not named.
     """
     fields = [
         pa.field("sample_id", pa.int64()),
@@ -20,21 +24,22 @@ def schema(labels: Sequence[str], texts: Sequence[str] = ()) -> pa.Schema:
     ]
     if labels:
         fields.append(pa.field("label", pa.int64()))
-    fields += [pa.field(name, pa.string()) for name in texts]
-    fields.append(pa.field("seed", pa.int64()))
-    metadata = {"huggingface": json.dumps({"info": {"features": features(labels, texts)}})}
-    return pa.schema(fields, metadata=metadata)
+    if table is not None:
+        fields += [field for field in table if field.name not in (SEED, SCALE)]
+    fields.append(pa.field(SEED, pa.int64()))
+    if table is not None:
+        fields += [pa.field(SCALE, pa.float64())] * (SCALE in table.names)
+        fields += [pa.field(name, pa.int64()) for name in ("width", "height")]
+    named = features(labels) if table is None else {"image": features(())["image"]}
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": named}})})
 
 
-def features(labels: Sequence[str], texts: Sequence[str] = ()) -> dict[str, dict[str, object]]:
-    """The columns in the form of Hugging Face's `Features.to_dict()`."""
+def features(labels: Sequence[str]) -> dict[str, dict[str, object]]:
+    """The columns of a dataset without prompts in the form of Hugging Face's `Features.to_dict()`."""
     columns: dict[str, dict[str, object]] = {
         "sample_id": {"dtype": "int64", "_type": "Value"},
         "image": {"_type": "Image"},
     }
     if labels:
         columns["label"] = {"names": list(labels), "_type": "ClassLabel"}
-    for name in texts:
-        columns[name] = {"dtype": "string", "_type": "Value"}
-    columns["seed"] = {"dtype": "int64", "_type": "Value"}
-    return columns
+    return columns | {SEED: {"dtype": "int64", "_type": "Value"}}

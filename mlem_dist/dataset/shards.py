@@ -23,7 +23,7 @@ WORK = ".mlem"
 
 DATA = "data"
 
-Columns = Mapping[str, Sequence[int | str | None]]
+Columns = Mapping[str, Sequence[int | float | None] | pa.ChunkedArray]
 """Values of each column but the image, one per sample."""
 
 
@@ -52,12 +52,18 @@ def encode_png(images: np.ndarray) -> list[bytes]:
     return files
 
 
-def encode_shard(pngs: Sequence[bytes], columns: Columns, labels: Sequence[str], texts: Sequence[str] = ()) -> bytes:
-    """A Parquet file of PNG images and the other columns of `schema`, for class names `labels` and columns `texts`."""
-    names = schema(labels, texts)
+def encode_shard(
+    pngs: Sequence[bytes], columns: Columns, labels: Sequence[str], prompts: pa.Schema | None = None
+) -> bytes:
+    """A Parquet file of PNG images and the other columns of `schema`, of which these are the arguments."""
+    fields = schema(labels, prompts)
     values = {**columns, "image": [{"bytes": png, "path": None} for png in pngs]}
-    table = pa.table([pa.array(values[field.name], field.type) for field in names], schema=names)
-    small = [name for name in names.names if name != "image"]
+    arrays = [
+        value if isinstance(value := values[field.name], pa.ChunkedArray) else pa.array(value, field.type)
+        for field in fields
+    ]
+    table = pa.table(arrays, schema=fields)
+    small = [path for path in _leaves(fields) if not path.startswith("image.")]
     buffer = io.BytesIO()
     pq.write_table(
         table,
@@ -74,6 +80,14 @@ def encode_shard(pngs: Sequence[bytes], columns: Columns, labels: Sequence[str],
     return buffer.getvalue()
 
 
+def _leaves(fields: pa.Schema) -> list[str]:
+    """The paths of a schema's columns in a Parquet file, of which a list or struct has some."""
+    buffer = io.BytesIO()
+    pq.write_table(fields.empty_table(), buffer)
+    stored = pq.ParquetFile(buffer).schema
+    return [stored.column(index).path for index in range(len(stored))]
+
+
 def write_shard(
     out: Location,
     index: int,
@@ -82,7 +96,7 @@ def write_shard(
     columns: Columns,
     labels: Sequence[str],
     run: str,
-    texts: Sequence[str] = (),
+    prompts: pa.Schema | None = None,
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), and the other columns of `schema`.
 
@@ -96,7 +110,7 @@ def write_shard(
     if {len(images)} != {*map(len, columns.values())} or not len(images):
         counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
         raise ValueError(f"shard {index}: {len(images)} images, {counts}")
-    data = encode_shard(encode_png(images), columns, labels, texts)
+    data = encode_shard(encode_png(images), columns, labels, prompts)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)

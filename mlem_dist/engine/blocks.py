@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT
 from mlem_dist.engine.job import Job, versions
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.decoder import Decoder
 from mlem_dist.models.encoder import Encoder
 from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.guidance import GUIDANCE
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
 from mlem_dist.solver.condition import Condition, move
 from mlem_dist.solver.integrate import Request, trajectory
@@ -24,8 +26,8 @@ from mlem_dist.solver.noise import Noise, image_noise
 from mlem_dist.solver.plan import Plan
 from mlem_dist.solver.steps import StepTable, solver_table
 
-CONDITIONS = 64
-"""Largest number of conditions that a process keeps."""
+CONDITIONS, TEXT_CONDITIONS = 64, 8
+"""Largest number of conditions that a process keeps, of classes and of prompts, whose embeddings are large."""
 
 
 class NonFiniteError(RuntimeError):
@@ -59,7 +61,7 @@ class Blocks:
                 )
         self.job = job
         self.ladder = ladder
-        self.image_seed = image_seed or job.image_seed
+        self.image_seed = image_seed
         self._conditions: dict[int, Condition] = {}
         self._lock = threading.Lock()
         self._latest: tuple[int, ClosedForm] | None = None
@@ -75,19 +77,23 @@ class Blocks:
         with self._lock:
             if place not in self._conditions:
                 # Blocks have few conditions of classes in all, but each has prompts of its own.
-                if len(self._conditions) >= CONDITIONS:
+                if len(self._conditions) >= (TEXT_CONDITIONS if self.job.prompts else CONDITIONS):
                     del self._conditions[next(iter(self._conditions))]
                 self._conditions[place] = self._new_condition(place)
             return self._conditions[place]
 
     def _new_condition(self, place: int) -> Condition:
-        rows = self.job.rows(range(place, place + self.job.block_size))
+        samples = range(place, place + self.job.block_size)
+        rows = self.job.rows(samples)
         if self.encoder:
-            prompts = rows["prompt"]
-            negative_prompts = rows.get("negative_prompt", [None] * len(prompts))
-            return move(self.encoder(prompts, negative_prompts), self.job.device)
-        labels = {name: torch.tensor(row, device=self.job.device) for name, row in rows.items()}
-        return self.ladder.completed(labels)
+            condition = move(self.encoder(rows[PROMPT], rows[NEGATIVE_PROMPT]), self.job.device)
+        else:
+            labels = {name: torch.tensor(row, device=self.job.device) for name, row in rows.items()}
+            condition = self.ladder.completed(labels)
+        scales = self.job.scales(samples)
+        if scales is None:
+            return condition
+        return {**condition, GUIDANCE: torch.tensor(scales, dtype=torch.float32, device=self.job.device)}
 
     @cached_property
     def encoder(self) -> Encoder | None:
@@ -111,7 +117,8 @@ class Blocks:
     def seeds(self, block: int) -> list[int]:
         """The image seeds of a block's samples."""
         first = block * self.job.block_size
-        return [self.image_seed(i) for i in range(first, first + self.job.block_size)]
+        samples = range(first, first + self.job.block_size)
+        return [self.image_seed(i) for i in samples] if self.image_seed else self.job.seeds(samples)
 
     @cached_property
     def _base(self) -> tuple[GaussianLevel, AffineDrift]:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from mlem_dist import __version__
+from mlem_dist.dataset.prompts import SEEDS, PromptTable
+from mlem_dist.dataset.schema import SEED
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.schema import OWN
 from mlem_dist.ladder.schema import PRECISIONS as MODEL_PRECISIONS
@@ -22,9 +24,6 @@ from mlem_dist.solver.plan import Plan, Recipe, block_rng, plan_to_dict
 from mlem_dist.solver.steps import SOLVERS, SPACINGS, Spacing
 
 MAX_SHARDS = 10**6
-
-SEEDS = 2**32
-"""Number of image seeds: torch's generator for CPUs takes 32 bits of a seed."""
 
 NOISE_VERSION = 2
 """Version of the noise: 1 was a function of the block, until 0.3; 2 is a function of the image seed."""
@@ -109,8 +108,9 @@ class Job:
         device: "cpu" or "cuda".
         precision: data type of the models, one of `PRECISIONS`.
         grid: spacing of the steps, as for `Process.grid`.
-        prompts: the prompt of each sample; empty for a ladder without prompts.
-        negative_prompts: the negative prompt of each sample, None for none; empty if no sample has one.
+        prompts: the table of prompts; None for a ladder without prompts.
+        negative_prompt: the negative prompt of all samples, for a table without a column of them; None for none.
+        guidance: scale of guidance of samples whose row has none; None for that of the ladder, if no row has one.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
@@ -130,8 +130,9 @@ class Job:
     device: str
     precision: str = "float32"
     grid: Spacing = "trailing"
-    prompts: tuple[str, ...] = ()
-    negative_prompts: tuple[str | None, ...] = ()
+    prompts: PromptTable | None = None
+    negative_prompt: str | None = None
+    guidance: float | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -148,8 +149,11 @@ class Job:
             raise UsageError(
                 "the plan takes runs of base steps in closed form, which `solver` dpm++ cannot; draw another"
             )
-        if self.prompts and self.num > len(self.prompts):
-            raise UsageError(f"`num` {self.num:,}: expected at most {len(self.prompts):,}, the number of prompts")
+        if self.prompts and self.num > (most := self.prompts.rows * self.prompts.images):
+            raise UsageError(
+                f"`num` {self.num:,}: expected at most {most:,}, the number of prompts"
+                + (f" times {self.prompts.images}" if self.prompts.images > 1 else "")
+            )
         check_shards(self.workload)
         if self.num > SEEDS:
             raise UsageError(f"`num` {self.num:,}: expected at most {SEEDS:,}, the number of image seeds")
@@ -162,7 +166,7 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
-        left_out = ("versions", "prompts", "negative_prompts")
+        left_out = ("versions", "prompts", "negative_prompt", "guidance")
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
@@ -170,9 +174,13 @@ class Job:
             config["plan"] = asdict(self.plan)
         config["noise_version"] = NOISE_VERSION
         if self.prompts:
-            texts = json.dumps([self.prompts[: self.num], self.negative_prompts[: self.num]])
-            config["text_columns"] = list(self.text_columns)
-            config["prompts_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
+            table = self.prompts
+            config["prompts_sha256"], config["prompt_column"] = table.digest, table.prompt
+            config["images_per_prompt"], config["negative_prompt"] = table.images, self.negative_prompt
+            stored = table.stored_schema(self.negative_prompt)
+            config["columns"] = {field.name: str(field.type) for field in stored if field.name != SEED}
+        if self.guidance is not None:
+            config["guidance"] = self.guidance
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain
@@ -196,24 +204,26 @@ class Job:
         first = block * self.block_size
         return min(self.shard_rows(shard).stop, first + self.block_size) - first
 
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        """The names of the dataset's columns of texts."""
-        return ("prompt",) * bool(self.prompts) + ("negative_prompt",) * bool(self.negative_prompts)
+    def rows(self, samples: Sequence[int]) -> dict[str, list[Any]]:
+        """What samples with consecutive ids are conditioned on, by name: classes, prompts, or nothing.
 
-    def rows(self, sample_ids: Sequence[int]) -> dict[str, list[Any]]:
-        """What samples are conditioned on, by column of the dataset: classes, prompts, or nothing.
-
-        Samples beyond the last prompt, which complete a block, begin with the first one again.
+        Samples beyond the last row of the table, which complete a block, have that row.
         """
         if self.labels:
-            return {"label": [self.labels[i % len(self.labels)] for i in sample_ids]}
-        texts = {"prompt": self.prompts, "negative_prompt": self.negative_prompts}
-        return {name: [values[i % len(values)] for i in sample_ids] for name, values in texts.items() if values}
+            return {"label": [self.labels[i % len(self.labels)] for i in samples]}
+        return self.prompts.texts(samples, self.negative_prompt) if self.prompts else {}
 
-    def image_seed(self, sample_id: int) -> int:
-        """The image seed of a sample; that of a sample beyond the last one, which completes a block, wraps round."""
-        return (self.seed + sample_id) % SEEDS
+    def seeds(self, samples: Sequence[int]) -> list[int]:
+        """The image seeds of samples with consecutive ids, those of samples that complete a block included."""
+        default = [(self.seed + i) % SEEDS for i in samples]
+        return self.prompts.seeds(samples, default) if self.prompts else default
+
+    def scales(self, samples: Sequence[int]) -> list[float] | None:
+        """The guidance scales of samples with consecutive ids; None if all have that of the ladder."""
+        if self.guidance is None:
+            return None
+        default = [self.guidance] * len(samples)
+        return self.prompts.scales(samples, default) if self.prompts else default
 
     def block_plan(self, block: int) -> Plan:
         """The plan of a block: the memorised one, or its own draw."""

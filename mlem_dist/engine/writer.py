@@ -5,11 +5,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from mlem_dist.dataset.manifest import NAME, changed, read_manifest
-from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.dataset.schema import SCALE
+from mlem_dist.dataset.shards import Columns, Shard, write_shard
 from mlem_dist.dataset.store import Location, listed
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Work
@@ -53,9 +55,19 @@ class Writer:
             blocks: images of its blocks, uint8 (B, H, W, C); the last block may hold more images than the shard.
         """
         start = time.process_time()
-        ids = self.job.shard_rows(shard)
-        columns = {"sample_id": ids, **self.job.rows(ids), "seed": [self.job.image_seed(i) for i in ids]}
-        images = np.concatenate(blocks)[: len(ids)]
-        texts = self.job.text_columns
-        written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run, texts)
+        images = np.concatenate(blocks)[: len(self.job.shard_rows(shard))]
+        columns, prompts = self._columns(shard, images), self.job.prompts
+        stored = prompts.stored_schema(self.job.negative_prompt) if prompts else None
+        written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run, stored)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), written
+
+    def _columns(self, shard: int, images: np.ndarray) -> Columns:
+        """The values of all columns but the image."""
+        ids, prompts = self.job.shard_rows(shard), self.job.prompts
+        own: dict[str, Any] = {"sample_id": ids, "seed": self.job.seeds(ids)}
+        if prompts is None:
+            return own | self.job.rows(ids)
+        _, height, width, _ = images.shape
+        size = {"width": [width] * len(ids), "height": [height] * len(ids)}
+        scales = {SCALE: scale} if (scale := self.job.scales(ids)) and prompts.has(SCALE) else {}
+        return own | size | scales | prompts.stored(ids, self.job.negative_prompt)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mlem_dist
-from mlem_dist.engine.job import SEEDS
+from mlem_dist.dataset.prompts import SEEDS
 from mlem_dist.errors import UsageError
 
 SMALL = {"nfe": 4, "steps": 20}

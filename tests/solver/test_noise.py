@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlem_dist.engine.job import SEEDS
+from mlem_dist.dataset.prompts import SEEDS
 from mlem_dist.solver.noise import image_noise
 
 seeds = st.lists(st.integers(0, SEEDS - 1), min_size=1, max_size=5)
