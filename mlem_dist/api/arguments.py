@@ -147,6 +147,8 @@ def find_prompts(
     """
     if prompts is None and negative_prompts is None and not ladder.encoder:
         return None, None
+    if images < 1:
+        raise UsageError(f"`images_per_prompt` {images}: expected at least 1")
     if not ladder.encoder:
         raise UsageError(
             f"`prompts`: ladder {ladder.name!r} is not conditioned on prompts; leave them out, or take a ladder that is"

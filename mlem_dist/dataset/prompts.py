@@ -222,8 +222,6 @@ def open_prompts(place: Location, prompt: str = PROMPT, images: int = 1, work: L
         UsageError: if the file cannot be read, lacks the column, has a column that a dataset has of its own, or a value
             that cannot be used; the message says which.
     """
-    if images < 1:
-        raise UsageError(f"`images_per_prompt` {images}: expected at least 1")
     with _readable(place):
         digest = remembered_digest(place) if isinstance(place, Path) else file_digest(place)
         source: Location | pa.Table = place

@@ -163,5 +163,3 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         open_prompts(tmp_path / "nothing.txt")
     with pytest.raises(UsageError, match=r"cannot be read: Is a directory"):
         open_prompts(tmp_path)
-    with pytest.raises(UsageError, match=r"`images_per_prompt` 0: expected at least 1"):
-        open_prompts(tmp_path, images=0)
