@@ -5,6 +5,7 @@ from mlem_dist.api.datasets import read, show, verify
 from mlem_dist.api.generation import draw, generate, sample
 from mlem_dist.api.ladders import calibrate, measure, train, tune
 from mlem_dist.api.planning import capacity
+from mlem_dist.api.remaking import remake
 
 __all__ = [
     "calibrate",
@@ -14,6 +15,7 @@ __all__ = [
     "load_ladder",
     "measure",
     "read",
+    "remake",
     "sample",
     "show",
     "train",

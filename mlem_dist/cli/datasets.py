@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlem_dist.cli.options import location, target
+from mlem_dist.cli.options import device_option, given, location, target
 
 if TYPE_CHECKING:
     from mlem_dist.dataset.store import Location
@@ -22,6 +22,29 @@ def show(dataset: Location, out: Path | None) -> None:
     from mlem_dist import api
 
     click.echo(f"Wrote {api.show(dataset, out=out)}")
+
+
+@click.command()
+@click.argument("dataset", type=location, metavar="OUT")
+@click.option("--id", "sample_id", type=click.IntRange(min=0), required=True, help="Sample id of the image.")
+@click.option("--ladder", type=given, metavar="NAME", help="The ladder, if it is no longer where it was.")
+@click.option("--out", type=target, metavar="FILE", help="PNG to write.  [default: remake-ID.png]")
+@device_option
+def remake(dataset: Location, sample_id: int, **arguments: Any) -> None:
+    """Make an image of a dataset again from its row, and compare.
+
+    Writes a picture of the stored image, the remade one and ten times their difference, and prints the lines by which
+    diffusers begins with the same noise.
+    """
+    from mlem_dist import api
+
+    remade = api.remake(dataset, sample_id, **arguments)
+    for name, value in remade.row.items():
+        click.echo(f"{name}: {value}")
+    difference = remade.difference
+    click.echo(f"Difference: {difference.mean():.3g} grey levels in the mean, {difference.max()} at most")
+    click.echo(f"Wrote {remade.picture}")
+    click.echo(f"By diffusers:\n{remade.lines}")
 
 
 @click.command()

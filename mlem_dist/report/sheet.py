@@ -5,6 +5,7 @@ import os
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
@@ -58,6 +59,17 @@ def contact_sheet(out: Location) -> Image.Image:
             image = Image.open(io.BytesIO(png)).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (margin + x * width, y * height))
     return sheet
+
+
+def save_comparison(stored: np.ndarray, remade: np.ndarray, path: Path) -> None:
+    """Write a PNG of two images, uint8 (H, W, C), and of ten times their difference, side by side."""
+    difference = np.abs(stored.astype(np.int64) - remade)
+    parts = [stored, remade, np.minimum(255, 10 * difference).astype(np.uint8)]
+    gap = np.full((stored.shape[0], max(2, stored.shape[1] // 32), stored.shape[2]), 255, np.uint8)
+    joined = np.concatenate([parts[0], gap, parts[1], gap, parts[2]], axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(joined[..., 0] if joined.shape[-1] == 1 else joined).save(buffer, "PNG")
+    publish(path, buffer.getvalue(), path.parent)
 
 
 def save_contact_sheet(out: Location, picture: Path | None = None) -> Location:

@@ -305,6 +305,13 @@ class Recipe:
         return plan if self.rungs is None else on_levels(plan, self.rungs)
 
 
+def recipe_from_dict(raw: Mapping[str, Any]) -> Recipe:
+    """The recipe whose fields, with lists for arrays and tuples, are in `raw`."""
+    arrays = {name: np.array(raw[name]) for name in ("probabilities", "log_snr") if raw[name] is not None}
+    tuples = {name: tuple(raw[name]) for name in ("rungs", "reach") if raw[name] is not None}
+    return Recipe(**{**raw, **arrays, **tuples})
+
+
 def block_rng(seed: int, block: int) -> np.random.Generator:
     """The random generator of a block's coins, which depends on (seed, block) alone."""
     return np.random.default_rng([seed, block])

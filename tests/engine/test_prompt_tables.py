@@ -11,6 +11,7 @@ from PIL import Image
 from pipelines import make_pipeline
 
 import mlem_dist
+from mlem_dist import api
 from mlem_dist.api import generate
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
@@ -233,3 +234,35 @@ def test_negative_prompts_come_from_one_place(ladder, tmp_path):
         generate(ladder, prompts=path, negative_prompts="ugly", out=tmp_path / "out", **ONE_STEP)
     with pytest.raises(UsageError, match=r"expected one text for all rows"):
         generate(ladder, prompts=path, negative_prompts=["ugly"], out=tmp_path / "out", **ONE_STEP)
+
+
+def test_an_image_is_made_again_from_its_row(out, ladder, tmp_path):
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    remade = api.remake(str(out), 998, out=tmp_path / "998.png")
+    assert remade.row["id"] == 498
+    assert remade.row["seed"] == 1098
+    assert remade.difference.max() <= 1
+    assert Image.open(tmp_path / "998.png").size[1] == 16
+    # The lines that are printed, but for the scheduler.
+    scope = {}
+    lines = remade.lines.splitlines()
+    exec("\n".join(lines[:-1]), scope)
+    assert isinstance(scope["pipeline"], DiffusionPipeline)
+    scope["pipeline"].set_progress_bar_config(disable=True)
+    config = {**scope["pipeline"].scheduler.config, "timestep_spacing": "trailing"}
+    scope["pipeline"].scheduler = DDIMScheduler.from_config(config)
+    exec(lines[-1], scope)
+    assert np.abs(np.array(scope["image"]).astype(int) - remade.stored).max() <= 3
+
+
+def test_what_cannot_be_made_again_is_refused(out, ladder, tmp_path):
+    for given, message in (
+        ({"id": 1000}, "`id` 1000: expected 0 to 999"),
+        ({"id": 1, "ladder": "fashion"}, "ladder 'fashion' is not the one"),
+        ({"id": 1, "out": out / "README.md" / "1.png"}, "is a file"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            api.remake(str(out), **given)
+    with pytest.raises(UsageError, match="not a dataset"):
+        api.remake(str(tmp_path), 1)
