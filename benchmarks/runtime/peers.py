@@ -92,9 +92,9 @@ class Diffusers:
 
 def as_png(x: np.ndarray) -> list[bytes]:
     """PNG files of values in [-1, 1]."""
-    from mlem_dist.dataset.shards import encode_png
+    from mlem_dist.dataset.shards import PNG
 
-    return encode_png(((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1))
+    return PNG.files(((x.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def ray_data(num: int, out: str, cores: int, kind: type, arguments: dict[str, Any]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlem_dist.dataset.shards import encode_png, encode_shard, write_shard
+from mlem_dist.dataset.shards import PNG, encode_shard, write_shard
 from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 
@@ -44,14 +44,14 @@ def main(data: Path, out: Path) -> None:
         load_images(data, ladder.sample_shape, ladder.labels).train[:SHARD].permute(0, 2, 3, 1).contiguous().numpy()
     )
     columns = {"sample_id": range(SHARD), "label": [0] * SHARD, "seed": range(SHARD)}
-    pngs = encode_png(images)
+    pngs = PNG.files(images)
     size = len(encode_shard(pngs, columns, ladder.labels))
     pixels = pa.table({"image": pa.array([image.tobytes() for image in images], pa.binary())})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         found = {
             "shard": rate(lambda: write_shard(path, 0, 1, images, columns, ladder.labels, ""), size),
-            "png alone": rate(lambda: encode_png(images), size),
+            "png alone": rate(lambda: PNG.files(images), size),
             "parquet of finished png": rate(lambda: encode_shard(pngs, columns, ladder.labels), size),
             "pyarrow, pixels as bytes": rate(lambda: pq.write_table(pixels, path / "pixels.parquet"), np.size(images)),
         }

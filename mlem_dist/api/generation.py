@@ -27,7 +27,7 @@ from mlem_dist.api.arguments import (
     local_device,
 )
 from mlem_dist.dataset.prompts import PROMPT, SEEDS
-from mlem_dist.dataset.shards import WORK
+from mlem_dist.dataset.shards import WORK, Encoding
 from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.engine.completion import Engine, complete, open_dataset
 from mlem_dist.engine.job import Job
@@ -167,6 +167,8 @@ def generate(
     plan: Plan | str | Path | None = None,
     grid: Spacing = "trailing",
     precision: Precision | None = None,
+    image_format: str = "png",
+    image_quality: int | None = None,
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -206,6 +208,8 @@ def generate(
         plan: a plan or its file, instead of a budget.
         grid: timesteps, as for `sample`.
         precision: dtype in which networks compute; by default each in its own, which is float32 in trained ladders.
+        image_format: format of the image files: "png", "jpeg" or "webp".
+        image_quality: quality of jpeg or webp, 1 to 100; 95 by default.
         block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
         shard_size: number of samples in a Parquet file, a multiple of the block size.
         placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
@@ -275,6 +279,7 @@ def generate(
         prompts=table,
         negative_prompt=negative_prompt,
         guidance=check_guidance(guidance, loaded, table),
+        encoding=Encoding(image_format, image_quality),
     )
     dataset = open_dataset(job, loaded, place)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)

@@ -81,7 +81,9 @@ def remake(
     if loaded.digest != config["digest"]:
         raise UsageError(f"ladder {loaded.source!r} is not the one that {place} was made with; give that as `ladder`")
     with Image.open(io.BytesIO(row.pop("image")["bytes"])) as opened:
-        stored = np.array(opened).reshape(opened.height, opened.width, -1)
+        # WebP knows no grey images.
+        pixels = np.array(opened.convert("L" if loaded.image_shape[0] == 1 else "RGB"))
+    stored = pixels.reshape(*pixels.shape[:2], -1)
     loaded.check_models()
     job = _job(config, row, id, loaded, local_device(device))
     (images,) = sample_blocks(job, loaded, lambda _: row[SEED])

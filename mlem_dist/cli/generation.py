@@ -58,6 +58,14 @@ if TYPE_CHECKING:
     help="What models compute in. bfloat16 is faster on GPUs, and on CPUs that have instructions for it.  [default: "
     "own, the precision that the ladder has for each; float32 for trained ladders]",
 )
+@click.option(
+    "--image-format",
+    type=click.Choice(["png", "jpeg", "webp"]),
+    default="png",
+    show_default=True,
+    help="Format of the images; jpeg and webp make large images small.",
+)
+@click.option("--image-quality", type=int, help="Quality of jpeg or webp, 1 to 100.  [default: 95]")
 @click.option("--labels", type=classes, default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
 @size_options
 @click.option(

@@ -183,7 +183,7 @@ load_dataset("parquet", data_files="data/*.parquet")   # pandas, polars, DuckDB,
 | column | type | meaning |
 |---|---|---|
 | sample_id | int64 | 0 ... {rows - 1} |
-| image | struct<bytes, path> | PNG |
+| image | struct<bytes, path> | {config.get("image_format", "png").upper()} |
 {label}{texts}"""
 
 

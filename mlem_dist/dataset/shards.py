@@ -16,12 +16,18 @@ from PIL import Image
 
 from mlem_dist.dataset.schema import schema
 from mlem_dist.dataset.store import Location, StoreError, listed, of_each, publish, reached, read_whole
+from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"
 
 DATA = "data"
+
+FORMATS = ("png", "jpeg", "webp")
+
+QUALITY = 95
+"""Default quality of formats that lose something."""
 
 Columns = Mapping[str, Sequence[int | float | None] | pa.ChunkedArray]
 """Values of each column but the image, one per sample."""
@@ -42,22 +48,53 @@ def shard_path(index: int, shards: int) -> str:
     return f"{DATA}/train-{index:05d}-of-{shards:05d}.parquet"
 
 
-def encode_png(images: np.ndarray) -> list[bytes]:
-    """PNG files of uint8 images (n, H, W, C) with C = 1 or 3."""
-    files = []
-    for image in images:
-        buffer = io.BytesIO()
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
-        files.append(buffer.getvalue())
-    return files
+@dataclass(frozen=True)
+class Encoding:
+    """The format of image files.
+
+    Attributes:
+        format: one of `FORMATS`; PNG loses nothing.
+        quality: 1 to 100, for formats that lose something.
+
+    Raises:
+        UsageError: if there is no such format or quality.
+    """
+
+    format: str = "png"
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(f"`image_format` {self.format!r}: expected one of {', '.join(FORMATS)}")
+        if self.quality is None:
+            return
+        if self.format == "png":
+            raise UsageError(
+                f"`image_quality` {self.quality}: a PNG has no quality; leave it out, or take jpeg or webp"
+            )
+        if not 1 <= self.quality <= 100:
+            raise UsageError(f"`image_quality` {self.quality}: expected 1 to 100")
+
+    def files(self, images: np.ndarray) -> list[bytes]:
+        """Files of uint8 images (n, H, W, C) with C = 1 or 3."""
+        options = {} if self.format == "png" else {"quality": self.quality or QUALITY}
+        files = []
+        for image in images:
+            buffer = io.BytesIO()
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, self.format, **options)
+            files.append(buffer.getvalue())
+        return files
+
+
+PNG = Encoding()
 
 
 def encode_shard(
-    pngs: Sequence[bytes], columns: Columns, labels: Sequence[str], prompts: pa.Schema | None = None
+    files: Sequence[bytes], columns: Columns, labels: Sequence[str], prompts: pa.Schema | None = None
 ) -> bytes:
-    """A Parquet file of PNG images and the other columns of `schema`, of which these are the arguments."""
+    """A Parquet file of images and the other columns of `schema`, of which these are the arguments."""
     fields = schema(labels, prompts)
-    values = {**columns, "image": [{"bytes": png, "path": None} for png in pngs]}
+    values = {**columns, "image": [{"bytes": file, "path": None} for file in files]}
     arrays = [
         value if isinstance(value := values[field.name], pa.ChunkedArray) else pa.array(value, field.type)
         for field in fields
@@ -68,7 +105,7 @@ def encode_shard(
     pq.write_table(
         table,
         buffer,
-        row_group_size=max(1, min(len(pngs), 100_000_000 // max(map(len, pngs)))),
+        row_group_size=max(1, min(len(files), 100_000_000 // max(map(len, files)))),
         compression={**dict.fromkeys(small, "zstd"), "image.bytes": "none", "image.path": "zstd"},
         use_dictionary=False,
         # Statistics of an image column would copy whole small images into the footer.
@@ -97,6 +134,7 @@ def write_shard(
     labels: Sequence[str],
     run: str,
     prompts: pa.Schema | None = None,
+    encoding: Encoding = PNG,
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), and the other columns of `schema`.
 
@@ -110,7 +148,7 @@ def write_shard(
     if {len(images)} != {*map(len, columns.values())} or not len(images):
         counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
         raise ValueError(f"shard {index}: {len(images)} images, {counts}")
-    data = encode_shard(encode_png(images), columns, labels, prompts)
+    data = encode_shard(encoding.files(images), columns, labels, prompts)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)

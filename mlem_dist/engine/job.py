@@ -17,6 +17,7 @@ import numpy as np
 from mlem_dist import __version__
 from mlem_dist.dataset.prompts import SEEDS, PromptTable
 from mlem_dist.dataset.schema import SEED
+from mlem_dist.dataset.shards import PNG, Encoding
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.schema import OWN
 from mlem_dist.ladder.schema import PRECISIONS as MODEL_PRECISIONS
@@ -111,6 +112,7 @@ class Job:
         prompts: the table of prompts; None for a ladder without prompts.
         negative_prompt: the negative prompt of all samples, for a table without a column of them; None for none.
         guidance: scale of guidance of samples whose row has none; None for that of the ladder, if no row has one.
+        encoding: format of the image files.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
@@ -133,6 +135,7 @@ class Job:
     prompts: PromptTable | None = None
     negative_prompt: str | None = None
     guidance: float | None = None
+    encoding: Encoding = PNG
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -166,7 +169,7 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
-        left_out = ("versions", "prompts", "negative_prompt", "guidance")
+        left_out = ("versions", "prompts", "negative_prompt", "guidance", "encoding")
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
@@ -181,6 +184,8 @@ class Job:
             config["columns"] = {field.name: str(field.type) for field in stored if field.name != SEED}
         if self.guidance is not None:
             config["guidance"] = self.guidance
+        if self.encoding != PNG:
+            config["image_format"], config["image_quality"] = self.encoding.format, self.encoding.quality
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain

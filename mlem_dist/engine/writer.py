@@ -58,7 +58,8 @@ class Writer:
         images = np.concatenate(blocks)[: len(self.job.shard_rows(shard))]
         columns, prompts = self._columns(shard, images), self.job.prompts
         stored = prompts.stored_schema(self.job.negative_prompt) if prompts else None
-        written = write_shard(self.out, shard, self.job.shards, images, columns, self.labels, self.run, stored)
+        described = columns, self.labels, self.run, stored, self.job.encoding
+        written = write_shard(self.out, shard, self.job.shards, images, *described)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), written
 
     def _columns(self, shard: int, images: np.ndarray) -> Columns:

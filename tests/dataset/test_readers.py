@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlem_dist.dataset.shards import encode_png
+from mlem_dist.dataset.shards import PNG
 from mlem_dist.engine.completion import complete, open_dataset
 from mlem_dist.engine.inline import run_inline
 from mlem_dist.engine.job import Job
@@ -87,7 +87,7 @@ def test_duckdb(dataset):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_keeps_every_value(channels):
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 6, channels), dtype=np.uint8)
-    decoded = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in encode_png(images)])
+    decoded = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in PNG.files(images)])
     assert np.array_equal(decoded.reshape(images.shape), images)
 
 
