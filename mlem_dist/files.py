@@ -54,8 +54,10 @@ def listing(names: Iterable[str], limit: int = 10) -> str:
     return ", ".join(every[:limit]) + (f" and {len(every) - limit} more" if len(every) > limit else "")
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, name: str = "out") -> None:
     """Refuse an `out` that neither is nor can become a folder that this process may write. Writes nothing.
+
+    Messages call it `name`.
 
     Raises:
         UsageError: if `out` is a file, or if `out` or the folder that would hold it is not writable.
@@ -63,12 +65,12 @@ def check_writable(out: Path) -> None:
     try:
         if (out.exists() or out.is_symlink()) and not out.is_dir():
             kind = "a file" if out.exists() else "a link to nothing"
-            raise UsageError(f"`out` {out} is {kind}, expected a folder; choose another path")
+            raise UsageError(f"`{name}` {out} is {kind}, expected a folder; choose another path")
         parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     except OSError as error:
-        raise UsageError(f"`out` {out} cannot be written: {error.strerror}; choose another path") from None
+        raise UsageError(f"`{name}` {out} cannot be written: {error.strerror}; choose another path") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-        raise UsageError(f"`out` {out} cannot be written: {parent} is not a writable folder; choose another path")
+        raise UsageError(f"`{name}` {out} cannot be written: {parent} is not a writable folder; choose another path")
 
 
 def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work: Path | None = None) -> None:

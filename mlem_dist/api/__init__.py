@@ -1,7 +1,7 @@
 """The public functions, which have the names of the commands of the command line."""
 
 from mlem_dist.api.arguments import load_ladder
-from mlem_dist.api.datasets import read, show, verify
+from mlem_dist.api.datasets import export, read, show, verify
 from mlem_dist.api.generation import draw, generate, sample
 from mlem_dist.api.ladders import calibrate, measure, train, tune
 from mlem_dist.api.planning import capacity
@@ -11,6 +11,7 @@ __all__ = [
     "calibrate",
     "capacity",
     "draw",
+    "export",
     "generate",
     "load_ladder",
     "measure",

@@ -1,9 +1,9 @@
-"""Functions that read, show and verify an existing dataset."""
+"""Functions that read, show, verify and export an existing dataset."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mlem_dist.api.arguments import check_new
 from mlem_dist.dataset.store import Location, parse_location
@@ -12,6 +12,7 @@ from mlem_dist.errors import UsageError
 if TYPE_CHECKING:
     import ray.data
 
+    from mlem_dist.dataset.export import ExportReport
     from mlem_dist.dataset.shards import Shard
 
 
@@ -86,3 +87,26 @@ def verify(dataset: str | Location) -> tuple[list[Shard], list[str], bool]:
             f"{path} is no shard, and readers of {place}/data take it for rows" for path in foreign(place, shards)
         ]
     return shards, problems, bool(manifest.shards)
+
+
+def export(dataset: str | Location, target: str | Location, *, format: Literal["webdataset", "folder"]) -> ExportReport:
+    """Copy a finished dataset into the layout of another tool. The same call again finishes what is missing.
+
+    Image files are copied as they are, and the same dataset makes the same bytes.
+
+    Args:
+        dataset: the dataset's folder, or its URL in an object store.
+        target: a new or empty folder, or its URL in an object store.
+        format: `webdataset` for tar files as img2dataset writes them, one for each shard; `folder` for pictures with a
+            `metadata.jsonl`, as ImageFolder of Hugging Face reads them.
+
+    Raises:
+        UsageError: if there is no dataset, it is not finished or is damaged, a column cannot be exported, or the target
+            is in the dataset, holds something else or cannot be written.
+        OSError: if a file cannot be written.
+    """
+    from mlem_dist.dataset.export import export_dataset
+
+    place = parse_location(dataset, "dataset") if isinstance(dataset, str) else dataset
+    folder = parse_location(target, "target") if isinstance(target, str) else target
+    return export_dataset(place, folder, format)

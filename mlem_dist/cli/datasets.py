@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from mlem_dist.cli.options import device_option, given, location, target
+from mlem_dist.cli.options import device_option, given, location, on_stop, target, target_location
 
 if TYPE_CHECKING:
+    from mlem_dist.dataset.export import ExportReport
     from mlem_dist.dataset.store import Location
 
 
@@ -64,3 +65,35 @@ def verify(dataset: Location) -> None:
         click.echo(f"{dataset} is not finished: {are}; run `mlem-dist generate` again to finish it.", err=True)
         sys.exit(3)
     click.echo(f"{dataset}: all {len(shards)} shards are as they were written.")
+
+
+@click.command()
+@click.argument("dataset", type=location, metavar="OUT")
+@click.argument("folder", type=target_location, metavar="TARGET")
+@click.option(
+    "--format",
+    type=click.Choice(["webdataset", "folder"]),
+    required=True,
+    help="webdataset is tar files as img2dataset writes them; folder is pictures with a metadata.jsonl, as ImageFolder "
+    "of Hugging Face reads them.",
+)
+def export(dataset: Location, folder: Location, format: Literal["webdataset", "folder"]) -> None:
+    """Copy a finished dataset to TARGET in the layout of another tool. The same command again finishes it."""
+    on_stop("Finished files are kept; the same command goes on from there.")
+    from mlem_dist import api
+
+    click.echo(_exported(api.export(dataset, folder, format=format), format))
+
+
+def _exported(report: ExportReport, format: str) -> str:
+    """What an export has written, and how to read it."""
+    kind = "tar file" if format == "webdataset" else "folder"
+    there = f"{report.images:,} images in {report.files:,} {kind}{'s' * (report.files > 1)}"
+    if not report.made:
+        made = f"{report.target} is complete already: {there}"
+    elif report.made < report.images:
+        made = f"Wrote {report.made:,} images to {report.target}, which has all {there} now"
+    else:
+        made = f"Wrote {there.replace(' in ', f' to {report.target} in ')}"
+    reader = "datasets.load_dataset('imagefolder', data_dir={})" if format == "folder" else "webdataset.WebDataset({})"
+    return f"{made}; read it by {reader.format(repr(report.paths))}"

@@ -11,7 +11,7 @@ import click
 
 from mlem_dist import __version__
 from mlem_dist.cli.capacity import capacity
-from mlem_dist.cli.datasets import remake, show, verify
+from mlem_dist.cli.datasets import export, remake, show, verify
 from mlem_dist.cli.generation import draw, generate
 from mlem_dist.cli.ladders import calibrate, ladder, train, tune
 from mlem_dist.cli.options import expect_command, stop_note
@@ -34,7 +34,7 @@ def cli(context: click.Context) -> None:
     _invoked = context.invoked_subcommand or ""
 
 
-for command in (generate, draw, show, verify, remake, ladder, train, calibrate, tune, capacity):
+for command in (generate, draw, show, verify, remake, export, ladder, train, calibrate, tune, capacity):
     cli.add_command(command)
 # A hidden alias of `capacity`, for scripts for versions before 0.4.
 cli.add_command(click.Command("plan", params=capacity.params, callback=capacity.callback, hidden=True))

@@ -1,1 +1,1 @@
-"""Parquet image datasets: schema, shards, manifest, card."""
+"""Parquet image datasets: schema, shards, manifest, card, exports."""

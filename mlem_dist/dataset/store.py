@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 from mlem_dist.errors import UsageError
@@ -36,14 +37,14 @@ class StoreError(OSError):
     """An object store does not answer, or refuses."""
 
 
-def parse_location(text: str) -> Location:
-    """The folder of a path or URL.
+def parse_location(text: str, name: str = "out") -> Location:
+    """The folder of a path or URL, which messages call `name`.
 
     Raises:
         UsageError: if the URL is neither a file's nor of a kind in `PACKAGES`, names no bucket, has a part that a
             folder cannot have, or cannot be opened, or if its package is not installed.
     """
-    check_text([text], "`out`")
+    check_text([text], f"`{name}`")
     kind, is_url, place = text.partition("://")
     kind, parts = kind.lower(), place.rstrip("/").split("/")
     if not is_url:
@@ -74,14 +75,16 @@ def parse_location(text: str) -> Location:
     return folder
 
 
-def check_location(out: Location) -> None:
+def check_location(out: Location, name: str = "out") -> None:
     """Refuse an `out` that neither is nor can become a folder that this process may write. Writes nothing.
+
+    Messages call it `name`.
 
     Raises:
         UsageError: as `check_writable`, or if the object store does not answer, lacks the bucket or refuses to list it.
     """
     if isinstance(out, Path):
-        return check_writable(out)
+        return check_writable(out, name)
     try:
         with reached(out):
             # Some credentials only give access to a folder of the bucket.
@@ -89,9 +92,9 @@ def check_location(out: Location) -> None:
                 with suppress(PermissionError):
                     out.fs.info(out.drive)
     except FileNotFoundError:
-        raise UsageError(f"`out` {out}: there is no bucket {out.drive}; make it, or choose another place") from None
+        raise UsageError(f"`{name}` {out}: there is no bucket {out.drive}; make it, or choose another place") from None
     except StoreError as error:
-        raise UsageError(f"`out` {error}") from None
+        raise UsageError(f"`{name}` {error}") from None
 
 
 @contextmanager
@@ -112,12 +115,12 @@ def reached(out: Location) -> Iterator[None]:
         raise StoreError(f"{out} cannot be reached: {_reason(error)}; check the name and the credentials") from None
 
 
-def publish(path: Location, content: str | bytes, work: Location) -> None:
+def publish(path: Location, content: str | bytes | Callable[[Path], Any], work: Location) -> None:
     """Write a file that appears under its name complete or not at all.
 
     Args:
         path: the file's location.
-        content: the file's content.
+        content: the file's content, or a function that writes it to the path of a local file that it is given.
         work: a folder on the same file system for a temporary file, which an object store does not need.
 
     Raises:
@@ -126,9 +129,19 @@ def publish(path: Location, content: str | bytes, work: Location) -> None:
     if isinstance(path, Path):
         assert isinstance(work, Path)
         return replace_file(path, content, work)
+    if callable(content):
+        with TemporaryDirectory() as folder:
+            file = Path(folder, path.name)
+            content(file)
+            return _upload(path, lambda: path.fs.put_file(str(file), path.path))
+    whole = content if isinstance(content, bytes) else content.encode()
+    _upload(path, lambda: path.fs.pipe_file(path.path, whole))
+
+
+def _upload(path: UPath, send: Callable[[], Any]) -> None:
+    """Send an object, which appears when its upload is complete."""
     try:
-        # The object appears when its upload is complete.
-        path.fs.pipe_file(path.path, content if isinstance(content, bytes) else content.encode())
+        send()
     except Exception as error:
         raise StoreError(
             f"{path} cannot be written: {_reason(error)}; mend that, and the same command goes on"
@@ -175,16 +188,23 @@ def listed(folder: Location) -> dict[str, int]:
 def remove_folder(folder: Location) -> None:
     """Remove a folder and its content, as far as possible."""
     if isinstance(folder, Path):
-        shutil.rmtree(folder, ignore_errors=True)
-        return
+        return shutil.rmtree(folder, ignore_errors=True)
+    # File by file: removing a folder would take its name for a pattern, which other folders' names may match.
+    remove_files(folder)
+
+
+def remove_files(folder: Location, keep: str | None = None) -> None:
+    """Remove the files in a folder but the one with the name `keep`, as far as possible."""
 
     def remove(name: str) -> None:
         with suppress(Exception):
-            folder.fs.rm_file(f"{folder.path}/{name}")
+            if isinstance(folder, Path):
+                (folder / name).unlink()
+            else:
+                folder.fs.rm_file(f"{folder.path}/{name}")
 
-    # File by file: removing a folder would take its name for a pattern, which other folders' names may match.
     with suppress(OSError):
-        of_each(remove, [*listed(folder)])
+        of_each(remove, [name for name in listed(folder) if name != keep])
 
 
 def of_each(look: Callable[[T], U], items: Sequence[T]) -> list[U]:

@@ -17,6 +17,7 @@ from botocore.exceptions import EndpointConnectionError
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
+from mlem_dist import api
 from mlem_dist.dataset.manifest import Manifest, check_out, read_manifest
 from mlem_dist.dataset.shards import damage, foreign, marked_shards
 from mlem_dist.dataset.store import Location, StoreError, check_location, parse_location
@@ -277,6 +278,36 @@ def test_a_file_url_is_a_path(tmp_path):
     assert parse_location((tmp_path / "a b").as_uri()) == tmp_path / "a b"
     assert parse_location("a/b") == Path("a/b")
     assert str(parse_location("s3://a/b/") / "data") == "s3://a/b/data"
+
+
+@pytest.mark.parametrize("form", ["webdataset", "folder"])
+def test_an_export_to_a_store_is_that_to_a_folder_also_after_a_stop(
+    server, fashion, cheap, failing, monkeypatch, tmp_path, form
+):
+    job, out = cheap(), parse_location(f"s3://{BUCKET}/exports/{form}/dataset")
+    make(job, fashion, out)
+    local, target = tmp_path / "local", f"s3://{BUCKET}/exports/{form}/target"
+    api.export(str(out), str(local), format=form)
+    failing("put_object", f"target/0000{'1.tar' if form == 'webdataset' else '1/000000020'}", LOST)
+    with pytest.raises(StoreError, match=f"{target}/00001.* cannot be written: Could not connect"):
+        api.export(str(out), target, format=form)
+    monkeypatch.undo()
+    begun = objects(parse_location(target))
+    assert 0 < len(begun) < len(files(local))
+    whole = files(local)
+    # The first part of the table is there.
+    assert {name: whole[name] for name in begun if name != ".mlem/00000.jsonl"}.items() <= begun.items()
+    failing("get_object", "dataset/data/train-00002", LOST)
+    with pytest.raises(OSError, match=r"dataset/?.* cannot be reached: Could not connect"):
+        api.export(str(out), target, format=form)
+    monkeypatch.undo()
+    assert 0 < api.export(str(out), target, format=form).made < 44
+    assert objects(parse_location(target)) == whole
+    assert api.export(str(out), target, format=form).made == 0
+    with pytest.raises(UsageError, match="is in the dataset"):
+        api.export(str(out), f"{out}/tars", format=form)
+    with pytest.raises(UsageError, match="`target` s3://no-such-bucket/x: there is no bucket"):
+        api.export(str(out), "s3://no-such-bucket/x", format=form)
 
 
 def test_ray_writes_to_a_store(server):
