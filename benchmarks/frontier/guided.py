@@ -4,7 +4,8 @@ python benchmarks/frontier/guided.py --ladder DIR --data /usr/share/datasets/fas
     --out benchmarks/results/frontier-guided
 
 DIR holds the ladder of guided.yaml. Of its largest UNet alone, and of both UNets, `Ladder.create` makes ladders with a
-Gaussian fitted to the images and with levels without and with guidance. A rerun goes on where the last one stopped.
+Gaussian fitted to the images, or to samples of the guided level, and with levels without and with guidance. A rerun
+goes on where the last one stopped.
 """
 
 from pathlib import Path
@@ -14,18 +15,27 @@ from race import race, race_command
 from mlem_dist.ladder.ladder import Ladder
 
 SCALE, BUDGETS, FAST_STEPS = 3.0, (3, 5, 10, 20), (5, 7, 10, 15, 20, 30)
-LADDERS = {"single": ("large",), "two": ("small", "large")}
+SAMPLES = 6000
+"""Number of guided samples for a Gaussian: 500 and more of each class, so that each has a covariance of its own."""
+
+LADDERS = {
+    "single": (("large",), None),
+    "samples": (("large",), SAMPLES),
+    "two": (("small", "large"), None),
+}
+"""Models of each ladder, and the samples of the best level that its Gaussian is fitted to; None for the data."""
 
 
 @race_command
 def main(folder: Path, data: Path, threads: int, out: Path) -> None:
     """Write OUT/LADDER/frontier-ode.json and the plans of each ladder."""
-    for name, models in LADDERS.items():
+    for name, (models, samples) in LADDERS.items():
         place = folder.parent / f"{folder.name}-{name}"
         if place.exists():
             ladder = Ladder.load(place)
         else:
-            ladder = Ladder.create(place, [folder / model for model in models], guidance=SCALE, gaussian=data)
+            gaussian = data if samples is None else samples
+            ladder = Ladder.create(place, [folder / model for model in models], guidance=SCALE, gaussian=gaussian)
         race(name, ladder, BUDGETS, FAST_STEPS, out / name, threads)
 
 
