@@ -173,7 +173,7 @@ def test_images_of_a_prompt_have_the_seeds_that_follow(ladder, tmp_path):
     assert np.abs(pixels(made[1]).astype(int) - alone[0]).max() <= 1
 
 
-def test_ray_makes_the_bytes_of_the_reference_and_resumes_with_the_same_table_only(ladder, rows, tmp_path):
+def test_ray_makes_the_bytes_of_the_reference_and_resumes_with_the_same_table_only(ladder, rows, tmp_path, local_ray):
     path = tmp_path / "prompts.jsonl"
     lines = [json.dumps({"prompt": row["caption"], "tags": row["tags"]}) + "\n" for row in rows[:20]]
     path.write_text("".join(lines))
