@@ -52,8 +52,8 @@ def ladder_show(name: str) -> None:
     metavar="MODEL",
     multiple=True,
     required=True,
-    help="Folder of a pipeline or a model of diffusers, with :bfloat16 or :float16 to compute in that; several times, "
-    "the best model last.",
+    help="Folder of a pipeline or a model of diffusers, or a .safetensors checkpoint in one file, with :bfloat16 or "
+    ":float16 to compute in that; several times, the best model last.",
 )
 @click.option(
     "--pipeline",
@@ -80,7 +80,10 @@ def ladder_show(name: str) -> None:
 @click.option("--copy", is_flag=True, help="Copy models into OUT, instead of referring to them where they are.")
 @click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
 def ladder_create(out: Path, models: tuple[str, ...], prompts: Path | None, **options: Any) -> None:
-    """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are."""
+    """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are.
+
+    Checkpoints in single files are converted into OUT.
+    """
     from mlem_dist.dataset.prompts import open_prompts
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.tables import ladder_table

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
@@ -26,7 +27,8 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
 from mlem_dist.ladder.save import save_level
 from mlem_dist.ladder.schema import LADDER, MODELS_VERSION, OPERATIONS, PRECISIONS, SCHEDULER, UNGUIDED, Guidance
-from mlem_dist.ladder.sources import Source, find_folder, find_source, stored_path
+from mlem_dist.ladder.single_file import convert
+from mlem_dist.ladder.sources import Source, find_file, find_folder, find_source, stored_path
 from mlem_dist.models.decoder import DECODERS, upscaling
 from mlem_dist.models.devices import default_device
 from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
@@ -38,6 +40,9 @@ from mlem_dist.solver.process import BetaProcess, Process, process_of
 
 GAUSSIAN = "gaussian"
 """Name of the Gaussian level of a new ladder."""
+
+MODELS = "models"
+"""Name of the folder of models in a ladder's folder."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ def create_ladder(
 
     Args:
         out: the new ladder's folder.
-        models: folders of pipelines or of models.
+        models: folders of pipelines or of models, or checkpoints in single .safetensors files, which are converted
+            into the ladder's folder.
         pipeline: folder of the pipeline whose scheduler, decoder and text encoders the ladder takes; by default that of
             the last model.
         guidance: guidance scale of a further level of each model, or (scale, start, stop) for guidance from `start` to
@@ -95,30 +101,35 @@ def create_ladder(
     _check_out(out)
     if not models:
         raise UsageError("`models` is empty, expected at least one model")
-    sources = [find_source(str(model)) for model in models]
-    precisions = _precisions(precision, sources)
-    by = _guide(guide_with, guide, models, _names(sources))
-    surroundings = _surroundings(sources, pipeline)
-    if surroundings.encoder and isinstance(gaussian, int) and not prompts:
-        raise UsageError(f"`gaussian` {gaussian}: samples need prompts; give some hundred as `prompts`")
-    shape = _sample_shape(sources[-1], surroundings, size)
-    labels = _labels(sources[-1], surroundings)
-    entries: list[Entry] = []
-    for source, name, dtype in zip(sources, _names(sources), precisions, strict=True):
-        prediction = _prediction(source, surroundings)
-        _check_fit(source, surroundings, shape, len(labels), sources[-1])
-        if guide != UNGUIDED and not surroundings.encoder and not source.family.has_null(source.config, len(labels)):
-            raise UsageError(
-                f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
-            )
-        entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
-    raw = _content(out, entries, surroundings, shape, labels, guide, unguided, by)
-    fitted = None if gaussian is None else _fitted(gaussian, raw, surroundings, prompts, notify)
-    if copy:
-        _copy(out, raw, entries, surroundings)
-    if fitted:
-        _add_gaussian(out, raw, fitted)
-    ladder = _write(out, raw, surroundings)
+    precisions = _precisions(precision, len(models))
+    texts = [*map(str, models)]
+    files = [text for text in dict.fromkeys(reversed(texts)) if find_file(text)]
+    found = {text: find_source(text) for text in texts if text not in files}
+    around = _surroundings(found.get(texts[-1]), pipeline)
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(_work_folder(out))).resolve() if files else None
+        # The last model comes first: others take the pipeline around it.
+        for text in files:
+            assert work
+            found[text] = _converted(text, out, work, around, notify)
+            around = around or _surroundings(found[text], None)
+        assert around
+        if around.encoder and isinstance(gaussian, int) and not prompts:
+            raise UsageError(f"`gaussian` {gaussian}: samples need prompts; give some hundred as `prompts`")
+        sources = [found[text] for text in texts]
+        by = _guide(guide_with, guide, models, _names(sources))
+        shape = _sample_shape(sources[-1], around, size)
+        labels = _labels(sources[-1], around)
+        entries = _entries(sources, precisions, around, shape, labels, guide)
+        raw = _content(out, entries, around, shape, labels, guide, unguided, by)
+        fitted = None if gaussian is None else _fitted(gaussian, raw, around, prompts, notify)
+        if copy:
+            _copy(out, raw, entries, around)
+        elif work:
+            _move(out, raw, work)
+        if fitted:
+            _add_gaussian(out, raw, fitted)
+        ladder = _write(out, raw, around)
     if not measure:
         notify(
             "Levels are in the order of their operations per image; `mlem-dist ladder measure` measures their costs."
@@ -129,6 +140,56 @@ def create_ladder(
     devices = " and ".join(sorted(ladder.levels[0].seconds.keys() - {OPERATIONS}))
     notify(f"Levels are in the order of their costs, measured on this machine ({devices}).")
     return ladder
+
+
+def _entries(
+    sources: Sequence[Source],
+    precisions: Sequence[str],
+    around: Surroundings,
+    shape: tuple[int, int, int],
+    labels: Sequence[str],
+    guidance: Guidance,
+) -> list[Entry]:
+    """The models of the new ladder, after a check that each fits it."""
+    entries = []
+    for source, name, dtype in zip(sources, _names(sources), precisions, strict=True):
+        prediction = _prediction(source, around)
+        _check_fit(source, around, shape, len(labels), sources[-1])
+        if guidance != UNGUIDED and not around.encoder and not source.family.has_null(source.config, len(labels)):
+            raise UsageError(
+                f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
+            )
+        entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
+    return entries
+
+
+def _work_folder(out: Path) -> TemporaryDirectory[str]:
+    """A temporary folder on the file system of the new ladder's folder."""
+    beside = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    return TemporaryDirectory(prefix=f".{out.name}-", dir=beside)
+
+
+def _converted(text: str, out: Path, work: Path, around: Surroundings | None, notify: Callable[[str], None]) -> Source:
+    """The model of a checkpoint in a single file, converted to a folder in `work`.
+
+    The pipeline of the file is converted, too, unless there is one around the model.
+    """
+    stem = Path(text).stem
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    folder = next(folder for name in names if not (folder := work / MODELS / name).exists())
+    notify(f"Converting {text} to {out / MODELS / folder.name}.")
+    convert(text, folder, around.folder if around else None)
+    source = find_source(text, folder / "unet" if around else folder)
+    return replace(source, name=folder.name)
+
+
+def _move(out: Path, raw: dict[str, Any], work: Path) -> None:
+    """Move converted models into the new ladder's folder, and let the entries of `raw` refer to them there."""
+    out.mkdir(parents=True, exist_ok=True)
+    (work / MODELS).rename(out / MODELS)
+    for stored in filter(None, (*raw["models"], raw["decoder"], raw["encoder"])):
+        if Path(stored["path"]).is_relative_to(work):
+            stored["path"] = str(Path(stored["path"]).relative_to(work))
 
 
 def _write(out: Path, raw: dict[str, Any], around: Surroundings) -> Ladder:
@@ -249,10 +310,10 @@ def _guidance(values: float | Sequence[float] | None) -> Guidance:
     return guidance
 
 
-def _precisions(precision: str | Sequence[str], sources: Sequence[Source]) -> list[str]:
-    each = [precision] * len(sources) if isinstance(precision, str) else list(precision)
-    if len(each) != len(sources):
-        raise UsageError(f"`precision`: {len(each)} for {len(sources)} models, expected one for all or one for each")
+def _precisions(precision: str | Sequence[str], models: int) -> list[str]:
+    each = [precision] * models if isinstance(precision, str) else list(precision)
+    if len(each) != models:
+        raise UsageError(f"`precision`: {len(each)} for {models} models, expected one for all or one for each")
     if bad := [name for name in each if name not in PRECISIONS]:
         raise UsageError(f"`precision` {bad[0]!r}: expected {', '.join(PRECISIONS)}")
     return each
@@ -279,7 +340,7 @@ def _copy(out: Path, raw: dict[str, Any], entries: Sequence[Entry], around: Surr
         OSError: if the disk is full or not writable.
     """
     places = [
-        (model, entry.source.folder, f"models/{entry.name}")
+        (model, entry.source.folder, f"{MODELS}/{entry.name}")
         for model, entry in zip(raw["models"], entries, strict=True)
     ]
     if around.decoder:
@@ -310,14 +371,15 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"`out` {out} holds something else ({', '.join(names[:5])}); choose a new or empty folder")
 
 
-def _surroundings(sources: Sequence[Source], pipeline: str | Path | None) -> Surroundings:
-    """The pipeline that is given, or that of the last model."""
+def _surroundings(last: Source | None, pipeline: str | Path | None) -> Surroundings | None:
+    """The pipeline that is given, or that of the last model; None if that is not known yet."""
     if pipeline is not None:
         folder, pinned = find_folder(str(pipeline), "`pipeline`")
         if not (folder / "model_index.json").is_file() and not (folder / LADDER).is_file():
             raise UsageError(f"`pipeline` {pipeline}: it has no model_index.json, expected the folder of a pipeline")
         return Surroundings(folder, pinned)
-    last = sources[-1]
+    if last is None:
+        return None
     if last.pipeline is None:
         raise UsageError(
             f"{last.text} is a model alone: give a pipeline as `pipeline`, from which the ladder takes the scheduler "

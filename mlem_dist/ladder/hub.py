@@ -51,6 +51,18 @@ def fetch_pipeline(text: str) -> tuple[str, Path]:
     return f"{PREFIX}{name}@{commit}", Path(folder)
 
 
+def fetch_configuration(name: str) -> Path:
+    """The folder of a repository in the hub's cache, with its small files only: configurations and tokenizers.
+
+    Raises:
+        UsageError: if they are neither in the cache nor can be downloaded.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _reached(name):
+        return Path(snapshot_download(name, allow_patterns=[*SMALL]))
+
+
 def weights_of(text: str, files: Sequence[str]) -> list[str]:
     """The safetensors files that the parts of a repository are loaded from: without variants, if there are others.
 

@@ -15,6 +15,7 @@ from mlem_dist.files import read_object
 from mlem_dist.ladder.checks import check_model_folder
 from mlem_dist.ladder.hub import fetch_pipeline, is_hub_id
 from mlem_dist.ladder.schema import LADDER
+from mlem_dist.ladder.single_file import FIRST
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 
@@ -35,6 +36,12 @@ FILES: Mapping[str, str] = {
     "control_model": "a ControlNet, which steers a model by a picture; take that model alone",
 }
 """Reasons for files by a part of the names of their tensors, and the way out."""
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+"""Suffixes of files that are not read, as this may run code."""
+
+LINES = "`pipeline = StableDiffusionPipeline.from_single_file(FILE)`, then `pipeline.save_pretrained(FOLDER)`"
+"""Lines of diffusers that convert a checkpoint in a single file."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,15 @@ def stored_path(folder: Path, root: Path, pinned: str) -> str:
     return "/".join([pinned, *folder.relative_to(root).parts])
 
 
-def find_source(text: str) -> Source:
+def find_source(text: str, converted: Path | None = None) -> Source:
     """The model in a folder as `save_pretrained` of a pipeline or of a model writes it, or in a repository on the hub.
+
+    `converted` is the folder of the model if `text` names a single file, which has been converted.
 
     Raises:
         UsageError: if there is no model, or it cannot be used.
     """
-    folder, pinned = find_folder(text, "model")
+    folder, pinned = (converted, "") if converted else find_folder(text, "model")
     if (folder / "model_index.json").is_file():
         return replace(_part(text, folder), pinned=pinned)
     if not (folder / "config.json").is_file():
@@ -92,6 +101,20 @@ def find_source(text: str) -> Source:
         return _level(text, folder)
     pipeline = folder.parent if (folder.parent / "model_index.json").is_file() else None
     return _source(text, (pipeline or folder).name, folder, pipeline)
+
+
+def find_file(text: str) -> Path | None:
+    """The checkpoint in a single file that a text names; None if it does not name a file.
+
+    Raises:
+        UsageError: if the file holds something else, or may run code.
+    """
+    file = Path(text)
+    if not file.is_file():
+        return None
+    if reason := _file_reason(file):
+        raise UsageError(f"model {text!r} is {reason}")
+    return file
 
 
 def _level(text: str, folder: Path) -> Source:
@@ -117,7 +140,10 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
     """
     folder = Path(text)
     if folder.is_file():
-        raise UsageError(f"{what} {text!r} is {_file_reason(folder)}")
+        reason = (
+            _file_reason(folder) or f"a file, expected a folder; load it by diffusers, {LINES}, and take that folder"
+        )
+        raise UsageError(f"{what} {text!r} is {reason}")
     if folder.exists():
         return folder.resolve(), ""
     if is_hub_id(text):
@@ -130,7 +156,9 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
 
 
 def _file_reason(file: Path) -> str:
-    """The reason why a file is not taken, and the way out, for a message."""
+    """The reason why a file is not taken as a checkpoint, and the way out, for a message; "" if it is."""
+    if file.suffix in PICKLES:
+        return f"a pickle, which may run code when it is read; load it by diffusers, {LINES}, and take that folder"
     names: list[str] = []
     if file.suffix == ".safetensors":
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
@@ -138,9 +166,11 @@ def _file_reason(file: Path) -> str:
     for word, reason in FILES.items():
         if any(word in name for name in names):
             return reason
+    if FIRST in names:
+        return ""
     return (
-        "a file, expected a folder; load it by diffusers, `pipeline = StableDiffusionPipeline.from_single_file(FILE)`, "
-        "then `pipeline.save_pretrained(FOLDER)`, and take that folder"
+        "a file without a UNet of Stable Diffusion, expected a checkpoint of Stable Diffusion 1, 2 or XL in one "
+        ".safetensors file, or a folder as `save_pretrained` writes it"
     )
 
 
