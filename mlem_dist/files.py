@@ -134,17 +134,24 @@ def file_digest(path: Path | UPath) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """The folder of what this program keeps on this machine: `$MLEM_DIST_CACHE`, or one in the user's cache folder."""
+    if given := os.environ.get("MLEM_DIST_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlem-dist"
+
+
 def remembered_digest(path: Path) -> str:
     """As `file_digest`, but a large file that has not changed since an earlier call on this machine is not read again.
 
-    Digests are remembered in the user's cache folder, by the file's path, size, inode and times of change.
+    Digests are remembered in the program's cache folder, by the file's path, size, inode and times of change.
     """
     status = path.stat()
     if status.st_size < REMEMBERED:
         return file_digest(path)
     identity = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlem-dist" / "digests"
+    folder = cache_folder() / "digests"
     with suppress(OSError):
         digest = (folder / name).read_text("ascii", "replace")
         if len(digest) == 64:

@@ -27,7 +27,7 @@ BELOW = {
 }
 """Rooms of the package, with the rooms that each may import, beside the modules that lie below all."""
 
-EVERYWHERE = {"__version__", "errors", "extras", "files", "machine"}
+EVERYWHERE = {"__version__", "errors", "extras", "files", "machine", "store"}
 
 PACKAGE = Path(mlem_dist.__file__).parent
 

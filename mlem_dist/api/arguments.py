@@ -13,7 +13,6 @@ import numpy as np
 from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, PromptTable, open_prompts, table_of_texts
 from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import WORK
-from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import check_writable
@@ -22,6 +21,7 @@ from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION, UNGUIDED
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import Spacing
+from mlem_dist.store import Location, parse_location
 from mlem_dist.tuning.tuned_plans import choose_plan
 
 DEFAULT_NFE = 10.0
@@ -156,7 +156,7 @@ def find_prompts(
     require("transformers", "prompts", "text")
     every = negative_prompts if isinstance(negative_prompts, str) else None
     if isinstance(prompts, str):
-        prompts = parse_location(prompts)
+        prompts = parse_location(prompts, "prompts")
     if prompts is not None and not isinstance(prompts, Sequence):
         table = open_prompts(prompts, column, images, out / WORK if out is not None else None)
         if negative_prompts is not None and every is None:

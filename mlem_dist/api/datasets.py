@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlem_dist.api.arguments import check_new
-from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.errors import UsageError
+from mlem_dist.store import Location, parse_location
 
 if TYPE_CHECKING:
     import ray.data

@@ -28,7 +28,6 @@ from mlem_dist.api.arguments import (
 )
 from mlem_dist.dataset.prompts import PROMPT, SEEDS
 from mlem_dist.dataset.shards import WORK, Encoding
-from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.engine.completion import Engine, complete, open_dataset
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import GenerationReport, Progress
@@ -40,6 +39,7 @@ from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
 from mlem_dist.solver.steps import Spacing, canonical_solver
+from mlem_dist.store import Location, parse_location
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.placement import Placement

@@ -12,13 +12,13 @@ import numpy as np
 from mlem_dist.api.arguments import Device, load_ladder, local_device
 from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, table_of_texts
 from mlem_dist.dataset.schema import SCALE, SEED
-from mlem_dist.dataset.store import Location, parse_location
 from mlem_dist.engine.job import Job
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import UNGUIDED
 from mlem_dist.solver.plan import plan_from_dict, recipe_from_dict
+from mlem_dist.store import Location, parse_location
 
 
 @dataclass(frozen=True, eq=False)

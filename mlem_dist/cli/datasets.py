@@ -12,7 +12,7 @@ from mlem_dist.cli.options import device_option, given, location, on_stop, targe
 
 if TYPE_CHECKING:
     from mlem_dist.dataset.export import ExportReport
-    from mlem_dist.dataset.store import Location
+    from mlem_dist.store import Location
 
 
 @click.command()

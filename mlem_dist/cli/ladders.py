@@ -52,12 +52,12 @@ def ladder_show(name: str) -> None:
     metavar="MODEL",
     multiple=True,
     required=True,
-    help="Folder of a pipeline or a model of diffusers, or a .safetensors checkpoint in one file, with :bfloat16 or "
-    ":float16 to compute in that; several times, the best model last.",
+    help="Folder of a pipeline or a model of diffusers, its URL or id on the hub, or a .safetensors checkpoint in one "
+    "file, with :bfloat16 or :float16 to compute in that; several times, the best model last.",
 )
 @click.option(
     "--pipeline",
-    type=source,
+    type=given,
     metavar="FOLDER",
     help="Pipeline of the scheduler, decoder and text encoders.  [default: that of the last model]",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mlem_dist.dataset.store import Location
+    from mlem_dist.store import Location
 
 _stop_note = ""
 
@@ -131,7 +131,7 @@ def target(value: str) -> Path:
 
 def location(value: str) -> Location:
     """A path, or the URL of a folder in an object store."""
-    from mlem_dist.dataset.store import parse_location
+    from mlem_dist.store import parse_location
 
     return parse_location(given(value))
 

@@ -21,7 +21,10 @@ import pyarrow.parquet as pq
 
 from mlem_dist.dataset.manifest import Manifest, finished_shards, read_manifest, recorded_shards
 from mlem_dist.dataset.shards import WORK, Shard
-from mlem_dist.dataset.store import (
+from mlem_dist.dataset.values import json_line, member_names, plain_type
+from mlem_dist.errors import UsageError
+from mlem_dist.files import listing, own_names, read_object
+from mlem_dist.store import (
     Location,
     StoreError,
     check_location,
@@ -32,9 +35,6 @@ from mlem_dist.dataset.store import (
     read_whole,
     remove_files,
 )
-from mlem_dist.dataset.values import json_line, member_names, plain_type
-from mlem_dist.errors import UsageError
-from mlem_dist.files import listing, own_names, read_object
 
 RECORD, METADATA = "export.json", "metadata.jsonl"
 RECORD_VERSION = 1

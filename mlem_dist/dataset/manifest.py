@@ -13,9 +13,9 @@ import yaml
 
 from mlem_dist.dataset.schema import features
 from mlem_dist.dataset.shards import WORK, Shard, marked_shards, whole_shards
-from mlem_dist.dataset.store import Location, check_location, listed, publish, reached, remove_folder
 from mlem_dist.errors import UsageError
 from mlem_dist.files import listing, own_names, read_object
+from mlem_dist.store import Location, check_location, listed, publish, reached, remove_folder
 
 SCHEMA_VERSION = 1
 NAME, CARD = "mlem.json", "README.md"

@@ -22,9 +22,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from mlem_dist.dataset.schema import SCALE, SEED
-from mlem_dist.dataset.store import Location, listed, publish, reached
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest, listing, remembered_digest
+from mlem_dist.store import Location, listed, publish, reached
 
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
 """Columns that decide images, beside that of image seeds and that of scales of guidance."""

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from mlem_dist.dataset.manifest import Manifest, finished_shards
 from mlem_dist.dataset.shards import shard_path
-from mlem_dist.dataset.store import Location, reached
 from mlem_dist.errors import UsageError
+from mlem_dist.store import Location, reached
 
 
 def row_of(out: Location, manifest: Manifest, sample_id: int) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
-from mlem_dist.dataset.store import Location, StoreError, listed, of_each, publish, reached, read_whole
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest
+from mlem_dist.store import Location, StoreError, listed, of_each, publish, reached, read_whole
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from mlem_dist.dataset.manifest import NAME, Manifest, changed, check_out, finish, finished_shards, read_manifest
 from mlem_dist.dataset.shards import shard_path
-from mlem_dist.dataset.store import Location, check_location, listed
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Progress
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.store import Location, check_location, listed
 
 BLOCK_BYTES, SHARD_BYTES = 4_000_000_000, 2_000_000_000
 """Largest bytes of a block's state, and of a shard's images before encoding: a Parquet column chunk holds no more."""

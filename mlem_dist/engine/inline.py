@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from mlem_dist.dataset.store import Location
 from mlem_dist.engine.blocks import Blocks
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import evaluations, levels_of
@@ -20,6 +19,7 @@ from mlem_dist.engine.writer import Writer
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.models.memory import keep_memory
 from mlem_dist.solver.integrate import integrate
+from mlem_dist.store import Location
 
 
 def block_maker(

@@ -12,10 +12,10 @@ import numpy as np
 from mlem_dist.dataset.manifest import NAME, changed, read_manifest
 from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import Columns, Shard, write_shard
-from mlem_dist.dataset.store import Location, listed
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Work
 from mlem_dist.errors import UsageError
+from mlem_dist.store import Location, listed
 
 
 class Writer:

@@ -76,10 +76,10 @@ def create_ladder(
 
     Args:
         out: the new ladder's folder.
-        models: folders of pipelines or of models, or checkpoints in single .safetensors files, which are converted
-            into the ladder's folder.
-        pipeline: folder of the pipeline whose scheduler, decoder and text encoders the ladder takes; by default that of
-            the last model.
+        models: folders of pipelines or of models, their URLs or ids on the hub, or checkpoints in single .safetensors
+            files, which are converted into the ladder's folder.
+        pipeline: folder, URL or id of the pipeline whose scheduler, decoder and text encoders the ladder takes; by
+            default that of the last model.
         guidance: guidance scale of a further level of each model, or (scale, start, stop) for guidance from `start` to
             `stop` only, as parts of the noise schedule from 0, pure noise, to 1, the image; None for no guidance.
         unguided: whether models with a guided level also have an unguided one.
@@ -228,7 +228,7 @@ class Surroundings:
 
     Args:
         folder: the pipeline's folder, as `save_pretrained` writes it.
-        pinned: its path on the hub; "" if it is not from there.
+        pinned: its path on the hub, or its URL in a store; "" if it is on this machine.
 
     Raises:
         UsageError: if a part cannot be used.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from mlem_dist.errors import UsageError
@@ -47,7 +48,7 @@ def fetch_pipeline(text: str) -> tuple[str, Path]:
         information = HfApi().model_info(name, revision=revision)
         commit = str(information.sha)
         files = [file.rfilename for file in information.siblings or ()]
-        folder = snapshot_download(name, revision=commit, allow_patterns=[*SMALL, *weights_of(text, files)])
+        folder = snapshot_download(name, revision=commit, allow_patterns=needed_files(text, files))
     return f"{PREFIX}{name}@{commit}", Path(folder)
 
 
@@ -61,6 +62,11 @@ def fetch_configuration(name: str) -> Path:
 
     with _reached(name):
         return Path(snapshot_download(name, allow_patterns=[*SMALL]))
+
+
+def needed_files(text: str, files: Sequence[str]) -> list[str]:
+    """The files of a repository that are used: the small ones, and those of weights as for `weights_of`."""
+    return [*(file for file in files if any(fnmatchcase(file, pattern) for pattern in SMALL)), *weights_of(text, files)]
 
 
 def weights_of(text: str, files: Sequence[str]) -> list[str]:

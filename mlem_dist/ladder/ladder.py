@@ -32,8 +32,8 @@ from mlem_dist.ladder.checks import (
     read_process,
     tensor_shapes,
 )
-from mlem_dist.ladder.hub import PREFIX, local_path
 from mlem_dist.ladder.loader import Loader
+from mlem_dist.ladder.remote import forget_others, is_remote, local_path
 from mlem_dist.ladder.schema import (
     LADDER,
     MODELS_VERSION,
@@ -43,6 +43,7 @@ from mlem_dist.ladder.schema import (
     UNGUIDED,
     Level,
     Part,
+    joined,
     parse_levels,
     parse_sample_shape,
     parse_value_range,
@@ -168,9 +169,9 @@ class Ladder:
         for level in self.levels:
             if level.kind != "gaussian":
                 kind = family_of(level.kind, f"level {level.name!r}").names[0]
-                if not level.path.startswith(PREFIX):
+                if not is_remote(level.path):
                     check_model_folder(f"level {level.name!r}", kind, self.folder / level.path)
-            for name in level.sha256 if not level.path.startswith(PREFIX) else ():
+            for name in level.sha256 if not is_remote(level.path) else ():
                 check_present(self.folder / name)
             for name in self._files(level):
                 if name not in level.sha256:
@@ -191,8 +192,8 @@ class Ladder:
         """The paths of a level's files, relative to the folder; absolute for files elsewhere."""
         if level.kind == "gaussian":
             return [level.path]
-        # Files at a commit of the hub do not change, and may not be here yet.
-        if level.path.startswith(PREFIX):
+        # Files elsewhere may not be here yet.
+        if is_remote(level.path):
             return []
         path = self.folder / level.path
         return [str(PurePath(level.path) / name) for name in model_files(path)]
@@ -203,8 +204,7 @@ class Ladder:
         Raises:
             UsageError: if a file is missing or changed.
         """
-        for name, digest in level.sha256.items():
-            check_digest(self.place(name), digest)
+        self._check_digests(level.sha256)
 
     def check_part(self, part: Part) -> None:
         """Compare the files of the decoder or the encoder with their digests.
@@ -212,16 +212,22 @@ class Ladder:
         Raises:
             UsageError: if a file is missing or changed.
         """
-        for name, digest in part.sha256.items():
-            check_digest(self.place(f"{part.path}/{name}"), digest)
+        self._check_digests({f"{part.path}/{name}": digest for name, digest in part.sha256.items()})
 
-    def place(self, path: str) -> Path:
-        """The place of a file or folder of the ladder on this machine; files on the hub are downloaded if needed.
+    def _check_digests(self, files: Mapping[str, str]) -> None:
+        for name, digest in files.items():
+            check_digest(self.place(name, digest), digest)
+        forget_others(files)
+
+    def place(self, path: str, digest: str = "") -> Path:
+        """The place of a file or folder of the ladder on this machine.
+
+        Files on the hub or in an object store are downloaded if they are not here, or not with this SHA-256.
 
         Raises:
-            UsageError: if the file cannot be downloaded.
+            UsageError: if the file cannot be downloaded, or is another one.
         """
-        return local_path(path) if path.startswith(PREFIX) else self.folder / path
+        return local_path(path, digest) if is_remote(path) else self.folder / path
 
     def _check_level(self, level: Level) -> None:
         """Refuse a level that does not fit the ladder's sample shape and labels."""
@@ -289,7 +295,8 @@ class Ladder:
 
     def _config(self, level: Level) -> dict[str, Any]:
         """The configuration of a level's model."""
-        return read_object(self.place(f"{level.path}/config.json"), "model configuration")
+        path = joined(level.path, "config.json")
+        return read_object(self.place(path, level.sha256.get(path, "")), "model configuration")
 
     def check_models(self) -> None:
         """Refuse a model that cannot be built or fails on samples of the ladder's shape.
@@ -351,7 +358,8 @@ class Ladder:
         """The shape (C, H, W) of an image in pixels."""
         if self.decoder is None:
             return self.sample_shape
-        config = read_object(self.place(f"{self.decoder.path}/config.json"), "decoder's configuration")
+        digest = self.decoder.sha256.get("config.json", "")
+        config = read_object(self.place(f"{self.decoder.path}/config.json", digest), "decoder's configuration")
         factor = upscaling(config)
         return int(config["out_channels"]), self.sample_shape[1] * factor, self.sample_shape[2] * factor
 

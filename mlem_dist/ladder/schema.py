@@ -141,11 +141,16 @@ def parse_levels(raw: Mapping[str, Any]) -> tuple[Level, ...]:
     levels = []
     for entry in raw["levels"]:
         model = {key: value for key, value in models[entry["model"]].items() if key != "name"}
-        folder = PurePath(model["path"]).parent if model["kind"] == "gaussian" else PurePath(model["path"])
-        model["sha256"] = {str(folder / name): digest for name, digest in model["sha256"].items()}
+        folder = str(PurePath(model["path"]).parent) if model["kind"] == "gaussian" else str(model["path"])
+        model["sha256"] = {joined(folder, name): digest for name, digest in model["sha256"].items()}
         guidance = Guidance(**entry.get("guidance", {}))
         levels.append(parse_level({**entry, **model, "guidance": guidance}))
     return tuple(levels)
+
+
+def joined(folder: str, name: str) -> str:
+    """The path or URL of a file in a folder."""
+    return f"{folder}/{name}" if "://" in folder else str(PurePath(folder) / name)
 
 
 def parse_level(raw: Any) -> Level:

@@ -14,10 +14,12 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
 from mlem_dist.ladder.checks import check_model_folder
 from mlem_dist.ladder.hub import fetch_pipeline, is_hub_id
+from mlem_dist.ladder.remote import fetch_folder, is_url
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.ladder.single_file import FIRST
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
+from mlem_dist.store import parse_location
 
 PARTS = ("transformer", "unet")
 """Names under which pipelines keep their model."""
@@ -55,7 +57,7 @@ class Source:
         pipeline: the folder of the pipeline of which it is a part, on this machine; None if it is alone.
         prediction: its prediction, if a ladder says so; "" for that of its pipeline's scheduler.
         patch: factor of the pixel-unshuffle before it.
-        pinned: the path of the repository on the hub that holds them; "" if they are not from there.
+        pinned: the path of the repository on the hub, or the URL, that holds them; "" if they are on this machine.
         family: its family.
         config: its configuration.
     """
@@ -76,7 +78,7 @@ class Source:
 
 
 def stored_path(folder: Path, root: Path, pinned: str) -> str:
-    """The path of `folder` in `ladder.json`; `pinned` is that of `root`, which holds it, if it is from the hub."""
+    """The path of `folder` in `ladder.json`; `pinned` is that of `root`, which holds it, if it is elsewhere."""
     if not pinned:
         return str(folder)
     return "/".join([pinned, *folder.relative_to(root).parts])
@@ -84,6 +86,8 @@ def stored_path(folder: Path, root: Path, pinned: str) -> str:
 
 def find_source(text: str, converted: Path | None = None) -> Source:
     """The model in a folder as `save_pretrained` of a pipeline or of a model writes it, or in a repository on the hub.
+
+    The folder may be in an object store, by its URL.
 
     `converted` is the folder of the model if `text` names a single file, which has been converted.
 
@@ -109,8 +113,8 @@ def find_file(text: str) -> Path | None:
     Raises:
         UsageError: if the file holds something else, or may run code.
     """
-    file = Path(text)
-    if not file.is_file():
+    file = parse_location(text, "model") if is_url(text) else Path(text)
+    if not isinstance(file, Path) or not file.is_file():
         return None
     if reason := _file_reason(file):
         raise UsageError(f"model {text!r} is {reason}")
@@ -133,12 +137,16 @@ def _level(text: str, folder: Path) -> Source:
 
 
 def find_folder(text: str, what: str) -> tuple[Path, str]:
-    """The folder that a text names, by its path or by an id on the hub, and its pinned path if it is from there.
+    """The folder on this machine that a text names, by its path, by a URL or by an id on the hub.
+
+    With it comes its path in `ladder.json`, if it is from a store or the hub, else "".
 
     Raises:
         UsageError: if there is no such folder.
     """
-    folder = Path(text)
+    folder = parse_location(text, what.strip("`")) if is_url(text) else Path(text)
+    if not isinstance(folder, Path):
+        return fetch_folder(folder, what), str(folder).rstrip("/")
     if folder.is_file():
         reason = (
             _file_reason(folder) or f"a file, expected a folder; load it by diffusers, {LINES}, and take that folder"
@@ -150,8 +158,8 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
         pinned, snapshot = fetch_pipeline(text)
         return snapshot, pinned
     raise UsageError(
-        f"{what} {text!r}: there is no such folder; expected the folder of a pipeline or of a model, or an id on the "
-        "hub such as OWNER/NAME or OWNER/NAME@REVISION"
+        f"{what} {text!r}: there is no such folder; expected the folder of a pipeline or of a model, its URL, or an "
+        "id on the hub such as OWNER/NAME or OWNER/NAME@REVISION"
     )
 
 

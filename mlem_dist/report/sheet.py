@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
 from mlem_dist.dataset.manifest import finished_shards, read_manifest
-from mlem_dist.dataset.store import Location, publish, reached
 from mlem_dist.errors import UsageError
+from mlem_dist.store import Location, publish, reached
 
 COLUMNS, SCALE = 12, 2
 MARGIN = 110

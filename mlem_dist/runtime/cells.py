@@ -17,11 +17,11 @@ from ray.exceptions import RayTaskError
 from mlem_dist.capacity.policies import QUEUED_BLOCKS_PER_DEVICE
 from mlem_dist.dataset.manifest import read_manifest
 from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
-from mlem_dist.dataset.store import Location
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import WAITS, PoolProgress, Progress
 from mlem_dist.runtime.cluster import check_alive
 from mlem_dist.runtime.pool import DEATHS, PoolError, cause
+from mlem_dist.store import Location
 
 logger = logging.getLogger(__name__)
 

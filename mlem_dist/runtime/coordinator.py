@@ -17,7 +17,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mlem_dist.capacity.placement import Devices, Seat
 from mlem_dist.capacity.policies import SLOTS, Load, Move, choose_move, trajectory_depth
-from mlem_dist.dataset.store import Location
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import Ask, SegmentEnd
 from mlem_dist.engine.progress import WAITS, Progress
@@ -25,6 +24,7 @@ from mlem_dist.engine.writer import Writer
 from mlem_dist.runtime.actors import LevelActor, StageActor, TrajectoryActor
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
+from mlem_dist.store import Location
 
 WINDOW_SECONDS, WINDOW_CALLS = 2, 4
 

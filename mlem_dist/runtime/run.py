@@ -14,7 +14,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mlem_dist.capacity.placement import Devices
 from mlem_dist.capacity.planner import overheads_of, seat_loads, state_bytes
 from mlem_dist.capacity.policies import POLL_SECONDS, writer_count
-from mlem_dist.dataset.store import Location
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Progress
 from mlem_dist.ladder.ladder import Ladder
@@ -22,6 +21,7 @@ from mlem_dist.runtime.arrangement import Arrangement
 from mlem_dist.runtime.cells import Cell, Cells
 from mlem_dist.runtime.cluster import RESOURCES
 from mlem_dist.runtime.coordinator import Coordinator
+from mlem_dist.store import Location
 
 
 def _reserve(kinds: Sequence[Devices], counts: Sequence[int]) -> PlacementGroup:

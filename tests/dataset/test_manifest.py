@@ -66,7 +66,7 @@ def test_shards_are_whole_by_their_size_and_all_else_is_foreign(tmp_path):
 
 
 def test_any_number_of_markers_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlem_dist.dataset.store.BATCH", 3)
+    monkeypatch.setattr("mlem_dist.store.BATCH", 3)
     (tmp_path / ".mlem").mkdir()
     shards = [Shard(f"data/train-{i}", 1, i, "") for i in range(8)]
     # Those of an earlier version do not say of which run they are.

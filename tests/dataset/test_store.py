@@ -14,18 +14,18 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
+from stores import serve
 
 from mlem_dist import api
 from mlem_dist.dataset.manifest import Manifest, check_out, read_manifest
 from mlem_dist.dataset.shards import damage, foreign, marked_shards
-from mlem_dist.dataset.store import Location, StoreError, check_location, parse_location
 from mlem_dist.engine.completion import complete, open_dataset
 from mlem_dist.engine.inline import run_inline
 from mlem_dist.errors import UsageError
 from mlem_dist.report.sheet import save_contact_sheet
 from mlem_dist.solver.plan import single_level
+from mlem_dist.store import Location, StoreError, check_location, parse_location
 
 LOST = EndpointConnectionError(endpoint_url="http://nowhere")
 SCRIPT = str(Path(sys.executable).with_name("mlem-dist"))
@@ -34,18 +34,8 @@ BUCKET = "images"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """Where the server is, with a bucket; the environment is as one has it for a store of one's own."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
-        yield f"{host}:{port}"
-    server.stop()
+    with serve(BUCKET) as address:
+        yield address
 
 
 @pytest.fixture

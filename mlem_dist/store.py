@@ -1,4 +1,4 @@
-"""The location of a dataset: a folder of a file system, or of an object store by its URL."""
+"""Locations of datasets and models: folders of a file system, or of an object store by their URLs."""
 
 from __future__ import annotations
 
