@@ -97,6 +97,8 @@ def sample(
     from mlem_dist.engine.inline import sample_blocks
 
     loaded = load_ladder(ladder)
+    if isinstance(prompts, str):
+        raise UsageError(f"`prompts` is {prompts!r}, expected a list with a prompt for each image")
     table, negative_prompt = find_prompts(prompts, loaded, negative_prompts)
     if table and seeds is None:
         num = table.rows if num is None else num
