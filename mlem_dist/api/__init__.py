@@ -2,7 +2,7 @@
 
 from mlem_dist.api.arguments import load_ladder
 from mlem_dist.api.datasets import export, read, show, verify
-from mlem_dist.api.generation import draw, generate, sample
+from mlem_dist.api.generation import draw, generate, preview, sample
 from mlem_dist.api.ladders import calibrate, measure, train, tune
 from mlem_dist.api.planning import capacity
 from mlem_dist.api.remaking import remake
@@ -15,6 +15,7 @@ __all__ = [
     "generate",
     "load_ladder",
     "measure",
+    "preview",
     "read",
     "remake",
     "sample",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,11 +27,13 @@ from mlem_dist.api.arguments import (
     local_device,
 )
 from mlem_dist.dataset.prompts import PROMPT, SEEDS
+from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import WORK, Encoding
 from mlem_dist.engine.completion import Engine, complete, open_dataset
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import GenerationReport, Progress
 from mlem_dist.errors import UsageError
+from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OPERATIONS
 from mlem_dist.ladder.sizes import sizes
@@ -43,6 +45,11 @@ from mlem_dist.store import Location, parse_location
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.placement import Placement
+    from mlem_dist.capacity.planner import Forecast
+
+
+PREVIEWED = 4
+"""Number of images of a preview."""
 
 
 def sample(
@@ -232,7 +239,163 @@ def generate(
         RuntimeError: if Ray does not start, its actors die faster than they work, or another run writes to `out`.
         NonFiniteError: if a block ends with NaN or infinite values.
     """
+    given = {name: value for name, value in locals().items() if name not in ("notify", "progress")}
     started = time.monotonic()
+    request = _prepare(**given)
+    job, loaded, place = request.job, request.ladder, request.out
+    dataset = open_dataset(job, loaded, place)
+    todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
+    last: Progress | None = None
+    if todo or not dataset.manifest.shards:
+        for sentence in (*request.notes, *dataset.notes):
+            notify(sentence)
+        if todo:
+            loaded.check_models()
+        if todo and job.prompts:
+            # The digest of its rows is that of the job, wherever they are.
+            job = replace(job, prompts=job.prompts.published(place / WORK))
+        if engine == "ray" and todo:
+            make = _on_ray(replace(request, job=job), todo, notify)
+        else:
+            make = _inline(job, loaded, place, devices if engine == "inline" else None)
+        names = [level.name for level in loaded.levels]
+        for snapshot in complete(dataset, loaded, make):
+            last = replace(snapshot, total=todo, levels=names)
+            progress(last)
+    if engine == "ray":
+        _cluster().disconnect()
+    return GenerationReport.of(last, str(place), job.num, seed, job.shards, time.monotonic() - started, job.device)
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """What a dataset will look like and take.
+
+    Attributes:
+        picture: path of a PNG of the first images, with their prompts.
+        num, shards: number of images and of files.
+        image_bytes: mean size of an image file.
+        devices: number of CPU cores or GPUs.
+        device: "cpu" or "cuda".
+        images_per_second: forecast rate.
+        seconds: forecast time, without loading.
+        hours: device hours by level and stage, by name.
+    """
+
+    picture: Path
+    num: int
+    shards: int
+    image_bytes: float
+    devices: int
+    device: str
+    images_per_second: float
+    seconds: float
+    hours: dict[str, float]
+
+
+def preview(
+    ladder: str | Path | Ladder = "fashion",
+    *,
+    picture: Path = Path("dry-run.png"),
+    notify: Notify = ignore,
+    **arguments: Any,
+) -> Preview:
+    """Make the first images of a dataset and forecast what the whole takes, without touching its folder.
+
+    Args:
+        ladder: as for `generate`.
+        picture: path of a PNG file to write.
+        notify: receives sentences for the user.
+        arguments: as for `generate`.
+
+    Raises:
+        UsageError, NonFiniteError: as for `generate`, or if `picture` cannot be written.
+    """
+    from mlem_dist.engine.inline import sample_blocks
+    from mlem_dist.report.sheet import save_row
+
+    check_writable(picture.parent)
+    request = _prepare(ladder, **arguments)
+    job, loaded = request.job, request.ladder
+    open_dataset(job, loaded, request.out)
+    for sentence in request.notes:
+        notify(sentence)
+    loaded.check_models()
+    forecast = _forecast(request)
+    if request.engine == "ray":
+        _cluster().disconnect()
+    few = replace(job, num=min(PREVIEWED, job.num), block_size=1, shard_size=1, device=local_device("auto"))
+    images = np.concatenate(list(sample_blocks(few, loaded)))
+    texts = few.rows(range(few.num))
+    captions = texts.get(PROMPT) or [loaded.labels[label] for label in texts.get("label", ())]
+    save_row(images, captions, picture)
+    costs = forecast.layout.kinds[0].costs
+    by_level = zip((level.name for level in loaded.levels), forecast.level_seconds.tolist(), strict=True)
+    return Preview(
+        picture,
+        job.num,
+        job.shards,
+        float(np.mean([*map(len, job.encoding.files(images))])),
+        forecast.layout.devices,
+        job.device,
+        forecast.images_per_second,
+        forecast.seconds,
+        {name: seconds * job.num / 3600 for name, seconds in (*by_level, *costs.stages.items()) if seconds},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """The checked arguments of `generate`."""
+
+    job: Job
+    ladder: Ladder
+    out: Location
+    pools: Placement | None
+    coalesce: int
+    devices: int | None
+    address: str | None
+    engine: str
+    remote: bool
+    notes: list[str]
+
+
+def _cluster() -> Any:
+    """The module of the Ray cluster, imported where it is needed."""
+    from mlem_dist.runtime import cluster
+
+    return cluster
+
+
+def _prepare(
+    ladder: str | Path | Ladder = "fashion",
+    *,
+    out: str | Location,
+    num: int | None = None,
+    labels: Sequence[int] | None = None,
+    prompts: str | Location | Sequence[str] | None = None,
+    prompt_column: str = PROMPT,
+    images_per_prompt: int = 1,
+    negative_prompts: str | Sequence[str | None] | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    solver: Solver = "ode",
+    steps: int | None = None,
+    grid: Spacing = "trailing",
+    precision: Precision | None = None,
+    image_format: str = "png",
+    image_quality: int | None = None,
+    block_size: int | None = None,
+    shard_size: int | None = None,
+    placement: str = "auto",
+    coalesce: int = 1,
+    devices: int | None = None,
+    device: Device = "auto",
+    address: str | None = None,
+    engine: str = "ray",
+    **budget: Any,
+) -> _Request:
+    """The request of arguments as for `generate`; `budget` are those that decide the plan."""
     method = canonical_solver(solver)
     loaded = load_ladder(ladder)
     place = parse_location(out) if isinstance(out, str) else out
@@ -243,26 +406,11 @@ def generate(
             raise UsageError("`num` is missing: expected the number of images")
         num = table.rows * table.images
     pools = _check_engine(loaded, placement, coalesce, devices, address, engine)
-    remote = False
-    if engine == "ray":
-        from mlem_dist.runtime import cluster
-
-        remote = cluster.is_remote(address)
-        if remote:
-            cluster.connect(address)
-    device_type = cluster.device_type(device) if remote else local_device(device)
-    chosen, note = find_plan(
-        loaded,
-        loaded.costs(device_type),
-        solver=method,
-        steps=steps,
-        nfe=nfe,
-        plan=plan,
-        grid=grid,
-        probabilities=probabilities,
-        draw=draw,
-        increments=increments,
-    )
+    remote = engine == "ray" and _cluster().is_remote(address)
+    if remote:
+        _cluster().connect(address)
+    device_type = _cluster().device_type(device) if remote else local_device(device)
+    chosen, note = find_plan(loaded, loaded.costs(device_type), solver=method, steps=steps, grid=grid, **budget)
     block_size, shard_size = sizes(loaded, device_type, block_size, shard_size)
     job = Job(
         ladder=loaded.source,
@@ -283,28 +431,38 @@ def generate(
         guidance=check_guidance(guidance, loaded, table),
         encoding=Encoding(image_format, image_quality),
     )
-    dataset = open_dataset(job, loaded, place)
-    todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
-    last: Progress | None = None
-    if todo or not dataset.manifest.shards:
-        for sentence in filter(None, (note, _cost_note(loaded, device_type), *dataset.notes)):
-            notify(sentence)
-        if todo:
-            loaded.check_models()
-        if todo and table:
-            # The digest of its rows is that of the job, wherever they are.
-            job = replace(job, prompts=table.published(place / WORK))
-        if engine == "ray" and todo:
-            make = _on_ray(job, loaded, place, todo, pools, coalesce, devices, address, remote, notify)
-        else:
-            make = _inline(job, loaded, place, devices if engine == "inline" else None)
-        names = [level.name for level in loaded.levels]
-        for snapshot in complete(dataset, loaded, make):
-            last = replace(snapshot, total=todo, levels=names)
-            progress(last)
-    if engine == "ray":
-        cluster.disconnect()
-    return GenerationReport.of(last, str(place), num, seed, job.shards, time.monotonic() - started, device_type)
+    notes = [note, _cost_note(loaded, device_type), _guidance_note(job, loaded)]
+    given = place, pools, coalesce, devices, address, engine, remote
+    return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])
+
+
+def _guidance_note(job: Job, ladder: Ladder) -> str:
+    """A sentence for the user if a plan was fitted for another guidance; else ""."""
+    own = ladder.levels[-1].guidance.scale
+    varied = job.prompts is not None and job.prompts.has(SCALE)
+    if not isinstance(job.plan, Plan) or job.guidance is None or (job.guidance == own and not varied):
+        return ""
+    return f"The plan was made for guidance {own:g}; with other scales it errs more."
+
+
+def _forecast(request: _Request) -> Forecast:
+    """The forecast of a request on its devices."""
+    from mlem_dist.capacity.placement import Devices
+    from mlem_dist.capacity.planner import forecast, with_stages
+
+    job, ladder = request.job, request.ladder
+    if request.engine == "ray":
+        from mlem_dist.runtime.arrangement import arrange
+
+        if not request.remote:
+            _cluster().connect(request.address)
+        arranged = arrange(job, ladder, request.pools, request.devices, request.remote)
+        return arranged.forecasts[0] if arranged.forecasts else forecast(job.workload, arranged.layout)
+    from mlem_dist.capacity.planner import cluster_kind
+
+    count = request.devices or (1 if job.device == "cuda" else available_cores())
+    kind = cluster_kind(Devices(job.device, count), ladder, ladder.cost(job.device))
+    return forecast(job.workload, with_stages([range(1, len(ladder.levels) + 1)], [kind]))
 
 
 def _check_engine(
@@ -344,32 +502,21 @@ def _cost_note(ladder: Ladder, device: str) -> str:
     )
 
 
-def _on_ray(
-    job: Job,
-    ladder: Ladder,
-    out: Location,
-    todo: int,
-    pools: Placement | None,
-    coalesce: int,
-    devices: int | None,
-    address: str | None,
-    remote: bool,
-    notify: Notify,
-) -> Engine:
+def _on_ray(request: _Request, todo: int, notify: Notify) -> Engine:
     """The Ray engine, connected to a cluster, with a placement for `todo` samples."""
     from mlem_dist.report.tables import placement_reason
-    from mlem_dist.runtime import cluster
     from mlem_dist.runtime.arrangement import arrange
     from mlem_dist.runtime.run import run_ray
 
-    if not remote:
-        cluster.connect(address)
-    arranged = arrange(replace(job, num=todo), ladder, pools, devices, remote)
+    job, ladder, coalesce = request.job, request.ladder, request.coalesce
+    if not request.remote:
+        _cluster().connect(request.address)
+    arranged = arrange(replace(job, num=todo), ladder, request.pools, request.devices, request.remote)
     if arranged.forecasts:
         notify(placement_reason(arranged.forecasts, arranged.timed))
     if coalesce > 1 and len(arranged.layout.pools) == 1:
         notify(f"`coalesce` {coalesce} changes nothing here: one pool asks no other.")
-    return lambda shards: run_ray(job, ladder, out, shards, arranged, coalesce)
+    return lambda shards: run_ray(job, ladder, request.out, shards, arranged, coalesce)
 
 
 def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None) -> Engine:

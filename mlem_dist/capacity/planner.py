@@ -108,6 +108,12 @@ class Kind:
         return self.devices.count
 
 
+def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
+    """The planner's kind for devices of the cluster; `cost` (K,) is each level's time alone, in seconds per sample."""
+    costs = costs_of(ladder, cost, devices.type)
+    return Kind(devices.type, devices, costs, overheads_of(devices.type, ladder), memory)
+
+
 def read_kinds(ladder: Ladder, devices: str, costs: Sequence[str]) -> list[Kind]:
     """The kinds of devices in a text such as "h100:64:80,l4:256", with costs in ms per sample as in "h100=0.01,0.2,1".
 

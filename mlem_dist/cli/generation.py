@@ -94,8 +94,14 @@ if TYPE_CHECKING:
     help="inline is this process alone, with a thread per device.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the final report as JSON.")
-def generate(as_json: bool, **arguments: Any) -> None:
+@click.option(
+    "--dry-run", is_flag=True, help="Make four images and dry-run.png of them, and say what the whole takes; no more."
+)
+def generate(as_json: bool, dry_run: bool, **arguments: Any) -> None:
     """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
+    if dry_run:
+        _preview(arguments)
+        return
     on_stop("Finished shards are kept; the same command goes on from there.")
     from mlem_dist import api
     from mlem_dist.report.progress import Display
@@ -107,6 +113,19 @@ def generate(as_json: bool, **arguments: Any) -> None:
         click.echo(json.dumps(asdict(report)))
     else:
         _print(report)
+
+
+def _preview(arguments: dict[str, Any]) -> None:
+    """Print what a dataset takes, after a picture of its first images."""
+    from mlem_dist import api
+    from mlem_dist.report.tables import hours_table, preview_text
+
+    with contextlib.redirect_stdout(sys.stderr):
+        made = api.preview(**arguments, notify=say)
+    devices = f"{made.devices} {'GPUs' if made.device == 'cuda' else 'CPU cores'}"
+    click.echo(preview_text(made.num, made.shards, made.image_bytes, made.images_per_second, made.seconds, devices))
+    click.echo(hours_table(made.hours))
+    click.echo(f"Wrote {made.picture}")
 
 
 def _print(report: GenerationReport) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import os
+import textwrap
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from mlem_dist.store import Location, publish, reached
 
 COLUMNS, SCALE = 12, 2
 MARGIN = 110
+
+CAPTION = 52
+"""Height of the captions of a row of images, in pixels."""
 
 
 def contact_sheet(out: Location) -> Image.Image:
@@ -69,6 +74,22 @@ def save_comparison(stored: np.ndarray, remade: np.ndarray, path: Path) -> None:
     joined = np.concatenate([parts[0], gap, parts[1], gap, parts[2]], axis=1)
     buffer = io.BytesIO()
     Image.fromarray(joined[..., 0] if joined.shape[-1] == 1 else joined).save(buffer, "PNG")
+    publish(path, buffer.getvalue(), path.parent)
+
+
+def save_row(images: np.ndarray, captions: Sequence[str], path: Path) -> None:
+    """Write a PNG of images, uint8 (n, H, W, C), side by side, with their captions below, as far as they fit."""
+    side = max(160, images.shape[2])
+    height = round(images.shape[1] * side / images.shape[2])
+    sheet = Image.new("RGB", (len(images) * side, height + CAPTION), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, image in enumerate(images):
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        sheet.paste(picture.resize((side, height), Image.Resampling.NEAREST), (number * side, 0))
+        lines = textwrap.wrap(captions[number], side // 7)[:3] if captions else []
+        draw.multiline_text((number * side + 4, height + 4), "\n".join(lines), fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
     publish(path, buffer.getvalue(), path.parent)
 
 

@@ -121,6 +121,28 @@ def tuning_price(seconds: float, evaluation_seconds: float, nfe: float) -> str:
     )
 
 
+def preview_text(num: int, shards: int, image_bytes: float, rate: float, seconds: float, devices: str) -> str:
+    """Sentences on the size and the time of a dataset that is not made yet."""
+    return (
+        f"{num:,} images in {shards:,} shards, about {size(num * image_bytes)}: {rate:,.3g} images/s on {devices}, "
+        f"{duration(seconds)} by forecast, without loading."
+    )
+
+
+def size(number: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"
+
+
+def hours_table(hours: Mapping[str, float]) -> str:
+    """A table of device hours by level and stage."""
+    rows = [["", "device-hours"], *([name, f"{value:,.3g}"] for name, value in hours.items())]
+    return _aligned(rows)
+
+
 def duration(seconds: float) -> str:
     """A duration in the unit that suits it."""
     for size, unit in ((3600, "hours"), (60, "minutes")):

@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlem_dist.capacity.placement import CELL_DEVICES, Devices, Placement, level_loads
-from mlem_dist.capacity.planner import Forecast, Kind, Layout, costs_of, forecast, layouts, overheads_of, with_stages
+from mlem_dist.capacity.planner import Forecast, Layout, cluster_kind, costs_of, forecast, layouts, with_stages
 from mlem_dist.capacity.timing import time_levels
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import evaluations, levels_of
@@ -92,12 +92,6 @@ def _measured_costs(
         }
         costs[kind] = measured_cost(job, ladder, kind, sorted(numbers), remote)
     return {kind: cost for kind, cost in costs.items() if cost is not None}
-
-
-def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
-    """The planner's kind for devices of the cluster; `cost` (K,) is each level's time alone, in seconds per sample."""
-    costs = costs_of(ladder, cost, devices.type)
-    return Kind(devices.type, devices, costs, overheads_of(devices.type, ladder), memory)
 
 
 def is_long(job: Job, ladder: Ladder, devices: Sequence[Devices]) -> bool:

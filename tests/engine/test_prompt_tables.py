@@ -266,3 +266,42 @@ def test_what_cannot_be_made_again_is_refused(out, ladder, tmp_path):
             api.remake(str(out), **given)
     with pytest.raises(UsageError, match="not a dataset"):
         api.remake(str(tmp_path), 1)
+
+
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_a_preview_shows_the_first_images_and_touches_nothing(engine, out, table, ladder, rows, tmp_path, local_ray):
+    given = {"prompts": table, "prompt_column": "caption", "seed": 100, "engine": engine, **ONE_STEP}
+    made = api.preview(ladder, picture=tmp_path / "four.png", out=tmp_path / "out", **given)
+    assert {path.name for path in tmp_path.iterdir()} == {"four.png"}
+    assert (made.num, made.shards) == (ROWS, 1)
+    files = [image["bytes"] for image in read(out)["image"].to_pylist()[:4]]
+    assert made.image_bytes == pytest.approx(np.mean([*map(len, files)]), rel=0.02)
+    assert made.seconds * made.images_per_second == pytest.approx(ROWS, rel=0.5)
+    assert {"sd guided", "encode", "decode"} <= {*made.hours} | {"encode", "decode"}
+    assert sum(made.hours.values()) * 3600 < made.devices * made.seconds * 1.01
+    with Image.open(tmp_path / "four.png") as picture:
+        assert picture.size[0] == 4 * 160
+        first = np.asarray(picture.crop((0, 0, 160, 160)).resize((16, 16), Image.Resampling.NEAREST))
+    assert np.abs(first.astype(int) - pixels(read(out).slice(0, 1).to_pylist()[0])).max() <= 1
+    with pytest.raises(UsageError, match="another configuration"):
+        api.preview(ladder, picture=tmp_path / "four.png", out=out, **given)
+
+
+def test_the_command_previews(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = here("generate", "--num", "1e6", "--out", "out", "--nfe", "2", "--engine", "inline", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1,000,000 images in 500 shards, about ")
+    assert "unet-5" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"dry-run.png"}
+
+
+def test_a_plan_for_another_guidance_is_told_of(ladder, tmp_path):
+    plan = tmp_path / "plan.json"
+    api.draw(ladder, out=plan, steps=2, nfe=2)
+    told = []
+    given = {"prompts": ["a"], "plan": plan, "engine": "inline", "device": "cpu", "notify": told.append}
+    generate(ladder, out=tmp_path / "same", guidance=3, **given)
+    assert not any("guidance" in sentence for sentence in told)
+    generate(ladder, out=tmp_path / "other", guidance=5, **given)
+    assert "The plan was made for guidance 3; with other scales it errs more." in told
