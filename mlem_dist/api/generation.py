@@ -103,37 +103,35 @@ def sample(
     """
     from mlem_dist.engine.inline import sample_blocks
 
-    loaded = load_ladder(ladder)
     if isinstance(prompts, str):
         raise UsageError(f"`prompts` is {prompts!r}, expected a list with a prompt for each image")
-    table, negative_prompt = find_prompts(prompts, loaded, negative_prompts)
-    if table and seeds is None:
-        num = table.rows if num is None else num
+    loaded = load_ladder(ladder)
+    if num is None and seeds is None and (prompts is not None or loaded.encoder):
+        table, _ = find_prompts(prompts, loaded)
+        num = table.rows if table else None
     num, image_seed = _check_seeds(num, seed, seeds)
-    method = canonical_solver(solver)
-    device_type = local_device(device)
-    chosen, _ = find_plan(loaded, loaded.costs(device_type), solver=method, steps=steps, nfe=nfe, plan=plan, grid=grid)
-    block_size = min(num, sizes(loaded, device_type, None, None)[0])
-    job = Job(
-        ladder=loaded.source,
-        digest=loaded.digest,
+    request = _prepare(
+        loaded,
+        out=Path(),
         num=num,
-        labels=check_labels(labels, loaded),
-        solver=method,
-        steps=chosen.steps,
-        plan=chosen,
+        labels=labels,
+        prompts=prompts,
+        negative_prompts=negative_prompts,
+        guidance=guidance,
         seed=seed,
-        block_size=block_size,
-        shard_size=block_size,
-        device=device_type,
-        precision=check_precision(precision, loaded),
+        solver=solver,
+        steps=steps,
         grid=grid,
-        prompts=table,
-        negative_prompt=negative_prompt,
-        guidance=check_guidance(guidance, loaded, table),
+        precision=precision,
+        device=device,
+        engine="inline",
+        nfe=nfe,
+        plan=plan,
     )
-    loaded.check_models()
-    return np.concatenate(list(sample_blocks(job, loaded, image_seed)))[:num]
+    block_size = min(num, request.job.block_size)
+    job = replace(request.job, block_size=block_size, shard_size=block_size)
+    request.ladder.check_models()
+    return np.concatenate(list(sample_blocks(job, request.ladder, image_seed)))[:num]
 
 
 def _check_seeds(num: int | None, seed: int, seeds: Sequence[int] | None) -> tuple[int, Callable[[int], int] | None]:
