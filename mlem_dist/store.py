@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -25,6 +27,11 @@ S3, GOOGLE, AZURE = "s3fs", "gcsfs", "adlfs"
 PACKAGES = {"s3": S3, "s3a": S3, "gs": GOOGLE, "gcs": GOOGLE, "az": AZURE, "abfs": AZURE, "abfss": AZURE}
 """Packages by kind of URL, for stores in which an object appears complete or not at all."""
 
+
+HUB = "hf://"
+"""Beginning of the URLs of files on the Hugging Face Hub."""
+
+HUB_FILE = re.compile(rf"{HUB}datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?/(.+)")
 
 REQUESTS, BATCH = 32, 1000
 """Number of requests at a time, and number of items that are handed to the threads at a time."""
@@ -113,6 +120,98 @@ def reached(out: Location) -> Iterator[None]:
         if isinstance(out, Path):
             raise
         raise StoreError(f"{out} cannot be reached: {_reason(error)}; check the name and the credentials") from None
+
+
+@contextmanager
+def hub_reached(what: str) -> Iterator[None]:
+    """Turn errors of the hub's client into one sentence.
+
+    Raises:
+        UsageError: if the hub cannot be reached, or does not have what is asked for.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError:
+        reason = "its authors give access on request; accept their terms on its page, then log in by `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such repository, or it is private; check the name, or log in by `hf auth login`"
+    except RevisionNotFoundError:
+        reason = "the repository has no such branch, tag or commit; check the part after @"
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        offline = isinstance(error, OfflineModeIsEnabled) or "offline" in str(error).lower()
+        reason = (
+            "it is not in this machine's cache, and HF_HUB_OFFLINE forbids a download; download it first"
+            if offline
+            else "it is not in this machine's cache, and the hub cannot be reached; check the connection"
+        )
+    except EntryNotFoundError:
+        reason = "the repository has no such file"
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = f"the hub cannot be reached: {' '.join(str(error).split())[:200]}"
+    except Exception as error:
+        # The client's own library for HTTP, which has changed before.
+        if not type(error).__module__.startswith("http"):
+            raise
+        reason = f"the hub cannot be reached ({type(error).__name__}); check the connection"
+    else:
+        return
+    raise UsageError(f"{what}: {reason}")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset on the Hugging Face Hub, of which each machine keeps a copy in the hub's cache.
+
+    Attributes:
+        repository: OWNER/NAME.
+        revision: a branch, tag or commit.
+        file: the file's path in the repository.
+    """
+
+    repository: str
+    revision: str
+    file: str
+
+    @classmethod
+    def parse(cls, text: str) -> HubFile:
+        """The file of a URL hf://datasets/OWNER/NAME[@REVISION]/PATH.
+
+        Raises:
+            UsageError: if the URL is another one.
+        """
+        match = HUB_FILE.fullmatch(text)
+        if match is None:
+            raise UsageError(f"{text}: expected hf://datasets/OWNER/NAME/FILE, or NAME@REVISION")
+        return cls(match[1], match[2] or "main", match[3])
+
+    def path(self) -> Path:
+        """The copy on this machine; a missing one is downloaded.
+
+        Raises:
+            UsageError: if the hub cannot be reached, or has no such file.
+        """
+        from huggingface_hub import hf_hub_download
+
+        with hub_reached(str(self)):
+            return Path(hf_hub_download(self.repository, self.file, repo_type="dataset", revision=self.revision))
+
+    def pinned(self) -> HubFile:
+        """The same file at the commit to which its revision points now."""
+        parts = self.path().parts
+        return replace(self, revision=parts[parts.index("snapshots") + 1])
+
+    def __str__(self) -> str:
+        return f"hf://datasets/{self.repository}@{self.revision}/{self.file}"
 
 
 def publish(path: Location, content: str | bytes | Callable[[Path], Any], work: Location) -> None:

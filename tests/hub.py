@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def answer(self, body: bool) -> None:
-        path = unquote(self.path.partition("?")[0]).strip("/")
+        path = unquote(self.path.partition("?")[0]).strip("/").removeprefix("datasets/")
         self.server.requests.append(f"{self.command} {path}")
         if path.startswith("api/models/"):
             return self.information(path.removeprefix("api/models/"))

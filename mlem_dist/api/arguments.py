@@ -21,7 +21,7 @@ from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION, UNGUIDED
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import Spacing
-from mlem_dist.store import Location, parse_location
+from mlem_dist.store import HUB, HubFile, Location, parse_location
 from mlem_dist.tuning.tuned_plans import choose_plan
 
 DEFAULT_NFE = 10.0
@@ -125,7 +125,7 @@ def check_labels(labels: Sequence[int] | None, ladder: Ladder) -> tuple[int, ...
 
 
 def find_prompts(
-    prompts: str | Path | Location | Sequence[str] | None,
+    prompts: str | Location | HubFile | Sequence[str] | None,
     ladder: Ladder,
     negative_prompts: str | Sequence[str | None] | None = None,
     column: str = PROMPT,
@@ -156,7 +156,7 @@ def find_prompts(
     require("transformers", "prompts", "text")
     every = negative_prompts if isinstance(negative_prompts, str) else None
     if isinstance(prompts, str):
-        prompts = parse_location(prompts, "prompts")
+        prompts = HubFile.parse(prompts) if prompts.startswith(HUB) else parse_location(prompts, "prompts")
     if prompts is not None and not isinstance(prompts, Sequence):
         table = open_prompts(prompts, column, images, out / WORK if out is not None else None)
         if negative_prompts is not None and every is None:

@@ -15,7 +15,7 @@ import click
 from mlem_dist.cli.options import (
     address_option,
     classes,
-    location,
+    given,
     number,
     on_stop,
     plan_options,
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 @click.option("--num", type=number, help="Images: 1000, 1e6, 1_000_000.  [default: one for each prompt]")
 @click.option(
     "--prompts",
-    type=location,
+    type=given,
     metavar="FILE",
-    help="Table of prompts: .parquet, .jsonl, .csv, or a text with a prompt in each line. Its columns negative_prompt, "
-    "seed and guidance_scale are used, all others are carried into the dataset.",
+    help="Table of prompts by path or URL: .parquet, .jsonl, .csv, or a text with a prompt in each line. Its columns "
+    "negative_prompt, seed and guidance_scale are used, all others are carried into the dataset.",
 )
 @click.option("--prompt-column", default="prompt", show_default=True, help="The table's column of prompts.")
 @click.option("--images-per-prompt", type=number, default=1, show_default=True, help="Images of each prompt.")

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from mlem_dist.dataset.schema import SCALE, SEED
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest, listing, remembered_digest
-from mlem_dist.store import Location, listed, publish, reached
+from mlem_dist.store import HubFile, Location, listed, publish, reached
 
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
 """Columns that decide images, beside that of image seeds and that of scales of guidance."""
@@ -50,7 +50,7 @@ class PromptTable:
     """Rows that images are made from, each for `images` images in turn.
 
     Attributes:
-        source: the Parquet file, which every node sees, or the rows in memory.
+        source: the Parquet file, which every node sees or downloads, or the rows in memory.
         prompt: name of the column of prompts.
         rows: number of rows.
         schema: the columns.
@@ -58,7 +58,7 @@ class PromptTable:
         images: number of images per row.
     """
 
-    source: Location | pa.Table
+    source: Location | HubFile | pa.Table
     prompt: str
     rows: int
     schema: pa.Schema
@@ -153,7 +153,7 @@ class PromptTable:
 class RowReader:
     """Some columns of a Parquet file, by row number. It is fast forwards, and holds `BATCH_ROWS` rows in memory."""
 
-    def __init__(self, place: Location, columns: Sequence[str]) -> None:
+    def __init__(self, place: Location | HubFile, columns: Sequence[str]) -> None:
         self._columns, self._lock = list(columns), threading.Lock()
         self._file = open_parquet(place)
         metadata = self._file.metadata
@@ -187,9 +187,10 @@ class RowReader:
         return self._batch
 
 
-def open_parquet(place: Location) -> pq.ParquetFile:
+def open_parquet(place: Location | HubFile) -> pq.ParquetFile:
     """A Parquet file, read through small buffers."""
-    return pq.ParquetFile(place.open("rb"), pre_buffer=False, buffer_size=2**18)
+    path = place.path() if isinstance(place, HubFile) else place
+    return pq.ParquetFile(path.open("rb"), pre_buffer=False, buffer_size=2**18)
 
 
 def converted_path(folder: Location, digest: str) -> Location:
@@ -207,13 +208,15 @@ def table_of_texts(prompts: Sequence[str], negative_prompts: Sequence[str | None
     return PromptTable(table, PROMPT, len(table), table.schema, digest)
 
 
-def open_prompts(place: Location, prompt: str = PROMPT, images: int = 1, work: Location | None = None) -> PromptTable:
+def open_prompts(
+    file: Location | HubFile, prompt: str = PROMPT, images: int = 1, work: Location | None = None
+) -> PromptTable:
     """The table of prompts in a file: Parquet, JSON lines (.jsonl), CSV (.csv), or else a text with a prompt per line.
 
     Other formats than Parquet are read into memory, unless the folder `work` has the file converted.
 
     Args:
-        place: the file.
+        file: the file.
         prompt: name of the column of prompts.
         images: number of images per row.
         work: folder of an earlier run's work.
@@ -222,9 +225,11 @@ def open_prompts(place: Location, prompt: str = PROMPT, images: int = 1, work: L
         UsageError: if the file cannot be read, lacks the column, has a column that a dataset has of its own, or a value
             that cannot be used; the message says which.
     """
+    pinned = file.pinned() if isinstance(file, HubFile) else None
+    place = file.path() if isinstance(file, HubFile) else file
     with _readable(place):
         digest = remembered_digest(place) if isinstance(place, Path) else file_digest(place)
-        source: Location | pa.Table = place
+        source: Location | HubFile | pa.Table = pinned or place
         if place.suffix.lower() != ".parquet":
             earlier = converted_path(work, digest) if work is not None else None
             if earlier is not None and earlier.name in listed(earlier.parent):

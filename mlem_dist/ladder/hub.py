@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from mlem_dist.errors import UsageError
 from mlem_dist.models.weights import chosen_weights
+from mlem_dist.store import hub_reached
 
 PREFIX = "hub:"
 """Beginning of the paths of files on the hub in `ladder.json`: hub:OWNER/NAME@COMMIT/FOLDER/FILE."""
@@ -44,7 +44,7 @@ def fetch_pipeline(text: str) -> tuple[str, Path]:
     match = ID.fullmatch(text)
     assert match
     name, revision = match.groups()
-    with _reached(text):
+    with hub_reached(text):
         information = HfApi().model_info(name, revision=revision)
         commit = str(information.sha)
         files = [file.rfilename for file in information.siblings or ()]
@@ -60,7 +60,7 @@ def fetch_configuration(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    with _reached(name):
+    with hub_reached(name):
         return Path(snapshot_download(name, allow_patterns=[*SMALL]))
 
 
@@ -119,51 +119,5 @@ def local_path(path: str) -> Path:
     local = Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots" / commit / (rest or "")
     if local.exists() or not PurePosixPath(rest or "").suffix:
         return local
-    with _reached(path):
+    with hub_reached(path):
         return Path(hf_hub_download(name, rest, revision=commit))
-
-
-@contextmanager
-def _reached(what: str) -> Iterator[None]:
-    """Turn errors of the hub's client into one sentence.
-
-    Raises:
-        UsageError: if the hub cannot be reached, or does not have what is asked for.
-    """
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except GatedRepoError:
-        reason = "its authors give access on request; accept their terms on its page, then log in by `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "the hub has no such repository, or it is private; check the name, or log in by `hf auth login`"
-    except RevisionNotFoundError:
-        reason = "the repository has no such branch, tag or commit; check the part after @"
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        offline = isinstance(error, OfflineModeIsEnabled) or "offline" in str(error).lower()
-        reason = (
-            "it is not in this machine's cache, and HF_HUB_OFFLINE forbids a download; download it first"
-            if offline
-            else "it is not in this machine's cache, and the hub cannot be reached; check the connection"
-        )
-    except EntryNotFoundError:
-        reason = "the repository has no such file"
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = f"the hub cannot be reached: {' '.join(str(error).split())[:200]}"
-    except Exception as error:
-        # The client's own library for HTTP, which has changed before.
-        if not type(error).__module__.startswith("http"):
-            raise
-        reason = f"the hub cannot be reached ({type(error).__name__}); check the connection"
-    else:
-        return
-    raise UsageError(f"{what}: {reason}")

@@ -1,16 +1,21 @@
 """Tables of prompts as people have them, and what is refused."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub import COMMIT, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlem_dist.dataset.prompts import BATCH_ROWS, RowReader, open_prompts, table_of_texts
 from mlem_dist.errors import UsageError
+from mlem_dist.store import HubFile
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
 
@@ -163,3 +168,44 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         open_prompts(tmp_path / "nothing.txt")
     with pytest.raises(UsageError, match=r"cannot be read: Is a directory"):
         open_prompts(tmp_path)
+
+
+READ = """
+import sys
+from mlem_dist.dataset.prompts import open_prompts
+from mlem_dist.store import HubFile
+table = open_prompts(HubFile.parse(sys.argv[1]))
+print(table.source, table.texts(range(2), None))
+"""
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "folder/b.jsonl"])
+def test_a_table_on_the_hub_is_pinned_and_downloaded_once(tmp_path, name):
+    folder = tmp_path / "hub" / "org" / "prompts"
+    (folder / "folder").mkdir(parents=True)
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), folder / "a.parquet")
+    (folder / "folder" / "b.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with serve(tmp_path / "hub") as server:
+
+        def read(url: str, **variables: str) -> subprocess.CompletedProcess:
+            environment = os.environ | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "cache")} | variables
+            command = [sys.executable, "-c", READ, url]
+            return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+        done = read(f"hf://datasets/org/prompts/{name}")
+        assert done.returncode == 0, done.stderr
+        assert "{'prompt': ['a', 'b'], 'negative_prompt': [None, None]}" in done.stdout
+        assert name.endswith("jsonl") or f"org/prompts@{COMMIT}/{name}" in done.stdout
+        assert server.served[f"org/prompts/{name}"] == (folder / name).stat().st_size
+        again = read(f"hf://datasets/org/prompts@{COMMIT}/{name}", HF_HUB_OFFLINE="1")
+        assert again.stdout == done.stdout
+        missing = read("hf://datasets/org/prompts/none.parquet")
+        assert (
+            "UsageError: hf://datasets/org/prompts@main/none.parquet: the repository has no such file" in missing.stderr
+        )
+
+
+def test_other_urls_of_the_hub_are_refused():
+    for url in ("hf://org/prompts/a.parquet", "hf://datasets/org", "hf://datasets/org/prompts"):
+        with pytest.raises(UsageError, match="expected hf://datasets/OWNER/NAME/FILE"):
+            HubFile.parse(url)
