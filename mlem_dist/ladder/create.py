@@ -104,19 +104,19 @@ def create_ladder(
     precisions = _precisions(precision, len(models))
     texts = [*map(str, models)]
     files = [text for text in dict.fromkeys(reversed(texts)) if find_file(text)]
-    found = {text: find_source(text) for text in texts if text not in files}
-    around = _surroundings(found.get(texts[-1]), pipeline)
+    known = {text: find_source(text) for text in texts if text not in files}
+    around = _surroundings(known.get(texts[-1]), pipeline)
     with ExitStack() as stack:
         work = Path(stack.enter_context(_work_folder(out))).resolve() if files else None
         # The last model comes first: others take the pipeline around it.
         for text in files:
             assert work
-            found[text] = _converted(text, out, work, around, notify)
-            around = around or _surroundings(found[text], None)
+            known[text] = _converted(text, out, work, around, notify)
+            around = around or _surroundings(known[text], None)
         assert around
         if around.encoder and isinstance(gaussian, int) and not prompts:
             raise UsageError(f"`gaussian` {gaussian}: samples need prompts; give some hundred as `prompts`")
-        sources = [found[text] for text in texts]
+        sources = [known[text] for text in texts]
         by = _guide(guide_with, guide, models, _names(sources))
         shape = _sample_shape(sources[-1], around, size)
         labels = _labels(sources[-1], around)
