@@ -145,7 +145,9 @@ class PromptTable:
         place = converted_path(folder, self.digest)
         if place.name not in listed(folder):
             buffer = io.BytesIO()
-            pq.write_table(self.source, buffer, row_group_size=GROUP_ROWS, compression="zstd")
+            # Without new names for the items of lists: the columns are a part of the configuration.
+            options = {"row_group_size": GROUP_ROWS, "compression": "zstd", "use_compliant_nested_type": False}
+            pq.write_table(self.source, buffer, **options)
             publish(place, buffer.getvalue(), folder)
         return replace(self, source=place)
 

@@ -109,11 +109,15 @@ def test_a_table_in_memory_is_written_once(tmp_path):
     before = path.stat()
     table.published(tmp_path)
     assert path.stat() == before
-    lines = tmp_path / "lines.txt"
-    lines.write_text("a\nb\n")
-    open_prompts(lines).published(tmp_path)
-    lines.chmod(0o200)
-    assert open_prompts(lines, work=tmp_path).rows == 2
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "a", "tags": [["x"], null], "more": {"n": 1, "list": [1.5]}}\n{"prompt": "b"}\n')
+    memory = open_prompts(lines)
+    memory.published(tmp_path)
+    # The file is found, and its columns are those of the rows in memory, whose types are in the configuration.
+    converted = open_prompts(lines, work=tmp_path)
+    assert not isinstance(converted.source, pa.Table)
+    assert converted.stored_schema(None) == memory.stored_schema(None)
+    assert converted.stored(range(2), None) == memory.stored(range(2), None)
 
 
 BAD = {
