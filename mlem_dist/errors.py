@@ -1,4 +1,4 @@
-"""The error for bad user input."""
+"""The errors for bad user input and for failures of the user's code."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,18 @@ class UsageError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class ScoreError(RuntimeError):
+    """A score class fails, or returns what cannot be written.
+
+    Attributes:
+        details: the traceback in the user's code; "" if it raises nothing.
+    """
+
+    def __init__(self, message: str, details: str) -> None:
+        super().__init__(message, details)
+        self.details = details
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -176,6 +176,7 @@ def generate(
     precision: Precision | None = None,
     image_format: str = "png",
     image_quality: int | None = None,
+    scores: Sequence[str] = (),
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -217,6 +218,8 @@ def generate(
         precision: dtype in which networks compute; by default each in its own, which is float32 in trained ladders.
         image_format: format of the image files: "png", "jpeg" or "webp".
         image_quality: quality of jpeg or webp, 1 to 100; 95 by default.
+        scores: classes that score images, each by MODULE:CLASS, as Ray Data's `map_batches` takes them: made once per
+            actor and called with a dict of columns, they return a dict of new ones, which are written beside the image.
         block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
         shard_size: number of samples in a Parquet file, a multiple of the block size.
         placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
@@ -236,6 +239,7 @@ def generate(
         UsageError: if an argument is out of range, or `out` holds something else. Nothing is written in this case.
         RuntimeError: if Ray does not start, its actors die faster than they work, or another run writes to `out`.
         NonFiniteError: if a block ends with NaN or infinite values.
+        ScoreError: if a score class raises, or returns what cannot be written. Finished shards are kept.
     """
     given = {name: value for name, value in locals().items() if name not in ("notify", "progress")}
     started = time.monotonic()
@@ -255,7 +259,7 @@ def generate(
         if engine == "ray" and todo:
             make = _on_ray(replace(request, job=job), todo, notify)
         else:
-            make = _inline(job, loaded, place, devices if engine == "inline" else None)
+            make = _inline(job, loaded, place, devices if engine == "inline" else None, todo)
         names = [level.name for level in loaded.levels]
         for snapshot in complete(dataset, loaded, make):
             last = replace(snapshot, total=todo, levels=names)
@@ -383,6 +387,7 @@ def _prepare(
     precision: Precision | None = None,
     image_format: str = "png",
     image_quality: int | None = None,
+    scores: Sequence[str] = (),
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -428,6 +433,8 @@ def _prepare(
         negative_prompt=negative_prompt,
         guidance=check_guidance(guidance, loaded, table),
         encoding=Encoding(image_format, image_quality),
+        scores=tuple(scores),
+        scores_folder=str(Path.cwd()),
     )
     notes = [note, _cost_note(loaded, device_type), _guidance_note(job, loaded)]
     given = place, pools, coalesce, devices, address, engine, remote
@@ -512,23 +519,28 @@ def _on_ray(request: _Request, todo: int, notify: Notify) -> Engine:
     arranged = arrange(replace(job, num=todo), ladder, request.pools, request.devices, request.remote)
     if arranged.forecasts:
         notify(placement_reason(arranged.forecasts, arranged.timed))
-    if coalesce > 1 and len(arranged.layout.pools) == 1:
+    if coalesce > 1 and len(arranged.layout.level_pools) == 1:
         notify(f"`coalesce` {coalesce} changes nothing here: one pool asks no other.")
     return lambda shards: run_ray(job, ladder, request.out, shards, arranged, coalesce)
 
 
-def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None) -> Engine:
-    """The in-process engine, with a thread for each CPU core, or one thread for a GPU.
+def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None, todo: int) -> Engine:
+    """The in-process engine for `todo` samples, with a thread for each CPU core, or one thread for a GPU.
 
     Raises:
         UsageError: if there are fewer than `devices`.
+        UsageError, ScoreError: if images cannot be scored.
     """
     from mlem_dist.engine.inline import run_inline
+    from mlem_dist.engine.scores import Scorer
 
     limit = 1 if job.device == "cuda" else available_cores()
     if devices and devices > limit:
         raise UsageError(f"`devices` {devices}: `engine` inline has {limit} here; lower it or leave it out")
-    return lambda shards: run_inline(job, ladder, out, shards, devices or limit)
+    scorer = Scorer(job) if job.scores and todo else None
+    if scorer:
+        scorer.time(ladder.image_shape)
+    return lambda shards: run_inline(job, ladder, out, shards, devices or limit, scorer)
 
 
 def draw(

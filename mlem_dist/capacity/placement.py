@@ -22,6 +22,10 @@ WEIGHT_SHARE = 0.5
 """Largest share of a device's memory that weights may take; the rest is for activations and states."""
 
 
+SCORE = "score"
+"""Name of the stage of scores, which has a pool of its own with any placement."""
+
+
 @dataclass(frozen=True)
 class Seat:
     """An actor's place: a share of one device, 0 < share <= 1."""
@@ -37,7 +41,7 @@ class Costs:
     Attributes:
         alone: time of a level that is evaluated on its own.
         beside: time of a level if level 1 is evaluated at the same state, so that its value is known.
-        stages: seconds per sample of each stage: "encode" for prompts, "decode" for latents.
+        stages: seconds per sample of each stage: "encode" for prompts, "decode" for latents, "score" for images.
         stage_bytes: bytes of the weights of each stage.
         shared: costs of levels that share evaluations in one actor; None if they take level 1's value at most.
     """

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlem_dist.capacity.placement import (
     CELL_DEVICES,
+    SCORE,
     WEIGHT_SHARE,
     Costs,
     Devices,
@@ -108,9 +109,16 @@ class Kind:
         return self.devices.count
 
 
-def cluster_kind(devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf) -> Kind:
-    """The planner's kind for devices of the cluster; `cost` (K,) is each level's time alone, in seconds per sample."""
+def cluster_kind(
+    devices: Devices, ladder: Ladder, cost: np.ndarray, memory: float = np.inf, score: float = 0.0
+) -> Kind:
+    """The planner's kind for devices of the cluster.
+
+    `cost` (K,) is each level's time alone and `score` that of scores, in seconds per sample; 0 if there are none.
+    """
     costs = costs_of(ladder, cost, devices.type)
+    if score:
+        costs = replace(costs, stages={**costs.stages, SCORE: score})
     return Kind(devices.type, devices, costs, overheads_of(devices.type, ladder), memory)
 
 
@@ -169,7 +177,8 @@ class Layout:
         pools: the levels of each pool; pools of stages have none, and come last.
         kinds: the kind of devices of each pool.
         held: bytes of the weights that an actor of each pool holds; empty if the devices' memory does not matter.
-        stages: the stages of the last pools. With one pool for all levels, its actors also do the work of stages.
+        stages: the stages of the last pools. With one pool for all levels, its actors also do the work of stages, but
+            for scores.
     """
 
     pools: tuple[range, ...]
@@ -287,14 +296,15 @@ class Forecast:
 
 
 def with_stages(pools: Sequence[range], kinds: Sequence[Kind], held: tuple[float, ...] = ()) -> Layout:
-    """The layout of pools of levels, with a pool for each stage on the first pool's kind, if there are several pools.
+    """The layout of pools of levels, with a pool for each stage on the first pool's kind.
 
-    `held` is as for `Layout`, for the pools of levels.
+    With one pool for all levels, scores alone have a pool of their own. `held` is as for `Layout`, for the pools of
+    levels.
     """
-    weights = kinds[0].costs.stage_bytes
+    weights, stages = kinds[0].costs.stage_bytes, tuple(kinds[0].costs.stages)
     if len(pools) == 1:
-        return Layout(tuple(pools), tuple(kinds), held and (held[0] + sum(weights.values()),))
-    stages = tuple(kinds[0].costs.stages)
+        stages = tuple(stage for stage in stages if stage == SCORE)
+        held = held and (held[0] + sum(weights.values()),)
     more = len(stages)
     every = held and (*held, *(weights.get(stage, 0.0) for stage in stages))
     return Layout((*pools, *[range(0)] * more), (*kinds, *[kinds[0]] * more), every, stages)
@@ -394,8 +404,7 @@ def stage_loads(layout: Layout) -> np.ndarray:
     seconds = layout.kinds[0].costs.stages
     if layout.stages:
         loads[-len(layout.stages) :] = [seconds[stage] for stage in layout.stages]
-    else:
-        loads[0] = sum(seconds.values())
+    loads[0] += sum(time for stage, time in seconds.items() if stage not in layout.stages)
     return loads
 
 

@@ -241,6 +241,7 @@ class CellSimulation:
                 yield simpy.AllOf(self.env, [self.env.process(self._ask(*ask)) for ask in segment.asks])
         self.pools[0].put(actor)
         yield from self._stage("decode")
+        yield from self._stage("score")
 
     def _stage(self, stage: str) -> Process:
         if stage in self.stages:

@@ -66,6 +66,14 @@ if TYPE_CHECKING:
     help="Format of the images; jpeg and webp make large images small.",
 )
 @click.option("--image-quality", type=int, help="Quality of jpeg or webp, 1 to 100.  [default: 95]")
+@click.option(
+    "--score",
+    "scores",
+    multiple=True,
+    metavar="MODULE:CLASS",
+    help="Class that scores images, as Ray Data's map_batches takes them; its columns are written beside the image. "
+    "Several times for several.",
+)
 @click.option("--labels", type=classes, default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
 @size_options
 @click.option(

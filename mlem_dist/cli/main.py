@@ -15,7 +15,7 @@ from mlem_dist.cli.datasets import export, remake, show, verify
 from mlem_dist.cli.generation import draw, generate
 from mlem_dist.cli.ladders import calibrate, ladder, train, tune
 from mlem_dist.cli.options import expect_command, stop_note
-from mlem_dist.errors import UsageError
+from mlem_dist.errors import ScoreError, UsageError
 from mlem_dist.machine import keep_streams
 
 _stop_code = 130
@@ -75,5 +75,7 @@ def main() -> NoReturn:
 
         if not isinstance(error, RuntimeError | OSError | ArithmeticError | RayError):
             raise
+        if isinstance(error, ScoreError) and error.details:
+            click.echo(error.details.rstrip(), err=True)
         click.echo(f"Error: {with_options(' '.join(str(error).split()))}", err=True)
         sys.exit(1)

@@ -8,11 +8,12 @@ import pyarrow as pa
 SEED, SCALE = "seed", "guidance_scale"
 
 
-def schema(labels: Sequence[str], table: pa.Schema | None = None) -> pa.Schema:
+def schema(labels: Sequence[str], table: pa.Schema | None = None, scores: Sequence[pa.Field] = ()) -> pa.Schema:
     """The schema: sample_id, image struct<bytes: binary, path: string>, label if there are classes, and seed.
 
     For images of a table of prompts, its columns stand after the image, as they are. Its columns of seeds and guidance
-    scales, if any, come after them, then width and height. All others but the image are int64.
+    scales, if any, come after them, then width and height. All others but the image are int64. Columns of scores are
+    the last ones.
 
     The metadata key `huggingface` names the features, so that `datasets` shows pictures and class names. It infers the
     features that are not named.
@@ -30,6 +31,7 @@ def schema(labels: Sequence[str], table: pa.Schema | None = None) -> pa.Schema:
     if table is not None:
         fields += [pa.field(SCALE, pa.float64())] * (SCALE in table.names)
         fields += [pa.field(name, pa.int64()) for name in ("width", "height")]
+    fields += scores
     named = features(labels) if table is None else {"image": features(())["image"]}
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": named}})})
 

@@ -90,10 +90,14 @@ PNG = Encoding()
 
 
 def encode_shard(
-    files: Sequence[bytes], columns: Columns, labels: Sequence[str], prompts: pa.Schema | None = None
+    files: Sequence[bytes],
+    columns: Columns,
+    labels: Sequence[str],
+    prompts: pa.Schema | None = None,
+    scores: Sequence[pa.Field] = (),
 ) -> bytes:
     """A Parquet file of images and the other columns of `schema`, of which these are the arguments."""
-    fields = schema(labels, prompts)
+    fields = schema(labels, prompts, scores)
     values = {**columns, "image": [{"bytes": file, "path": None} for file in files]}
     arrays = [
         value if isinstance(value := values[field.name], pa.ChunkedArray) else pa.array(value, field.type)
@@ -135,6 +139,7 @@ def write_shard(
     run: str,
     prompts: pa.Schema | None = None,
     encoding: Encoding = PNG,
+    scores: Sequence[pa.Field] = (),
 ) -> Shard:
     """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), and the other columns of `schema`.
 
@@ -148,7 +153,7 @@ def write_shard(
     if {len(images)} != {*map(len, columns.values())} or not len(images):
         counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
         raise ValueError(f"shard {index}: {len(images)} images, {counts}")
-    data = encode_shard(encoding.files(images), columns, labels, prompts)
+    data = encode_shard(encoding.files(images), columns, labels, prompts, scores)
     path = shard_path(index, shards)
     shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
     publish(out / path, data, out / WORK)

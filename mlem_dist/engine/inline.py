@@ -6,6 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from mlem_dist.engine.blocks import Blocks
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import evaluations, levels_of
 from mlem_dist.engine.progress import PoolProgress, Progress
+from mlem_dist.engine.scores import Scorer
 from mlem_dist.engine.worker import Levels
 from mlem_dist.engine.writer import Writer
 from mlem_dist.ladder.ladder import Ladder
@@ -60,8 +64,12 @@ def sample_blocks(job: Job, ladder: Ladder, image_seed: Callable[[int], int] | N
         yield make(block)[0]
 
 
-def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], devices: int) -> Iterator[Progress]:
+def run_inline(
+    job: Job, ladder: Ladder, out: Location, shards: Sequence[int], devices: int, scorer: Scorer | None = None
+) -> Iterator[Progress]:
     """Make the given shards on `devices` CPU cores, a block on each, or on one GPU; yields a snapshot after each block.
+
+    `scorer` scores images, if the job has scores.
 
     Raises:
         NonFiniteError: if a block ends with NaN or infinite values.
@@ -69,29 +77,37 @@ def run_inline(job: Job, ladder: Ladder, out: Location, shards: Sequence[int], d
     began, busy = time.monotonic(), time.process_time()
     writer = Writer(job, out, ladder.labels)
     writer.prepare()
-    make = block_maker(job, ladder)
+    make, turn = block_maker(job, ladder), Lock()
     ready = time.monotonic() - began
+
+    def scored(block: int) -> tuple[list[Any], np.ndarray]:
+        made, calls = make(block)
+        if scorer is None:
+            return [made], calls
+        with turn:
+            return [made, scorer.columns(block, made)], calls
+
     first: float | None = None
     samples = done = 0
     calls = np.zeros(len(ladder.levels), dtype=np.int64)
     todo = iter([(shard, block) for shard in shards for block in job.shard_blocks(shard)])
-    flying: deque[tuple[int, int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-    images: list[np.ndarray] = []
+    flying: deque[tuple[int, int, Future[tuple[list[Any], np.ndarray]]]] = deque()
+    parts: list[list[Any]] = []
     pool = ThreadPoolExecutor(devices)
     try:
         while True:
             while len(flying) <= devices and (item := next(todo, None)):
-                flying.append((*item, pool.submit(make, item[1])))
+                flying.append((*item, pool.submit(scored, item[1])))
             if not flying:
                 return
             shard, block, future = flying.popleft()
-            block_images, block_calls = future.result()
-            images.append(block_images)
+            part, block_calls = future.result()
+            parts.append(part)
             calls += block_calls
             first = first or time.monotonic() - began
             if block == job.shard_blocks(shard)[-1]:
-                writer.write(shard, *images)
-                images = []
+                writer.write(shard, *chain(*zip(*parts, strict=True)))
+                parts = []
             seconds = time.monotonic() - began
             samples += job.rows_of(shard, block)
             done += 1

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mlem_dist import __version__
 from mlem_dist.dataset.prompts import SEEDS, PromptTable
-from mlem_dist.dataset.schema import SEED
+from mlem_dist.dataset.schema import SEED, schema
 from mlem_dist.dataset.shards import PNG, Encoding
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.schema import OWN
@@ -113,6 +114,8 @@ class Job:
         negative_prompt: the negative prompt of all samples, for a table without a column of them; None for none.
         guidance: scale of guidance of samples whose row has none; None for that of the ladder, if no row has one.
         encoding: format of the image files.
+        scores: classes that score images, by MODULE:CLASS.
+        scores_folder: the folder in which their modules may lie; not a part of `config`.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
@@ -136,6 +139,8 @@ class Job:
     negative_prompt: str | None = None
     guidance: float | None = None
     encoding: Encoding = PNG
+    scores: tuple[str, ...] = ()
+    scores_folder: str = ""
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -169,7 +174,7 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
-        left_out = ("versions", "prompts", "negative_prompt", "guidance", "encoding")
+        left_out = ("versions", "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder")
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
@@ -180,15 +185,28 @@ class Job:
             table = self.prompts
             config["prompts_sha256"], config["prompt_column"] = table.digest, table.prompt
             config["images_per_prompt"], config["negative_prompt"] = table.images, self.negative_prompt
-            stored = table.stored_schema(self.negative_prompt)
-            config["columns"] = {field.name: str(field.type) for field in stored if field.name != SEED}
+            stored = self.table_schema
+            config["columns"] = {field.name: str(field.type) for field in stored or () if field.name != SEED}
         if self.guidance is not None:
             config["guidance"] = self.guidance
+        if self.scores:
+            config["scores"] = self.scores
         if self.encoding != PNG:
             config["image_format"], config["image_quality"] = self.encoding.format, self.encoding.quality
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the dataset's columns, but for those of scores."""
+        labels = ("",) if self.labels else ()
+        return list(schema(labels, self.table_schema).names)
+
+    @property
+    def table_schema(self) -> pa.Schema | None:
+        """The columns of the dataset that are those of the table of prompts; None without one."""
+        return self.prompts.stored_schema(self.negative_prompt) if self.prompts else None
 
     @property
     def shards(self) -> int:

@@ -227,7 +227,8 @@ class TrajectoryWorker(LevelWorker):
             UsageError: as for `StageWorker.prepare`.
         """
         super().prepare()
-        if not self.stages:
+        # Both have pools of their own, or none.
+        if "decode" not in self.stages:
             _ = self.blocks.encoder, self.blocks.decoder
 
     @torch.inference_mode()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mlem_dist.dataset.manifest import NAME, changed, read_manifest
 from mlem_dist.dataset.schema import SCALE
-from mlem_dist.dataset.shards import Columns, Shard, write_shard
+from mlem_dist.dataset.shards import Shard, write_shard
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Work
-from mlem_dist.errors import UsageError
+from mlem_dist.errors import ScoreError, UsageError
 from mlem_dist.store import Location, listed
 
 
@@ -47,22 +48,25 @@ class Writer:
             )
         self.run = manifest.fingerprint
 
-    def write(self, shard: int, *blocks: np.ndarray) -> tuple[Work, Shard]:
+    def write(self, shard: int, *parts: Any) -> tuple[Work, Shard]:
         """Write one shard.
 
         Args:
             shard: the shard's number.
-            blocks: images of its blocks, uint8 (B, H, W, C); the last block may hold more images than the shard.
+            parts: images of its blocks, uint8 (B, H, W, C), then the columns of scores of each block, if images are
+                scored. The last block may hold more images than the shard.
         """
         start = time.process_time()
-        images = np.concatenate(blocks)[: len(self.job.shard_rows(shard))]
-        columns, prompts = self._columns(shard, images), self.job.prompts
-        stored = prompts.stored_schema(self.job.negative_prompt) if prompts else None
-        described = columns, self.labels, self.run, stored, self.job.encoding
+        rows, blocks = len(self.job.shard_rows(shard)), len(self.job.shard_blocks(shard))
+        images = np.concatenate(parts[:blocks])[:rows]
+        scores = _joined(parts[blocks:], rows)
+        columns = self._columns(shard, images) | {name: pa.chunked_array([array]) for name, array in scores.items()}
+        fields = [pa.field(name, array.type) for name, array in scores.items()]
+        described = columns, self.labels, self.run, self.job.table_schema, self.job.encoding, fields
         written = write_shard(self.out, shard, self.job.shards, images, *described)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), written
 
-    def _columns(self, shard: int, images: np.ndarray) -> Columns:
+    def _columns(self, shard: int, images: np.ndarray) -> dict[str, Any]:
         """The values of all columns but the image."""
         ids, prompts = self.job.shard_rows(shard), self.job.prompts
         own: dict[str, Any] = {"sample_id": ids, "seed": self.job.seeds(ids)}
@@ -72,3 +76,21 @@ class Writer:
         size = {"width": [width] * len(ids), "height": [height] * len(ids)}
         scales = {SCALE: scale} if (scale := self.job.scales(ids)) and prompts.has(SCALE) else {}
         return own | size | scales | prompts.stored(ids, self.job.negative_prompt)
+
+
+def _joined(blocks: Sequence[Mapping[str, np.ndarray]], rows: int) -> dict[str, pa.Array]:
+    """The first rows of blocks' columns of scores: texts, numbers in 64 bits, or lists of them.
+
+    Raises:
+        ScoreError: if blocks have other columns, or a column is of none of these types.
+    """
+    joined = {}
+    for name in blocks[0] if blocks else ():
+        try:
+            values = np.concatenate([block[name] for block in blocks])[:rows]
+            if values.dtype.kind in "iuf":
+                values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
+            joined[name] = pa.array(values if values.ndim == 1 else values.tolist())
+        except (KeyError, ValueError, pa.ArrowException) as error:
+            raise ScoreError(f"the column {name!r} of scores cannot be written: {error}", "") from None
+    return joined

@@ -10,6 +10,7 @@ import numpy as np
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import Ask, SegmentEnd
 from mlem_dist.engine.progress import Work
+from mlem_dist.engine.scores import Batch, Scorer
 from mlem_dist.models.imports import hide_unused
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TrajectoryActor(LevelActor):
 
     def _encodes(self) -> bool:
         *_, stages = self.arguments
-        return bool(self.job.prompts) and not stages
+        return bool(self.job.prompts) and "encode" not in stages
 
     def start(self, block: int, condition: Arrays | None = None) -> tuple[SegmentEnd, np.ndarray]:
         """As `TrajectoryWorker.start`."""
@@ -98,3 +99,21 @@ class StageActor:
     def decode(self, block: int, latents: np.ndarray) -> tuple[Work, np.ndarray]:
         """As `StageWorker.decode`."""
         return self.worker.decode(block, latents)
+
+
+class ScoreActor:
+    """A `Scorer` in a process of its own."""
+
+    scorer: Scorer
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def prepare(self) -> None:
+        """Make the score classes."""
+        # Not in the constructor: Ray takes an error there for the actor's death.
+        self.scorer = Scorer(self.job)
+
+    def score(self, block: int, images: np.ndarray) -> tuple[Work, Batch]:
+        """As `Scorer.score`."""
+        return self.scorer.score(block, images)

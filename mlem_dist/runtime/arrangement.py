@@ -17,13 +17,17 @@ from mlem_dist.capacity.planner import Forecast, Layout, cluster_kind, costs_of,
 from mlem_dist.capacity.timing import time_levels
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import evaluations, levels_of
+from mlem_dist.engine.scores import time_scores
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.ladder import LEAST_SECONDS, Ladder
 from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.pool import cause
 
 LONG_SECONDS, TIMING_SHARE = 60, 0.05
 """Shortest run for which levels are timed, in seconds by the ladder's costs, and largest share of it for the timing."""
+
+SCORE_SECONDS = 0.1
+"""Time of scores per image if it is not known."""
 
 DEVICE_SECONDS = 60
 """Longest wait for a device that times levels or reports its memory, in seconds; other runs may use all devices."""
@@ -62,18 +66,18 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         pools = 1 if placement is None else len(placement.pools)
         pool_devices = [Devices(job.device, count_devices(job.device, devices))] * pools
     cost = {kind: ladder.cost(kind.type) for kind in pool_devices}
-    timed = False
+    score, timed = measured_score(job, ladder, pool_devices[0]), False
     # One pool for all levels needs no comparison.
     if (placement is None or len(placement.pools) > 1) and is_long(job, ladder, pool_devices):
         measured = _measured_costs(job, ladder, placement, pool_devices, remote)
         cost, timed = cost | measured, bool(measured)
     if placement:
         # The placement is given: the forecast only says how many devices a coordinator can serve.
-        kinds = [cluster_kind(devices, ladder, cost[devices]) for devices in dict.fromkeys(pool_devices)]
+        kinds = [cluster_kind(devices, ladder, cost[devices], score=score) for devices in dict.fromkeys(pool_devices)]
         by_devices = {kind.devices: kind for kind in kinds}
         layout = with_stages(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
         return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed)
-    kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], _memory(job.device, remote))
+    kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], _memory(job.device, remote), score)
     forecasts = [forecast(job.workload, layout) for layout in layouts(job.workload, ladder.weight_bytes, kind)]
     forecasts.sort(key=lambda result: result.seconds)
     return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed)
@@ -133,6 +137,29 @@ def measured_cost(
             raise cause(error) from None
         # The run itself will report the error.
         return None
+
+
+def measured_score(job: Job, ladder: Ladder, devices: Devices) -> float:
+    """Seconds per image of the job's score classes, timed in a task on one of the devices; 0 if there are none.
+
+    It is a tenth of a second if no device is free within a minute.
+
+    Raises:
+        UsageError: if a class cannot be imported there.
+        ScoreError: if a class raises, or returns what cannot be written.
+    """
+    if not job.scores:
+        return 0.0
+    task: Any = ray.remote(max_calls=1)(time_scores)
+    resources = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
+    timed = task.options(**resources, label_selector=dict(devices.labels)).remote(job, ladder.image_shape)
+    if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
+        ray.cancel(timed, force=True)
+        return SCORE_SECONDS
+    try:
+        return max(float(ray.get(timed)), LEAST_SECONDS)
+    except RayError as error:
+        raise cause(error) from None
 
 
 def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]) -> np.ndarray:

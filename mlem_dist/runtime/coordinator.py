@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import ray
@@ -15,18 +16,21 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from mlem_dist.capacity.placement import Devices, Seat
+from mlem_dist.capacity.placement import SCORE, Devices, Seat
 from mlem_dist.capacity.policies import SLOTS, Load, Move, choose_move, trajectory_depth
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.program import Ask, SegmentEnd
 from mlem_dist.engine.progress import WAITS, Progress
 from mlem_dist.engine.writer import Writer
-from mlem_dist.runtime.actors import LevelActor, StageActor, TrajectoryActor
+from mlem_dist.runtime.actors import LevelActor, ScoreActor, StageActor, TrajectoryActor
 from mlem_dist.runtime.batching import Batcher
 from mlem_dist.runtime.pool import DEATHS, TRIES, Member, Pool, PoolError, cause
 from mlem_dist.store import Location
 
 WINDOW_SECONDS, WINDOW_CALLS = 2, 4
+
+Parts = Sequence["ray.ObjectRef[Any]"]
+"""What a block is written from: its images, and the columns of their scores, if they are scored."""
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +125,7 @@ class Coordinator:
             NonFiniteError: if a block ends with NaN or infinite values.
         """
         await self._start_pools()
-        self.images: dict[int, dict[int, ray.ObjectRef[Any]]] = {}
+        self.made: dict[int, dict[int, Parts]] = {}
         self._add_runners(len(self.seats[0]))
         balancing = asyncio.create_task(self._balance())
         try:
@@ -210,8 +214,11 @@ class Coordinator:
     def _creator(self, index: int) -> Any:
         job = replace(self.job, device=self.kinds[index].type)
         stage = next((name for name, number in self.stage_pools.items() if number == index), None)
-        kind = ray.remote(StageActor if stage else LevelActor if index else TrajectoryActor)
-        arguments = (job, stage) if stage else (job, self.pools, index, self.stages)
+        scores = stage == SCORE
+        kind = ray.remote(ScoreActor if scores else StageActor if stage else LevelActor if index else TrajectoryActor)
+        arguments: tuple[Any, ...] = (job, stage) if stage else (job, self.pools, index, self.stages)
+        if scores:
+            arguments = (job,)
         cuda = job.device == "cuda"
 
         def create(seat: Seat) -> Any:
@@ -228,21 +235,21 @@ class Coordinator:
     async def _runner(self) -> None:
         while item := await self.todo.get():
             shard, block = item
-            images, calls = await self._block(block)
+            parts, calls = await self._block(block)
             self.calls += calls
-            await self._finished(shard, block, images)
+            await self._finished(shard, block, parts)
         # Put the end mark back for the next runner.
         self.todo.put_nowait(None)
 
-    async def _block(self, block: int) -> tuple[ray.ObjectRef[Any], Counter[int]]:
-        """Run a block, and return its images and its calls by level; if its worker dies, start again on another."""
+    async def _block(self, block: int) -> tuple[Parts, Counter[int]]:
+        """Run a block, and return its parts and its calls by level; if its worker dies, start again on another."""
         tries = self.running[0].tries
         for _ in range(tries):
             try:
                 condition = await self._stage("encode", block)
                 finished, calls = await self._trajectory(block, condition)
-                decoded = await self._stage("decode", block, finished)
-                return (decoded or [finished])[0], calls
+                images, *_ = await self._stage("decode", block, finished) or [finished]
+                return [images, *await self._stage(SCORE, block, images)], calls
             except DEATHS:
                 pass
             except (ObjectLostError, RayTaskError) as error:
@@ -309,24 +316,24 @@ class Coordinator:
             for batcher in self.batchers.values():
                 batcher.flush()
 
-    async def _finished(self, shard: int, block: int, images: ray.ObjectRef[Any]) -> None:
+    async def _finished(self, shard: int, block: int, parts: Parts) -> None:
         if self.first_block is None:
             self.first_block = time.monotonic() - self.began
         self.samples += self.job.rows_of(shard, block)
         self.blocks += 1
-        parts = self.images.setdefault(shard, {})
-        parts[block] = images
+        made = self.made.setdefault(shard, {})
+        made[block] = parts
         blocks = self.job.shard_blocks(shard)
-        if len(parts) == len(blocks):
-            del self.images[shard]
-            await self._write(shard, [parts[b] for b in blocks])
+        if len(made) == len(blocks):
+            del self.made[shard]
+            await self._write(shard, [made[b] for b in blocks])
             self.written.append(shard)
 
-    async def _write(self, shard: int, images: Sequence[ray.ObjectRef[Any]]) -> None:
+    async def _write(self, shard: int, blocks: Sequence[Parts]) -> None:
         """Write a shard; if images are lost with the node that made them, make the shard's blocks again."""
         for _ in range(TRIES):
             try:
-                await self.writers.call("write", shard, *images)
+                await self.writers.call("write", shard, *chain(*zip(*blocks, strict=True)))
             except (ObjectLostError, RayTaskError) as error:
                 if not lost(error):
                     raise
@@ -334,5 +341,5 @@ class Coordinator:
                 return
             logger.warning("images of shard %d are lost with their node, making it again", shard)
             # The calls of these blocks are counted already.
-            images = [ref for ref, _ in await asyncio.gather(*map(self._block, self.job.shard_blocks(shard)))]
+            blocks = [parts for parts, _ in await asyncio.gather(*map(self._block, self.job.shard_blocks(shard)))]
         raise PoolError(f"shard {shard}: images of it were lost {TRIES} times in turn")

@@ -1,0 +1,126 @@
+"""Scores of finished images by the user's classes. This module does not need torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlem_dist.engine.job import Job
+from mlem_dist.engine.progress import Work
+from mlem_dist.errors import ScoreError, UsageError
+
+Batch = dict[str, np.ndarray]
+"""Columns by name, each with a value for each image; `image` is uint8 (B, H, W, C)."""
+
+TIMED = 4
+"""Number of images for which classes are timed."""
+
+
+def find_class(name: str, folder: str) -> Callable[[], Callable[[Batch], Mapping[str, Any]]]:
+    """The class of a name MODULE:CLASS, of a module that is installed or lies in a folder.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise UsageError(f"`scores` {name!r}: expected MODULE:CLASS")
+    # Last, so that no file there takes the place of a library.
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"`scores` {name!r} cannot be imported ({error}); every node must have its module, installed or in {folder}"
+        ) from None
+    if not isinstance(found, type):
+        raise UsageError(f"`scores` {name!r} is {found!r}, expected a class")
+    return found
+
+
+class Scorer:
+    """The score classes of a job, each made once.
+
+    Raises:
+        UsageError: as `find_class`.
+        ScoreError: if a class cannot be made.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._scores = []
+        for name in job.scores:
+            score = _guarded(name, find_class(name, job.scores_folder))()
+            self._scores.append((name, _guarded(name, score)))
+
+    def columns(self, block: int, images: np.ndarray) -> Batch:
+        """The new columns of a block's images, uint8 (B, H, W, C).
+
+        Raises:
+            ScoreError: if a class raises, or what it returns is no column for each image.
+        """
+        first = block * self.job.block_size
+        samples = range(first, first + len(images))
+        rows: dict[str, Any] = {"sample_id": samples, **self.job.rows(samples), "seed": self.job.seeds(samples)}
+        batch = {name: np.array(values) for name, values in rows.items()} | {"image": images}
+        new: Batch = {}
+        for name, score in self._scores:
+            returned = score(dict(batch))
+            if not isinstance(returned, Mapping):
+                raise ScoreError(f"score {name} returns {type(returned).__name__}, expected a dict of columns", "")
+            for column, values in returned.items():
+                if column in batch:
+                    continue
+                array = np.asarray(values)
+                if column in new or column in self.job.columns:
+                    raise ScoreError(f"score {name} returns a column {column!r}, which is there already", "")
+                if array.ndim < 1 or len(array) != len(images):
+                    raise ScoreError(f"score {name}: its column {column!r} is not a value for each of the images", "")
+                new[str(column)] = array
+        if not new:
+            raise ScoreError(f"{', '.join(self.job.scores)}: no new column is returned", "")
+        return new
+
+    def time(self, shape: Sequence[int]) -> float:
+        """Seconds per image for images of (C, H, W), in a second run on some; also a check that they can be scored.
+
+        Raises:
+            ScoreError: as `columns`.
+        """
+        channels, height, width = shape
+        images = np.random.default_rng(0).integers(0, 256, (TIMED, height, width, channels), dtype=np.uint8)
+        for _ in range(2):
+            start = time.perf_counter()
+            self.columns(0, images)
+        return (time.perf_counter() - start) / TIMED
+
+    def score(self, block: int, images: np.ndarray) -> tuple[Work, Batch]:
+        """The work, and the new columns of a block."""
+        start = time.process_time()
+        columns = self.columns(block, images)
+        return Work(time.process_time() - start, {}, len(images), images.nbytes), columns
+
+
+def time_scores(job: Job, shape: Sequence[int]) -> float:
+    """Seconds per image of a job's score classes, as `Scorer.time`."""
+    return Scorer(job).time(shape)
+
+
+def _guarded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that raises what the user's code raises as one error, with its traceback."""
+
+    def guarded(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:
+            text = f"score {name} raises {type(error).__name__}: {error}"
+            raise ScoreError(text, "".join(traceback.format_exception(error)[2:])) from None
+
+    return guarded

@@ -1,0 +1,146 @@
+"""Scores of images by the user's classes."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mlem_dist import api
+from mlem_dist.errors import ScoreError, UsageError
+
+MODULE = """
+import numpy as np
+from pathlib import Path
+
+class Brightness:
+    def __init__(self):
+        Path("made").open("a").write("1")
+
+    def __call__(self, batch):
+        images = batch["image"].astype(np.float32)
+        named = np.array([f"{label}/{seed}" for label, seed in zip(batch["label"], batch["seed"])])
+        return {**batch, "mean": images.mean((1, 2, 3)), "named": named, "dark": images.mean((1, 2, 3)) < 60}
+
+class Histogram:
+    def __call__(self, batch):
+        return {"histogram": [np.histogram(image, 4, (0, 256))[0] for image in batch["image"]]}
+
+class Fails:
+    def __call__(self, batch):
+        if 27 in batch["sample_id"] and not Path("HERE/mended").exists():
+            raise ValueError("no score for this")
+        return {"fine": np.ones(len(batch["image"]))}
+
+class Unmade:
+    def __init__(self):
+        raise OSError("no weights")
+
+class Short:
+    def __call__(self, batch):
+        return {"short": [1]}
+
+class Taken:
+    def __call__(self, batch):
+        return {"image": batch["image"], "label": batch["label"]}
+
+class Text:
+    def __call__(self, batch):
+        return "high"
+
+number = 3
+"""
+
+JOB = {"num": 45, "steps": 4, "nfe": 1, "seed": 5, "block_size": 5, "shard_size": 20, "device": "cpu"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A current folder with a module of score classes of a name that no other test has imported."""
+    name = f"scores_{tmp_path.name}".replace("[", "_").replace("]", "_").replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(MODULE.replace("HERE", str(tmp_path)))
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def read(out) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted((out / "data").iterdir()))
+
+
+def test_scores_are_written_beside_images_the_same_by_both_engines(place, tmp_path, local_ray):
+    scores = [f"{place}:Brightness", f"{place}:Histogram"]
+    api.generate(out=str(tmp_path / "inline"), engine="inline", scores=scores, **JOB)
+    made = read(tmp_path / "inline")
+    assert made.column_names == ["sample_id", "image", "label", "seed", "mean", "named", "dark", "histogram"]
+    types = [made.schema.field(name).type for name in made.column_names[-4:]]
+    assert types == [pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int64())]
+    for row in made.to_pylist():
+        image = np.array(Image.open(io.BytesIO(row["image"]["bytes"])))
+        assert row["mean"] == pytest.approx(image.mean(), rel=1e-5)
+        assert row["dark"] == (row["mean"] < 60)
+        assert row["named"] == f"{row['label']}/{row['seed']}"
+        assert sum(row["histogram"]) == image.size
+    assert (tmp_path / "made").read_text() == "1"
+    for placement in ("together", "1-5,6"):
+        out = tmp_path / placement
+        api.generate(out=str(out), placement=placement, scores=scores, **JOB)
+        for shard in (tmp_path / "inline" / "data").iterdir():
+            assert (out / "data" / shard.name).read_bytes() == shard.read_bytes()
+    with pytest.raises(UsageError, match="another configuration"):
+        api.generate(out=str(tmp_path / "inline"), engine="inline", scores=scores[:1], **JOB)
+
+
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_a_score_that_raises_ends_the_run_and_loses_nothing(place, tmp_path, here, engine, local_ray):
+    options = "--num 45 --steps 4 --nfe 1 --block-size 5 --shard-size 5 --device cpu --engine"
+    command = ["generate", "--out", str(tmp_path / "out"), "--score", f"{place}:Fails", *options.split(), engine]
+    done = here(*command)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") <= 1
+    assert done.stderr.count('raise ValueError("no score for this")') == 1
+    assert f"Error: score {place}:Fails raises ValueError: no score for this" in done.stderr
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").glob("*")}
+    assert len(kept) < 9
+    assert engine == "ray" or len(kept) >= 3
+    (tmp_path / "mended").touch()
+    done = here(*command)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out")["fine"].to_pylist() == [1.0] * 45
+    assert all((tmp_path / "out" / "data" / name).stat().st_mtime_ns == time for name, time in kept.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("nowhere:Class", UsageError, "'nowhere:Class' cannot be imported"),
+        ("{}:Nothing", UsageError, "cannot be imported"),
+        ("{}", UsageError, "expected MODULE:CLASS"),
+        ("{}:number", UsageError, "is 3, expected a class"),
+        ("{}:Unmade", ScoreError, "raises OSError: no weights"),
+        ("{}:Short", ScoreError, "'short' is not a value for each of the images"),
+        ("{}:Taken", ScoreError, "no new column is returned"),
+        ("{}:Text", ScoreError, "returns str, expected a dict of columns"),
+    ],
+)
+def test_classes_that_cannot_be_used_are_refused_before_anything_is_written(place, tmp_path, name, kind, message):
+    with pytest.raises(kind, match=message):
+        api.generate(out=str(tmp_path / "out"), engine="inline", scores=[name.format(place)], **JOB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_scores_of_prompts_know_their_rows(place, tmp_path):
+    from pipelines import make_pipeline
+
+    from mlem_dist.ladder.ladder import Ladder
+
+    (tmp_path / "by_prompt.py").write_text(
+        "class Length:\n    def __call__(self, batch):\n        return {'length': [len(p) for p in batch['prompt']]}\n"
+    )
+    ladder = Ladder.create(tmp_path / "ladder", [make_pipeline("sd", tmp_path / "sd")], measure=False)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "x" * i}) + "\n" for i in range(7)))
+    job = {"steps": 1, "nfe": 1, "block_size": 3, "shard_size": 3, "engine": "inline", "scores": ["by_prompt:Length"]}
+    api.generate(ladder, out=str(tmp_path / "out"), prompts=str(tmp_path / "prompts.jsonl"), **job)
+    assert read(tmp_path / "out")["length"].to_pylist() == [*range(7)]
