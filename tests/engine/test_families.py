@@ -107,9 +107,7 @@ def test_samples_are_those_of_the_pipeline(case, folders, expected):
 
 
 # That pools write the bytes of one process is tested for all families in test_family_ladders.py.
-@pytest.mark.parametrize(
-    ("name", "placement"), [("dit", "together"), ("sd", "auto"), ("sdxl", "together"), ("sdxl", "pools")]
-)
+@pytest.mark.parametrize(("name", "placement"), [("dit", "together"), ("sd", "together"), ("sdxl", "pools")])
 def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
     case = CASES[name]
     pipeline, ladder = folders(case)
