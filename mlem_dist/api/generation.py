@@ -26,6 +26,8 @@ from mlem_dist.api.arguments import (
     load_ladder,
     local_device,
 )
+from mlem_dist.dataset.keep import Condition
+from mlem_dist.dataset.manifest import read_manifest
 from mlem_dist.dataset.prompts import PROMPT, SEEDS
 from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import WORK, Encoding
@@ -177,6 +179,7 @@ def generate(
     image_format: str = "png",
     image_quality: int | None = None,
     scores: Sequence[str] = (),
+    keep: str | None = None,
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -220,6 +223,7 @@ def generate(
         image_quality: quality of jpeg or webp, 1 to 100; 95 by default.
         scores: classes that score images, each by MODULE:CLASS, as Ray Data's `map_batches` takes them: made once per
             actor and called with a dict of columns, they return a dict of new ones, which are written beside the image.
+        keep: condition on columns, such as "score > 0.5"; other rows are left out. Sample ids stay those of all images.
         block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
         shard_size: number of samples in a Parquet file, a multiple of the block size.
         placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
@@ -266,7 +270,8 @@ def generate(
             progress(last)
     if engine == "ray":
         _cluster().disconnect()
-    return GenerationReport.of(last, str(place), job.num, seed, job.shards, time.monotonic() - started, job.device)
+    report = GenerationReport.of(last, str(place), job.num, seed, job.shards, time.monotonic() - started, job.device)
+    return replace(report, kept=sum(shard.rows for shard in read_manifest(place).shards))
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,6 +393,7 @@ def _prepare(
     image_format: str = "png",
     image_quality: int | None = None,
     scores: Sequence[str] = (),
+    keep: str | None = None,
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -434,8 +440,11 @@ def _prepare(
         guidance=check_guidance(guidance, loaded, table),
         encoding=Encoding(image_format, image_quality),
         scores=tuple(scores),
+        keep=None if keep is None else Condition(keep),
         scores_folder=str(Path.cwd()),
     )
+    if job.keep and not job.scores:
+        job.keep.check(job.schema())
     notes = [note, _cost_note(loaded, device_type), _guidance_note(job, loaded)]
     given = place, pools, coalesce, devices, address, engine, remote
     return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])

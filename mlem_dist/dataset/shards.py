@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -99,17 +100,13 @@ def encode_shard(
     """A Parquet file of images and the other columns of `schema`, of which these are the arguments."""
     fields = schema(labels, prompts, scores)
     values = {**columns, "image": [{"bytes": file, "path": None} for file in files]}
-    arrays = [
-        value if isinstance(value := values[field.name], pa.ChunkedArray) else pa.array(value, field.type)
-        for field in fields
-    ]
-    table = pa.table(arrays, schema=fields)
+    table = pa.table([typed(values[field.name], field) for field in fields], schema=fields)
     small = [path for path in _leaves(fields) if not path.startswith("image.")]
     buffer = io.BytesIO()
     pq.write_table(
         table,
         buffer,
-        row_group_size=max(1, min(len(files), 100_000_000 // max(map(len, files)))),
+        row_group_size=max(1, min(len(files), 100_000_000 // max(map(len, files), default=1))),
         compression={**dict.fromkeys(small, "zstd"), "image.bytes": "none", "image.path": "zstd"},
         use_dictionary=False,
         # Statistics of an image column would copy whole small images into the footer.
@@ -119,6 +116,11 @@ def encode_shard(
         use_content_defined_chunking=True,
     )
     return buffer.getvalue()
+
+
+def typed(values: Any, field: pa.Field) -> Any:
+    """Values of a column as an array, which one may be already."""
+    return values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
 
 
 def _leaves(fields: pa.Schema) -> list[str]:
@@ -147,10 +149,10 @@ def write_shard(
     by the fingerprint of its configuration.
 
     Raises:
-        ValueError: if images and values of a column differ in number, or there are none.
+        ValueError: if images and values of a column differ in number.
         OSError: as `publish`.
     """
-    if {len(images)} != {*map(len, columns.values())} or not len(images):
+    if {len(images)} != {*map(len, columns.values())}:
         counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
         raise ValueError(f"shard {index}: {len(images)} images, {counts}")
     data = encode_shard(encoding.files(images), columns, labels, prompts, scores)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlem_dist import __version__
+from mlem_dist.dataset.keep import Condition
 from mlem_dist.dataset.prompts import SEEDS, PromptTable
 from mlem_dist.dataset.schema import SEED, schema
 from mlem_dist.dataset.shards import PNG, Encoding
@@ -115,6 +116,7 @@ class Job:
         guidance: scale of guidance of samples whose row has none; None for that of the ladder, if no row has one.
         encoding: format of the image files.
         scores: classes that score images, by MODULE:CLASS.
+        keep: condition on the columns of rows that are written; None for all.
         scores_folder: the folder in which their modules may lie; not a part of `config`.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
@@ -140,6 +142,7 @@ class Job:
     guidance: float | None = None
     encoding: Encoding = PNG
     scores: tuple[str, ...] = ()
+    keep: Condition | None = None
     scores_folder: str = ""
     versions: dict[str, str] = field(default_factory=versions)
 
@@ -174,7 +177,9 @@ class Job:
     @property
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
-        left_out = ("versions", "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder")
+        # Versions are beside the configuration; the others are in it only if there are any.
+        given = "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder", "keep"
+        left_out = ("versions", *given)
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
@@ -191,17 +196,17 @@ class Job:
             config["guidance"] = self.guidance
         if self.scores:
             config["scores"] = self.scores
+        if self.keep:
+            config["keep"] = self.keep.text
         if self.encoding != PNG:
             config["image_format"], config["image_quality"] = self.encoding.format, self.encoding.quality
         # As read back from the manifest, where tuples and arrays are lists.
         plain: dict[str, Any] = json.loads(json.dumps(config, default=np.ndarray.tolist))
         return plain
 
-    @property
-    def columns(self) -> list[str]:
-        """The names of the dataset's columns, but for those of scores."""
-        labels = ("",) if self.labels else ()
-        return list(schema(labels, self.table_schema).names)
+    def schema(self, scores: Sequence[pa.Field] = ()) -> pa.Schema:
+        """The dataset's columns; `scores` are those of scores."""
+        return schema(("",) if self.labels else (), self.table_schema, scores)
 
     @property
     def table_schema(self) -> pa.Schema | None:

@@ -134,6 +134,7 @@ class GenerationReport:
         busy_seconds: device seconds by pool.
         deaths: number of actors lost.
         pools, writers: the last progress of each pool.
+        kept: number of rows of the dataset, 0 until it is finished.
     """
 
     out: str
@@ -154,6 +155,7 @@ class GenerationReport:
     deaths: int
     pools: Sequence[PoolProgress]
     writers: Sequence[PoolProgress]
+    kept: int = 0
 
     @classmethod
     def of(

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Work
+from mlem_dist.engine.writer import fields_of, score_columns
 from mlem_dist.errors import ScoreError, UsageError
 
 Batch = dict[str, np.ndarray]
@@ -71,6 +72,7 @@ class Scorer:
         rows: dict[str, Any] = {"sample_id": samples, **self.job.rows(samples), "seed": self.job.seeds(samples)}
         batch = {name: np.array(values) for name, values in rows.items()} | {"image": images}
         new: Batch = {}
+        taken = self.job.schema().names
         for name, score in self._scores:
             returned = score(dict(batch))
             if not isinstance(returned, Mapping):
@@ -79,7 +81,7 @@ class Scorer:
                 if column in batch:
                     continue
                 array = np.asarray(values)
-                if column in new or column in self.job.columns:
+                if column in new or column in taken:
                     raise ScoreError(f"score {name} returns a column {column!r}, which is there already", "")
                 if array.ndim < 1 or len(array) != len(images):
                     raise ScoreError(f"score {name}: its column {column!r} is not a value for each of the images", "")
@@ -89,17 +91,23 @@ class Scorer:
         return new
 
     def time(self, shape: Sequence[int]) -> float:
-        """Seconds per image for images of (C, H, W), in a second run on some; also a check that they can be scored.
+        """Seconds per image for images of (C, H, W), in a second run on some.
+
+        This is also a check that images can be scored, and that the job's condition fits the columns.
 
         Raises:
-            ScoreError: as `columns`.
+            ScoreError: as `columns` and `score_columns`.
+            UsageError: as `Condition.check`.
         """
         channels, height, width = shape
         images = np.random.default_rng(0).integers(0, 256, (TIMED, height, width, channels), dtype=np.uint8)
         for _ in range(2):
             start = time.perf_counter()
-            self.columns(0, images)
-        return (time.perf_counter() - start) / TIMED
+            columns = self.columns(0, images)
+        seconds = (time.perf_counter() - start) / TIMED
+        if self.job.keep:
+            self.job.keep.check(self.job.schema(fields_of(score_columns([columns], TIMED))))
+        return seconds
 
     def score(self, block: int, images: np.ndarray) -> tuple[Work, Batch]:
         """The work, and the new columns of a block."""

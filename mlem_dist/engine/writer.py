@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mlem_dist.dataset.manifest import NAME, changed, read_manifest
 from mlem_dist.dataset.schema import SCALE
-from mlem_dist.dataset.shards import Shard, write_shard
+from mlem_dist.dataset.shards import Shard, typed, write_shard
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Work
 from mlem_dist.errors import ScoreError, UsageError
@@ -59,12 +59,17 @@ class Writer:
         start = time.process_time()
         rows, blocks = len(self.job.shard_rows(shard)), len(self.job.shard_blocks(shard))
         images = np.concatenate(parts[:blocks])[:rows]
-        scores = _joined(parts[blocks:], rows)
+        scores = score_columns(parts[blocks:], rows)
         columns = self._columns(shard, images) | {name: pa.chunked_array([array]) for name, array in scores.items()}
-        fields = [pa.field(name, array.type) for name, array in scores.items()]
+        fields = fields_of(scores)
+        if self.job.keep:
+            stored = [field for field in self.job.schema(fields) if field.name != "image"]
+            table = pa.table([typed(columns[field.name], field) for field in stored], pa.schema(stored))
+            kept = np.array(self.job.keep.rows(table), dtype=np.int64)
+            images, columns = images[kept], {name: table[name].take(kept) for name in table.column_names}
         described = columns, self.labels, self.run, self.job.table_schema, self.job.encoding, fields
         written = write_shard(self.out, shard, self.job.shards, images, *described)
-        return Work(time.process_time() - start, {}, len(images), images.nbytes), written
+        return Work(time.process_time() - start, {}, rows, images.nbytes), written
 
     def _columns(self, shard: int, images: np.ndarray) -> dict[str, Any]:
         """The values of all columns but the image."""
@@ -78,7 +83,12 @@ class Writer:
         return own | size | scales | prompts.stored(ids, self.job.negative_prompt)
 
 
-def _joined(blocks: Sequence[Mapping[str, np.ndarray]], rows: int) -> dict[str, pa.Array]:
+def fields_of(scores: Mapping[str, pa.Array]) -> list[pa.Field]:
+    """The fields of columns of scores."""
+    return [pa.field(name, array.type) for name, array in scores.items()]
+
+
+def score_columns(blocks: Sequence[Mapping[str, np.ndarray]], rows: int) -> dict[str, pa.Array]:
     """The first rows of blocks' columns of scores: texts, numbers in 64 bits, or lists of them.
 
     Raises:

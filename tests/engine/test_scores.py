@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mlem_dist import api
+from mlem_dist.dataset.keep import Condition
 from mlem_dist.errors import ScoreError, UsageError
 
 MODULE = """
@@ -144,3 +145,87 @@ def test_scores_of_prompts_know_their_rows(place, tmp_path):
     job = {"steps": 1, "nfe": 1, "block_size": 3, "shard_size": 3, "engine": "inline", "scores": ["by_prompt:Length"]}
     api.generate(ladder, out=str(tmp_path / "out"), prompts=str(tmp_path / "prompts.jsonl"), **job)
     assert read(tmp_path / "out")["length"].to_pylist() == [*range(7)]
+
+
+def test_rows_are_left_out_by_a_condition_the_same_by_both_engines(place, tmp_path, local_ray):
+    """One shard keeps nothing, and counts as done."""
+    given = {"scores": [f"{place}:Brightness"], **JOB}
+    api.generate(out=str(tmp_path / "all"), engine="inline", **given)
+    every = read(tmp_path / "all").to_pylist()
+    condition = "mean > 40 and not (label in (1, 2) or dark) and (sample_id < 20 or sample_id >= 40)"
+    wanted = [
+        row
+        for row in every
+        if row["mean"] > 40 and row["label"] not in (1, 2) and not row["dark"] and not 20 <= row["sample_id"] < 40
+    ]
+    assert 0 < len(wanted) < 25
+    report = api.generate(out=str(tmp_path / "inline"), engine="inline", keep=condition, **given)
+    assert (report.made, report.kept) == (45, len(wanted))
+    assert read(tmp_path / "inline").to_pylist() == wanted
+    assert pq.read_metadata(tmp_path / "inline" / "data" / "train-00001-of-00003.parquet").num_rows == 0
+    assert api.verify(str(tmp_path / "inline"))[1:] == ([], True)
+    api.generate(out=str(tmp_path / "ray"), keep=condition, **given)
+    for shard in (tmp_path / "inline" / "data").iterdir():
+        assert (tmp_path / "ray" / "data" / shard.name).read_bytes() == shard.read_bytes()
+    again = api.generate(out=str(tmp_path / "ray"), keep=condition, **given)
+    assert (again.made, again.kept) == (0, len(wanted))
+    with pytest.raises(UsageError, match="another configuration"):
+        api.generate(out=str(tmp_path / "ray"), keep="mean > 41", **given)
+    with pytest.raises(UsageError, match="does not have it"):
+        api.remake(str(tmp_path / "ray"), 1)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ("scor > 1", "there is no column 'scor'; expected one of sample_id, label, seed"),
+        ("image == 1", "there is no column 'image'"),
+        ("label >", "invalid syntax"),
+        ("label", "expected a condition such as"),
+        ("1 < 2", "names no column"),
+        ("label > 'a'", "expected a condition such as"),
+        ("abs(label) > 1", r"'abs\(label\)' is not understood"),
+        ("label in names", "is not understood there"),
+        ("", "expected a condition such as"),
+    ],
+)
+def test_conditions_that_cannot_be_used_are_refused(tmp_path, keep, message):
+    with pytest.raises(UsageError, match=message):
+        api.generate(out=str(tmp_path / "out"), engine="inline", keep=keep, **JOB)
+    assert not (tmp_path / "out").exists()
+
+
+def test_conditions_on_scores_are_checked_before_anything_is_written(place, tmp_path):
+    for keep, message in (("meen > 1", "there is no column 'meen'"), ("named > 1", "expected a condition such as")):
+        with pytest.raises(UsageError, match=message):
+            api.generate(out=str(tmp_path / "o"), engine="inline", keep=keep, scores=[f"{place}:Brightness"], **JOB)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        "0 < number <= 3",
+        "number + 1 == 2 * 2",
+        "text != 'b'",
+        "number is None",
+        "text is not None or number == -1",
+        "flag",
+    ],
+)
+def test_conditions_mean_what_they_mean_in_python(keep):
+    rows = [
+        {"number": number, "text": text, "flag": flag}
+        for number in (None, -1, 0, 1, 3, 4)
+        for text in (None, "a", "b")
+        for flag in (True, False)
+    ]
+    table = pa.Table.from_pylist(rows, pa.schema({"number": pa.int64(), "text": pa.string(), "flag": pa.bool_()}))
+
+    def holds(row: dict) -> bool:
+        try:
+            return bool(eval(keep, {}, row)) and not (keep == "text != 'b'" and row["text"] is None)
+        except TypeError:
+            return False
+
+    assert Condition(keep).rows(table) == [number for number, row in enumerate(rows) if holds(row)]
