@@ -152,8 +152,9 @@ def card(manifest: Manifest) -> str:
     """The dataset card: YAML front matter for Hugging Face, then a description for readers."""
     config = manifest.config
     rows, size = sum(shard.rows for shard in manifest.shards), sum(shard.bytes for shard in manifest.shards)
-    # The columns of a table of prompts may be of types that this form lacks; readers take them from the files.
-    named = {} if manifest.columns else {"features": _card_features(manifest.labels)}
+    # Columns of prompts and scores may be of types that this form lacks; readers take them from the files.
+    inferred = manifest.columns or "scores" in config
+    named = {} if inferred else {"features": _card_features(manifest.labels)}
     front = {
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}],
         "dataset_info": named | {"splits": [{"name": "train", "num_examples": rows, "num_bytes": size}]},

@@ -27,6 +27,9 @@ DATA = "data"
 
 FORMATS = ("png", "jpeg", "webp")
 
+GROUP_BYTES = 100_000_000
+"""Largest size of the images of a row group, in bytes."""
+
 QUALITY = 95
 """Default quality of formats that lose something."""
 
@@ -103,10 +106,9 @@ def encode_shard(
     table = pa.table([typed(values[field.name], field) for field in fields], schema=fields)
     small = [path for path in _leaves(fields) if not path.startswith("image.")]
     buffer = io.BytesIO()
-    pq.write_table(
-        table,
+    writer = pq.ParquetWriter(
         buffer,
-        row_group_size=max(1, min(len(files), 100_000_000 // max(map(len, files), default=1))),
+        fields,
         compression={**dict.fromkeys(small, "zstd"), "image.bytes": "none", "image.path": "zstd"},
         use_dictionary=False,
         # Statistics of an image column would copy whole small images into the footer.
@@ -115,6 +117,10 @@ def encode_shard(
         write_page_checksum=True,
         use_content_defined_chunking=True,
     )
+    # A row group without rows would break readers that take its size for that of their batches.
+    with writer:
+        if files:
+            writer.write_table(table, max(1, min(len(files), GROUP_BYTES // max(map(len, files)))))
     return buffer.getvalue()
 
 

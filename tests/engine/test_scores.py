@@ -3,6 +3,7 @@
 import io
 import json
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -164,6 +165,9 @@ def test_rows_are_left_out_by_a_condition_the_same_by_both_engines(place, tmp_pa
     assert read(tmp_path / "inline").to_pylist() == wanted
     assert pq.read_metadata(tmp_path / "inline" / "data" / "train-00001-of-00003.parquet").num_rows == 0
     assert api.verify(str(tmp_path / "inline"))[1:] == ([], True)
+    shown = datasets.load_dataset(str(tmp_path / "inline"), split="train")
+    assert shown["named"] == [row["named"] for row in wanted]
+    assert isinstance(shown.features["image"], datasets.Image)
     api.generate(out=str(tmp_path / "ray"), keep=condition, **given)
     for shard in (tmp_path / "inline" / "data").iterdir():
         assert (tmp_path / "ray" / "data" / shard.name).read_bytes() == shard.read_bytes()
