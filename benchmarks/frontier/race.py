@@ -11,7 +11,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import read_plan
 from mlem_dist.tuning.comparison import PlanComparison
 from mlem_dist.tuning.frontier import Row
-from mlem_dist.tuning.tune import FITTING_SAMPLES, TEST_SAMPLES, TEST_SEED, open_frontier, tune
+from mlem_dist.tuning.tune import TEST_SAMPLES, TEST_SEED, open_frontier, tune
 from mlem_dist.tuning.tuned_plans import plan_path
 
 STEPS = 250
@@ -35,7 +35,7 @@ def race(
 ) -> None:
     """Write OUT/frontier-ode.json and the plans of a ladder, and print its rows, those of fast solvers too."""
     out.mkdir(parents=True, exist_ok=True)
-    frontier, best = open_frontier(ladder, "ode", STEPS, "cpu", out, FITTING_SAMPLES), float(ladder.cost("cpu")[-1])
+    frontier, best = open_frontier(ladder, "ode", STEPS, "cpu", out), float(ladder.cost("cpu")[-1])
 
     def tell(row: Row) -> None:
         median = float(np.median(row.errors))

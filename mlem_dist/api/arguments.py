@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, PromptTable, open_prompts, table_of_texts
+from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, PromptTable, open_prompts, prompts_file, table_of_texts
 from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import WORK
 from mlem_dist.errors import UsageError
@@ -21,7 +21,7 @@ from mlem_dist.ladder.schema import OWN, SCHEMA_VERSION, UNGUIDED
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.plan import Plan, Recipe, read_plan
 from mlem_dist.solver.steps import Spacing
-from mlem_dist.store import HUB, HubFile, Location, parse_location
+from mlem_dist.store import HubFile, Location
 from mlem_dist.tuning.tuned_plans import choose_plan
 
 DEFAULT_NFE = 10.0
@@ -145,10 +145,11 @@ def find_prompts(
         UsageError: if prompts are missing or empty, are no texts, the ladder takes none, or transformers is missing; or
             as in `open_prompts`.
     """
-    if prompts is None and negative_prompts is None and not ladder.encoder:
-        return None, None
     if images < 1:
         raise UsageError(f"`images_per_prompt` {images}: expected at least 1")
+    given = (prompts, negative_prompts, column, images) != (None, None, PROMPT, 1)
+    if not given and not ladder.encoder:
+        return None, None
     if not ladder.encoder:
         raise UsageError(
             f"`prompts`: ladder {ladder.name!r} is not conditioned on prompts; leave them out, or take a ladder that is"
@@ -156,9 +157,9 @@ def find_prompts(
     require("transformers", "prompts", "text")
     every = negative_prompts if isinstance(negative_prompts, str) else None
     if isinstance(prompts, str):
-        prompts = HubFile.parse(prompts) if prompts.startswith(HUB) else parse_location(prompts, "prompts")
+        prompts = prompts_file(prompts)
     if prompts is not None and not isinstance(prompts, Sequence):
-        table = open_prompts(prompts, column, images, out / WORK if out is not None else None)
+        table = open_prompts(prompts, column, images, out.absolute() / WORK if out is not None else None)
         if negative_prompts is not None and every is None:
             raise UsageError("`negative_prompts` is a list, expected one text for all rows of a file of prompts")
         if every is not None and table.has(NEGATIVE_PROMPT):
@@ -166,7 +167,9 @@ def find_prompts(
         return table, every
     if column != PROMPT:
         raise UsageError(f"`prompt_column` {column}: expected a file of prompts, whose column it names")
-    if prompts is None or not len(prompts):
+    if prompts is None:
+        raise UsageError(f"`prompts` is missing: ladder {ladder.name!r} takes them; give a list or a file")
+    if not len(prompts):
         raise UsageError(f"`prompts` is {prompts!r}, expected a list with a prompt for each image")
     if bad := [i for i, text in enumerate(prompts) if not isinstance(text, str)]:
         raise UsageError(f"`prompts`: number {bad[0]} is {prompts[bad[0]]!r}, expected a text")

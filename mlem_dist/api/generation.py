@@ -28,7 +28,7 @@ from mlem_dist.api.arguments import (
 )
 from mlem_dist.dataset.keep import Condition
 from mlem_dist.dataset.manifest import read_manifest
-from mlem_dist.dataset.prompts import PROMPT, SEEDS
+from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, SEEDS
 from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import WORK, Encoding
 from mlem_dist.engine.completion import Engine, complete, open_dataset
@@ -37,7 +37,7 @@ from mlem_dist.engine.progress import GenerationReport, Progress
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schema import OPERATIONS
+from mlem_dist.ladder.schema import OPERATIONS, UNGUIDED
 from mlem_dist.ladder.sizes import sizes
 from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
@@ -259,7 +259,7 @@ def generate(
             loaded.check_models()
         if todo and job.prompts:
             # The digest of its rows is that of the job, wherever they are.
-            job = replace(job, prompts=job.prompts.published(place / WORK))
+            job = replace(job, prompts=job.prompts.published(place.absolute() / WORK))
         if engine == "ray" and todo:
             make = _on_ray(replace(request, job=job), todo, notify)
         else:
@@ -331,9 +331,11 @@ def preview(
     forecast = _forecast(request)
     if request.engine == "ray":
         _cluster().disconnect()
-    few = replace(job, num=min(PREVIEWED, job.num), block_size=1, shard_size=1, device=local_device("auto"))
-    images = np.concatenate(list(sample_blocks(few, loaded)))
-    texts = few.rows(range(few.num))
+    number = min(PREVIEWED, job.num)
+    size = min(number, job.block_size)
+    few = replace(job, num=number, block_size=size, shard_size=size, device=local_device("auto"))
+    images = np.concatenate(list(sample_blocks(few, loaded)))[:number]
+    texts = few.rows(range(number))
     captions = texts.get(PROMPT) or [loaded.labels[label] for label in texts.get("label", ())]
     save_row(images, captions, picture)
     costs = forecast.layout.kinds[0].costs
@@ -445,7 +447,11 @@ def _prepare(
     )
     if job.keep and not job.scores:
         job.keep.check(job.schema())
-    notes = [note, _cost_note(loaded, device_type), _guidance_note(job, loaded)]
+    if negative_prompt is not None and loaded.levels[-1].guidance == UNGUIDED:
+        raise UsageError(
+            f"`negative_prompts`: the best level of ladder {loaded.name!r} has no guidance; leave them out"
+        )
+    notes = [note, _cost_note(loaded, device_type), _guidance_note(job, loaded), _negative_note(job, loaded)]
     given = place, pools, coalesce, devices, address, engine, remote
     return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])
 
@@ -457,6 +463,13 @@ def _guidance_note(job: Job, ladder: Ladder) -> str:
     if not isinstance(job.plan, Plan) or job.guidance is None or (job.guidance == own and not varied):
         return ""
     return f"The plan was made for guidance {own:g}; with other scales it errs more."
+
+
+def _negative_note(job: Job, ladder: Ladder) -> str:
+    """A sentence for the user if a column of negative prompts decides nothing; else ""."""
+    if ladder.levels[-1].guidance != UNGUIDED or not job.prompts or not job.prompts.has(NEGATIVE_PROMPT):
+        return ""
+    return f"The best level of ladder {ladder.name!r} has no guidance: negative prompts do not change images."
 
 
 def _forecast(request: _Request) -> Forecast:
@@ -473,9 +486,11 @@ def _forecast(request: _Request) -> Forecast:
         arranged = arrange(job, ladder, request.pools, request.devices, request.remote)
         return arranged.forecasts[0] if arranged.forecasts else forecast(job.workload, arranged.layout)
     from mlem_dist.capacity.planner import cluster_kind
+    from mlem_dist.engine.scores import time_scores
 
-    count = request.devices or (1 if job.device == "cuda" else available_cores())
-    kind = cluster_kind(Devices(job.device, count), ladder, ladder.cost(job.device))
+    count = _inline_devices(job, request.devices)
+    score = time_scores(job, ladder.image_shape)[0] if job.scores else 0.0
+    kind = cluster_kind(Devices(job.device, count), ladder, ladder.cost(job.device), score=score)
     return forecast(job.workload, with_stages([range(1, len(ladder.levels) + 1)], [kind]))
 
 
@@ -530,6 +545,7 @@ def _on_ray(request: _Request, todo: int, notify: Notify) -> Engine:
         notify(placement_reason(arranged.forecasts, arranged.timed))
     if coalesce > 1 and len(arranged.layout.level_pools) == 1:
         notify(f"`coalesce` {coalesce} changes nothing here: one pool asks no other.")
+    job = replace(job, score_types=arranged.score_types)
     return lambda shards: run_ray(job, ladder, request.out, shards, arranged, coalesce)
 
 
@@ -541,15 +557,26 @@ def _inline(job: Job, ladder: Ladder, out: Location, devices: int | None, todo: 
         UsageError, ScoreError: if images cannot be scored.
     """
     from mlem_dist.engine.inline import run_inline
-    from mlem_dist.engine.scores import Scorer
+    from mlem_dist.engine.scores import Scorer, time_scores
 
+    count, scorer = _inline_devices(job, devices), None
+    if job.scores and todo:
+        # By another instance, as some remember what they have seen.
+        job = replace(job, score_types=time_scores(job, ladder.image_shape)[1])
+        scorer = Scorer(job)
+    return lambda shards: run_inline(job, ladder, out, shards, count, scorer)
+
+
+def _inline_devices(job: Job, devices: int | None) -> int:
+    """Number of CPU cores, or of GPUs, that the in-process engine uses.
+
+    Raises:
+        UsageError: if there are fewer than `devices`.
+    """
     limit = 1 if job.device == "cuda" else available_cores()
     if devices and devices > limit:
         raise UsageError(f"`devices` {devices}: `engine` inline has {limit} here; lower it or leave it out")
-    scorer = Scorer(job) if job.scores and todo else None
-    if scorer:
-        scorer.time(ladder.image_shape)
-    return lambda shards: run_inline(job, ladder, out, shards, devices or limit, scorer)
+    return devices or limit
 
 
 def draw(

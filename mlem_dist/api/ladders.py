@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mlem_dist.api.arguments import Device, Notify, find_prompts, ignore, load_ladder, local_device
+from mlem_dist.dataset.prompts import PROMPT
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.machine import available_cores
@@ -101,6 +102,7 @@ def calibrate(
     *,
     data: Path | None = None,
     prompts: str | Path | Sequence[str] | None = None,
+    prompt_column: str = PROMPT,
     device: Device = "auto",
     address: str | None = None,
     out: Path | None = None,
@@ -115,6 +117,7 @@ def calibrate(
         data: folder of an image dataset; without it, denoising errors and gamma by them are left out.
         prompts: prompts like those of the images to be generated, some dozens, or a file of them as for `generate`;
             for a ladder that is conditioned on prompts.
+        prompt_column: name of the file's column of prompts.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         address: address of a Ray head, as for `generate`; the work is then done on one device of that cluster, which
             must share the folders of the ladder and of `out`. By default it is done in this process.
@@ -136,7 +139,7 @@ def calibrate(
     from mlem_dist.tuning.calibrate import HeldOut, calibrate, store
 
     require("matplotlib", "figures")
-    loaded = _with_prompts(load_ladder(ladder), prompts)
+    loaded = _with_prompts(load_ladder(ladder), prompts, prompt_column)
     if data is not None and loaded.encoder:
         raise UsageError(f"`data` {data}: images have no prompts, on which this ladder is conditioned; leave it out")
     folder = (loaded.folder if out is None else out).absolute()
@@ -168,6 +171,7 @@ def tune(
     solver: Literal["ode", "sde", "ddim", "ddpm"] = "ode",
     steps: int | None = None,
     prompts: str | Path | Sequence[str] | None = None,
+    prompt_column: str = PROMPT,
     minutes: float | None = None,
     device: Device = "auto",
     address: str | None = None,
@@ -187,6 +191,7 @@ def tune(
             number of which twice as many hardly change the images, by measurement.
         prompts: prompts like those of the images to be generated, a few hundred, or a file of them as for `generate`;
             for a ladder that is conditioned on prompts.
+        prompt_column: name of the file's column of prompts.
         minutes: about the largest time to take: fewer samples are fitted to, if it is short.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
         address: address of a Ray head, as for `calibrate`.
@@ -203,7 +208,7 @@ def tune(
     from mlem_dist.report.figures import save_frontier
     from mlem_dist.report.tables import tuning_price
     from mlem_dist.tuning.frontier import stored_steps
-    from mlem_dist.tuning.price import reference_steps
+    from mlem_dist.tuning.price import STEPS, reference_steps
     from mlem_dist.tuning.tune import affordable_samples, check_budgets, frontier_path, open_frontier
     from mlem_dist.tuning.tune import tune as search
     from mlem_dist.tuning.tuned_plans import plan_path
@@ -214,18 +219,20 @@ def tune(
         raise UsageError("`solver` dpm++: `tune` finds plans for ode and sde; choose one of them")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"`minutes` {minutes:g}: expected a positive number")
-    loaded, folder, budgets = _with_prompts(load_ladder(ladder), prompts), out.absolute(), tuple(nfe)
+    loaded, folder, budgets = _with_prompts(load_ladder(ladder), prompts, prompt_column), out.absolute(), tuple(nfe)
     loaded.check_models()
     with _Place(address, device) as place:
         check_budgets(loaded, method, place.device, budgets)
         if steps is None:
+            # Refused before the steps are measured, if it is too little for the fewest.
+            affordable_samples(loaded, method, place.device, STEPS[0], budgets, minutes, place.threads)
             steps = stored_steps(frontier_path(folder, method)) or place.run(
                 lambda report: reference_steps(loaded, method, place.device, report), progress
             )
             notify(f"Plans have {steps} `steps`, and are judged by {loaded.levels[-1].name} at each of them.")
         samples, seconds = affordable_samples(loaded, method, place.device, steps, budgets, minutes, place.threads)
         notify(tuning_price(seconds, float(loaded.cost(place.device)[-1]) / place.threads, max(budgets)))
-        frontier = open_frontier(loaded, method, steps, place.device, folder, samples)
+        frontier = open_frontier(loaded, method, steps, place.device, folder)
         rows, frontier = place.run(
             lambda report: (
                 list(search(loaded, place.device, budgets, frontier, place.threads, report, samples)),
@@ -237,9 +244,9 @@ def tune(
     return rows, [*(plan_path(out, method, budget) for budget in nfe), frontier.path, figure]
 
 
-def _with_prompts(ladder: Ladder, prompts: str | Path | Sequence[str] | None) -> Ladder:
+def _with_prompts(ladder: Ladder, prompts: str | Path | Sequence[str] | None, column: str) -> Ladder:
     """The ladder with prompts from a list or a file, if it is conditioned on prompts."""
-    table, _ = find_prompts(prompts, ladder)
+    table, _ = find_prompts(prompts, ladder, column=column)
     return replace(ladder, prompts=table.first_texts()) if table else ladder
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from mlem_dist.api.arguments import Device, load_ladder, local_device
 from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, table_of_texts
 from mlem_dist.dataset.schema import SCALE, SEED
+from mlem_dist.dataset.shards import Encoding
 from mlem_dist.engine.job import Job
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
@@ -27,7 +28,7 @@ class Remade:
 
     Attributes:
         row: the row of the dataset, without the image.
-        stored, remade: both images, uint8 (H, W, C).
+        stored, remade: both images as their files have them, uint8 (H, W, C).
         lines: lines of Python that begin with the same noise by diffusers.
         picture: path of a PNG of both images and ten times their difference.
     """
@@ -64,8 +65,6 @@ def remake(
     Raises:
         UsageError: if there is no such image, the ladder is another one, or `out` cannot be written.
     """
-    from PIL import Image
-
     from mlem_dist.dataset.manifest import read_manifest
     from mlem_dist.dataset.rows import row_of
     from mlem_dist.engine.inline import sample_blocks
@@ -80,15 +79,25 @@ def remake(
     loaded = load_ladder(config["ladder"] if ladder is None else ladder)
     if loaded.digest != config["digest"]:
         raise UsageError(f"ladder {loaded.source!r} is not the one that {place} was made with; give that as `ladder`")
-    with Image.open(io.BytesIO(row.pop("image")["bytes"])) as opened:
-        # WebP knows no grey images.
-        pixels = np.array(opened.convert("L" if loaded.image_shape[0] == 1 else "RGB"))
-    stored = pixels.reshape(*pixels.shape[:2], -1)
+    stored = _pixels(row.pop("image")["bytes"], loaded)
     loaded.check_models()
     job = _job(config, row, id, loaded, local_device(device))
     (images,) = sample_blocks(job, loaded, lambda _: row[SEED])
-    save_comparison(stored, images[0], picture)
-    return Remade(row, stored, images[0], diffusers_lines(loaded, job, row), picture)
+    # Formats that lose something change both alike.
+    (file,) = Encoding(config.get("image_format", "png"), config.get("image_quality")).files(images)
+    remade = _pixels(file, loaded)
+    save_comparison(stored, remade, picture)
+    return Remade(row, stored, remade, diffusers_lines(loaded, job, row), picture)
+
+
+def _pixels(file: bytes, ladder: Ladder) -> np.ndarray:
+    """The image in a file, uint8 (H, W, C)."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(file)) as opened:
+        # WebP knows no grey images.
+        pixels = np.array(opened.convert("L" if ladder.image_shape[0] == 1 else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _job(config: dict[str, Any], row: dict[str, Any], id: int, ladder: Ladder, device: str) -> Job:
@@ -119,11 +128,15 @@ def _job(config: dict[str, Any], row: dict[str, Any], id: int, ladder: Ladder, d
 
 
 def diffusers_lines(ladder: Ladder, job: Job, row: dict[str, Any]) -> str:
-    """Lines of Python that begin with a row's noise by diffusers, and go on with its pipeline if there is one."""
+    """Lines of Python that begin with a row's noise by diffusers.
+
+    They go on with the pipeline of the prompts, if the best level's model is its own.
+    """
     shape = ", ".join(map(str, ladder.sample_shape))
     generator = f'torch.Generator("cpu").manual_seed({row[SEED]})'
     lines = ["import torch", f"generator = {generator}"]
-    if ladder.encoder is None or not Path(ladder.encoder.path).is_absolute():
+    own = ladder.encoder is not None and Path(ladder.levels[-1].path).is_relative_to(ladder.encoder.path)
+    if ladder.encoder is None or not own or not Path(ladder.encoder.path).is_absolute():
         return "\n".join([*lines, f"noise = torch.randn((1, {shape}), generator=generator)"])
     guidance = ladder.levels[-1].guidance
     scale = job.guidance if job.guidance is not None else guidance.scale if guidance != UNGUIDED else 1.0

@@ -109,6 +109,8 @@ if TYPE_CHECKING:
 def generate(as_json: bool, dry_run: bool, **arguments: Any) -> None:
     """Generate a Parquet dataset. The same command again finishes what is missing and rewrites nothing."""
     if dry_run:
+        if as_json:
+            raise click.UsageError("--json is for the final report; leave it out of a dry run")
         _preview(arguments)
         return
     on_stop("Finished shards are kept; the same command goes on from there.")

@@ -18,6 +18,7 @@ from mlem_dist.cli.options import (
     numbers,
     on_stop,
     precise,
+    prompts_options,
     say,
     scale,
     source,
@@ -76,19 +77,19 @@ def ladder_show(name: str) -> None:
     metavar="FOLDER|N",
     help="Adds a Gaussian below, fitted to the images in FOLDER or to N samples of the best level.",
 )
-@click.option("--prompts", type=source, metavar="FILE", help="Some hundred prompts of these samples.")
+@prompts_options("Some hundred prompts of these samples.")
 @click.option("--copy", is_flag=True, help="Copy models into OUT, instead of referring to them where they are.")
 @click.option("--measure/--no-measure", default=True, help="Measure the levels' costs here, or count operations.")
-def ladder_create(out: Path, models: tuple[str, ...], prompts: Path | None, **options: Any) -> None:
+def ladder_create(out: Path, models: tuple[str, ...], prompts: str | None, prompt_column: str, **options: Any) -> None:
     """Make a ladder of models of diffusers in the new folder OUT, which refers to them where they are.
 
     Checkpoints in single files are converted into OUT.
     """
-    from mlem_dist.dataset.prompts import open_prompts
+    from mlem_dist.dataset.prompts import first_prompts
     from mlem_dist.ladder.ladder import Ladder
     from mlem_dist.report.tables import ladder_table
 
-    options["prompts"] = open_prompts(prompts).first_texts() if prompts else ()
+    options["prompts"] = first_prompts(prompts, prompt_column) if prompts else ()
     names, precisions = zip(*map(precise, models), strict=True)
     click.echo(ladder_table(Ladder.create(out, names, precision=precisions, **options, notify=say)))
 
@@ -132,7 +133,7 @@ def train(**arguments: Any) -> None:
     metavar="FOLDER",
     help="Folder of images, for denoising errors too: IDX files, Parquet or pictures; see the docs.",
 )
-@click.option("--prompts", type=source, metavar="FILE", help="Some dozen prompts, for a ladder that takes prompts.")
+@prompts_options("Some dozen prompts, for a ladder that takes prompts.")
 @device_option
 @address_option
 @click.option(
@@ -162,7 +163,7 @@ def calibrate(ladder: str, **arguments: Any) -> None:
     "--solver", type=click.Choice(["ode", "sde", "ddim", "ddpm"]), metavar="[ode|sde]", default="ode", show_default=True
 )
 @click.option("--steps", type=number, help="Base steps, as for generate.  [default: by measurement]")
-@click.option("--prompts", type=source, metavar="FILE", help="Some hundred prompts, for a ladder that takes prompts.")
+@prompts_options("Some hundred prompts, for a ladder that takes prompts.")
 @click.option("--minutes", type=float, help="Fits to fewer samples, so that the search takes about that long, at most.")
 @device_option
 @address_option

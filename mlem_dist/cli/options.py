@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,16 @@ def address_option(command: Any) -> Any:
     return click.option(
         "--address", help="HOST:PORT of a Ray head, auto, or local.  [default: the cluster this runs in, else local]"
     )(command)
+
+
+def prompts_options(text: str) -> Callable[[Any], Any]:
+    """The options for a table of prompts, with a help text."""
+
+    def add(command: Any) -> Any:
+        column = click.option("--prompt-column", default="prompt", show_default=True, help="The table's column.")
+        return click.option("--prompts", type=given, metavar="FILE", help=text)(column(command))
+
+    return add
 
 
 def data_option(command: Any) -> Any:

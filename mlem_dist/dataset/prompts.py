@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from mlem_dist.dataset.schema import SCALE, SEED
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest, listing, remembered_digest
-from mlem_dist.store import HubFile, Location, listed, publish, reached
+from mlem_dist.store import HUB, HubFile, Location, listed, parse_location, publish, reached
 
 PROMPT, NEGATIVE_PROMPT = "prompt", "negative_prompt"
 """Columns that decide images, beside that of image seeds and that of scales of guidance."""
@@ -88,7 +88,11 @@ class PromptTable:
             if names not in self._readers:
                 self._readers[names] = RowReader(self.source, names)
             part = self._readers[names].read(first, rows[-1] + 1)
-        return part.take(pa.array([row - first for row in rows]))
+        # Not by `take`, which does not know every type.
+        counts = [len(list(same)) for _, same in groupby(rows)]
+        if all(count == 1 for count in counts):
+            return part
+        return pa.concat_tables(part.slice(row, 1) for row, count in enumerate(counts) for _ in range(count))
 
     def stored_schema(self, negative_prompt: str | None) -> pa.Schema:
         """The columns that a dataset takes from the table: the prompt and the negative prompt, if any, then the others.
@@ -231,13 +235,13 @@ def open_prompts(
     place = file.path() if isinstance(file, HubFile) else file
     with _readable(place):
         digest = remembered_digest(place) if isinstance(place, Path) else file_digest(place)
-        source: Location | HubFile | pa.Table = pinned or place
+        source: Location | HubFile | pa.Table = pinned or place.absolute()
         if place.suffix.lower() != ".parquet":
             earlier = converted_path(work, digest) if work is not None else None
             if earlier is not None and earlier.name in listed(earlier.parent):
                 source = earlier
             else:
-                source = _READERS.get(place.suffix.lower(), _read_text)(place, prompt)
+                source = _as_kept(_reader(place)(place, prompt))
         if isinstance(source, pa.Table):
             schema, rows = source.schema, len(source)
         else:
@@ -249,6 +253,24 @@ def open_prompts(
     return table
 
 
+def prompts_file(text: str) -> Location | HubFile:
+    """The file of a path or URL, or of hf://datasets/OWNER/NAME/FILE.
+
+    Raises:
+        UsageError: if there can be none.
+    """
+    return HubFile.parse(text) if text.startswith(HUB) else parse_location(text, "prompts")
+
+
+def first_prompts(text: str, prompt: str) -> tuple[str, ...]:
+    """The first prompts of the file of a path or URL, for measurements; `prompt` is the column's name.
+
+    Raises:
+        UsageError: as `open_prompts`.
+    """
+    return open_prompts(prompts_file(text), prompt).first_texts()
+
+
 @contextmanager
 def _readable(place: Location) -> Iterator[None]:
     """Turn errors of reading into one sentence."""
@@ -257,11 +279,11 @@ def _readable(place: Location) -> Iterator[None]:
             yield
     except UsageError:
         raise
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, UnicodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        elif isinstance(error, UnicodeDecodeError):
+        elif isinstance(error, UnicodeError):
             reason = "it is not text in UTF-8"
         raise UsageError(f"`prompts` {place} cannot be read: {reason}") from None
 
@@ -289,9 +311,7 @@ def _read_json(place: Location, prompt: str) -> pa.Table:
             columns[name] = pa.array([row.get(name) for row in rows])
         except (pa.ArrowException, OverflowError) as error:
             raise UsageError(f"`prompts` {place}: the values of {name!r} have no common type: {error}") from None
-    # A column of nothing but null has no type of its own.
-    empty = [name for name, column in columns.items() if pa.types.is_null(column.type)]
-    return pa.table(columns | {name: pa.nulls(len(rows), pa.string()) for name in empty})
+    return pa.table(columns)
 
 
 def _json_row(place: Location, number: int, line: str) -> dict[str, Any]:
@@ -316,16 +336,36 @@ def _json_row(place: Location, number: int, line: str) -> dict[str, Any]:
 
 def _read_csv(place: Location, prompt: str) -> pa.Table:
     texts = {name: pa.string() for name in (prompt, NEGATIVE_PROMPT)}
-    with place.open("rb") as file:
-        table = pyarrow.csv.read_csv(
-            file,
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
-        )
-    return table
+    # A thread of pyarrow that reads through Python can abort the interpreter at its exit.
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(place.read_bytes()),
+        read_options=pyarrow.csv.ReadOptions(use_threads=False),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=texts),
+    )
 
 
-_READERS = {".jsonl": _read_json, ".ndjson": _read_json, ".csv": _read_csv}
+_READERS = {".jsonl": _read_json, ".ndjson": _read_json, ".csv": _read_csv, ".txt": _read_text, "": _read_text}
+
+
+def _reader(place: Location) -> Callable[[Location, str], pa.Table]:
+    """The function that reads a file, by its suffix."""
+    if (reader := _READERS.get(place.suffix.lower())) is None:
+        raise UsageError(f"`prompts` {place}: expected a name that ends in .parquet, .jsonl, .csv or .txt")
+    return reader
+
+
+def _as_kept(table: pa.Table) -> pa.Table:
+    """The table with the types that it has as a Parquet file, which differ for some times and for nothing but null."""
+    nothing = {SEED: pa.int64(), SCALE: pa.float64()}
+    fields = [
+        field.with_type(nothing.get(field.name, pa.string())) if pa.types.is_null(field.type) else field
+        for field in table.schema
+    ]
+    stored = pa.schema(fields)
+    buffer = io.BytesIO()
+    pq.write_table(stored.empty_table(), buffer, use_compliant_nested_type=False)
+    return table.cast(pq.read_schema(pa.BufferReader(buffer.getvalue())).remove_metadata())
 
 
 def _check_columns(place: Location, table: PromptTable) -> None:
@@ -341,6 +381,9 @@ def _check_columns(place: Location, table: PromptTable) -> None:
         raise UsageError(f"`prompts` {place}: it has no rows, expected at least one")
     if own := [name for name in names if name in RESERVED or (name == PROMPT and name != table.prompt)]:
         raise UsageError(f"`prompts` {place}: the dataset has a column {own[0]!r} of its own; rename that of the table")
+    for field in table.schema:
+        if isinstance(field.type, pa.FixedShapeTensorType):
+            raise UsageError(f"`prompts` {place}: the column {field.name!r} is of tensors; make lists of them")
     for name, kind, is_kind in (
         (table.prompt, "texts", _is_text),
         (NEGATIVE_PROMPT, "texts", _is_text),

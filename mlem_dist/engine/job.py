@@ -117,7 +117,8 @@ class Job:
         encoding: format of the image files.
         scores: classes that score images, by MODULE:CLASS.
         keep: condition on the columns of rows that are written; None for all.
-        scores_folder: the folder in which their modules may lie; not a part of `config`.
+        scores_folder, score_types: the folder in which their modules may lie, and the types of their columns by name;
+            not a part of `config`.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
 
     Raises:
@@ -144,6 +145,7 @@ class Job:
     scores: tuple[str, ...] = ()
     keep: Condition | None = None
     scores_folder: str = ""
+    score_types: dict[str, pa.DataType] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     def __post_init__(self) -> None:
@@ -178,7 +180,7 @@ class Job:
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
         # Versions are beside the configuration; the others are in it only if there are any.
-        given = "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder", "keep"
+        given = "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder", "score_types", "keep"
         left_out = ("versions", *given)
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Work
@@ -30,7 +31,7 @@ def find_class(name: str, folder: str) -> Callable[[], Callable[[Batch], Mapping
         UsageError: if there is none.
     """
     module, _, attribute = name.partition(":")
-    if not module or not attribute:
+    if not module or not attribute or module.startswith("."):
         raise UsageError(f"`scores` {name!r}: expected MODULE:CLASS")
     # Last, so that no file there takes the place of a library.
     if folder not in sys.path:
@@ -41,6 +42,8 @@ def find_class(name: str, folder: str) -> Callable[[], Callable[[Batch], Mapping
         raise UsageError(
             f"`scores` {name!r} cannot be imported ({error}); every node must have its module, installed or in {folder}"
         ) from None
+    except Exception as error:
+        raise _raised(name, error, 1) from None
     if not isinstance(found, type):
         raise UsageError(f"`scores` {name!r} is {found!r}, expected a class")
     return found
@@ -70,7 +73,7 @@ class Scorer:
         first = block * self.job.block_size
         samples = range(first, first + len(images))
         rows: dict[str, Any] = {"sample_id": samples, **self.job.rows(samples), "seed": self.job.seeds(samples)}
-        batch = {name: np.array(values) for name, values in rows.items()} | {"image": images}
+        batch = {name: _read_only(np.array(values)) for name, values in rows.items()} | {"image": _read_only(images)}
         new: Batch = {}
         taken = self.job.schema().names
         for name, score in self._scores:
@@ -80,23 +83,20 @@ class Scorer:
             for column, values in returned.items():
                 if column in batch:
                     continue
-                array = np.asarray(values)
                 if column in new or column in taken:
                     raise ScoreError(f"score {name} returns a column {column!r}, which is there already", "")
-                if array.ndim < 1 or len(array) != len(images):
-                    raise ScoreError(f"score {name}: its column {column!r} is not a value for each of the images", "")
-                new[str(column)] = array
+                new[str(column)] = _array(f"score {name}: its column {column!r}", values, len(images))
         if not new:
             raise ScoreError(f"{', '.join(self.job.scores)}: no new column is returned", "")
         return new
 
-    def time(self, shape: Sequence[int]) -> float:
-        """Seconds per image for images of (C, H, W), in a second run on some.
+    def time(self, shape: Sequence[int]) -> tuple[float, dict[str, pa.DataType]]:
+        """Seconds per image for images of (C, H, W), in a second run on some, and the types of the new columns.
 
         This is also a check that images can be scored, and that the job's condition fits the columns.
 
         Raises:
-            ScoreError: as `columns` and `score_columns`.
+            ScoreError: as `columns` and `score_columns`, or if a column is null for all images.
             UsageError: as `Condition.check`.
         """
         channels, height, width = shape
@@ -105,9 +105,16 @@ class Scorer:
             start = time.perf_counter()
             columns = self.columns(0, images)
         seconds = (time.perf_counter() - start) / TIMED
+        types = {name: array.type for name, array in score_columns([columns], TIMED, {}).items()}
+        if unknown := [name for name, kind in types.items() if pa.types.is_null(kind)]:
+            raise ScoreError(
+                f"the column {unknown[0]!r} of scores is null for {TIMED} images of noise, so that its type is not "
+                "known; return NaN or an empty text instead",
+                "",
+            )
         if self.job.keep:
-            self.job.keep.check(self.job.schema(fields_of(score_columns([columns], TIMED))))
-        return seconds
+            self.job.keep.check(self.job.schema(fields_of(types)))
+        return seconds, types
 
     def score(self, block: int, images: np.ndarray) -> tuple[Work, Batch]:
         """The work, and the new columns of a block."""
@@ -116,9 +123,36 @@ class Scorer:
         return Work(time.process_time() - start, {}, len(images), images.nbytes), columns
 
 
-def time_scores(job: Job, shape: Sequence[int]) -> float:
-    """Seconds per image of a job's score classes, as `Scorer.time`."""
+def time_scores(job: Job, shape: Sequence[int]) -> tuple[float, dict[str, pa.DataType]]:
+    """Seconds per image and types of columns of a job's score classes, as `Scorer.time`."""
     return Scorer(job).time(shape)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """A view of an array that cannot be changed: what one class changed, others and the dataset would have."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _array(what: str, values: Any, number: int) -> np.ndarray:
+    """Values for images as an array; lists of different lengths are its objects."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        array = np.empty(len(values), dtype=object)
+        array[:] = [list(value) for value in values]
+    except (TypeError, RuntimeError) as error:
+        raise ScoreError(f"{what} is no array: {error}", "") from None
+    if array.ndim < 1 or len(array) != number:
+        raise ScoreError(f"{what} is not a value for each of the images", "")
+    return array
+
+
+def _raised(name: str, error: Exception, own: int) -> ScoreError:
+    """The error for what the user's code raises, with its traceback without the first `own` frames, of this module."""
+    lines = traceback.format_exception(error)
+    return ScoreError(f"score {name} raises {type(error).__name__}: {error}", "".join(lines[1 + own :]))
 
 
 def _guarded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,7 +162,6 @@ def _guarded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return call(*arguments)
         except Exception as error:
-            text = f"score {name} raises {type(error).__name__}: {error}"
-            raise ScoreError(text, "".join(traceback.format_exception(error)[2:])) from None
+            raise _raised(name, error, 1) from None
 
     return guarded

@@ -59,9 +59,9 @@ class Writer:
         start = time.process_time()
         rows, blocks = len(self.job.shard_rows(shard)), len(self.job.shard_blocks(shard))
         images = np.concatenate(parts[:blocks])[:rows]
-        scores = score_columns(parts[blocks:], rows)
+        scores = score_columns(parts[blocks:], rows, self.job.score_types)
         columns = self._columns(shard, images) | {name: pa.chunked_array([array]) for name, array in scores.items()}
-        fields = fields_of(scores)
+        fields = fields_of({name: array.type for name, array in scores.items()})
         if self.job.keep:
             stored = [field for field in self.job.schema(fields) if field.name != "image"]
             table = pa.table([typed(columns[field.name], field) for field in stored], pa.schema(stored))
@@ -83,24 +83,51 @@ class Writer:
         return own | size | scales | prompts.stored(ids, self.job.negative_prompt)
 
 
-def fields_of(scores: Mapping[str, pa.Array]) -> list[pa.Field]:
+def fields_of(types: Mapping[str, pa.DataType]) -> list[pa.Field]:
     """The fields of columns of scores."""
-    return [pa.field(name, array.type) for name, array in scores.items()]
+    return [pa.field(name, kind) for name, kind in types.items()]
 
 
-def score_columns(blocks: Sequence[Mapping[str, np.ndarray]], rows: int) -> dict[str, pa.Array]:
+def score_columns(
+    blocks: Sequence[Mapping[str, np.ndarray]], rows: int, types: Mapping[str, pa.DataType]
+) -> dict[str, pa.Array]:
     """The first rows of blocks' columns of scores: texts, numbers in 64 bits, or lists of them.
 
+    All blocks have the columns of `types`, by which all shards have the same; without any, those of the first block.
+
     Raises:
-        ScoreError: if blocks have other columns, or a column is of none of these types.
+        ScoreError: if a block has other columns or types, or a column is of none of these types.
     """
+    names = types or (blocks[0] if blocks else {})
     joined = {}
-    for name in blocks[0] if blocks else ():
+    for block in blocks:
+        if different := sorted({*block} ^ {*names}):
+            raise ScoreError(f"the column {different[0]!r} of scores is not there for all images", "")
+    for name in names:
         try:
-            values = np.concatenate([block[name] for block in blocks])[:rows]
-            if values.dtype.kind in "iuf":
-                values = values.astype(np.float64 if values.dtype.kind == "f" else np.int64)
-            joined[name] = pa.array(values if values.ndim == 1 else values.tolist())
-        except (KeyError, ValueError, pa.ArrowException) as error:
+            parts = [_typed_score(block[name]) for block in blocks]
+            kind = types.get(name, parts[0].type)
+            for part in parts:
+                if part.type != kind and not pa.types.is_null(part.type) and not _widens(part.type, kind):
+                    raise ScoreError(f"the column {name!r} of scores is of {part.type}, expected {kind}", "")
+            joined[name] = pa.concat_arrays([part.cast(kind) for part in parts])[:rows]
+        except (ValueError, OverflowError, pa.ArrowException) as error:
             raise ScoreError(f"the column {name!r} of scores cannot be written: {error}", "") from None
     return joined
+
+
+def _typed_score(values: np.ndarray) -> pa.Array:
+    """A block's column of scores, numbers in 64 bits."""
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64)
+    array = pa.array(values if values.ndim == 1 and values.dtype != object else values.tolist())
+    # Not by numpy, which would wrap large numbers round.
+    return array.cast(pa.int64()) if pa.types.is_integer(array.type) else array
+
+
+def _widens(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of a type may stand in a column of another: integers among floats, also in lists."""
+    if pa.types.is_list(kind) and pa.types.is_list(wanted):
+        inner = kind.value_type
+        return bool(pa.types.is_null(inner) or inner == wanted.value_type or _widens(inner, wanted.value_type))
+    return bool(pa.types.is_integer(kind) and pa.types.is_floating(wanted))

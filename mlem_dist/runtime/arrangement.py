@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 from ray.exceptions import RayError
@@ -42,12 +43,14 @@ class Arrangement:
         cell_devices: largest number of devices in a cell.
         forecasts: forecasts of the compared placements, the chosen one first; empty if the placement was given.
         timed: whether levels were timed for this run; otherwise their costs are the ladder's.
+        score_types: types of the columns of scores, by name; empty if they are not known.
     """
 
     layout: Layout
     cell_devices: int = CELL_DEVICES
     forecasts: list[Forecast] = field(default_factory=list)
     timed: bool = False
+    score_types: dict[str, pa.DataType] = field(default_factory=dict)
 
 
 def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int | None, remote: bool) -> Arrangement:
@@ -66,7 +69,8 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         pools = 1 if placement is None else len(placement.pools)
         pool_devices = [Devices(job.device, count_devices(job.device, devices))] * pools
     cost = {kind: ladder.cost(kind.type) for kind in pool_devices}
-    score, timed = measured_score(job, ladder, pool_devices[0]), False
+    score, types = measured_score(job, ladder, pool_devices[0])
+    timed = False
     # One pool for all levels needs no comparison.
     if (placement is None or len(placement.pools) > 1) and is_long(job, ladder, pool_devices):
         measured = _measured_costs(job, ladder, placement, pool_devices, remote)
@@ -76,11 +80,11 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         kinds = [cluster_kind(devices, ladder, cost[devices], score=score) for devices in dict.fromkeys(pool_devices)]
         by_devices = {kind.devices: kind for kind in kinds}
         layout = with_stages(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
-        return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed)
+        return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed, score_types=types)
     kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], _memory(job.device, remote), score)
     forecasts = [forecast(job.workload, layout) for layout in layouts(job.workload, ladder.weight_bytes, kind)]
     forecasts.sort(key=lambda result: result.seconds)
-    return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed)
+    return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed, types)
 
 
 def _measured_costs(
@@ -139,25 +143,26 @@ def measured_cost(
         return None
 
 
-def measured_score(job: Job, ladder: Ladder, devices: Devices) -> float:
-    """Seconds per image of the job's score classes, timed in a task on one of the devices; 0 if there are none.
+def measured_score(job: Job, ladder: Ladder, devices: Devices) -> tuple[float, dict[str, pa.DataType]]:
+    """Seconds per image and types of columns of the job's score classes, timed in a task on one of the devices.
 
-    It is a tenth of a second if no device is free within a minute.
+    The time is 0 if there are no classes, and `SCORE_SECONDS` if no device is free within a minute.
 
     Raises:
         UsageError: if a class cannot be imported there.
         ScoreError: if a class raises, or returns what cannot be written.
     """
     if not job.scores:
-        return 0.0
+        return 0.0, {}
     task: Any = ray.remote(max_calls=1)(time_scores)
     resources = {"num_gpus": 1, "num_cpus": 0} if devices.type == "cuda" else {"num_cpus": 1}
     timed = task.options(**resources, label_selector=dict(devices.labels)).remote(job, ladder.image_shape)
     if not ray.wait([timed], timeout=DEVICE_SECONDS)[0]:
         ray.cancel(timed, force=True)
-        return SCORE_SECONDS
+        return SCORE_SECONDS, {}
     try:
-        return max(float(ray.get(timed)), LEAST_SECONDS)
+        seconds, types = ray.get(timed)
+        return max(seconds, LEAST_SECONDS), types
     except RayError as error:
         raise cause(error) from None
 

@@ -62,7 +62,7 @@ def fits(ladder: Ladder, solver: str) -> bool:
 
 def evaluations(ladder: Ladder, solver: str, device: str, steps: int, budgets: Sequence[float], samples: int) -> float:
     """Evaluations of the best level that `tune` takes, at most; `samples` is the number of fitting samples."""
-    spent = float(sum(budgets))
+    spent = float(sum(min(nfe, steps) for nfe in budgets))
     tests = TEST_SAMPLES * (steps + (len(FAMILIES) + 1) * spent)
     if fits(ladder, solver):
         searched = [nfe for nfe in budgets if nfe < steps]
@@ -97,8 +97,8 @@ def affordable_samples(
     )
 
 
-def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path, samples: int) -> Frontier:
-    """Open the frontier in `out`, or begin a new one; `samples` is the number of fitting samples.
+def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Path) -> Frontier:
+    """Open the frontier in `out`, or begin a new one.
 
     Raises:
         UsageError: as in `Frontier`.
@@ -114,8 +114,6 @@ def open_frontier(ladder: Ladder, solver: str, steps: int, device: str, out: Pat
         "samples": TEST_SAMPLES,
         "reference": f"{ladder.levels[-1].name}, {steps} steps",
     }
-    if samples < FITTING_SAMPLES:
-        settings["fitting samples"] = samples
     if ladder.prompts:
         settings["prompts"] = hashlib.sha256(json.dumps(ladder.prompts).encode()).hexdigest()[:16]
     return Frontier(frontier_path(out, solver), settings)

@@ -100,6 +100,50 @@ def test_samples_take_rows_in_turn(tmp_path_factory, rows, images, first, number
     assert stored["more"].type == pa.list_(pa.int8())
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (
+            "times.csv",
+            "prompt,when,at,seed,empty\na,2024-01-01 10:00:00,10:00:01,,\nb,2024-01-02 10:00:00,10:00:02,,\n",
+        ),
+        ("lists.jsonl", '{"prompt": "a", "tags": [["x"], null], "seed": null}\n{"prompt": "b", "more": {"n": 1}}\n'),
+    ],
+)
+def test_a_converted_table_has_the_columns_of_the_rows_in_memory(tmp_path, name, content):
+    """Their types are a part of the configuration, by which an interrupted run goes on."""
+    path = tmp_path / name
+    path.write_text(content)
+    memory = open_prompts(path)
+    memory.published(tmp_path / "work")
+    converted = open_prompts(path, work=tmp_path / "work")
+    assert not isinstance(converted.source, pa.Table)
+    assert converted.stored_schema(None) == memory.stored_schema(None)
+    assert converted.stored(range(2), None) == memory.stored(range(2), None)
+    assert converted.seeds(range(2), [3, 4]) == memory.seeds(range(2), [3, 4]) == [3, 4]
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.large_string(), pa.dictionary(pa.int16(), pa.string())])
+def test_prompts_may_be_of_every_type_of_texts(tmp_path, kind):
+    path = tmp_path / "prompts.parquet"
+    pq.write_table(
+        pa.table({"prompt": pa.array(["a", "b"]).cast(kind), "other": pa.array(["c", "d"]).cast(kind)}), path
+    )
+    table = open_prompts(path, images=2)
+    assert table.texts(range(5), None)["prompt"] == ["a", "a", "b", "b", "b"]
+    assert table.stored(range(1, 3), None)["other"].to_pylist() == ["c", "d"]
+
+
+def test_a_refused_csv_ends_the_interpreter_in_order(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text("caption\na\nb\n")
+    check = "import sys; from mlem_dist.dataset.prompts import open_prompts, Path; open_prompts(Path(sys.argv[1]))"
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", check, str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "has no column 'prompt'; expected one of its columns, caption" in done.stderr
+
+
 def test_a_table_in_memory_is_written_once(tmp_path):
     table = table_of_texts(["a", "b"], [None, "c"])
     file = table.published(tmp_path)
@@ -109,15 +153,6 @@ def test_a_table_in_memory_is_written_once(tmp_path):
     before = path.stat()
     table.published(tmp_path)
     assert path.stat() == before
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text('{"prompt": "a", "tags": [["x"], null], "more": {"n": 1, "list": [1.5]}}\n{"prompt": "b"}\n')
-    memory = open_prompts(lines)
-    memory.published(tmp_path)
-    # The file is found, and its columns are those of the rows in memory, whose types are in the configuration.
-    converted = open_prompts(lines, work=tmp_path)
-    assert not isinstance(converted.source, pa.Table)
-    assert converted.stored_schema(None) == memory.stored_schema(None)
-    assert converted.stored(range(2), None) == memory.stored(range(2), None)
 
 
 BAD = {
@@ -143,6 +178,10 @@ BAD = {
     "r.csv": (b"prompt,n\n", "it has no rows"),
     "s.csv": (b"prompt,n\na,1\nb\n", "cannot be read: .*Expected 2 columns"),
     "t.parquet": (b"PAR1", "cannot be read"),
+    "u.json": (b'[{"prompt": "a"}]', "expected a name that ends in .parquet, .jsonl, .csv or .txt"),
+    "v.tsv": (b"prompt\tn\n", "expected a name that ends in"),
+    "w.jsonl": (b'{"prompt": "\\ud83d"}', "cannot be read: it is not text in UTF-8"),
+    "x.jsonl": (b'{"prompt": "a", "m": {}}', "cannot be read: Cannot write struct type 'm'"),
 }
 
 

@@ -209,7 +209,7 @@ def test_ray_makes_the_bytes_of_the_reference_and_resumes_with_the_same_table_on
         ({"prompts": []}, r"`prompts` is \[\], expected a list"),
         ({"prompts": [None]}, "`prompts`: number 0 is None, expected a text"),
         ({"prompts": ["a"], "negative_prompts": ["b", "c"]}, "`negative_prompts`: 2 for 1 prompts"),
-        ({}, "`prompts` is None, expected a list"),
+        ({}, "`prompts` is missing: ladder .* takes them"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(ladder, tmp_path, given, message):
@@ -305,3 +305,39 @@ def test_a_plan_for_another_guidance_is_told_of(ladder, tmp_path):
     assert not any("guidance" in sentence for sentence in told)
     generate(ladder, out=tmp_path / "other", guidance=5, **given)
     assert "The plan was made for guidance 3; with other scales it errs more." in told
+
+
+def test_relative_paths_are_those_of_the_command_on_any_ray(ladder, tmp_path, monkeypatch, local_ray):
+    """Its workers have another current folder."""
+    monkeypatch.chdir(tmp_path)
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), "prompts.parquet")
+    for name, prompts in (("of-file", "prompts.parquet"), ("of-list", ["a", "b"])):
+        generate(ladder, prompts=prompts, out=name, placement="together", **ONE_STEP)
+        assert read(tmp_path / name)["prompt"].to_pylist() == ["a", "b"]
+
+
+def test_what_would_decide_nothing_is_refused_or_said(tmp_path):
+    plain = Ladder.create(tmp_path / "ladder", [make_pipeline("sd", tmp_path / "sd")], measure=False)
+    given = {"out": tmp_path / "out", "engine": "inline", **ONE_STEP}
+    with pytest.raises(UsageError, match="`negative_prompts`: the best level of ladder 'ladder' has no guidance"):
+        generate(plain, prompts=["a"], negative_prompts="ugly", **given)
+    for further in ({"images_per_prompt": 2}, {"prompt_column": "caption"}):
+        with pytest.raises(UsageError, match="is not conditioned on prompts"):
+            generate("fashion", num=2, **further, **given)
+    told = []
+    generate(plain, prompts=["a"], negative_prompts=["ugly"], notify=told.append, **given)
+    assert any("negative prompts do not change images" in sentence for sentence in told)
+
+
+def test_the_images_of_a_preview_are_those_of_the_dataset_for_drawn_plans(tmp_path):
+    given = {"num": 12, "steps": 20, "nfe": 2, "draw": "systematic", "block_size": 6, "shard_size": 12}
+    api.generate(out=tmp_path / "out", engine="inline", **given)
+    api.preview(picture=tmp_path / "four.png", out=tmp_path / "none", engine="inline", **given)
+    stored = [pixels(row) for row in read(tmp_path / "out").to_pylist()[:4]]
+    with Image.open(tmp_path / "four.png") as picture:
+        grey = picture.convert("L")
+        shown = [
+            grey.crop((160 * i, 0, 160 * (i + 1), 160)).resize((32, 32), Image.Resampling.NEAREST) for i in range(4)
+        ]
+    for image, other in zip(stored, shown, strict=True):
+        assert np.abs(image.astype(int) - np.asarray(other)).max() <= 1

@@ -29,7 +29,34 @@ class Brightness:
 
 class Histogram:
     def __call__(self, batch):
-        return {"histogram": [np.histogram(image, 4, (0, 256))[0] for image in batch["image"]]}
+        ids = batch["sample_id"]
+        return {
+            "histogram": [np.histogram(image, 4, (0, 256))[0] for image in batch["image"]],
+            "boxes": [[0.5] * int(i % 3) for i in ids],
+            "number": [int(i) if ids[0] else float(i) for i in ids],
+        }
+
+class Changes:
+    def __call__(self, batch):
+        batch["image"][:] = 0
+        return {"zero": np.zeros(len(batch["image"]))}
+
+class Empty:
+    def __call__(self, batch):
+        return {"nothing": [None] * len(batch["image"])}
+
+class Mixed:
+    def __call__(self, batch):
+        first = batch["sample_id"][0]
+        return {"mixed": ["low" if first == 20 else 1.5] * len(batch["image"])}
+
+class Partly:
+    def __call__(self, batch):
+        return {"a": batch["seed"], **({"b": batch["seed"]} if batch["sample_id"][0] == 20 else {})}
+
+class Large:
+    def __call__(self, batch):
+        return {"large": np.full(len(batch["image"]), 2**64 - 1, np.uint64)}
 
 class Fails:
     def __call__(self, batch):
@@ -56,6 +83,8 @@ class Text:
 number = 3
 """
 
+LISTS = ["histogram", "boxes", "number"]
+
 JOB = {"num": 45, "steps": 4, "nfe": 1, "seed": 5, "block_size": 5, "shard_size": 20, "device": "cpu"}
 
 
@@ -76,16 +105,20 @@ def test_scores_are_written_beside_images_the_same_by_both_engines(place, tmp_pa
     scores = [f"{place}:Brightness", f"{place}:Histogram"]
     api.generate(out=str(tmp_path / "inline"), engine="inline", scores=scores, **JOB)
     made = read(tmp_path / "inline")
-    assert made.column_names == ["sample_id", "image", "label", "seed", "mean", "named", "dark", "histogram"]
-    types = [made.schema.field(name).type for name in made.column_names[-4:]]
-    assert types == [pa.float64(), pa.string(), pa.bool_(), pa.list_(pa.int64())]
+    assert made.column_names == ["sample_id", "image", "label", "seed", "mean", "named", "dark", *LISTS]
+    types = [made.schema.field(name).type for name in made.column_names[-6:]]
+    lists = [pa.list_(pa.int64()), pa.list_(pa.float64())]
+    assert types == [pa.float64(), pa.string(), pa.bool_(), *lists, pa.float64()]
     for row in made.to_pylist():
         image = np.array(Image.open(io.BytesIO(row["image"]["bytes"])))
         assert row["mean"] == pytest.approx(image.mean(), rel=1e-5)
         assert row["dark"] == (row["mean"] < 60)
         assert row["named"] == f"{row['label']}/{row['seed']}"
         assert sum(row["histogram"]) == image.size
-    assert (tmp_path / "made").read_text() == "1"
+        assert row["boxes"] == [0.5] * (row["sample_id"] % 3)
+        assert row["number"] == row["sample_id"]
+    # One instance to be timed, one to score.
+    assert (tmp_path / "made").read_text() == "11"
     for placement in ("together", "1-5,6"):
         out = tmp_path / placement
         api.generate(out=str(out), placement=placement, scores=scores, **JOB)
@@ -125,12 +158,28 @@ def test_a_score_that_raises_ends_the_run_and_loses_nothing(place, tmp_path, her
         ("{}:Short", ScoreError, "'short' is not a value for each of the images"),
         ("{}:Taken", ScoreError, "no new column is returned"),
         ("{}:Text", ScoreError, "returns str, expected a dict of columns"),
+        ("{}:Changes", ScoreError, "raises ValueError: assignment destination is read-only"),
+        ("{}:Empty", ScoreError, "'nothing' of scores is null for 4 images of noise"),
+        ("{}:Large", ScoreError, "'large' of scores cannot be written: .*18446744073709551615"),
+        ("broken:Class", ScoreError, "raises SyntaxError"),
+        (".broken:Class", UsageError, "expected MODULE:CLASS"),
     ],
 )
 def test_classes_that_cannot_be_used_are_refused_before_anything_is_written(place, tmp_path, name, kind, message):
+    (tmp_path / "broken.py").write_text("class Class\n")
     with pytest.raises(kind, match=message):
         api.generate(out=str(tmp_path / "out"), engine="inline", scores=[name.format(place)], **JOB)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Mixed", "'mixed' of scores is of string, expected double"), ("Partly", "'b' of scores is not there for all")],
+)
+def test_all_shards_have_the_same_columns_or_the_run_ends(place, tmp_path, name, message):
+    with pytest.raises(ScoreError, match=message):
+        api.generate(out=str(tmp_path / "out"), engine="inline", scores=[f"{place}:{name}"], **JOB)
+    assert len([*(tmp_path / "out" / "data").iterdir()]) == 1
 
 
 def test_scores_of_prompts_know_their_rows(place, tmp_path):

@@ -300,7 +300,7 @@ def test_weights_that_are_pickles_or_missing_are_refused(pipelines, copy, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "`prompts` is None, expected a list with a prompt for each image"),
+        ({}, "`prompts` is missing: ladder .* takes them"),
         ({"prompts": "a cat"}, "`prompts` is 'a cat', expected a list"),
         ({"prompts": []}, r"`prompts` is \[\], expected a list"),
         ({"prompts": ["a", None]}, "`prompts`: number 1 is None, expected a text"),

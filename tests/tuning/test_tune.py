@@ -197,7 +197,7 @@ def test_every_class_has_its_turn(many, fashion):
 
 
 def test_a_frontier_of_another_ladder_is_refused(small, tmp_path):
-    settings = open_frontier(Ladder.load(small), "sde", 250, "cpu", tmp_path, 256).settings
+    settings = open_frontier(Ladder.load(small), "sde", 250, "cpu", tmp_path).settings
     for key, other in (("ladder", "another"), ("costs", [1.0, 2.0]), ("calibration", "another")):
         (tmp_path / FRONTIER).write_text(json.dumps(settings | {key: other, "rows": []}))
         with pytest.raises(UsageError, match=f"of another {key}: .*; move it away, or"):
