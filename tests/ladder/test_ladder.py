@@ -5,6 +5,7 @@ import resource
 import shutil
 import stat
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from mlem_dist.ladder.ladder import Ladder, bundled
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.pixels import to_range
 from mlem_dist.models.weights import save_tensors
 
 
@@ -276,7 +278,7 @@ def test_images_are_mapped_to_the_ladders_range():
     # Almost without noise.
     process = process_of_betas(np.full(10, 1e-7))
     for value_range in ((-1.0, 1.0), (0.0, 1.0), (-2.0, 3.0)):
-        denoising_errors(level, images, {}, process, 1, 1, value_range)
+        denoising_errors(level, images, {}, process, 1, 1, partial(to_range, value_range=value_range))
         low, high = value_range
         torch.testing.assert_close(
             seen[-1].flatten(), low + (high - low) * torch.tensor([0, 0.2, 1]), atol=0.01, rtol=0
