@@ -43,10 +43,10 @@ def ladders(folder: Path) -> list[tuple[str, dict[str, Any]]]:
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(folder: Path, data: Path, num: int, classifier_steps: int, out: Path) -> None:
     """Write OUT, a row for each ladder."""
-    about: dict[str, Any] = {"machine": platform.machine(), "ladder": Ladder.load(folder).digest, "num": num}
-    kept = json.loads(out.read_text()) if out.exists() else about | {"rows": []}
+    settings: dict[str, Any] = {"machine": platform.machine(), "ladder": Ladder.load(folder).digest, "num": num}
+    kept = json.loads(out.read_text()) if out.exists() else settings | {"rows": []}
     rows = kept.pop("rows")
-    if kept != about:
+    if kept != settings:
         raise click.UsageError(f"{out} is of other options than these; choose another --out")
     real = load_images(data, (1, 32, 32), Ladder.load(folder).labels)
     judge = train(real.train, real.train_label, classifier_steps)
@@ -67,7 +67,7 @@ def main(folder: Path, data: Path, num: int, classifier_steps: int, out: Path) -
         row = {"guidance": name, "accuracy": accuracy, "frechet": frechet(features, test)}
         rows.append(row | {"evaluations": float(cost[-1]) / alone})
         print(rows[-1], flush=True)
-        out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        out.write_text(json.dumps(settings | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def generate(
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """What a dataset will look like and take.
+    """A picture of a dataset's first images, and a forecast of its size and time.
 
     Attributes:
         picture: path of a PNG of the first images, with their prompts.

@@ -88,12 +88,12 @@ def export(dataset: Location, folder: Location, format: Literal["webdataset", "f
 def _exported(report: ExportReport, format: str) -> str:
     """What an export has written, and how to read it."""
     kind = "tar file" if format == "webdataset" else "folder"
-    there = f"{report.images:,} images in {report.files:,} {kind}{'s' * (report.files > 1)}"
+    content = f"{report.images:,} images in {report.files:,} {kind}{'s' * (report.files > 1)}"
     if not report.made:
-        made = f"{report.target} is complete already: {there}"
+        made = f"{report.target} is complete already: {content}"
     elif report.made < report.images:
-        made = f"Wrote {report.made:,} images to {report.target}, which has all {there} now"
+        made = f"Wrote {report.made:,} images to {report.target}, which has all {content} now"
     else:
-        made = f"Wrote {there.replace(' in ', f' to {report.target} in ')}"
+        made = f"Wrote {content.replace(' in ', f' to {report.target} in ')}"
     reader = "datasets.load_dataset('imagefolder', data_dir={})" if format == "folder" else "webdataset.WebDataset({})"
     return f"{made}; read it by {reader.format(repr(report.paths))}"

@@ -268,11 +268,11 @@ class Pictures(Export):
         parts = {*listed(self.target / WORK)}
         if METADATA in listed(self.target):
             parts |= {self._part(number).name for number in numbers}
-        return [n for n in numbers if self._part(n).name not in parts or not self._pictures(n) <= {*self._there(n)}]
+        return [n for n in numbers if self._part(n).name not in parts or not self._pictures(n) <= {*self._present(n)}]
 
     def write(self, number: int) -> int:
         """Write a shard's missing pictures, then its part of the table; return the number of pictures written."""
-        there, lines, made = {*self._there(number)}, list[str](), 0
+        present, lines, made = {*self._present(number)}, list[str](), 0
         for rows in self.batches(self.shards[number]):
             pictures = []
             for row in rows:
@@ -280,7 +280,7 @@ class Pictures(Export):
                 picture = self._picture(number, len(lines), row["sample_id"])
                 name = f"{picture}.{_extension(content, row)}"
                 lines.append(json_line({"file_name": name, **row}) + "\n")
-                if picture not in there:
+                if picture not in present:
                     pictures.append((name, content))
             of_each(lambda picture: publish(self.target / picture[0], picture[1], self.target / WORK), pictures)
             made += len(pictures)
@@ -325,7 +325,7 @@ class Pictures(Export):
         first = self._starts[number]
         return {self._picture(number, i, first + i) for i in range(self.shards[number].rows)}
 
-    def _there(self, number: int) -> Iterator[str]:
+    def _present(self, number: int) -> Iterator[str]:
         """The paths without extension of the files in a shard's folders, relative to the target."""
         for position in range(0, self.shards[number].rows, FOLDER):
             folder = self._folder(number, position)

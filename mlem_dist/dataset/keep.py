@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
@@ -107,20 +107,16 @@ def _expression(node: ast.expr, text: str) -> Any:
             return ARITHMETIC[type(op)](part(left), part(right))
         case ast.Compare(left=left, ops=ops, comparators=others):
             pairs = zip([left, *others[:-1]], ops, others, strict=True)
-            return reduce(operator.and_, [_comparison(part(one), op, other, text) for one, op, other in pairs])
+            return reduce(operator.and_, [_comparison(part(left), op, other, text) for left, op, other in pairs])
     raise UsageError(f"`keep` {text!r}: {ast.unparse(node)!r} is not understood; expected {EXPECTED}")
 
 
 def _comparison(left: Any, op: ast.cmpop, right: ast.expr, text: str) -> Any:
     if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Tuple | ast.List | ast.Set):
-        found = left.isin(_values(right.elts, text))
-        return found if isinstance(op, ast.In) else ~found
+        inside = left.isin([_expression(value, text) for value in right.elts])
+        return inside if isinstance(op, ast.In) else ~inside
     if isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
         return left.is_null() if isinstance(op, ast.Is) else left.is_valid()
     if type(op) in COMPARISONS:
         return COMPARISONS[type(op)](left, _expression(right, text))
     raise UsageError(f"`keep` {text!r}: {ast.unparse(right)!r} is not understood there; expected {EXPECTED}")
-
-
-def _values(nodes: Sequence[ast.expr], text: str) -> list[Any]:
-    return [_expression(node, text) for node in nodes]

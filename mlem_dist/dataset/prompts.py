@@ -217,7 +217,7 @@ def table_of_texts(prompts: Sequence[str], negative_prompts: Sequence[str | None
 def open_prompts(
     file: Location | HubFile, prompt: str = PROMPT, images: int = 1, work: Location | None = None
 ) -> PromptTable:
-    """The table of prompts in a file: Parquet, JSON lines (.jsonl), CSV (.csv), or else a text with a prompt per line.
+    """The table of prompts in a file: Parquet, JSON lines (.jsonl), CSV (.csv), or a text with a prompt per line.
 
     Other formats than Parquet are read into memory, unless the folder `work` has the file converted.
 

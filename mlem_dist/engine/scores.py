@@ -37,16 +37,16 @@ def find_class(name: str, folder: str) -> Callable[[], Callable[[Batch], Mapping
     if folder not in sys.path:
         sys.path.append(folder)
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        score_class = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"`scores` {name!r} cannot be imported ({error}); every node must have its module, installed or in {folder}"
         ) from None
     except Exception as error:
         raise _raised(name, error, 1) from None
-    if not isinstance(found, type):
-        raise UsageError(f"`scores` {name!r} is {found!r}, expected a class")
-    return found
+    if not isinstance(score_class, type):
+        raise UsageError(f"`scores` {name!r} is {score_class!r}, expected a class")
+    return score_class
 
 
 class Scorer:
@@ -59,6 +59,7 @@ class Scorer:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self._taken = {*job.schema().names}
         self._scores = []
         for name in job.scores:
             score = _guarded(name, find_class(name, job.scores_folder))()
@@ -75,7 +76,6 @@ class Scorer:
         rows: dict[str, Any] = {"sample_id": samples, **self.job.rows(samples), "seed": self.job.seeds(samples)}
         batch = {name: _read_only(np.array(values)) for name, values in rows.items()} | {"image": _read_only(images)}
         new: Batch = {}
-        taken = self.job.schema().names
         for name, score in self._scores:
             returned = score(dict(batch))
             if not isinstance(returned, Mapping):
@@ -83,7 +83,7 @@ class Scorer:
             for column, values in returned.items():
                 if column in batch:
                     continue
-                if column in new or column in taken:
+                if column in new or column in self._taken:
                     raise ScoreError(f"score {name} returns a column {column!r}, which is there already", "")
                 new[str(column)] = _array(f"score {name}: its column {column!r}", values, len(images))
         if not new:

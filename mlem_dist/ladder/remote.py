@@ -99,7 +99,7 @@ def forget_others(files: Iterable[str]) -> None:
 
 
 def _files(location: UPath, url: str) -> Mapping[str, Mapping[str, Any]]:
-    """What the store says of each file in a folder and the folders in it, by the file's relative path."""
+    """Metadata that the store has of each file in a folder and its subfolders, by relative path."""
     top = _listed(location)
     if not {"model_index.json", "config.json"} & {*top}:
         raise UsageError(f"{url} has neither model_index.json nor config.json, expected a folder of diffusers")

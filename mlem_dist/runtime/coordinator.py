@@ -30,7 +30,7 @@ from mlem_dist.store import Location
 WINDOW_SECONDS, WINDOW_CALLS = 2, 4
 
 Parts = Sequence["ray.ObjectRef[Any]"]
-"""What a block is written from: its images, and the columns of their scores, if they are scored."""
+"""References to a block's images and, if they are scored, to the columns of their scores."""
 
 logger = logging.getLogger(__name__)
 

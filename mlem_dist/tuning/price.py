@@ -1,4 +1,4 @@
-"""What a search for plans costs, counted beforehand, and the number of steps of its reference, by measurement."""
+"""Cost of a search for plans, counted beforehand, and number of steps of its reference, by measurement."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_rows_are_read_in_any_order(tmp_path_factory, rows, group, parts):
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 40), st.integers(1, 9))
 def test_samples_take_rows_in_turn(tmp_path_factory, rows, images, first, number):
-    """Those beyond the last, which complete a block, have its row. A table in a file and one in memory are the same."""
+    """Samples beyond the last row, which complete a block, have that row."""
     columns = {
         "prompt": [f"p{i}" for i in range(rows)],
         "seed": [None, *range(10, 10 + rows - 1)],

@@ -146,8 +146,8 @@ def test_other_formats_make_the_same_images(kind, ladder, rows, tmp_path):
             shard_size=10,
             **ONE_STEP,
         )
-    one, other = read(tmp_path / kind), read(tmp_path / "parquet")
-    assert one.equals(other)
+    converted, parquet = (read(tmp_path / name) for name in (kind, "parquet"))
+    assert converted.equals(parquet)
     assert not (tmp_path / kind / ".mlem").exists()
 
 

@@ -85,8 +85,8 @@ def served(caplog) -> Callable[[], Counter[str]]:
     def count() -> Counter[str]:
         lines = [record.getMessage() for record in caplog.records if record.name == "werkzeug"]
         caplog.clear()
-        found = (re.search(rf'"GET /{BUCKET}/([^? ]+) HTTP', line) for line in lines)
-        return Counter(match[1].removeprefix("tiny-1.5/") for match in found if match)
+        requests = (re.search(rf'"GET /{BUCKET}/([^? ]+) HTTP', line) for line in lines)
+        return Counter(match[1].removeprefix("tiny-1.5/") for match in requests if match)
 
     return count
 
