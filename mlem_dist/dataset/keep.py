@@ -57,7 +57,11 @@ class Condition:
     @cached_property
     def expression(self) -> pc.Expression:
         """The condition as an expression of pyarrow."""
-        expression = _expression(self._tree, self.text)
+        try:
+            expression = _expression(self._tree, self.text)
+        # Operators and methods that constants lack.
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise UsageError(f"`keep` {self.text!r}: {error}; expected {EXPECTED}") from None
         if not isinstance(expression, pc.Expression):
             raise UsageError(f"`keep` {self.text!r} names no column; expected {EXPECTED}")
         return expression

@@ -240,6 +240,9 @@ def test_rows_are_left_out_by_a_condition_the_same_by_both_engines(place, tmp_pa
         ("abs(label) > 1", r"'abs\(label\)' is not understood"),
         ("label in names", "is not understood there"),
         ("", "expected a condition such as"),
+        ("1 in (1, 2)", "expected a condition such as"),
+        ("label > 1 / 0", "division by zero"),
+        ("label > -'a'", "bad operand"),
     ],
 )
 def test_conditions_that_cannot_be_used_are_refused(tmp_path, keep, message):
