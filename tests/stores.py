@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 
 @contextmanager
@@ -20,5 +21,7 @@ def serve(bucket: str) -> Iterator[str]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         boto3.client("s3").create_bucket(Bucket=bucket)
+        # s3fs keeps the file system that it made for the server of an earlier module.
+        S3FileSystem.clear_instance_cache()
         yield f"{host}:{port}"
     server.stop()
