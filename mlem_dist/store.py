@@ -247,6 +247,24 @@ def _upload(path: UPath, send: Callable[[], Any]) -> None:
         ) from None
 
 
+def move(path: Location, target: Location) -> None:
+    """Give a file another name, under which it appears complete or not at all.
+
+    An object store has no names to change. There, the file is copied by the store and remains.
+
+    Raises:
+        OSError: as `publish`.
+    """
+    if isinstance(path, Path):
+        assert isinstance(target, Path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    else:
+        assert not isinstance(target, Path)
+        source, name = path.path, target.path
+        _upload(target, lambda: path.fs.cp_file(source, name))
+
+
 def read_whole(path: Location) -> bytes:
     """A small file's content.
 

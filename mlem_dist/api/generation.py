@@ -43,7 +43,7 @@ from mlem_dist.machine import available_cores
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
 from mlem_dist.solver.steps import Spacing, canonical_solver
-from mlem_dist.store import Location, parse_location
+from mlem_dist.store import Location, parse_location, remove_folder
 
 if TYPE_CHECKING:
     from mlem_dist.capacity.placement import Placement
@@ -180,6 +180,7 @@ def generate(
     image_quality: int | None = None,
     scores: Sequence[str] = (),
     keep: str | None = None,
+    until: int | None = None,
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -224,6 +225,7 @@ def generate(
         scores: classes that score images, each by MODULE:CLASS, as Ray Data's `map_batches` takes them: made once per
             actor and called with a dict of columns, they return a dict of new ones, which are written beside the image.
         keep: condition on columns, such as "score > 0.5"; other rows are left out. Sample ids stay those of all images.
+        until: number of rows to keep: images are made in order until so many are kept, `num` at most.
         block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
         shard_size: number of samples in a Parquet file, a multiple of the block size.
         placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
@@ -268,10 +270,17 @@ def generate(
         for snapshot in complete(dataset, loaded, make):
             last = replace(snapshot, total=todo, levels=names)
             progress(last)
+    else:
+        # A run that was stopped at its very end has left it.
+        remove_folder(place / WORK)
     if engine == "ray":
         _cluster().disconnect()
-    report = GenerationReport.of(last, str(place), job.num, seed, job.shards, time.monotonic() - started, job.device)
-    return replace(report, kept=sum(shard.rows for shard in read_manifest(place).shards))
+    shards = read_manifest(place).shards
+    kept = sum(shard.rows for shard in shards)
+    if job.until and kept < job.until:
+        notify(f"Only {kept:,} of the {job.num:,} images are kept, fewer than the {job.until:,} of `until`.")
+    report = GenerationReport.of(last, str(place), job.num, seed, len(shards), time.monotonic() - started, job.device)
+    return replace(report, kept=kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,6 +336,8 @@ def preview(
     open_dataset(job, loaded, request.out)
     for sentence in request.notes:
         notify(sentence)
+    if job.until:
+        notify(f"Figures are for all {job.num:,} images; a run ends when {job.until:,} of them are kept.")
     loaded.check_models()
     forecast = _forecast(request)
     if request.engine == "ray":
@@ -396,6 +407,7 @@ def _prepare(
     image_quality: int | None = None,
     scores: Sequence[str] = (),
     keep: str | None = None,
+    until: int | None = None,
     block_size: int | None = None,
     shard_size: int | None = None,
     placement: str = "auto",
@@ -443,6 +455,7 @@ def _prepare(
         encoding=Encoding(image_format, image_quality),
         scores=tuple(scores),
         keep=None if keep is None else Condition(keep),
+        until=until,
         scores_folder=str(Path.cwd()),
     )
     if job.keep and not job.scores:

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     "Several times for several.",
 )
 @click.option("--keep", metavar="CONDITION", help="Rows to keep, such as 'score > 0.5 and label in (1, 2)'.")
+@click.option("--until", type=number, help="Rows to keep: images are made in order until so many are kept.")
 @click.option("--labels", type=classes, default="all", show_default=True, help="Classes, such as 0,3,9; balanced.")
 @size_options
 @click.option(
@@ -148,7 +149,7 @@ def _print(report: GenerationReport) -> None:
     whole = f"{report.num:,} in {report.shards} shards"
     click.echo(f"Wrote {report.made:,} images to {out} ({whole}) in {report.seconds:.1f} s.")
     if report.kept < report.num:
-        click.echo(f"{report.kept:,} of {report.num:,} images are kept.")
+        click.echo(f"{report.kept:,} images are kept.")
     devices = f"{report.devices} {'GPUs' if report.device == 'cuda' else 'CPU cores'}"
     loading = f"{report.ready_seconds or 0:.1f} s of loading"
     click.echo(f"Sampling: {report.images_per_second:.1f} images/s on {devices}, after {loading}.")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mlem_dist.dataset.schema import features
-from mlem_dist.dataset.shards import WORK, Shard, marked_shards, whole_shards
+from mlem_dist.dataset.shards import WORK, Shard, marked_shards, shard_index, whole_shards
 from mlem_dist.errors import UsageError
 from mlem_dist.files import listing, own_names, read_object
 from mlem_dist.store import Location, check_location, listed, publish, reached, remove_folder
@@ -131,7 +131,12 @@ def check_out(out: Location, config: Mapping[str, Any]) -> Manifest | None:
 
 def recorded_shards(out: Location, manifest: Manifest) -> list[Shard]:
     """The shards that a run has written, from its manifest or, until the run is finished, from its markers."""
-    return [*manifest.shards] or marked_shards(out, manifest.fingerprint)
+    if manifest.shards:
+        return [*manifest.shards]
+    marked = marked_shards(out, manifest.fingerprint)
+    # Shards that have waited may have their places.
+    whole = {shard_index(path): shard for path, shard in whole_shards(out, marked).items()}
+    return [whole.get(shard_index(shard.path), shard) for shard in marked]
 
 
 def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
@@ -192,7 +197,8 @@ load_dataset("parquet", data_files="data/*.parquet")   # pandas, polars, DuckDB,
 def _choice(config: Mapping[str, Any]) -> str:
     """Sentences on scores and on rows that are left out."""
     scores = f"\nScored by {', '.join(config['scores'])}." if "scores" in config else ""
-    return scores + (f"\nOf {config['num']:,} images, those with `{config['keep']}`." if "keep" in config else "")
+    first = f"the first {config['until']:,}" if "until" in config else "those"
+    return scores + (f"\nOf {config['num']:,} images, {first} with `{config['keep']}`." if "keep" in config else "")
 
 
 def _meaning(name: str) -> str:

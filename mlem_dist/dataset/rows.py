@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlem_dist.dataset.manifest import Manifest, finished_shards
-from mlem_dist.dataset.shards import shard_path
+from mlem_dist.dataset.shards import shard_index
 from mlem_dist.errors import UsageError
 from mlem_dist.store import Location, reached
 
@@ -21,10 +21,12 @@ def row_of(out: Location, manifest: Manifest, sample_id: int) -> dict[str, Any]:
         UsageError: if no finished shard has the sample, or its shard cannot be read.
     """
     config = manifest.config
-    shard, shards = sample_id // config["shard_size"], -(-config["num"] // config["shard_size"])
-    path = next((path for path in finished_shards(out, manifest) if path == shard_path(shard, shards)), None)
     if not 0 <= sample_id < config["num"]:
         raise UsageError(f"`id` {sample_id}: expected 0 to {config['num'] - 1}, the ids of {out}")
+    shard = sample_id // config["shard_size"]
+    if manifest.shards and shard >= len(manifest.shards):
+        raise UsageError(f"`id` {sample_id}: {out} ends before it, with {config['until']} rows")
+    path = next((path for path in finished_shards(out, manifest) if shard_index(path) == shard), None)
     if path is None:
         raise UsageError(f"`id` {sample_id}: its shard is not made yet; run `mlem-dist generate` again to finish it")
     try:

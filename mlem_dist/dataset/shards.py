@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
 from mlem_dist.dataset.schema import schema
 from mlem_dist.errors import UsageError
 from mlem_dist.files import file_digest
-from mlem_dist.store import Location, StoreError, listed, of_each, publish, reached, read_whole
+from mlem_dist.store import Location, StoreError, listed, move, of_each, publish, reached, read_whole
 
 # Unfinished work lies beside `data/`, never in it: readers take every file in `data/` for rows.
 WORK = ".mlem"
@@ -50,6 +52,17 @@ class Shard:
 def shard_path(index: int, shards: int) -> str:
     """The path of shard `index` of `shards`, relative to the dataset folder."""
     return f"{DATA}/train-{index:05d}-of-{shards:05d}.parquet"
+
+
+def waiting_path(index: int) -> str:
+    """The path of shard `index` while it is not known whether it has a place in the dataset."""
+    return f"{WORK}/train-{index:05d}.parquet"
+
+
+def shard_index(path: str) -> int | None:
+    """The index in a path as of `shard_path` or `waiting_path`; None for other paths."""
+    match = re.fullmatch(r"train-(\d+)(-of-\d+)?\.parquet", Path(path).name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,17 @@ def encode_shard(
     """A Parquet file of images and the other columns of `schema`, of which these are the arguments."""
     fields = schema(labels, prompts, scores)
     values = {**columns, "image": [{"bytes": file, "path": None} for file in files]}
-    table = pa.table([typed(values[field.name], field) for field in fields], schema=fields)
+    return _encode_table(pa.table([typed(values[field.name], field) for field in fields], schema=fields))
+
+
+def first_rows(data: bytes, rows: int) -> bytes:
+    """The Parquet file that `encode_shard` makes of the first rows of a shard, given its file."""
+    return _encode_table(pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).slice(0, rows))
+
+
+def _encode_table(table: pa.Table) -> bytes:
+    """A Parquet file of a table with a column of images."""
+    fields = table.schema
     small = [path for path in _leaves(fields) if not path.startswith("image.")]
     buffer = io.BytesIO()
     writer = pq.ParquetWriter(
@@ -119,8 +142,9 @@ def encode_shard(
     )
     # A row group without rows would break readers that take its size for that of their batches.
     with writer:
-        if files:
-            writer.write_table(table, max(1, min(len(files), GROUP_BYTES // max(map(len, files)))))
+        if table.num_rows:
+            largest = pc.max(pc.binary_length(pc.struct_field(table["image"], "bytes"))).as_py()
+            writer.write_table(table, max(1, min(table.num_rows, GROUP_BYTES // largest)))
     return buffer.getvalue()
 
 
@@ -139,8 +163,7 @@ def _leaves(fields: pa.Schema) -> list[str]:
 
 def write_shard(
     out: Location,
-    index: int,
-    shards: int,
+    path: str,
     images: np.ndarray,
     columns: Columns,
     labels: Sequence[str],
@@ -149,9 +172,9 @@ def write_shard(
     encoding: Encoding = PNG,
     scores: Sequence[pa.Field] = (),
 ) -> Shard:
-    """Encode and commit shard `index` of `shards`: images uint8 (n, H, W, C), and the other columns of `schema`.
+    """Encode and commit the shard at `path`: images uint8 (n, H, W, C), and the other columns of `schema`.
 
-    The file appears under its final name complete or not at all. A marker in `.mlem/` follows it, and names the `run`
+    The file appears under its name complete or not at all. A marker in `.mlem/` follows it, and names the `run`
     by the fingerprint of its configuration.
 
     Raises:
@@ -160,13 +183,27 @@ def write_shard(
     """
     if {len(images)} != {*map(len, columns.values())}:
         counts = ", ".join(f"{len(values)} of {name}" for name, values in columns.items())
-        raise ValueError(f"shard {index}: {len(images)} images, {counts}")
+        raise ValueError(f"{path}: {len(images)} images, {counts}")
     data = encode_shard(encoding.files(images), columns, labels, prompts, scores)
-    path = shard_path(index, shards)
-    shard = Shard(path, len(images), len(data), hashlib.sha256(data).hexdigest())
+    shard = _shard(path, len(images), data)
     publish(out / path, data, out / WORK)
     publish(out / WORK / _marker(path), json.dumps({"run": run, **asdict(shard)}), out / WORK)
     return shard
+
+
+def _shard(path: str, rows: int, data: bytes) -> Shard:
+    return Shard(path, rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def place_shard(out: Location, waiting: Shard, path: str, rows: int) -> Shard:
+    """Give a waiting shard its place in the dataset, with its first rows only; it may have it already."""
+    if rows < waiting.rows:
+        data = first_rows(read_whole(out / waiting.path), rows)
+        publish(out / path, data, out / WORK)
+        return _shard(path, rows, data)
+    if waiting.path != path:
+        move(out / waiting.path, out / path)
+    return replace(waiting, path=path)
 
 
 def marked_shards(out: Location, run: str, of: Iterable[str] | None = None) -> list[Shard]:
@@ -198,9 +235,18 @@ def _marker(path: str) -> str:
 
 
 def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
-    """The shards whose files exist with the recorded sizes, keyed by path."""
-    sizes = listed(out / DATA)
-    return {shard.path: shard for shard in shards if sizes.get(Path(shard.path).name) == shard.bytes}
+    """The shards whose files exist with the recorded sizes, keyed by path; a waiting one may have its place already."""
+    recorded = [*shards]
+    folders = {DATA, *(str(Path(shard.path).parent) for shard in recorded)}
+    sizes = {f"{folder}/{name}": size for folder in folders for name, size in listed(out / folder).items()}
+    places = {shard_index(path): path for path in sizes if path.startswith(DATA)}
+    whole = {}
+    for shard in recorded:
+        place = places.get(shard_index(shard.path)) if shard.path.startswith(WORK) else None
+        for path in (shard.path, place):
+            if path and sizes.get(path) == shard.bytes:
+                whole[path] = replace(shard, path=path)
+    return whole
 
 
 def damage(out: Location, shards: Sequence[Shard]) -> list[str]:

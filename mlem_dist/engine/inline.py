@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from threading import Lock
@@ -66,7 +66,7 @@ def sample_blocks(job: Job, ladder: Ladder, image_seed: Callable[[int], int] | N
 
 def run_inline(
     job: Job, ladder: Ladder, out: Location, shards: Sequence[int], devices: int, scorer: Scorer | None = None
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """Make the given shards on `devices` CPU cores, a block on each, or on one GPU; yields a snapshot after each block.
 
     `scorer` scores images, if the job has scores.
@@ -105,8 +105,9 @@ def run_inline(
             parts.append(part)
             calls += block_calls
             first = first or time.monotonic() - began
+            written = {}
             if block == job.shard_blocks(shard)[-1]:
-                writer.write(shard, *chain(*zip(*parts, strict=True)))
+                written[shard] = writer.write(shard, *chain(*zip(*parts, strict=True)))[1].rows
                 parts = []
             seconds = time.monotonic() - began
             samples += job.rows_of(shard, block)
@@ -114,7 +115,8 @@ def run_inline(
             used = time.process_time() - busy if job.device == "cpu" else seconds
             progress = PoolProgress("in process", devices, used, 0)
             by_level = dict(enumerate(calls.tolist(), 1))
-            yield Progress("sampling", seconds, ready, first, samples, done, by_level, devices, (progress,))
+            counts = samples, done, by_level, devices, (progress,)
+            yield Progress("sampling", seconds, ready, first, *counts, written=written)
     finally:
         # Blocks that have not begun are of no use to a run that ends early.
         pool.shutdown(cancel_futures=True)

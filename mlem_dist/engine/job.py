@@ -19,7 +19,7 @@ from mlem_dist import __version__
 from mlem_dist.dataset.keep import Condition
 from mlem_dist.dataset.prompts import SEEDS, PromptTable
 from mlem_dist.dataset.schema import SEED, schema
-from mlem_dist.dataset.shards import PNG, Encoding
+from mlem_dist.dataset.shards import PNG, Encoding, shard_path, waiting_path
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.schema import OWN
 from mlem_dist.ladder.schema import PRECISIONS as MODEL_PRECISIONS
@@ -117,6 +117,7 @@ class Job:
         encoding: format of the image files.
         scores: classes that score images, by MODULE:CLASS.
         keep: condition on the columns of rows that are written; None for all.
+        until: number of rows to keep, the first by id; None for all that `keep` holds for.
         scores_folder, score_types: the folder in which their modules may lie, and the types of their columns by name;
             not a part of `config`.
         versions: versions of the software that decides bytes, where the job was made; not a part of `config`.
@@ -144,6 +145,7 @@ class Job:
     encoding: Encoding = PNG
     scores: tuple[str, ...] = ()
     keep: Condition | None = None
+    until: int | None = None
     scores_folder: str = ""
     score_types: dict[str, pa.DataType] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
@@ -167,6 +169,8 @@ class Job:
                 f"`num` {self.num:,}: expected at most {most:,}, the number of prompts"
                 + (f" times {self.prompts.images}" if self.prompts.images > 1 else "")
             )
+        if self.until is not None:
+            _check_until(self.until, self.keep, self.num)
         check_shards(self.workload)
         if self.num > SEEDS:
             raise UsageError(f"`num` {self.num:,}: expected at most {SEEDS:,}, the number of image seeds")
@@ -180,8 +184,8 @@ class Job:
     def config(self) -> dict[str, Any]:
         """The job as JSON-ready values; their fingerprint says which shards of a folder are the job's own."""
         # Versions are beside the configuration; the others are in it only if there are any.
-        given = "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder", "score_types", "keep"
-        left_out = ("versions", *given)
+        given = "prompts", "negative_prompt", "guidance", "encoding", "scores", "scores_folder", "score_types"
+        left_out = ("versions", *given, "keep", "until")
         config = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in left_out}
         if isinstance(self.plan, Plan):
             config["plan"] = plan_to_dict(self.plan, self.digest, self.solver)
@@ -200,6 +204,8 @@ class Job:
             config["scores"] = self.scores
         if self.keep:
             config["keep"] = self.keep.text
+        if self.until:
+            config["until"] = self.until
         if self.encoding != PNG:
             config["image_format"], config["image_quality"] = self.encoding.format, self.encoding.quality
         # As read back from the manifest, where tuples and arrays are lists.
@@ -219,6 +225,10 @@ class Job:
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.num // self.shard_size)
+
+    def shard_path(self, shard: int) -> str:
+        """The path of a shard when it is made, relative to the dataset folder."""
+        return waiting_path(shard) if self.until else shard_path(shard, self.shards)
 
     def shard_rows(self, shard: int) -> range:
         """The sample ids of a shard."""
@@ -263,6 +273,14 @@ class Job:
     def workload(self) -> Workload:
         """The part of the job that decides how long it takes."""
         return Workload(self.num, self.plan, self.seed, self.block_size, self.shard_size, self.precision)
+
+
+def _check_until(until: int, keep: Condition | None, num: int) -> None:
+    """Refuse a number of rows to keep that cannot be met, or that nothing decides."""
+    if not keep:
+        raise UsageError(f"`until` {until}: expected `keep` beside it, by which rows are kept; or take `num` {until}")
+    if not 1 <= until <= num:
+        raise UsageError(f"`until` {until:,}: expected 1 to {num:,}, the number of images to choose from")
 
 
 def check_shards(workload: Workload) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Progress:
         pools: the pools in the order of their levels.
         queued: number of blocks to make that have not begun.
         writers: the pools of actors that write shards, if there are any.
-        written: shards that a coordinator has written and that the driver does not know of yet.
+        written: numbers of rows of shards that have been written and that the receiver does not know of yet.
         total: number of samples that the run has to make; 0 if not known.
         levels: the names of the levels.
     """
@@ -89,7 +89,7 @@ class Progress:
     pools: Sequence[PoolProgress]
     queued: int = 0
     writers: Sequence[PoolProgress] = ()
-    written: Sequence[int] = ()
+    written: Mapping[int, int] = field(default_factory=dict)
     total: int = 0
     levels: Sequence[str] = ()
 

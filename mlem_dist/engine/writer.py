@@ -68,7 +68,7 @@ class Writer:
             kept = np.array(self.job.keep.rows(table), dtype=np.int64)
             images, columns = images[kept], {name: table[name].take(kept) for name in table.column_names}
         described = columns, self.labels, self.run, self.job.table_schema, self.job.encoding, fields
-        written = write_shard(self.out, shard, self.job.shards, images, *described)
+        written = write_shard(self.out, self.job.shard_path(shard), images, *described)
         return Work(time.process_time() - start, {}, rows, images.nbytes), written
 
     def _columns(self, shard: int, images: np.ndarray) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -16,7 +17,7 @@ from ray.exceptions import RayTaskError
 
 from mlem_dist.capacity.policies import QUEUED_BLOCKS_PER_DEVICE
 from mlem_dist.dataset.manifest import read_manifest
-from mlem_dist.dataset.shards import marked_shards, shard_path, whole_shards
+from mlem_dist.dataset.shards import marked_shards, whole_shards
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import WAITS, PoolProgress, Progress
 from mlem_dist.runtime.cluster import check_alive
@@ -53,6 +54,8 @@ class Cell:
         # Shards that are still to be made, and the numbers of samples and blocks in the shards that have been made.
         self._open: dict[int, None] = {}
         self._samples = self._blocks = 0
+        # Rows of shards that have been made since they were last taken.
+        self._written: dict[int, int] = {}
         self._past: Progress | None = None
         self._began = began
         self._begin()
@@ -166,9 +169,9 @@ class Cell:
         if self._deaths_in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker exists, which is written after the file.
-        paths = {shard: shard_path(shard, self.job.shards) for shard in self._open}
+        paths = {shard: self.job.shard_path(shard) for shard in self._open}
         marked = whole_shards(self.out, marked_shards(self.out, read_manifest(self.out).fingerprint, paths.values()))
-        self._made([shard for shard, path in paths.items() if path in marked])
+        self._made({shard: marked[path].rows for shard, path in paths.items() if path in marked})
         lost = [*self._open]
         if total := self.total():
             self._past = replace(
@@ -187,11 +190,17 @@ class Cell:
         self._begin()
         return lost
 
-    def _made(self, shards: Sequence[int]) -> None:
-        for shard in shards:
+    def _made(self, rows: Mapping[int, int]) -> None:
+        self._written.update(rows)
+        for shard in rows:
             del self._open[shard]
             self._samples += len(self.job.shard_rows(shard))
             self._blocks += len(self.job.shard_blocks(shard))
+
+    def take_written(self) -> dict[int, int]:
+        """The numbers of rows of shards that have been made since the last call."""
+        written, self._written = self._written, {}
+        return written
 
     def total(self) -> Progress | None:
         """The progress of the coordinator and of those before it; None before the first report."""
@@ -248,7 +257,17 @@ class Cells:
     def progress(self) -> Progress | None:
         """The progress of all cells that have reported; None before the first report."""
         totals = [total for cell in self.cells if (total := cell.total())]
-        return merged(totals) if totals else None
+        if not totals:
+            return None
+        written = {shard: rows for cell in self.cells for shard, rows in cell.take_written().items()}
+        return replace(merged(totals), written=written)
+
+    def end_writes(self) -> None:
+        """Let coordinators end the shards that are being written, so that none appears later."""
+        for ending in [cell.coordinator.end_writes.remote() for cell in self.cells if not cell.finished]:
+            # A dead coordinator has taken its writers with it.
+            with suppress(*DEATHS):
+                ray.get(ending)
 
     def wait(self, seconds: float) -> None:
         """Wait until a coordinator ends, at most for the given time."""

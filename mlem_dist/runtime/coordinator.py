@@ -94,8 +94,10 @@ class Coordinator:
         self.in_flight = self.waiting = 0
         self.runners: set[asyncio.Task[None]] = set()
         self.todo: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-        # Written shards that the driver may not know of yet, and the number of those that it knows of.
-        self.written: deque[int] = deque()
+        # Rows of written shards that the driver may not know of yet, and the number of those that it knows of.
+        self.written: deque[tuple[int, int]] = deque()
+        self.writing: set[asyncio.Future[int]] = set()
+        self.ending = False
         self.known = 0
         self.added = 0
         self.expected: int | None = None
@@ -195,7 +197,7 @@ class Coordinator:
             pools=tuple(pool.progress() for pool in self.running.values()),
             queued=self.todo.qsize(),
             writers=(self.writers.progress(),),
-            written=tuple(self.written),
+            written=dict(self.written),
         )
 
     async def _start_pools(self) -> None:
@@ -326,19 +328,27 @@ class Coordinator:
         blocks = self.job.shard_blocks(shard)
         if len(made) == len(blocks):
             del self.made[shard]
-            await self._write(shard, [made[b] for b in blocks])
-            self.written.append(shard)
+            if self.ending:
+                return
+            writing = asyncio.ensure_future(self._write(shard, [made[b] for b in blocks]))
+            self.writing.add(writing)
+            writing.add_done_callback(self.writing.discard)
+            self.written.append((shard, await writing))
 
-    async def _write(self, shard: int, blocks: Sequence[Parts]) -> None:
-        """Write a shard; if images are lost with the node that made them, make the shard's blocks again."""
+    async def end_writes(self) -> None:
+        """End the shards that are being written, and write no others."""
+        self.ending = True
+        await asyncio.gather(*self.writing, return_exceptions=True)
+
+    async def _write(self, shard: int, blocks: Sequence[Parts]) -> int:
+        """The rows of a shard that is written; if images are lost with their node, its blocks are made again."""
         for _ in range(TRIES):
             try:
-                await self.writers.call("write", shard, *chain(*zip(*blocks, strict=True)))
+                _, [written] = await self.writers.call("write", shard, *chain(*zip(*blocks, strict=True)))
+                return int((await written).rows)
             except (ObjectLostError, RayTaskError) as error:
                 if not lost(error):
                     raise
-            else:
-                return
             logger.warning("images of shard %d are lost with their node, making it again", shard)
             # The calls of these blocks are counted already.
             blocks = [parts for parts, _ in await asyncio.gather(*map(self._block, self.job.shard_blocks(shard)))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,7 @@ def run_ray(
     shards: Sequence[int],
     arrangement: Arrangement,
     coalesce: int = 1,
-) -> Iterator[Progress]:
+) -> Generator[Progress]:
     """Make the given shards on the connected Ray; yields a snapshot twice a second and one at the end.
 
     Pools on equal devices divide them by their load. Each cell has at least one device of each kind, and its own
@@ -87,6 +87,9 @@ def run_ray(
             if progress := cells.progress():
                 yield replace(progress, seconds=time.monotonic() - began)
             cells.wait(POLL_SECONDS)
+    except GeneratorExit:
+        cells.end_writes()
+        raise
     finally:
         for cell, group in zip(cells.cells, groups, strict=True):
             ray.kill(cell.coordinator)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from s3fs import S3FileSystem
 from stores import serve
 
 from mlem_dist import api
+from mlem_dist.dataset.keep import Condition
 from mlem_dist.dataset.manifest import Manifest, check_out, read_manifest
 from mlem_dist.dataset.shards import damage, foreign, marked_shards
 from mlem_dist.engine.completion import complete, open_dataset
@@ -82,6 +84,19 @@ def test_a_dataset_in_a_store_is_that_in_a_folder_also_after_a_stop(server, fash
         f"{BUCKET}/a/whole/data", filesystem=pyarrow.fs.S3FileSystem(endpoint_override=f"http://{server}")
     )
     assert read["sample_id"].to_pylist() == list(range(44))
+
+
+def test_shards_that_wait_in_a_store_get_their_places(server, fashion, make_job, tmp_path):
+    job = replace(make_job(), keep=Condition("sample_id >= 3"), until=20)
+    local, out = tmp_path / "local", parse_location(f"s3://{BUCKET}/until")
+    make(job, fashion, local)
+    dataset = open_dataset(job, fashion, out)
+    dataset.manifest.write(out)
+    list(run_inline(job, fashion, out, [1], 1))
+    assert set(objects(out)) == {"mlem.json", ".mlem/train-00001.parquet", ".mlem/train-00001.json"}
+    make(job, fashion, out)
+    assert objects(out) == files(local)
+    assert sum(pq.read_metadata(file).num_rows for file in (local / "data").iterdir()) == 20
 
 
 def test_damage_and_foreign_files_in_a_store_are_found(server, fashion, cheap):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mlem_dist import api
+from mlem_dist.dataset import shards
 from mlem_dist.dataset.keep import Condition
 from mlem_dist.errors import ScoreError, UsageError
 
@@ -226,6 +227,82 @@ def test_rows_are_left_out_by_a_condition_the_same_by_both_engines(place, tmp_pa
         api.generate(out=str(tmp_path / "ray"), keep="mean > 41", **given)
     with pytest.raises(UsageError, match="does not have it"):
         api.remake(str(tmp_path / "ray"), 1)
+
+
+def test_a_dataset_ends_when_so_many_rows_are_kept(place, tmp_path, local_ray, monkeypatch):
+    """The first rows by id, also after a stop at any moment, of a run on Ray and of the placing of shards."""
+    given = {"scores": [f"{place}:Brightness"], "keep": "mean > 50 and sample_id > 4", **JOB, "shard_size": 5}
+    api.generate(out=str(tmp_path / "all"), engine="inline", **given)
+    every = read(tmp_path / "all").to_pylist()
+    until = len(every) // 2
+    last = every[until - 1]["sample_id"] // 5
+    assert [row["sample_id"] // 5 for row in every].count(last) > 1
+    report = api.generate(out=str(tmp_path / "inline"), engine="inline", until=until, **given)
+    assert report.kept == until
+    assert last < report.made // 5 < 9
+    assert read(tmp_path / "inline").to_pylist() == every[:until]
+    names = [f"train-{index:05d}-of-{last + 1:05d}.parquet" for index in range(last + 1)]
+    assert sorted(path.name for path in (tmp_path / "inline" / "data").iterdir()) == names
+    assert not (tmp_path / "inline" / ".mlem").exists()
+    assert api.verify(str(tmp_path / "inline"))[1:] == ([], True)
+    whole = {path: path.read_bytes() for path in (tmp_path / "inline" / "data").iterdir()}
+    # A missing shard is made again, and no others.
+    (tmp_path / "inline" / "data" / names[1]).unlink()
+    assert api.generate(out=str(tmp_path / "inline"), engine="inline", until=until, **given).made == 5
+    assert {path: path.read_bytes() for path in (tmp_path / "inline" / "data").iterdir()} == whole
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(_: object) -> None:
+        if len([*(tmp_path / "ray").glob("**/train-*.parquet")]) >= 2:
+            raise StoppedError
+
+    def interrupted(*arguments: object) -> None:
+        if len([*(tmp_path / "ray" / "data").glob("*")]) >= 2:
+            raise StoppedError
+        moved(*arguments)
+
+    with pytest.raises(StoppedError):
+        api.generate(out=str(tmp_path / "ray"), until=until, progress=stop, **given)
+    assert not (tmp_path / "ray" / "data").exists()
+    moved = shards.move
+    monkeypatch.setattr(shards, "move", interrupted)
+    with pytest.raises(StoppedError):
+        api.generate(out=str(tmp_path / "ray"), until=until, **given)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert api.verify(str(tmp_path / "ray"))[1:] == ([], False)
+    assert api.generate(out=str(tmp_path / "ray"), until=until, **given).made == 0
+    for path, data in whole.items():
+        assert (tmp_path / "ray" / "data" / path.name).read_bytes() == data
+    assert (tmp_path / "ray" / "mlem.json").read_bytes() == (tmp_path / "inline" / "mlem.json").read_bytes()
+    with pytest.raises(UsageError, match="ends before it, with"):
+        api.remake(str(tmp_path / "ray"), 44)
+
+
+def test_a_dataset_of_too_few_rows_says_so(place, tmp_path):
+    notes: list[str] = []
+    given = {"keep": "sample_id >= 43", "until": 3, "engine": "inline", "notify": notes.append, **JOB}
+    report = api.generate(out=str(tmp_path / "out"), **given)
+    assert (report.made, report.kept) == (45, 2)
+    assert "Only 2 of the 45 images are kept, fewer than the 3 of `until`." in notes
+    assert read(tmp_path / "out")["sample_id"].to_pylist() == [43, 44]
+    assert api.generate(out=str(tmp_path / "out"), **given).made == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"until": 3}, "expected `keep` beside it"),
+        ({"until": 46, "keep": "label < 3"}, "`until` 46: expected 1 to 45, the number of images to choose from"),
+        ({"until": 0, "keep": "label < 3"}, "`until` 0: expected 1 to 45"),
+    ],
+)
+def test_numbers_of_rows_that_cannot_be_met_are_refused(tmp_path, given, message):
+    with pytest.raises(UsageError, match=message):
+        api.generate(out=str(tmp_path / "out"), engine="inline", **given, **JOB)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
