@@ -34,6 +34,7 @@ from mlem_dist.dataset.shards import WORK, Encoding
 from mlem_dist.engine.completion import Engine, complete, open_dataset
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import GenerationReport, Progress
+from mlem_dist.engine.scores import NSFW
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
@@ -453,7 +454,7 @@ def _prepare(
         negative_prompt=negative_prompt,
         guidance=check_guidance(guidance, loaded, table),
         encoding=Encoding(image_format, image_quality),
-        scores=tuple(scores),
+        scores=(*scores, *([NSFW] if loaded.checker else [])),
         keep=None if keep is None else Condition(keep),
         until=until,
         scores_folder=str(Path.cwd()),

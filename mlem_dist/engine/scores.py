@@ -17,6 +17,9 @@ from mlem_dist.engine.progress import Work
 from mlem_dist.engine.writer import fields_of, score_columns
 from mlem_dist.errors import ScoreError, UsageError
 
+NSFW = "nsfw"
+"""Name of the score by a pipeline's safety checker, and of its column."""
+
 Batch = dict[str, np.ndarray]
 """Columns by name, each with a value for each image; `image` is uint8 (B, H, W, C)."""
 
@@ -62,7 +65,8 @@ class Scorer:
         self._taken = {*job.schema().names}
         self._scores = []
         for name in job.scores:
-            score = _guarded(name, find_class(name, job.scores_folder))()
+            own = name != NSFW
+            score = _guarded(name, find_class(name, job.scores_folder))() if own else _safety_score(job)
             self._scores.append((name, _guarded(name, score)))
 
     def columns(self, block: int, images: np.ndarray) -> Batch:
@@ -121,6 +125,14 @@ class Scorer:
         start = time.process_time()
         columns = self.columns(block, images)
         return Work(time.process_time() - start, {}, len(images), images.nbytes), columns
+
+
+def _safety_score(job: Job) -> Callable[[Batch], Mapping[str, Any]]:
+    """The score by the safety checker of the ladder's pipeline."""
+    from mlem_dist.ladder.ladder import Ladder
+
+    checker = Ladder.read(job.ladder).load_checker(job.device)
+    return lambda batch: {NSFW: checker(batch["image"])}
 
 
 def time_scores(job: Job, shape: Sequence[int]) -> tuple[float, dict[str, pa.DataType]]:

@@ -35,6 +35,7 @@ from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.level import placeholder
+from mlem_dist.models.safety import CHECKER, KIND, checker_files
 from mlem_dist.solver.condition import LABEL
 from mlem_dist.solver.process import BetaProcess, Process, process_of
 
@@ -187,7 +188,7 @@ def _move(out: Path, raw: dict[str, Any], work: Path) -> None:
     """Move converted models into the new ladder's folder, and let the entries of `raw` refer to them there."""
     out.mkdir(parents=True, exist_ok=True)
     (work / MODELS).rename(out / MODELS)
-    for stored in filter(None, (*raw["models"], raw["decoder"], raw["encoder"])):
+    for stored in filter(None, (*raw["models"], raw["decoder"], raw["encoder"], raw.get("checker"))):
         if Path(stored["path"]).is_relative_to(work):
             stored["path"] = str(Path(stored["path"]).relative_to(work))
 
@@ -282,6 +283,13 @@ class Surroundings:
         path = stored_path(self.folder, self.folder, self.pinned)
         return _entry(self.folder, path, self.kind, encoder_files(self.folder))
 
+    def checker_entry(self) -> dict[str, Any] | None:
+        """The safety checker's entry in `ladder.json`."""
+        if not self._has(CHECKER):
+            return None
+        path = stored_path(self.folder, self.folder, self.pinned)
+        return _entry(self.folder, path, KIND, checker_files(self.folder))
+
 
 def _entry(folder: Path, path: str, kind: str, names: Sequence[str]) -> dict[str, Any]:
     return {
@@ -347,6 +355,8 @@ def _copy(out: Path, raw: dict[str, Any], entries: Sequence[Entry], around: Surr
         places.append((raw["decoder"], around.decoder, "decoder"))
     if around.encoder:
         places.append((raw["encoder"], around.folder, "encoder"))
+    if "checker" in raw:
+        places.append((raw["checker"], around.folder, "checker"))
     for stored, folder, path in places:
         for name in stored["sha256"]:
             replace_file(out / path / name, partial(shutil.copyfile, folder / name))
@@ -559,6 +569,7 @@ def _content(
         "parametrisation": around.process.drift,
         "decoder": around.decoder_entry(),
         "encoder": around.encoder_entry(),
+        **({"checker": checker} if (checker := around.checker_entry()) else {}),
         "models": models,
         "levels": levels,
     }

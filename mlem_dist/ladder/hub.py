@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from mlem_dist.errors import UsageError
+from mlem_dist.models.safety import CHECKER
 from mlem_dist.models.weights import chosen_weights
 from mlem_dist.store import hub_reached
 
@@ -19,7 +20,7 @@ ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 STORED = re.compile(rf"{PREFIX}([\w.-]+/[\w.-]+)@([0-9a-f]{{40}})(?:/(.+))?")
 
-PARTS = ("text_encoder", "transformer", "unet", "vae")
+PARTS = (CHECKER, "text_encoder", "transformer", "unet", "vae")
 """Beginnings of the names of the parts of pipelines that are used."""
 
 SMALL = ("*.json", "*.txt", "*.model")
@@ -88,7 +89,8 @@ def weights_of(text: str, files: Sequence[str]) -> list[str]:
         if folder.startswith(PARTS) if "model_index.json" in files else folder == ".":
             if path.suffix == ".safetensors":
                 weights.setdefault(folder, []).append(file)
-            elif path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+            # A safety checker may be one that the pipeline does not use.
+            elif path.suffix in (".bin", ".ckpt", ".pt", ".pth") and folder != CHECKER:
                 pickles[folder] = file
     if missing := sorted(pickles.keys() - weights.keys()):
         raise UsageError(

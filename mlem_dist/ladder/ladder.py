@@ -54,6 +54,7 @@ from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel, check_prediction, on_meta, placeholder
+from mlem_dist.models.safety import SafetyChecker
 from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition, join
 from mlem_dist.solver.costs import LevelCosts, as_costs
 from mlem_dist.solver.process import Process
@@ -78,6 +79,7 @@ class Ladder:
         scheduler_sha256: hex digest of the scheduler's configuration file.
         decoder: the decoder of samples that are latents; None if samples are images.
         encoder: the pipeline whose text encoders encode prompts; None if samples are not conditioned on prompts.
+        checker: the pipeline whose safety checker looks at images; None if it has none.
         schema_version: version of the schema of `ladder.json`.
         prompts: prompts that samples take in turn where no job gives them prompts, as in tuning; not in `ladder.json`.
     """
@@ -91,6 +93,7 @@ class Ladder:
     scheduler_sha256: str
     decoder: Part | None = None
     encoder: Part | None = None
+    checker: Part | None = None
     schema_version: int = SCHEMA_VERSION
     prompts: tuple[str, ...] = ()
 
@@ -105,7 +108,7 @@ class Ladder:
         ladder = cls.read(source)
         for level in ladder.levels:
             ladder.check_files(level)
-        for part in filter(None, (ladder.decoder, ladder.encoder)):
+        for part in filter(None, (ladder.decoder, ladder.encoder, ladder.checker)):
             ladder.check_part(part)
         return ladder
 
@@ -138,6 +141,7 @@ class Ladder:
                 scheduler_sha256=str(raw["scheduler_sha256"]),
                 decoder=Part(**raw["decoder"]) if raw.get("decoder") else None,
                 encoder=Part(**raw["encoder"]) if raw.get("encoder") else None,
+                checker=Part(**raw["checker"]) if raw.get("checker") else None,
                 schema_version=int(raw["schema_version"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -207,7 +211,7 @@ class Ladder:
         self._check_digests(level.sha256)
 
     def check_part(self, part: Part) -> None:
-        """Compare the files of the decoder or the encoder with their digests.
+        """Compare the files of a part with their digests.
 
         Raises:
             UsageError: if a file is missing or changed.
@@ -390,7 +394,8 @@ class Ladder:
             "levels": [self._identity(level) for level in self.levels],
         }
         if self.schema_version == MODELS_VERSION:
-            identity["parts"] = [part and [part.kind, part.sha256] for part in (self.decoder, self.encoder)]
+            parts = (self.decoder, self.encoder, *filter(None, [self.checker]))
+            identity["parts"] = [part and [part.kind, part.sha256] for part in parts]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def _identity(self, level: Level) -> list[Any]:
@@ -529,6 +534,14 @@ class Ladder:
             UsageError: as for `load_level`, or if the package transformers is missing.
         """
         return self._loader.encoder(device, precision)
+
+    def load_checker(self, device: str) -> SafetyChecker:
+        """The safety checker on `device`, in float32.
+
+        Raises:
+            UsageError: as for `load_encoder`, or if the ladder has none.
+        """
+        return self._loader.checker(device)
 
 
 def bundled() -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
 from mlem_dist.ladder.schema import MODELS_VERSION, OWN, SCHEMA_VERSION, UNGUIDED, Level
 from mlem_dist.models.decoder import Decoder
@@ -16,6 +17,7 @@ from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.guidance import Evaluation, GuidedLevel
 from mlem_dist.models.level import ModelLevel
+from mlem_dist.models.safety import SafetyChecker
 from mlem_dist.models.weights import load_model, loading
 from mlem_dist.solver.condition import Condition
 
@@ -120,6 +122,17 @@ class Loader:
         path, dtype = self.ladder.place(part.path), self._precision(len(self.ladder.levels), precision)
         with loading(f"text encoders of {path}"):
             return load_encoder(path, part.kind, self.ladder.image_shape[1:], device, dtype)
+
+    @torch.inference_mode(False)
+    def checker(self, device: str) -> SafetyChecker:
+        """As `Ladder.load_checker`."""
+        part = self.ladder.checker
+        if part is None:
+            raise UsageError(f"ladder {self.ladder.name!r} has no safety checker, as its pipeline has none")
+        self.ladder.check_part(part)
+        path = self.ladder.place(part.path)
+        with loading(f"safety checker of {path}"):
+            return SafetyChecker(path, device)
 
     @torch.inference_mode(False)
     def encoded(self, text: str, device: torch.device) -> Condition:

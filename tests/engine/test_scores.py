@@ -8,12 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from mlem_dist import api
 from mlem_dist.dataset import shards
 from mlem_dist.dataset.keep import Condition
 from mlem_dist.errors import ScoreError, UsageError
+from mlem_dist.ladder.ladder import Ladder
 
 MODULE = """
 import numpy as np
@@ -186,8 +191,6 @@ def test_all_shards_have_the_same_columns_or_the_run_ends(place, tmp_path, name,
 def test_scores_of_prompts_know_their_rows(place, tmp_path):
     from pipelines import make_pipeline
 
-    from mlem_dist.ladder.ladder import Ladder
-
     (tmp_path / "by_prompt.py").write_text(
         "class Length:\n    def __call__(self, batch):\n        return {'length': [len(p) for p in batch['prompt']]}\n"
     )
@@ -196,6 +199,55 @@ def test_scores_of_prompts_know_their_rows(place, tmp_path):
     job = {"steps": 1, "nfe": 1, "block_size": 3, "shard_size": 3, "engine": "inline", "scores": ["by_prompt:Length"]}
     api.generate(ladder, out=str(tmp_path / "out"), prompts=str(tmp_path / "prompts.jsonl"), **job)
     assert read(tmp_path / "out")["length"].to_pylist() == [*range(7)]
+
+
+def safety_checker(extractor: CLIPImageProcessor, images: np.ndarray) -> StableDiffusionSafetyChecker:
+    """A tiny safety checker with random weights, to which half of the images, uint8 (B, H, W, 3), are unsafe."""
+    torch.manual_seed(1)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {"image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision | size, projection_dim=8)).eval()
+    torch.nn.init.normal_(checker.concept_embeds)
+    # Cosines are 1 at most, so that all concepts but the first are never seen.
+    checker.concept_embeds_weights.data[:], checker.special_care_embeds_weights.data[:] = 2, 2
+    values = extractor([*images], return_tensors="pt").pixel_values
+    seen = checker.visual_projection(checker.vision_model(values)[1])
+    cosines = torch.cosine_similarity(seen, checker.concept_embeds[:1])
+    checker.concept_embeds_weights.data[0] = cosines.median() + 1e-3
+    assert cosines.std() > 1e-2
+    return checker
+
+
+def test_a_safety_checker_gives_a_column_and_no_black_image(tmp_path, local_ray):
+    from pipelines import make_pipeline
+
+    folder = make_pipeline("sd", tmp_path / "sd")
+    job = {"prompts": list("abcdefgh"), "steps": 4, "nfe": 4, "block_size": 4, "shard_size": 8}
+    unchecked = Ladder.create(tmp_path / "unchecked", [folder], measure=False, guidance=3)
+    images = api.sample(unchecked, prompts=job["prompts"], steps=4, nfe=4)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    pipeline.register_modules(safety_checker=safety_checker(extractor, images), feature_extractor=extractor)
+    pipeline.save_pretrained(folder)
+    ladder = Ladder.create(tmp_path / "ladder", [folder], measure=False, guidance=3)
+    api.generate(ladder, out=str(tmp_path / "inline"), engine="inline", **job)
+    rows = read(tmp_path / "inline").to_pylist()
+    stored = np.stack([np.array(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])
+    assert np.abs(stored.astype(int) - images).max() <= 1
+    pixels = torch.tensor(stored).permute(0, 3, 1, 2) / 127.5 - 1
+    checked, unsafe = pipeline.run_safety_checker(pixels.clone(), "cpu", torch.float32)
+    assert 0 < sum(unsafe) < 8
+    assert not checked[unsafe].any()
+    assert [row["nsfw"] for row in rows] == unsafe
+    api.generate(ladder, out=str(tmp_path / "ray"), keep="not nsfw", **job)
+    assert read(tmp_path / "ray").to_pylist() == [row for row in rows if not row["nsfw"]]
+    copied = Ladder.create(tmp_path / "copied", [folder], measure=False, guidance=3, copy=True)
+    assert copied.digest == ladder.digest
+    assert copied.load_checker("cpu")(stored).tolist() == unsafe
+    for file in (folder / "safety_checker").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(UsageError, match="safety_checker has no weights in safetensors files"):
+        Ladder.create(tmp_path / "none", [folder], measure=False)
 
 
 def test_rows_are_left_out_by_a_condition_the_same_by_both_engines(place, tmp_path, local_ray):
