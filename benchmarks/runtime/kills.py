@@ -1,10 +1,10 @@
-"""Datasets with scores, `--keep` and `--until` whose processes are killed at random moments, against an undisturbed one.
+"""Datasets with scores, `--keep` and `--until` whose processes are killed at random, against an undisturbed one.
 
 python benchmarks/runtime/kills.py --kills 30 --out benchmarks/results/kills.json [--ladder DIR --prompts FILE]
 
-Every kill is SIGKILL, of the command itself or of one of its Ray workers. A command that was killed is given again. When
-a dataset is finished, its files are compared with those of the undisturbed dataset, and another one is begun, until all
-kills are done.
+Every kill is SIGKILL, of the command itself or of one of its Ray workers. A command that was killed is given again.
+When a dataset is finished, its files are compared with those of the undisturbed dataset, and another one is begun,
+until all kills are done.
 """
 
 import json
