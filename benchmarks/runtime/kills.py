@@ -28,7 +28,10 @@ class Brightness:
         return {"brightness": batch["image"].mean((1, 2, 3))}
 """
 
-SECONDS = 4.0, 25.0
+NAMES = tuple(f"ray::{name}" for name in ("Coordinator", "Level", "Score", "Stage", "Trajectory", "Writer"))
+"""Beginnings of the titles of a run's actors."""
+
+SECONDS = 4.0, 30.0
 """Shortest and longest time between two kills."""
 
 
@@ -38,12 +41,12 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def workers(driver: psutil.Process) -> list[psutil.Process]:
-    """The actors of a run, by the title that Ray gives a process."""
+    """The actors of a run."""
     children = []
     with suppress(psutil.Error):
         for child in driver.children(recursive=True):
             with suppress(psutil.Error):
-                if child.cmdline() and child.cmdline()[0].startswith("ray::") and "IDLE" not in child.cmdline()[0]:
+                if child.cmdline() and child.cmdline()[0].startswith(NAMES):
                     children.append(child)
     return children
 
