@@ -194,6 +194,25 @@ def test_ray_makes_the_bytes_of_the_reference_and_resumes_with_the_same_table_on
     assert (out / "data" / shard.name).read_bytes() == shard.read_bytes()
 
 
+def test_block_size_and_placement_change_images_by_rounding_only(ladder, rows, out, tmp_path, local_ray):
+    """`out` is of other blocks, and its tests compare rows with those that are made alone."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows[:40], SCHEMA), path)
+    first = [pixels(record) for record in read(out).slice(0, 40).to_pylist()]
+    for block_size, placement in ((3, "together"), (8, "pools")):
+        job = {
+            "block_size": block_size,
+            "shard_size": 24,
+            "placement": placement,
+            "prompt_column": "caption",
+            "seed": 100,
+        }
+        generate(ladder, prompts=str(path), out=str(tmp_path / placement), **job, **ONE_STEP)
+        records = read(tmp_path / placement).to_pylist()
+        for image, record in zip(first, records, strict=True):
+            assert np.abs(pixels(record).astype(int) - image).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
