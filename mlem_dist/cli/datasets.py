@@ -27,11 +27,11 @@ def show(dataset: Location, out: Path | None) -> None:
 
 @click.command()
 @click.argument("dataset", type=location, metavar="OUT")
-@click.option("--id", "sample_id", type=click.IntRange(min=0), required=True, help="Sample id of the image.")
+@click.option("--id", type=click.IntRange(min=0), required=True, help="Sample id of the image.")
 @click.option("--ladder", type=given, metavar="NAME", help="The ladder, if it is no longer where it was.")
 @click.option("--out", type=target, metavar="FILE", help="PNG to write.  [default: remake-ID.png]")
 @device_option
-def remake(dataset: Location, sample_id: int, **arguments: Any) -> None:
+def remake(dataset: Location, **arguments: Any) -> None:
     """Make an image of a dataset again from its row, and compare.
 
     Writes a picture of the stored image, the remade one and ten times their difference, and prints the lines by which
@@ -39,7 +39,7 @@ def remake(dataset: Location, sample_id: int, **arguments: Any) -> None:
     """
     from mlem_dist import api
 
-    remade = api.remake(dataset, sample_id, **arguments)
+    remade = api.remake(dataset, **arguments)
     for name, value in remade.row.items():
         click.echo(f"{name}: {value}")
     difference = remade.difference

@@ -146,10 +146,11 @@ def _print(report: GenerationReport) -> None:
     if not report.made:
         click.echo(f"{out} is finished already: {report.num:,} images in {report.shards} shards.")
         return
-    whole = f"{report.num:,} in {report.shards} shards"
-    click.echo(f"Wrote {report.made:,} images to {out} ({whole}) in {report.seconds:.1f} s.")
+    made, seconds = f"{report.made:,} images", f"in {report.seconds:.1f} s"
     if report.kept < report.num:
-        click.echo(f"{report.kept:,} images are kept.")
+        click.echo(f"Made {made} {seconds}; {report.kept:,} are kept in {report.shards} shards of {out}.")
+    else:
+        click.echo(f"Wrote {made} to {out} ({report.num:,} in {report.shards} shards) {seconds}.")
     devices = f"{report.devices} {'GPUs' if report.device == 'cuda' else 'CPU cores'}"
     loading = f"{report.ready_seconds or 0:.1f} s of loading"
     click.echo(f"Sampling: {report.images_per_second:.1f} images/s on {devices}, after {loading}.")

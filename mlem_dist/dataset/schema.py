@@ -7,6 +7,9 @@ import pyarrow as pa
 
 SEED, SCALE = "seed", "guidance_scale"
 
+# Exactly this struct, nullable and in this order: otherwise `datasets` silently loses the Image feature.
+IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
+
 
 def schema(labels: Sequence[str], table: pa.Schema | None = None, scores: Sequence[pa.Field] = ()) -> pa.Schema:
     """The schema: sample_id, image struct<bytes: binary, path: string>, label if there are classes, and seed.
@@ -20,8 +23,7 @@ def schema(labels: Sequence[str], table: pa.Schema | None = None, scores: Sequen
     """
     fields = [
         pa.field("sample_id", pa.int64()),
-        # Exactly this struct, nullable and in this order: otherwise `datasets` silently loses the Image feature.
-        pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
+        pa.field("image", IMAGE),
     ]
     if labels:
         fields.append(pa.field("label", pa.int64()))
