@@ -12,6 +12,9 @@ from diffusers import (
     DDPMPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -32,6 +35,10 @@ SCHEDULERS = {
     },
 }
 SCHEDULERS["sdxl"] = SCHEDULERS["sd"]
+SCHEDULERS["pixart-alpha"] = SCHEDULERS["pixart-sigma"] = SCHEDULERS["dit"]
+
+IMAGE_SIZES = {"pixart-alpha": (16, 24)}
+"""Height and width of images for pipelines whose models say that they were trained for larger ones."""
 
 
 def tokenizer(folder: Path) -> Any:
@@ -90,14 +97,41 @@ def conditional_unet(width: int, text: int, **further: Any) -> UNet2DConditionMo
     ).eval()
 
 
-def listen(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """Make a UNet with random weights depend on its text and sizes, to which it would hardly listen otherwise."""
-    for name, parameter in unet.named_parameters():
+def t5(width: int) -> tuple[Any, Any]:
+    """T5's tokenizer with a vocabulary of single characters, and its encoder."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokens = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *string.ascii_letters, *string.digits]
+    vocabulary = [(token, -float(i > 2)) for i, token in enumerate(tokens)]
+    config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
+    return T5Tokenizer(vocabulary, extra_ids=0), T5EncoderModel(config).eval()
+
+
+def pixart(width: int, text: int, sample_size: int) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=width // 2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=width,
+        sample_size=sample_size,
+        caption_channels=text,
+    ).eval()
+
+
+def listen(model: Any) -> Any:
+    """Make a model with random weights depend on its text and sizes, to which it would hardly listen otherwise."""
+    for name, parameter in model.named_parameters():
         if "attn2.to_v" in name or "attn2.to_out" in name:
             parameter.data *= 14
         if "add_embedding" in name:
             parameter.data *= 6
-    return unet
+        if "resolution_embedder" in name:
+            parameter.data *= 4
+        if "aspect_ratio_embedder" in name:
+            parameter.data *= 20
+    return model
 
 
 def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> Path:
@@ -130,6 +164,12 @@ def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> P
         for parameter in transformer.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
         pipeline = DiTPipeline(transformer, decoder, around)
+    elif kind.startswith("pixart"):
+        tokens, text = t5(16)
+        # PixArt-alpha takes sizes if its images are of 1024 pixels.
+        alpha = kind == "pixart-alpha"
+        transformer = listen(pixart(24 * size, 16, 128 if alpha else 8))
+        pipeline = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(tokens, text, vae(), transformer, around)
     else:
         tokens = tokenizer(folder / "tokens")
         decoder, text = vae(), text_encoder(len(tokens), 16, False)

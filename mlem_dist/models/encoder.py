@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlem_dist.extras import require
 from mlem_dist.files import read_object
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.weights import SAFE, VARIANT, chosen_weights
-from mlem_dist.solver.condition import NEGATIVE, POOLED, SIZES, TEXT, Condition
+from mlem_dist.solver.condition import MASK, NEGATIVE, POOLED, RESOLUTION, SIZES, TEXT, Condition
 
 BATCH = 16
 """Number of texts that are encoded together."""
@@ -42,7 +43,25 @@ def encode_clips(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
     return {TEXT: embedded, POOLED: pooled}
 
 
+def encode_masked(pipeline: Any, texts: Sequence[Text], **further: Any) -> dict[str, Tensor]:
+    """Texts as pipelines encode them by default that give models a mask; no text is an empty one.
+
+    Cleaning of captions, which is the default of some, needs the packages bs4 and ftfy; without them it is left out.
+    """
+    device, clean = pipeline.text_encoder.device, _default(pipeline, "clean_caption")
+    texts = [text or "" for text in texts]
+    embedded, mask, _, _ = pipeline.encode_prompt(texts, False, device=device, clean_caption=clean, **further)
+    return {TEXT: embedded, MASK: mask}
+
+
+def _default(pipeline: Any, name: str) -> Any:
+    """The default of an argument of a pipeline's call."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
 ENCODERS: Mapping[str, Encode] = {
+    "PixArtAlphaPipeline": encode_masked,
+    "PixArtSigmaPipeline": encode_masked,
     "StableDiffusionPipeline": encode_clip,
     "StableDiffusionXLPipeline": encode_clips,
 }
@@ -50,6 +69,12 @@ ENCODERS: Mapping[str, Encode] = {
 
 SIZED = ("StableDiffusionXLPipeline",)
 """Classes of pipelines whose models are conditioned on sizes."""
+
+RESOLVED = ("PixArtAlphaPipeline",)
+"""Classes of pipelines whose models may be conditioned on the image's height and width."""
+
+MASKED = tuple(kind for kind, encode in ENCODERS.items() if encode is encode_masked)
+"""Classes of pipelines whose models take a mask of the prompt's tokens."""
 
 
 class Encoder:
@@ -63,7 +88,9 @@ class Encoder:
 
     def __init__(self, pipeline: Any, kind: str, size: tuple[int, int]) -> None:
         self._pipeline, self._encode = pipeline, ENCODERS[kind]
-        self._sizes = [*size, 0, 0, *size] if kind in SIZED else None
+        self._sizes: dict[str, list[float]] = {SIZES: [*size, 0, 0, *size]} if kind in SIZED else {}
+        if kind in RESOLVED:
+            self._sizes[RESOLUTION] = [*size, size[0] / size[1]]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[Text]) -> Condition:
@@ -78,9 +105,9 @@ class Encoder:
             for name in encoded[0]:
                 every = torch.cat([part[name] for part in encoded])
                 condition[prefix + name] = every[rows.to(every.device)]
-        if self._sizes:
-            sizes = torch.tensor([self._sizes], dtype=torch.float32, device=condition[TEXT].device)
-            condition[SIZES] = sizes.expand(len(prompts), -1)
+        for name, sizes in self._sizes.items():
+            row = torch.tensor([sizes], dtype=torch.float32, device=condition[TEXT].device)
+            condition[name] = row.expand(len(prompts), -1)
         return condition
 
 
@@ -131,9 +158,15 @@ def encoder_shapes(folder: Path, kind: str) -> dict[str, tuple[int | None, ...]]
         for part in encoder_parts(folder)
         if part.startswith("text_encoder")
     ]
-    shapes: dict[str, tuple[int | None, ...]] = {TEXT: (None, sum(int(config["hidden_size"]) for config in configs))}
+    # T5 has its own name of the width.
+    widths = [int(config.get("hidden_size") or config["d_model"]) for config in configs]
+    shapes: dict[str, tuple[int | None, ...]] = {TEXT: (None, sum(widths))}
     if kind in SIZED:
         shapes |= {POOLED: (int(configs[-1]["projection_dim"]),), SIZES: (6,)}
+    if kind in MASKED:
+        shapes[MASK] = (None,)
+    if kind in RESOLVED:
+        shapes[RESOLUTION] = (3,)
     return shapes
 
 

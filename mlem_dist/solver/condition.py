@@ -13,6 +13,10 @@ TEXT, POOLED, SIZES = "text", "pooled", "sizes"
 the whole prompt (B, width), and original height and width, crop at the top and left, target height and width in pixels
 (B, 6)."""
 
+MASK, RESOLUTION = "mask", "resolution"
+"""Names of further tensors of a ladder with prompts: 1 for each token of the prompt and 0 for padding (B, tokens), and
+the image's height and width in pixels and their ratio (B, 3)."""
+
 NEGATIVE = "negative_"
 """Prefix of the name of a tensor that takes another one's place in unconditional evaluations, by guided levels."""
 

@@ -1,7 +1,9 @@
 """With as many evaluations as steps, images are those of the pipelines of diffusers, for every family."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from pipelines import make_pipeline
+from pipelines import IMAGE_SIZES, make_pipeline
 
 import mlem_dist
 from mlem_dist.ladder.ladder import Ladder
@@ -40,6 +42,14 @@ def prompted(kind: str, negative: Any = NEGATIVE, **scheduler: Any) -> Case:
     return Case(kind, scheduler, texts, {"prompt": PROMPTS, "negative_prompt": negative, "guidance_scale": SCALE})
 
 
+def masked(kind: str, negative: Any = NEGATIVE) -> Case:
+    """A case of a pipeline that has no difference between no negative prompts and empty ones."""
+    height, width = IMAGE_SIZES.get(kind, (16, 16))
+    case = prompted(kind, negative)
+    case.theirs.update(height=height, width=width, use_resolution_binning=False, negative_prompt=negative or "")
+    return case
+
+
 CASES = {
     "pixels": Case("pixels", theirs={"batch_size": 2}),
     "dit": Case("dit", ours={"labels": [1, 7]}, theirs={"class_labels": [1, 7], "guidance_scale": SCALE}),
@@ -49,6 +59,8 @@ CASES = {
     "sdxl": prompted("sdxl"),
     "sdxl without negative prompts": prompted("sdxl", None),
     "sdxl with empty negative prompts": prompted("sdxl", ["", ""]),
+    "pixart-alpha": masked("pixart-alpha"),
+    "pixart-sigma without negative prompts": masked("pixart-sigma", None),
 }
 
 
@@ -63,18 +75,21 @@ def folders(tmp_path_factory):
             folder = tmp_path_factory.mktemp("pipelines")
             pipeline = make_pipeline(case.kind, folder / case.kind, **case.scheduler)
             guidance = None if case.kind == "pixels" else SCALE
-            Ladder.create(folder / "ladder", [pipeline], guidance=guidance, measure=False)
+            size = IMAGE_SIZES.get(case.kind)
+            Ladder.create(folder / "ladder", [pipeline], guidance=guidance, size=size, measure=False)
             made[key] = pipeline, folder / "ladder"
         return made[key]
 
     return get
 
 
-def run_pipeline(folder: Path, **arguments: Any) -> np.ndarray:
-    """The images of a pipeline, float (2, H, W, C) from 0 to 255."""
+def run_pipeline(folder: Path, change: Callable[..., Any] | None = None, **arguments: Any) -> np.ndarray:
+    """The images of a pipeline, float (2, H, W, C) from 0 to 255; `change` is a hook before its transformer."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     if isinstance(pipeline, diffusers.DDPMPipeline):
         pipeline = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
+    if change:
+        pipeline.transformer.register_forward_pre_hook(change, with_kwargs=True)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     images = pipeline(generator=generators, num_inference_steps=STEPS, output_type="np", **arguments).images
@@ -125,12 +140,32 @@ def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp
         assert table["negative_prompt"].to_pylist() == ours["negative_prompts"]
 
 
+MASKED = ("pixart-alpha",)
+"""Cases whose models take a mask of the tokens."""
+
+
 def moved(case: Case, folders: Any, expected: np.ndarray, **changes: Any) -> float:
     """Mean change of the pipeline's images by other arguments, relative to `MEAN`."""
     return float(np.abs(run_pipeline(folders(case)[0], **case.theirs | changes) - expected).mean()) / MEAN
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl"])
+def masks(case: Case, folders: Any, expected: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Arguments of a pipeline with masks that hide nothing, after a check that its own give the same images."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folders(case)[0])
+    encoded = pipeline.encode_prompt(PROMPTS, True, NEGATIVE, device="cpu")
+    names = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
+    given = dict(zip(names, encoded, strict=True)) | {"prompt": None, "negative_prompt": None}
+    assert moved(case, folders, expected, **given) < 0.01
+    return {name: {**given, name: torch.ones_like(given[name])} for name in names if "mask" in name}
+
+
+def scaled(name: str, _: Any, arguments: Any, keywords: Any) -> Any:
+    """Arguments of a transformer with another size or aspect ratio."""
+    added = keywords["added_cond_kwargs"]
+    return arguments, {**keywords, "added_cond_kwargs": {**added, name: 1.5 * added[name]}}
+
+
+@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", "pixart-alpha"])
 def test_every_input_moves_the_images(name, folders):
     """Otherwise the tests above would show nothing of it."""
     case = CASES[name]
@@ -142,7 +177,7 @@ def test_every_input_moves_the_images(name, folders):
         changes |= {
             "prompts": {"prompt": OTHER_PROMPTS},
             "negative prompts": {"negative_prompt": OTHER_NEGATIVE},
-            "no negative prompts": {"negative_prompt": None},
+            "no negative prompts": {"negative_prompt": "" if name in MASKED else None},
         }
     if name == "sdxl":
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folders(case)[0])
@@ -159,5 +194,12 @@ def test_every_input_moves_the_images(name, folders):
             "target sizes": {"target_size": (64, 32)},
         }
         assert moved(case, folders, expected, **embedded) < 0.01
+    if name in MASKED:
+        changes |= masks(case, folders, expected)
+    if name == "pixart-alpha":
+        changes |= {
+            "resolution": {"change": partial(scaled, "resolution")},
+            "aspect ratio": {"change": partial(scaled, "aspect_ratio")},
+        }
     for what, arguments in changes.items():
         assert moved(case, folders, expected, **arguments) > 20, what

@@ -8,11 +8,12 @@ from typing import Any
 from mlem_dist.errors import UsageError
 from mlem_dist.models.families.dit import DiT
 from mlem_dist.models.families.family import Family
+from mlem_dist.models.families.pixart import PixArt
 from mlem_dist.models.families.stable_diffusion import ConditionalUNet
 from mlem_dist.models.families.unet import UNet
 
 FAMILIES: Mapping[str, Family] = {
-    name: family for family in (UNet(), DiT(), ConditionalUNet()) for name in family.names
+    name: family for family in (UNet(), DiT(), ConditionalUNet(), PixArt()) for name in family.names
 }
 """The families by the names of their models' classes."""
 
@@ -30,5 +31,9 @@ def family_of(kind: str, where: str) -> Family:
 
 
 def config_kind(config: Mapping[str, Any]) -> str:
-    """The name of the class in a model's configuration."""
-    return str(config.get("_class_name"))
+    """The name of the class in a model's configuration.
+
+    Configurations of PixArt may name the class `Transformer2DModel`, of which its model was a part.
+    """
+    kind = str(config.get("_class_name"))
+    return PixArt.names[0] if kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single" else kind
