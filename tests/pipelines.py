@@ -7,22 +7,26 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
     DDPMPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 
-SCHEDULERS = {
-    # As they come: DiT with linear betas, Stable Diffusion with a spacing and an offset of its own.
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    # As they come: DiT with linear betas, Stable Diffusion with a spacing and an offset of its own, SANA with a flow.
     "pixels": {"clip_sample": False, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     "dit": {"clip_sample": False},
     "sd": {
@@ -33,12 +37,13 @@ SCHEDULERS = {
         "set_alpha_to_one": False,
         "steps_offset": 1,
     },
+    "sana": {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
 }
 SCHEDULERS["sdxl"] = SCHEDULERS["sd"]
 SCHEDULERS["pixart-alpha"] = SCHEDULERS["pixart-sigma"] = SCHEDULERS["dit"]
 
-IMAGE_SIZES = {"pixart-alpha": (16, 24)}
-"""Height and width of images for pipelines whose models say that they were trained for larger ones."""
+IMAGE_SIZES = {"pixart-alpha": (16, 24), "sana": (32, 32)}
+"""Height and width of images for pipelines whose models say that they were trained for others."""
 
 
 def tokenizer(folder: Path) -> Any:
@@ -120,8 +125,54 @@ def pixart(width: int, text: int, sample_size: int) -> PixArtTransformer2DModel:
     ).eval()
 
 
+def gemma(width: int) -> tuple[Any, Any]:
+    """Gemma's tokenizer with a vocabulary of single characters, and the model without its head."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\N{LOWER ONE EIGHTH BLOCK}", *string.printable.strip()]
+    config = Gemma2Config(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return GemmaTokenizer({token: i for i, token in enumerate(tokens)}), Gemma2Model(config).eval()
+
+
+def dc_vae() -> AutoencoderDC:
+    return AutoencoderDC(
+        latent_channels=8,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.4,
+    ).eval()
+
+
+def sana(width: int, text: int) -> SanaTransformer2DModel:
+    return SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=width // 2,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=width // 2,
+        cross_attention_dim=width,
+        caption_channels=text,
+        sample_size=8,
+        timestep_scale=0.5,
+    ).eval()
+
+
 def listen(model: Any) -> Any:
-    """Make a model with random weights depend on its text and sizes, to which it would hardly listen otherwise."""
+    """Make a model with random weights depend on text, time and sizes, to which it would hardly listen otherwise."""
     for name, parameter in model.named_parameters():
         if "attn2.to_v" in name or "attn2.to_out" in name:
             parameter.data *= 14
@@ -129,6 +180,8 @@ def listen(model: Any) -> Any:
             parameter.data *= 6
         if "resolution_embedder" in name:
             parameter.data *= 4
+        if "time_embed" in name:
+            parameter.data *= 2
         if "aspect_ratio_embedder" in name:
             parameter.data *= 20
     return model
@@ -137,7 +190,7 @@ def listen(model: Any) -> Any:
 def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> Path:
     """Save a tiny pipeline of a kind of `SCHEDULERS`; `size` sets the width of its model, and the rest is the same."""
     torch.manual_seed(0)
-    around = DDIMScheduler(**SCHEDULERS[kind] | scheduler)
+    around = (DPMSolverMultistepScheduler if kind == "sana" else DDIMScheduler)(**SCHEDULERS[kind] | scheduler)
     pipeline: Any
     if kind == "pixels":
         unet = UNet2DModel(
@@ -170,6 +223,9 @@ def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> P
         alpha = kind == "pixart-alpha"
         transformer = listen(pixart(24 * size, 16, 128 if alpha else 8))
         pipeline = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(tokens, text, vae(), transformer, around)
+    elif kind == "sana":
+        tokens, text = gemma(16)
+        pipeline = SanaPipeline(tokens, text, dc_vae(), listen(sana(16 * size, 16)), around)
     else:
         tokens = tokenizer(folder / "tokens")
         decoder, text = vae(), text_encoder(len(tokens), 16, False)

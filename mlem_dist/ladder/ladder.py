@@ -365,7 +365,9 @@ class Ladder:
         digest = self.decoder.sha256.get("config.json", "")
         config = read_object(self.place(f"{self.decoder.path}/config.json", digest), "decoder's configuration")
         factor = upscaling(config)
-        return int(config["out_channels"]), self.sample_shape[1] * factor, self.sample_shape[2] * factor
+        # Autoencoders without this key take and make the same channels.
+        channels = int(config.get("out_channels") or config["in_channels"])
+        return channels, self.sample_shape[1] * factor, self.sample_shape[2] * factor
 
     @property
     def source(self) -> str:

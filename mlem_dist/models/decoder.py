@@ -10,7 +10,7 @@ from torch import Tensor, nn
 PIXELS = 1024**2
 """Pixels that are decoded together; one image at least. Activations of a decoder take some kilobytes per pixel."""
 
-DECODERS = ("AutoencoderKL",)
+DECODERS = ("AutoencoderDC", "AutoencoderKL")
 """Classes of diffusers whose models decode latents."""
 
 
@@ -38,7 +38,9 @@ class Decoder(nn.Module):
     def latents(self, images: Tensor) -> Tensor:
         """The most likely latents (B, c, h, w) float32, of images (B, C, H, W) float32 in [-1, 1]."""
         model: Any = self.model
-        encoded = model.encode(images.to(next(model.parameters()).dtype)).latent_dist.mode().float()
+        made = model.encode(images.to(next(model.parameters()).dtype))
+        # Autoencoders without a distribution of latents give the latents.
+        encoded = (made.latent_dist.mode() if "latent_dist" in made else made.latent).float()
         scale, shift = self._units(encoded)
         latents: Tensor = (encoded - shift) / scale
         return latents
@@ -55,4 +57,5 @@ class Decoder(nn.Module):
 
 def upscaling(config: Any) -> int:
     """The ratio of the height of an image to that of its latents, for an autoencoder's configuration."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+    return int(2 ** (len(widths) - 1))

@@ -54,6 +54,12 @@ def encode_masked(pipeline: Any, texts: Sequence[Text], **further: Any) -> dict[
     return {TEXT: embedded, MASK: mask}
 
 
+def encode_instructed(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Prompts as `SanaPipeline` encodes them: after its instruction to the text encoder, which is a language model."""
+    instruction = _default(pipeline, "complex_human_instruction")
+    return encode_masked(pipeline, texts, complex_human_instruction=instruction)
+
+
 def _default(pipeline: Any, name: str) -> Any:
     """The default of an argument of a pipeline's call."""
     return inspect.signature(type(pipeline).__call__).parameters[name].default
@@ -62,10 +68,14 @@ def _default(pipeline: Any, name: str) -> Any:
 ENCODERS: Mapping[str, Encode] = {
     "PixArtAlphaPipeline": encode_masked,
     "PixArtSigmaPipeline": encode_masked,
+    "SanaPipeline": encode_instructed,
     "StableDiffusionPipeline": encode_clip,
     "StableDiffusionXLPipeline": encode_clips,
 }
 """The function for each class of pipelines that are conditioned on prompts."""
+
+NEGATIVE_ENCODERS: Mapping[str, Encode] = {"SanaPipeline": encode_masked}
+"""The function for negative prompts, where it is another one."""
 
 SIZED = ("StableDiffusionXLPipeline",)
 """Classes of pipelines whose models are conditioned on sizes."""
@@ -73,7 +83,7 @@ SIZED = ("StableDiffusionXLPipeline",)
 RESOLVED = ("PixArtAlphaPipeline",)
 """Classes of pipelines whose models may be conditioned on the image's height and width."""
 
-MASKED = tuple(kind for kind, encode in ENCODERS.items() if encode is encode_masked)
+MASKED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
 """Classes of pipelines whose models take a mask of the prompt's tokens."""
 
 
@@ -87,7 +97,8 @@ class Encoder:
     """
 
     def __init__(self, pipeline: Any, kind: str, size: tuple[int, int]) -> None:
-        self._pipeline, self._encode = pipeline, ENCODERS[kind]
+        self._pipeline = pipeline
+        self._encode = {"": ENCODERS[kind], NEGATIVE: NEGATIVE_ENCODERS.get(kind, ENCODERS[kind])}
         self._sizes: dict[str, list[float]] = {SIZES: [*size, 0, 0, *size]} if kind in SIZED else {}
         if kind in RESOLVED:
             self._sizes[RESOLUTION] = [*size, size[0] / size[1]]
@@ -100,7 +111,7 @@ class Encoder:
             distinct = list(dict.fromkeys(texts))
             parts = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
             with quiet_diffusers():
-                encoded = [self._encode(self._pipeline, part) for part in parts]
+                encoded = [self._encode[prefix](self._pipeline, part) for part in parts]
             rows = torch.tensor([distinct.index(text) for text in texts])
             for name in encoded[0]:
                 every = torch.cat([part[name] for part in encoded])

@@ -1,5 +1,6 @@
 """With as many evaluations as steps, images are those of the pipelines of diffusers, for every family."""
 
+import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,10 +43,11 @@ def prompted(kind: str, negative: Any = NEGATIVE, **scheduler: Any) -> Case:
     return Case(kind, scheduler, texts, {"prompt": PROMPTS, "negative_prompt": negative, "guidance_scale": SCALE})
 
 
-def masked(kind: str, negative: Any = NEGATIVE) -> Case:
+def masked(kind: str, negative: Any = NEGATIVE, solver: str = "ode", **scheduler: Any) -> Case:
     """A case of a pipeline that has no difference between no negative prompts and empty ones."""
     height, width = IMAGE_SIZES.get(kind, (16, 16))
-    case = prompted(kind, negative)
+    case = prompted(kind, negative, **scheduler)
+    case.ours.update(solver=solver)
     case.theirs.update(height=height, width=width, use_resolution_binning=False, negative_prompt=negative or "")
     return case
 
@@ -61,6 +63,8 @@ CASES = {
     "sdxl with empty negative prompts": prompted("sdxl", ["", ""]),
     "pixart-alpha": masked("pixart-alpha"),
     "pixart-sigma without negative prompts": masked("pixart-sigma", None),
+    "sana": masked("sana", solver="dpm++"),
+    "sana of first order, without negative prompts": masked("sana", None, solver_order=1),
 }
 
 
@@ -122,7 +126,9 @@ def test_samples_are_those_of_the_pipeline(case, folders, expected):
 
 
 # That pools write the bytes of one process is tested for all families in test_family_ladders.py.
-@pytest.mark.parametrize(("name", "placement"), [("dit", "together"), ("sd", "together"), ("sdxl", "pools")])
+@pytest.mark.parametrize(
+    ("name", "placement"), [("dit", "together"), ("sd", "together"), ("sdxl", "pools"), ("sana", "together")]
+)
 def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
     case = CASES[name]
     pipeline, ladder = folders(case)
@@ -140,7 +146,7 @@ def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp
         assert table["negative_prompt"].to_pylist() == ours["negative_prompts"]
 
 
-MASKED = ("pixart-alpha",)
+MASKED = ("pixart-alpha", "sana")
 """Cases whose models take a mask of the tokens."""
 
 
@@ -149,14 +155,26 @@ def moved(case: Case, folders: Any, expected: np.ndarray, **changes: Any) -> flo
     return float(np.abs(run_pipeline(folders(case)[0], **case.theirs | changes) - expected).mean()) / MEAN
 
 
+def instruction(pipeline: Any) -> dict[str, Any]:
+    """The instruction before prompts that is the default of a pipeline's call, if there is one."""
+    name = "complex_human_instruction"
+    defaults = inspect.signature(type(pipeline).__call__).parameters
+    return {name: defaults[name].default} if name in defaults else {}
+
+
 def masks(case: Case, folders: Any, expected: np.ndarray) -> dict[str, dict[str, Any]]:
     """Arguments of a pipeline with masks that hide nothing, after a check that its own give the same images."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folders(case)[0])
-    encoded = pipeline.encode_prompt(PROMPTS, True, NEGATIVE, device="cpu")
+    encoded = pipeline.encode_prompt(PROMPTS, True, NEGATIVE, device="cpu", **instruction(pipeline))
     names = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
     given = dict(zip(names, encoded, strict=True)) | {"prompt": None, "negative_prompt": None}
     assert moved(case, folders, expected, **given) < 0.01
     return {name: {**given, name: torch.ones_like(given[name])} for name in names if "mask" in name}
+
+
+def doubled_times(_: Any, arguments: Any, keywords: Any) -> Any:
+    """Arguments of a transformer with another scale of times."""
+    return arguments, {**keywords, "timestep": 2 * keywords["timestep"]}
 
 
 def scaled(name: str, _: Any, arguments: Any, keywords: Any) -> Any:
@@ -165,7 +183,7 @@ def scaled(name: str, _: Any, arguments: Any, keywords: Any) -> Any:
     return arguments, {**keywords, "added_cond_kwargs": {**added, name: 1.5 * added[name]}}
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", "pixart-alpha"])
+@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", *MASKED])
 def test_every_input_moves_the_images(name, folders):
     """Otherwise the tests above would show nothing of it."""
     case = CASES[name]
@@ -196,6 +214,11 @@ def test_every_input_moves_the_images(name, folders):
         assert moved(case, folders, expected, **embedded) < 0.01
     if name in MASKED:
         changes |= masks(case, folders, expected)
+    if name == "sana":
+        changes |= {
+            "instruction": {"complex_human_instruction": None},
+            "scale of times": {"change": doubled_times},
+        }
     if name == "pixart-alpha":
         changes |= {
             "resolution": {"change": partial(scaled, "resolution")},

@@ -3,11 +3,12 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pipelines import make_pipeline
+from pipelines import IMAGE_SIZES, make_pipeline
 
 import mlem_dist
 from mlem_dist.ladder.ladder import Ladder
@@ -17,7 +18,11 @@ from mlem_dist.solver.plan import held, impulse, single_level
 from mlem_dist.solver.steps import solver_table
 
 PROMPTS = ["a cat", "dogs on a hill", "a cat", "", "x" * 100]
-SOURCES = {"pixels": {}, "dit": {"labels": [1, 7]}, "sd": {"prompts": PROMPTS}, "sdxl": {"prompts": PROMPTS}}
+SOURCES: dict[str, dict[str, Any]] = {
+    "pixels": {},
+    "dit": {"labels": [1, 7]},
+    **{kind: {"prompts": PROMPTS} for kind in ("sd", "sdxl", "pixart-alpha", "sana")},
+}
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -35,7 +40,8 @@ def ladder(kind, tmp_path_factory):
     models = [make_pipeline(kind, folder / f"size-{size}", size) for size in (1, 2)]
     guidance = None if kind == "pixels" else 3.0
     below = {"gaussian": 40, "prompts": PROMPTS} if kind == "sd" else {}
-    return Ladder.create(folder / "ladder", models, guidance=guidance, measure=False, **below)
+    size = IMAGE_SIZES.get(kind)
+    return Ladder.create(folder / "ladder", models, guidance=guidance, size=size, measure=False, **below)
 
 
 def test_levels_are_in_order_and_share_what_is_loaded(ladder, kind):
