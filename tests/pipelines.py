@@ -218,11 +218,11 @@ def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> P
             parameter.data += 0.1 * torch.randn_like(parameter)
         pipeline = DiTPipeline(transformer, decoder, around)
     elif kind.startswith("pixart"):
-        tokens, text = t5(16)
+        (tokens, text), decoder = t5(16), vae()
         # PixArt-alpha takes sizes if its images are of 1024 pixels.
         alpha = kind == "pixart-alpha"
         transformer = listen(pixart(24 * size, 16, 128 if alpha else 8))
-        pipeline = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(tokens, text, vae(), transformer, around)
+        pipeline = (PixArtAlphaPipeline if alpha else PixArtSigmaPipeline)(tokens, text, decoder, transformer, around)
     elif kind == "sana":
         tokens, text = gemma(16)
         pipeline = SanaPipeline(tokens, text, dc_vae(), listen(sana(16 * size, 16)), around)

@@ -26,10 +26,16 @@ PARTS = ("transformer", "unet")
 
 OTHERS: Mapping[str, str] = {
     "ControlNetModel": "a ControlNet steers another model by a picture; take that model alone",
+    "AutoencoderDC": "an autoencoder is a part of a pipeline; give the pipeline's folder",
     "AutoencoderKL": "an autoencoder is a part of a pipeline; give the pipeline's folder",
 }
 """Reasons for classes of models that are not drifts, and the way out."""
 
+DISTILLED: Mapping[str, str] = {
+    "SanaSprintPipeline": "SANA-Sprint is distilled to a few steps of another parametrisation; take the folder of a "
+    "SanaPipeline"
+}
+"""Reasons for classes of pipelines whose models are not drifts, and the way out."""
 
 FILES: Mapping[str, str] = {
     "lora": "a LoRA, expected a model; load its pipeline by diffusers, then `pipeline.load_lora_weights(FILE)`, "
@@ -185,12 +191,13 @@ def _file_reason(file: Path) -> str:
 def _part(text: str, pipeline: Path) -> Source:
     """The model that is a part of a pipeline."""
     index = read_object(pipeline / "model_index.json", "pipeline")
+    kind = str(index.get("_class_name"))
+    if kind in DISTILLED:
+        raise UsageError(f"model {text!r}: {DISTILLED[kind]}")
     for part in PARTS:
         if isinstance(index.get(part), list) and index[part][1] is not None:
             return _source(text, text.rstrip("/").rpartition("/")[2].partition("@")[0], pipeline / part, pipeline)
-    raise UsageError(
-        f"model {text!r}: a {index.get('_class_name')} has no {' or '.join(PARTS)}; choose another pipeline"
-    )
+    raise UsageError(f"model {text!r}: a {kind} has no {' or '.join(PARTS)}; choose another pipeline")
 
 
 def _source(text: str, name: str, folder: Path, pipeline: Path | None) -> Source:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.solver.closed_form import AffineDrift, ClosedForm
-from mlem_dist.solver.condition import LABEL, POOLED, TEXT, Condition, take
+from mlem_dist.solver.condition import LABEL, MASK, POOLED, TEXT, Condition, take
 from mlem_dist.solver.conversion import combination
 from mlem_dist.solver.process import Process
 from mlem_dist.solver.steps import StepTable
@@ -36,8 +36,17 @@ def _rows(x0: Tensor, index: Tensor, in_range: Callable[[Tensor], Tensor]) -> Te
 
 
 def embedding(condition: Condition) -> Tensor:
-    """One vector for each sample's prompt, float32 (B, features): the pooled embedding, or the mean over its tokens."""
-    return (condition[POOLED] if POOLED in condition else condition[TEXT].mean(1)).float()
+    """One vector for each sample's prompt, float32 (B, features): the pooled embedding, or the mean over its tokens.
+
+    Without a mask, tokens of padding count as well.
+    """
+    if POOLED in condition:
+        return condition[POOLED].float()
+    if MASK not in condition:
+        return condition[TEXT].mean(1).float()
+    mask = condition[MASK].float()[:, :, None]
+    # A placeholder has no token that counts.
+    return (condition[TEXT].float() * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 class GaussianLevel(nn.Module):

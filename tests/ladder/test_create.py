@@ -25,9 +25,9 @@ from mlem_dist.solver.process import process_of
 
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory) -> Path:
-    """Folders of pipelines: sd of two sizes, sdxl, dit and pixels."""
+    """Folders of pipelines, one of each kind but sd, of which there are two sizes."""
     root = tmp_path_factory.mktemp("pipelines")
-    for kind in ("sd", "sdxl", "dit", "pixels"):
+    for kind in ("sd", "sdxl", "dit", "pixels", "pixart-sigma", "sana"):
         make_pipeline(kind, root / kind)
     make_pipeline("sd", root / "large", 2)
     return root
@@ -269,6 +269,16 @@ def test_models_that_are_no_drifts_are_refused(pipelines, copy, tmp_path):
         out,
         copy("sdxl", "unet/config.json", _class_name="FluxTransformer2DModel"),
     )
+    refuse("SANA-Sprint is distilled", out, copy("sana", "model_index.json", _class_name="SanaSprintPipeline"))
+    sprint = shutil.copytree(pipelines / "sana" / "transformer", tmp_path / "sprint")
+    config = json.loads((sprint / "config.json").read_text())
+    (sprint / "config.json").write_text(json.dumps(config | {"guidance_embeds": True}))
+    refuse("guidance_embeds of its model is true", out, sprint, pipeline=pipelines / "sana")
+    refuse(
+        "it takes resolution, which the PixArtSigmaPipeline .* does not give",
+        out,
+        copy("pixart-sigma", "transformer/config.json", use_additional_conditions=True),
+    )
     refuse("no such folder; expected the folder of a pipeline", out, tmp_path / "nothing" / "here" / "at all")
     (tmp_path / "empty").mkdir()
     refuse("neither model_index.json nor config.json", out, tmp_path / "empty")
@@ -280,6 +290,13 @@ def test_models_that_are_no_drifts_are_refused(pipelines, copy, tmp_path):
     (tmp_path / "control").mkdir()
     (tmp_path / "control" / "config.json").write_text(json.dumps(config))
     refuse("a ControlNet steers another model by a picture", out, tmp_path / "control", pipeline=pipelines / "sd")
+
+
+def test_pixart_may_name_the_class_of_which_it_was_a_part(copy, tmp_path):
+    folder = copy("pixart-sigma", "transformer/config.json", _class_name="Transformer2DModel", num_vector_embeds=None)
+    ladder = Ladder.create(tmp_path / "ladder", [folder], measure=False)
+    assert ladder.levels[0].kind == "PixArtTransformer2DModel"
+    assert ladder.load_level(1, "cpu")
 
 
 def test_weights_that_are_pickles_or_missing_are_refused(pipelines, copy, tmp_path):
@@ -347,7 +364,7 @@ def test_a_gaussian_is_fitted_to_samples_of_the_best_level(pipelines, tmp_path):
     assert len(images) == 4
 
 
-@pytest.mark.parametrize("kind", ["sd", "pixels"])
+@pytest.mark.parametrize("kind", ["sd", "sana", "pixels"])
 def test_a_gaussian_is_fitted_to_images(kind, pipelines, tmp_path):
     """To their latents in the unit of the pipeline, if samples are latents."""
     rng = np.random.default_rng(0)
@@ -368,8 +385,9 @@ def test_a_gaussian_is_fitted_to_images(kind, pipelines, tmp_path):
     else:
         pictures = torch.stack([torch.full(made.image_shape, v) for v in (-0.5, 0.0, 0.5)])
         latents = decoder.latents(pictures)
-        again = decoder.model.encode(pictures).latent_dist.mode() * decoder.config.scaling_factor
-        torch.testing.assert_close(latents, again)
+        encoded = decoder.model.encode(pictures)
+        again = encoded.latent if kind == "sana" else encoded.latent_dist.mode()
+        torch.testing.assert_close(latents, again * decoder.config.scaling_factor)
     with pytest.raises(UsageError, match="expected a folder of images"):
         Ladder.create(tmp_path / "no", [pipelines / kind], measure=False, gaussian=tmp_path / "nowhere")
     assert not (tmp_path / "no").exists()

@@ -12,12 +12,19 @@ from torch import nn
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.loader import WIDE
-from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel
+from mlem_dist.models.gaussian import FIT_ROWS, GaussianLevel, embedding
 from mlem_dist.models.level import ModelLevel, new_unet_level
+from mlem_dist.solver.condition import MASK, TEXT
 from mlem_dist.solver.integrate import evaluate, integrate
 from mlem_dist.solver.plan import Increment, single_level
 from mlem_dist.solver.process import process_of
 from mlem_dist.solver.steps import solver_table
+
+
+def test_padding_does_not_count_in_the_embedding_of_a_prompt():
+    text, mask = torch.randn(3, 4, 5), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    expected = torch.stack([text[0, :3].mean(0), text[1, 0], text[2].mean(0)])
+    torch.testing.assert_close(embedding({TEXT: text, MASK: mask}), expected)
 
 
 def test_the_gaussian_level_is_the_exact_posterior_mean():

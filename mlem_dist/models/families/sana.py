@@ -31,8 +31,8 @@ class Sana(Family):
         """As `Family.refusal`."""
         if config.get("guidance_embeds"):
             return (
-                "guidance_embeds of its model is true, expected false: models of SANA-Sprint are distilled to a few "
-                "steps of another parametrisation; take the model of a SanaPipeline"
+                "guidance_embeds of its model is true, expected false: SANA-Sprint is distilled to a few steps of "
+                "another parametrisation; take the model of a SanaPipeline"
             )
         return ""
 
