@@ -134,7 +134,10 @@ def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp
     pipeline, ladder = folders(case)
     # Sample i has the seed 3 + i, and the sixth the second's of the pipeline.
     take = {"num": 6, "seed": SEEDS[0], "block_size": 3, "shard_size": 6, "devices": 2}
-    ours = {key: values if key == "labels" else [values[i == 5] for i in range(6)] for key, values in case.ours.items()}
+    ours = {
+        key: [values[i == 5] for i in range(6)] if key.endswith("prompts") else values
+        for key, values in case.ours.items()
+    }
     mlem_dist.generate(
         ladder, out=str(tmp_path / "out"), nfe=STEPS, steps=STEPS, grid="model", placement=placement, **take, **ours
     )
