@@ -18,6 +18,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import UNGUIDED
+from mlem_dist.models.encoder import BINNED
 from mlem_dist.solver.plan import plan_from_dict, recipe_from_dict
 from mlem_dist.store import Location, parse_location
 
@@ -146,6 +147,8 @@ def diffusers_lines(ladder: Ladder, job: Job, row: dict[str, Any]) -> str:
         arguments.append(f"negative_prompt={row[NEGATIVE_PROMPT]!r}")
     arguments += [f"guidance_scale={scale:g}", f"num_inference_steps={job.steps}", f"height={height}"]
     arguments += [f"width={width}", "generator=generator"]
+    if ladder.encoder.kind in BINNED:
+        arguments.append("use_resolution_binning=False")
     return "\n".join(
         [
             *lines,

@@ -86,6 +86,9 @@ RESOLVED = ("PixArtAlphaPipeline",)
 MASKED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
 """Classes of pipelines whose models take a mask of the prompt's tokens."""
 
+BINNED = MASKED
+"""Classes of pipelines that make images of the nearest of their sizes and resize them, unless they are told not to."""
+
 
 class Encoder:
     """The text encoders of a pipeline.

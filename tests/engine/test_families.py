@@ -17,6 +17,7 @@ from PIL import Image
 from pipelines import IMAGE_SIZES, make_pipeline
 
 import mlem_dist
+from mlem_dist import api
 from mlem_dist.ladder.ladder import Ladder
 
 STEPS, SEEDS, SCALE = 6, [3, 8], 7.0
@@ -147,6 +148,16 @@ def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp
     if "prompts" in ours:
         assert table["prompt"].to_pylist() == ours["prompts"]
         assert table["negative_prompt"].to_pylist() == ours["negative_prompts"]
+
+
+def test_lines_of_a_remade_image_make_it_by_the_pipeline(folders, tmp_path):
+    given = {"num": 1, "seed": SEEDS[0], "steps": STEPS, "nfe": STEPS, "engine": "inline", "grid": "model"}
+    ladder = folders(CASES["sana"])[1]
+    mlem_dist.generate(ladder, out=str(tmp_path / "out"), prompts=PROMPTS[:1], solver="dpm++", **given)
+    remade = api.remake(str(tmp_path / "out"), 0, out=tmp_path / "0.png")
+    made: dict[str, Any] = {}
+    exec(remade.lines, made)
+    assert_same(remade.stored, np.asarray(made["image"], float))
 
 
 MASKED = ("pixart-alpha", "sana")
