@@ -1,4 +1,4 @@
-"""Resources of this process: CPU cores, open files, standard streams."""
+"""Resources of this process: CPU cores, memory, open files, standard streams."""
 
 from __future__ import annotations
 
@@ -24,19 +24,33 @@ def available_cores() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), *map(int, _quotas())))
 
 
-def _quotas() -> list[float]:
-    """CPU limits in cores: all cores of the machine, and the finite quota of each control group of this process."""
-    granted: list[float] = [float(os.cpu_count() or 1)]
+def memory_per_core() -> float:
+    """Bytes of memory for each of `available_cores`, of the machine's memory or of its container's limit."""
+    granted: list[float] = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    files = [group / "memory.max" for group in _control_groups()]
+    for file in (*files, CGROUPS / "memory" / "memory.limit_in_bytes"):
+        # The word for no limit is no number.
+        with suppress(OSError, ValueError):
+            granted.append(float(int(file.read_text("utf-8"))))
+    return min(granted) / available_cores()
+
+
+def _control_groups() -> list[Path]:
+    """The folders of the control group of this process and of those around it, in version 2 of control groups."""
     own = ""
     with suppress(OSError):
         # Control groups of version 2 have one line, 0::PATH; PATH starts at the root of the process's own namespace.
         own = next((line[3:] for line in OWN_CGROUP.read_text("utf-8").splitlines() if line.startswith("0::")), "")
     folder = CGROUPS / own.strip("/")
-    for level in (folder, *folder.parents):
-        if not level.is_relative_to(CGROUPS):
-            break
+    return [group for group in (folder, *folder.parents) if group.is_relative_to(CGROUPS)]
+
+
+def _quotas() -> list[float]:
+    """CPU limits in cores: all cores of the machine, and the finite quota of each control group of this process."""
+    granted: list[float] = [float(os.cpu_count() or 1)]
+    for group in _control_groups():
         with suppress(OSError, ValueError):
-            quota, period = (level / "cpu.max").read_text("utf-8").split()
+            quota, period = (group / "cpu.max").read_text("utf-8").split()
             granted.append(float(quota) / float(period))
     with suppress(OSError, ValueError):
         quota, period = ((CGROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text("utf-8") for name in ("quota", "period"))

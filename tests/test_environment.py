@@ -212,6 +212,29 @@ def test_cores_are_those_that_a_container_lends(tmp_path, monkeypatch, quotas, c
     assert machine.available_cores() == cores
 
 
+@pytest.mark.parametrize(
+    ("limits", "share"),
+    [
+        ({}, 16),
+        ({"memory.max": "max", "job/memory.max": "4096"}, 4),
+        ({"memory.max": "8192", "job/memory.max": "max", "job/step/memory.max": "999999999"}, 8),
+        ({"memory/memory.limit_in_bytes": "2048"}, 2),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, 16),
+    ],
+)
+def test_memory_is_what_a_container_lends(tmp_path, monkeypatch, limits, share):
+    """In KiB, of the 16 that the machine has, to the one core that the container lends."""
+    for name, content in ({"cpu.max": "100000 100000"} | limits).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    own = tmp_path / "own"
+    own.write_text("0::/job/step\n")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "OWN_CGROUP", own)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4}.__getitem__)
+    assert machine.memory_per_core() == 1024 * share
+
+
 @pytest.mark.parametrize("kind", ["generate", "draw", "plan", "tune", "train", "show", "verify", "ladder"])
 def test_an_empty_path_is_refused(tmp_path, monkeypatch, refuses, kind):
     """As that of a variable which is not set: the current folder is not meant."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,8 +40,9 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import OPERATIONS, UNGUIDED
-from mlem_dist.ladder.sizes import sizes
+from mlem_dist.ladder.sizes import default_block, default_shard, memory_note
 from mlem_dist.machine import available_cores
+from mlem_dist.models.devices import device_memory
 from mlem_dist.solver.plan import Draw, Increments, Plan
 from mlem_dist.solver.probabilities import Rule
 from mlem_dist.solver.steps import Spacing, canonical_solver
@@ -227,8 +229,10 @@ def generate(
             actor and called with a dict of columns, they return a dict of new ones, which are written beside the image.
         keep: condition on columns, such as "score > 0.5"; other rows are left out. Sample ids stay those of all images.
         until: number of rows to keep: images are made in order until so many are kept, `num` at most.
-        block_size: number of samples that advance together; 100 on CPUs and 500 on GPUs by default.
-        shard_size: number of samples in a Parquet file, a multiple of the block size.
+        block_size: number of samples that advance together; by default that of the dataset that an earlier run has
+            begun, else 100 on CPUs and 500 on GPUs, and fewer of large samples or where a device has little memory.
+        shard_size: number of samples in a Parquet file, a multiple of the block size; by default as for blocks, else
+            2,000, and fewer of large images.
         placement: assignment of levels to pools: "together", "pools", groups such as "1-3,4", or "auto" for the
             placement with the fastest forecast.
         coalesce: number of blocks that a pool other than the first may evaluate together.
@@ -250,7 +254,7 @@ def generate(
     """
     given = {name: value for name, value in locals().items() if name not in ("notify", "progress")}
     started = time.monotonic()
-    request = _prepare(**given)
+    request = _prepare(**_with_begun_sizes(given))
     job, loaded, place = request.job, request.ladder, request.out
     dataset = open_dataset(job, loaded, place)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
@@ -332,7 +336,7 @@ def preview(
     from mlem_dist.report.sheet import save_row
 
     check_writable(picture.parent)
-    request = _prepare(ladder, **arguments)
+    request = _prepare(ladder, **_with_begun_sizes(arguments))
     job, loaded = request.job, request.ladder
     open_dataset(job, loaded, request.out)
     for sentence in request.notes:
@@ -435,7 +439,11 @@ def _prepare(
         _cluster().connect(address)
     device_type = _cluster().device_type(device) if remote else local_device(device)
     chosen, note = find_plan(loaded, loaded.costs(device_type), solver=method, steps=steps, grid=grid, **budget)
-    block_size, shard_size = sizes(loaded, device_type, block_size, shard_size)
+    notes = [note, _cost_note(loaded, device_type)]
+    if block_size is None:
+        memory = _memory(device_type, remote)
+        block_size = default_block(loaded, device_type, memory)
+        notes.append(memory_note(loaded, device_type, memory))
     job = Job(
         ladder=loaded.source,
         digest=loaded.digest,
@@ -446,7 +454,7 @@ def _prepare(
         plan=chosen,
         seed=seed,
         block_size=block_size,
-        shard_size=shard_size,
+        shard_size=default_shard(loaded, block_size) if shard_size is None else shard_size,
         device=device_type,
         precision=check_precision(precision, loaded),
         grid=grid,
@@ -465,9 +473,39 @@ def _prepare(
         raise UsageError(
             f"`negative_prompts`: the best level of ladder {loaded.name!r} has no guidance; leave them out"
         )
-    notes = [note, _cost_note(loaded, device_type), _guidance_note(job, loaded), _negative_note(job, loaded)]
+    notes += [_guidance_note(job, loaded), _negative_note(job, loaded)]
     given = place, pools, coalesce, devices, address, engine, remote
     return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])
+
+
+def _with_begun_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate`, with sizes of blocks and shards of a dataset that an earlier run has begun.
+
+    Sizes that are given remain. Those of a dataset stay the same on machines whose memory would lead to others.
+    """
+    out, (block_size, shard_size) = arguments["out"], map(arguments.get, ("block_size", "shard_size"))
+    try:
+        config = read_manifest(parse_location(out) if isinstance(out, str) else out).config
+    # There is no dataset yet, or `open_dataset` says what is wrong with it.
+    except UsageError:
+        return arguments
+    if block_size not in (None, config.get("block_size")):
+        return arguments
+    shard_size = config.get("shard_size") if shard_size is None else shard_size
+    return arguments | {"block_size": config.get("block_size"), "shard_size": shard_size}
+
+
+def _memory(device: str, remote: bool) -> float:
+    """Bytes of memory of the smallest device of a type, as of `least_memory`, or of one of this machine.
+
+    The latter holds for a Ray that this process starts, and for GPUs of nodes that cannot be asked.
+    """
+    if remote:
+        from mlem_dist.runtime.arrangement import least_memory
+
+        with suppress(UsageError):
+            return least_memory(device, remote)
+    return device_memory(device)
 
 
 def _guidance_note(job: Job, ladder: Ladder) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mlem_dist.api.arguments import Solver, check_new, find_plan, load_ladder
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.sizes import sizes
+from mlem_dist.ladder.sizes import default_block, default_shard
 from mlem_dist.solver.plan import Draw, Increments
 from mlem_dist.solver.probabilities import Rule
 from mlem_dist.solver.steps import Spacing, canonical_solver
@@ -72,7 +72,11 @@ def capacity(
         draw=draw,
         increments=increments,
     )
-    workload = Workload(num, chosen, 0, *sizes(loaded, kinds[0].devices.type, block_size, shard_size))
+    if block_size is None:
+        block_size = default_block(loaded, kinds[0].devices.type, kinds[0].memory)
+    if shard_size is None:
+        shard_size = default_shard(loaded, block_size)
+    workload = Workload(num, chosen, 0, block_size, shard_size)
     check_shards(workload)
     forecasts = plan_capacity(workload, loaded.weight_bytes, kinds)
     gains = marginal(workload, forecasts[0])

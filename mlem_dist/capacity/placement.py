@@ -18,10 +18,6 @@ LEAST_SHARE = 0.05
 CELL_DEVICES = 64
 """Largest number of devices per coordinator; `forecast` takes fewer if a coordinator is busy over half its time."""
 
-WEIGHT_SHARE = 0.5
-"""Largest share of a device's memory that weights may take; the rest is for activations and states."""
-
-
 SCORE = "score"
 """Name of the stage of scores, which has a pool of its own with any placement."""
 

@@ -13,7 +13,6 @@ import numpy as np
 from mlem_dist.capacity.placement import (
     CELL_DEVICES,
     SCORE,
-    WEIGHT_SHARE,
     Costs,
     Devices,
     Seat,
@@ -27,6 +26,7 @@ from mlem_dist.engine.program import Program, evaluations, levels_of
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import measured_costs
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.sizes import WEIGHT_SHARE
 from mlem_dist.solver.costs import LevelCosts, as_costs
 
 _CORE = Overheads(

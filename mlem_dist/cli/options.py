@@ -255,5 +255,5 @@ def size_options(command: Any) -> Any:
     return click.option(
         "--block-size",
         type=number,
-        help="Samples that advance together.  [default: 100; on GPUs 500; fewer of large images]",
+        help="Samples that advance together.  [default: 100; on GPUs 500; fewer of large images, or in little memory]",
     )(command)

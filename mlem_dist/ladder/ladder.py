@@ -53,7 +53,7 @@ from mlem_dist.models.encoder import Encoder
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.level import ModelLevel, check_prediction, on_meta, placeholder
+from mlem_dist.models.level import ModelLevel, check_prediction, level_bytes, on_meta, placeholder
 from mlem_dist.models.safety import SafetyChecker
 from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition, join
 from mlem_dist.solver.costs import LevelCosts, as_costs
@@ -313,14 +313,41 @@ class Ladder:
         """
         models = {level.path: level for level in reversed(self.levels) if level.kind != "gaussian"}
         for level in reversed(models.values()) if self.folder.parent != PACKAGE else ():
-            on_meta(level.name, self.sample_shape, level.patch, partial(self._untrained, level))
+            self._on_meta(level)
+
+    def _on_meta(self, level: Level) -> ModelLevel:
+        """A level on torch's meta device, without its guidance; see `on_meta`."""
+        return on_meta(level.name, self.sample_shape, level.patch, partial(self._untrained, level))
 
     def _untrained(self, level: Level) -> ModelLevel:
         """A level with initial weights, from its model's configuration alone."""
         gaussian = GaussianLevel(1, 1, 1, self.process) if level.prediction == "residual" else None
-        family = FAMILIES[level.kind]
-        model = family.model_class().from_config(self._config(level))
-        return ModelLevel(model, level.patch, level.prediction, self.process, gaussian, family=family)
+        family, dtype = FAMILIES[level.kind], getattr(torch, level.precision)
+        model = family.model_class().from_config(self._config(level)).eval().to(dtype)
+        return ModelLevel(model, level.patch, level.prediction, self.process, gaussian, dtype, family=family)
+
+    @cached_property
+    def activation_bytes(self) -> tuple[int, ...]:
+        """Bytes per sample of the activations of each level's evaluations, which are made one after the other.
+
+        Those that `ladder.json` does not tell are measured, as by `level_bytes`. That imports diffusers.
+
+        Raises:
+            UsageError: as for `check_models`.
+        """
+        models = {level.model or level.name: level for level in reversed(self.levels)}
+        known: dict[str, int] = {}
+
+        def of_model(name: str) -> int:
+            if name not in known:
+                gaussian = models[name].kind == "gaussian"
+                known[name] = 0 if gaussian else level_bytes(self._on_meta(models[name]), self.sample_shape)
+            return known[name]
+
+        return tuple(
+            level.activation_bytes or max(of_model(name) for name, _ in self._evaluations(level))
+            for level in self.levels
+        )
 
     def condition(self, samples: Tensor) -> Condition:
         """A condition of samples, by their numbers, int64 (B,): they take the classes or the prompts in turn.

@@ -66,6 +66,8 @@ def seconds_per_sample(
 def measure_costs(ladder: Ladder) -> Ladder:
     """Measure the costs of levels and stages on this machine's devices, and store them in `ladder.json`.
 
+    The bytes of the levels' activations, which do not depend on a machine, are stored with them.
+
     Returns:
         The ladder with the new costs.
     """
@@ -77,6 +79,8 @@ def measure_costs(ladder: Ladder) -> Ladder:
             for device in devices
         }
         entry["seconds"] = entry.get("seconds", {}) | seconds
+        if size := ladder.activation_bytes[number - 1]:
+            entry["activation_bytes"] = size
     for part, measure in (("encoder", _encoder_seconds), ("decoder", _decoder_seconds)):
         if entry := raw.get(part):
             entry["seconds"] = entry.get("seconds", {}) | {device: measure(ladder, device) for device in devices}

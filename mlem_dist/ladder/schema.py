@@ -63,6 +63,8 @@ class Level:
         sha256: hex digest of each file, by path relative to the ladder folder or absolute.
         seconds: measured cost T_k, seconds per sample of one evaluation, by device type.
         denoising_error: mean squared error per value of the drift on held-out data, by equal bands of noise.
+        activation_bytes: bytes per sample of an evaluation's activations in `precision`; 0 if they are not known, and
+            for a Gaussian, for which they are few.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Level:
     model: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     denoising_error: list[float] = field(default_factory=list)
+    activation_bytes: int = 0
 
 
 def parse_sample_shape(values: Any, latent: bool = False) -> tuple[int, int, int]:

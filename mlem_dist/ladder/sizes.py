@@ -13,23 +13,59 @@ than twice as long per sample (gpu.py in benchmarks/runtime)."""
 PIXEL_VALUES = {"cpu": 2**19, "cuda": 2**21}
 LATENT_VALUES = {"cpu": 2**16, "cuda": 2**18}
 """Largest number of values in the states of a default block, by device type, for samples that are images and for those
-that are latents: 4 samples of 4x64x64 on a CPU core, and 16 on a GPU. Activations of a network take hundreds to
-thousands of times the memory of its input, and large images keep a device busy few at a time."""
+that are latents: 4 samples of 4x64x64 on a CPU core, and 16 on a GPU. Large images keep a device busy few at a time,
+so that larger blocks bring nothing even where memory has room for them."""
+
+WEIGHT_SHARE = 0.5
+"""Largest share of a device's memory that weights may take in placements that the planner chooses."""
+
+ACTIVATION_SHARE = 0.5
+"""Largest share of the memory beside the weights that activations of a default block take. The rest is for states,
+images, workspaces of libraries, and allocators: a process on a CPU takes up to 1.6 times the estimated activations."""
 
 SHARD_SIZE, SHARD_BYTES = 2000, 5e8
 """Largest default number of samples in a shard, and of bytes of its images before encoding."""
 
 
-def default_block(ladder: Ladder, device: str) -> int:
-    """The default number of samples in a block on a device type."""
+def default_block(ladder: Ladder, device: str, memory: float = math.inf) -> int:
+    """The default number of samples in a block on a device type; at least one.
+
+    It is the least of `BLOCK_SIZE`, of what keeps a device busy by the number of a sample's values, and of the samples
+    whose activations take `ACTIVATION_SHARE` of `room_beside`. Memory thus makes blocks smaller, and never larger.
+
+    Args:
+        ladder: the ladder.
+        device: "cpu" or "cuda".
+        memory: bytes of memory of a device: of a GPU, or for each CPU core; infinite if it is not known.
+    """
     values = LATENT_VALUES if ladder.decoder else PIXEL_VALUES
-    return max(1, min(BLOCK_SIZE[device], values[device] // math.prod(ladder.sample_shape)))
+    block = min(BLOCK_SIZE[device], values[device] // math.prod(ladder.sample_shape))
+    if memory < math.inf and (each := max(ladder.activation_bytes)):
+        block = min(block, int(ACTIVATION_SHARE * room_beside(ladder, memory) / each))
+    return max(1, block)
 
 
-def sizes(ladder: Ladder, device: str, block_size: int | None, shard_size: int | None) -> tuple[int, int]:
-    """The number of samples in a block and in a shard: those given, or defaults for the ladder on a device type."""
-    block = default_block(ladder, device) if block_size is None else block_size
-    if shard_size is None:
-        most = min(SHARD_SIZE, int(SHARD_BYTES / math.prod(ladder.image_shape)))
-        shard_size = max(1, most // max(1, block)) * block
-    return block, shard_size
+def room_beside(ladder: Ladder, memory: float) -> float:
+    """Bytes of a device's memory that the weights of all levels and stages leave, in the precision of the ladder.
+
+    Where these take more than `WEIGHT_SHARE`, levels are in several pools, and that of a device leave the rest.
+    """
+    weights = float(ladder.weight_bytes.seconds.sum()) + sum(ladder.stage_bytes.values())
+    return max(memory - weights, (1 - WEIGHT_SHARE) * memory)
+
+
+def memory_note(ladder: Ladder, device: str, memory: float) -> str:
+    """A sentence for the user if a device's memory may not suffice for a single sample; else ""."""
+    if memory == math.inf or (each := max(ladder.activation_bytes)) <= (room := room_beside(ladder, memory)):
+        return ""
+    where = "a GPU" if device == "cuda" else "each CPU core"
+    return (
+        f"A sample of ladder {ladder.name!r} takes about {each / 1e9:.2g} GB beside the weights, which leave "
+        f"{room / 1e9:.2g} of the {memory / 1e9:.2g} GB of {where}: memory may run out; half precision needs less."
+    )
+
+
+def default_shard(ladder: Ladder, block_size: int) -> int:
+    """The default number of samples in a shard of whole blocks: as many as `SHARD_SIZE` and `SHARD_BYTES` allow."""
+    most = min(SHARD_SIZE, int(SHARD_BYTES / math.prod(ladder.image_shape)))
+    return max(1, most // max(1, block_size)) * block_size

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mlem_dist.errors import UsageError
+from mlem_dist.models.activations import activation_bytes
 from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.families.family import Family
 from mlem_dist.models.gaussian import GaussianLevel
@@ -136,8 +137,7 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
             if reason := level.family.refusal(config, level.process):
                 raise UsageError(f"level {name!r}: {reason}")
             # Two samples, as a condition of a wrong shape would broadcast to a single sample.
-            x, condition = torch.empty(2, *sample_shape), placeholder(level.family.inputs(config), 2)
-            level(x, torch.ones(2), condition, dict.fromkeys(level.takes, x))
+            _evaluate(level, sample_shape, 2)
     except UsageError:
         raise
     # Diffusers raises many types of errors for wrong arguments, often only in the forward pass.
@@ -148,6 +148,20 @@ def on_meta(name: str, sample_shape: tuple[int, int, int], patch: int, build: Ca
             f"{' '.join(str(error).split())}"
         ) from None
     return level
+
+
+def level_bytes(level: ModelLevel, sample_shape: tuple[int, int, int]) -> int:
+    """Bytes of activations per sample of an evaluation of a level of `on_meta`; see `activation_bytes`."""
+    with torch.device("meta"):
+        return activation_bytes(lambda batch: _evaluate(level, sample_shape, batch))
+
+
+def _evaluate(level: ModelLevel, sample_shape: tuple[int, int, int], batch: int) -> Tensor:
+    """A level's drift for samples and a condition without meaning."""
+    config: Any = level.model.config
+    x, condition = torch.empty(batch, *sample_shape), placeholder(level.family.inputs(config), batch)
+    drift: Tensor = level(x, torch.ones(batch), condition, dict.fromkeys(level.takes, x))
+    return drift
 
 
 def placeholder(inputs: Mapping[str, tuple[int | None, ...]], batch: int) -> Condition:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -21,6 +22,7 @@ from mlem_dist.engine.program import evaluations, levels_of
 from mlem_dist.engine.scores import time_scores
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import LEAST_SECONDS, Ladder
+from mlem_dist.models.devices import device_memory, gpu_memory
 from mlem_dist.runtime.cluster import count_devices, find_devices, live_nodes
 from mlem_dist.runtime.pool import cause
 
@@ -81,7 +83,7 @@ def arrange(job: Job, ladder: Ladder, placement: Placement | None, devices: int 
         by_devices = {kind.devices: kind for kind in kinds}
         layout = with_stages(placement.pools, tuple(by_devices[devices] for devices in pool_devices))
         return Arrangement(layout, forecast(job.workload, layout).cell_devices, timed=timed, score_types=types)
-    kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], _memory(job.device, remote), score)
+    kind = cluster_kind(pool_devices[0], ladder, cost[pool_devices[0]], least_memory(job.device, remote), score)
     forecasts = [forecast(job.workload, layout) for layout in layouts(job.workload, ladder.weight_bytes, kind)]
     forecasts.sort(key=lambda result: result.seconds)
     return Arrangement(forecasts[0].layout, forecasts[0].cell_devices, forecasts, timed, types)
@@ -174,39 +176,42 @@ def _replaced(cost: np.ndarray, numbers: Sequence[int], seconds: Sequence[float]
     )
 
 
-def _memory(device: str, remote: bool) -> float:
+def least_memory(device: str, remote: bool) -> float:
     """Memory of the smallest device in bytes: the smallest GPU, or the smallest memory per CPU core of a node.
 
-    If Ray is not `remote`, this process reads the memory of the machine's GPUs. Otherwise a process on each node, which
-    takes seconds to start, reads that of one GPU.
+    It is infinite if there are none. If Ray is not `remote`, this process reads the memory of the machine's GPUs.
+    Otherwise a process on each node, which takes seconds to start, reads that of one GPU, once per set of nodes.
 
     Raises:
         UsageError: if no GPU is free to be asked, or a node cannot report the memory of its GPUs.
     """
     if device == "cuda" and not remote:
-        return float(min(map(_gpu_bytes, range(torch.cuda.device_count()))))
+        return device_memory(device)
     if device == "cuda":
-        kind: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(_gpu_bytes)
-        nodes = [node["NodeID"] for node in live_nodes() if node["Resources"].get("GPU", 0)]
-        strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-        asked = [kind.options(scheduling_strategy=strategy).remote() for strategy in strategies]
-        answered, late = ray.wait(asked, num_returns=len(asked), timeout=DEVICE_SECONDS)
-        for task in late:
-            ray.cancel(task, force=True)
-        if not answered:
-            raise UsageError(
-                "`placement` auto: others use all GPUs, whose memory it asks for; wait for them, or name the placement"
-            )
-        try:
-            return float(min(ray.get(answered)))
-        except RayError as error:
-            raise UsageError(
-                f"`placement` auto: a node cannot say how much memory its GPUs have ({cause(error)}); install torch "
-                "with CUDA on every node, or name the placement"
-            ) from None
+        nodes = frozenset(node["NodeID"] for node in live_nodes() if node["Resources"].get("GPU", 0))
+        return _least_gpu(nodes) if nodes else math.inf
     resources = [node["Resources"] for node in live_nodes()]
-    return min(float(node["memory"] / node["CPU"]) for node in resources if node.get("CPU", 0) >= 1)
+    shares = (float(node["memory"] / node["CPU"]) for node in resources if node.get("CPU", 0) >= 1)
+    return min(shares, default=math.inf)
 
 
-def _gpu_bytes(index: int = 0) -> int:
-    return torch.cuda.get_device_properties(index).total_memory
+@lru_cache(maxsize=1)
+def _least_gpu(nodes: frozenset[str]) -> float:
+    """Bytes of memory of the smallest GPU of nodes, of each of which one GPU is asked; raises as `least_memory`."""
+    task: Any = ray.remote(num_cpus=0, num_gpus=0.01, max_calls=1)(gpu_memory)
+    strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    asked = [task.options(scheduling_strategy=strategy).remote() for strategy in strategies]
+    answered, late = ray.wait(asked, num_returns=len(asked), timeout=DEVICE_SECONDS)
+    for unanswered in late:
+        ray.cancel(unanswered, force=True)
+    if not answered:
+        raise UsageError(
+            "`placement` auto: others use all GPUs, whose memory it asks for; wait for them, or name the placement"
+        )
+    try:
+        return float(min(ray.get(answered)))
+    except RayError as error:
+        raise UsageError(
+            f"`placement` auto: a node cannot say how much memory its GPUs have ({cause(error)}); install torch "
+            "with CUDA on every node, or name the placement"
+        ) from None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.sizes import default_block
+from mlem_dist.models.devices import device_memory
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.graphs import as_run
 from mlem_dist.models.memory import keep_memory
@@ -44,9 +45,12 @@ def set_seed(number: int) -> int:
     return 2**32 - (number + 1) * SET_SIZE
 
 
-def block_size(ladder: Ladder, device: str) -> int:
-    """Number of samples per block: a power of two, so that it divides the numbers of samples of all comparisons."""
-    return 2 ** int(math.log2(min(BLOCK[device], default_block(ladder, device))))
+def block_size(ladder: Ladder, device: str, memory: float = math.inf) -> int:
+    """Number of samples per block: a power of two, so that it divides the numbers of samples of all comparisons.
+
+    `memory` is as for `default_block`. The number without it is a multiple of that with it.
+    """
+    return 2 ** int(math.log2(min(BLOCK[device], default_block(ladder, device, memory))))
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Measurement:
 class PlanComparison:
     """Error and time of plans on `samples` trajectories of a ladder with one solver.
 
-    Blocks have 32 samples, or 128 on a GPU, and fewer of large samples. The samples take the ladder's classes or
-    prompts in turn.
+    Blocks have 32 samples, or 128 on a GPU, and fewer of large samples or where the device's memory is small. The
+    samples take the ladder's classes or prompts in turn.
 
     Args:
         ladder: the ladder.
@@ -95,7 +99,7 @@ class PlanComparison:
         cache: Path | None = None,
         threads: int = 1,
     ) -> None:
-        self.block = min(samples, block_size(ladder, device))
+        self.block = min(samples, block_size(ladder, device, device_memory(device)))
         assert samples % self.block == 0
         keep_memory()
         # One thread per block: `timed` measures one thread, and several threads would round sums in another order.

@@ -84,6 +84,7 @@ def affordable_samples(
     Raises:
         UsageError: if `tune` takes more than `minutes` with the fewest samples, too.
     """
+    # Of whole blocks on every device: the memory of the one that fits is not known here.
     block, best = block_size(ladder, device), float(ladder.cost(device)[-1])
     most = fitting_samples(ladder.sample_shape, steps, FITTING_SAMPLES, block)
     least = min(most, max(block, LEAST_SAMPLES)) if minutes is not None and fits(ladder, solver) else most

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlem_dist.capacity.placement import WEIGHT_SHARE, Costs, Devices, level_loads, parse_placement
+from mlem_dist.capacity.placement import Costs, Devices, level_loads, parse_placement
 from mlem_dist.capacity.planner import (
     Kind,
     Layout,
@@ -24,6 +24,7 @@ from mlem_dist.cli import cli
 from mlem_dist.engine.job import Workload
 from mlem_dist.engine.program import Program, evaluations, levels_of
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.sizes import WEIGHT_SHARE
 from mlem_dist.solver.plan import Recipe, held, on_levels
 
 NOTHING = Overheads(call=0, trip=0, latency=0, event=0, write=0, poll=0, slowdown=1, sliced=1, shared=False, state=4)
