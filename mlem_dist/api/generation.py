@@ -254,7 +254,7 @@ def generate(
     """
     given = {name: value for name, value in locals().items() if name not in ("notify", "progress")}
     started = time.monotonic()
-    request = _prepare(**_with_begun_sizes(given))
+    request = _prepare(**_with_begun_sizes(**given))
     job, loaded, place = request.job, request.ladder, request.out
     dataset = open_dataset(job, loaded, place)
     todo = sum(len(job.shard_rows(shard)) for shard in dataset.missing)
@@ -336,7 +336,7 @@ def preview(
     from mlem_dist.report.sheet import save_row
 
     check_writable(picture.parent)
-    request = _prepare(ladder, **_with_begun_sizes(arguments))
+    request = _prepare(ladder, **_with_begun_sizes(**arguments))
     job, loaded = request.job, request.ladder
     open_dataset(job, loaded, request.out)
     for sentence in request.notes:
@@ -478,21 +478,22 @@ def _prepare(
     return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])
 
 
-def _with_begun_sizes(arguments: dict[str, Any]) -> dict[str, Any]:
+def _with_begun_sizes(
+    *, out: str | Location, block_size: int | None = None, shard_size: int | None = None, **others: Any
+) -> dict[str, Any]:
     """The arguments of `generate`, with sizes of blocks and shards of a dataset that an earlier run has begun.
 
     Sizes that are given remain. Those of a dataset stay the same on machines whose memory would lead to others.
     """
-    out, (block_size, shard_size) = arguments["out"], map(arguments.get, ("block_size", "shard_size"))
     try:
         config = read_manifest(parse_location(out) if isinstance(out, str) else out).config
     # There is no dataset yet, or `open_dataset` says what is wrong with it.
     except UsageError:
-        return arguments
-    if block_size not in (None, config.get("block_size")):
-        return arguments
-    shard_size = config.get("shard_size") if shard_size is None else shard_size
-    return arguments | {"block_size": config.get("block_size"), "shard_size": shard_size}
+        config = {}
+    if block_size in (None, config.get("block_size")):
+        block_size = config.get("block_size")
+        shard_size = config.get("shard_size") if shard_size is None else shard_size
+    return {"out": out, "block_size": block_size, "shard_size": shard_size, **others}
 
 
 def _memory(device: str, remote: bool) -> float:

@@ -21,7 +21,8 @@ WEIGHT_SHARE = 0.5
 
 ACTIVATION_SHARE = 0.5
 """Largest share of the memory beside the weights that activations of a default block take. The rest is for states,
-images, workspaces of libraries, and allocators: a process on a CPU takes up to 1.6 times the estimated activations."""
+images, workspaces of libraries, and allocators: a process on a CPU takes up to twice the estimated activations
+(what_fits.py in benchmarks/runtime)."""
 
 SHARD_SIZE, SHARD_BYTES = 2000, 5e8
 """Largest default number of samples in a shard, and of bytes of its images before encoding."""
@@ -31,7 +32,7 @@ def default_block(ladder: Ladder, device: str, memory: float = math.inf) -> int:
     """The default number of samples in a block on a device type; at least one.
 
     It is the least of `BLOCK_SIZE`, of what keeps a device busy by the number of a sample's values, and of the samples
-    whose activations take `ACTIVATION_SHARE` of `room_beside`. Memory thus makes blocks smaller, and never larger.
+    that `fitting` lets into memory. Memory thus makes blocks smaller, and never larger.
 
     Args:
         ladder: the ladder.
@@ -40,29 +41,43 @@ def default_block(ladder: Ladder, device: str, memory: float = math.inf) -> int:
     """
     values = LATENT_VALUES if ladder.decoder else PIXEL_VALUES
     block = min(BLOCK_SIZE[device], values[device] // math.prod(ladder.sample_shape))
-    if memory < math.inf and (each := max(ladder.activation_bytes)):
-        block = min(block, int(ACTIVATION_SHARE * room_beside(ladder, memory) / each))
+    # Otherwise activations need not be known.
+    if memory < math.inf:
+        block = min(block, fitting(_weights(ladder), max(ladder.activation_bytes), memory))
     return max(1, block)
 
 
-def room_beside(ladder: Ladder, memory: float) -> float:
-    """Bytes of a device's memory that the weights of all levels and stages leave, in the precision of the ladder.
+def fitting(weights: float, activations: float, memory: float) -> int:
+    """Number of samples whose `activations`, in bytes for each, fit into a device's memory beside the weights.
 
-    Where these take more than `WEIGHT_SHARE`, levels are in several pools, and that of a device leave the rest.
+    They take at most `ACTIVATION_SHARE` of `room_beside`.
     """
-    weights = float(ladder.weight_bytes.seconds.sum()) + sum(ladder.stage_bytes.values())
+    return int(ACTIVATION_SHARE * room_beside(weights, memory) / max(1, activations))
+
+
+def room_beside(weights: float, memory: float) -> float:
+    """Bytes of a device's memory beside weights of so many bytes.
+
+    Weights that take more than `WEIGHT_SHARE` are in several pools, and those of one pool leave the rest.
+    """
     return max(memory - weights, (1 - WEIGHT_SHARE) * memory)
 
 
 def memory_note(ladder: Ladder, device: str, memory: float) -> str:
     """A sentence for the user if a device's memory may not suffice for a single sample; else ""."""
-    if memory == math.inf or (each := max(ladder.activation_bytes)) <= (room := room_beside(ladder, memory)):
+    room = room_beside(_weights(ladder), memory)
+    if memory == math.inf or (each := max(ladder.activation_bytes)) <= room:
         return ""
     where = "a GPU" if device == "cuda" else "each CPU core"
     return (
         f"A sample of ladder {ladder.name!r} takes about {each / 1e9:.2g} GB beside the weights, which leave "
         f"{room / 1e9:.2g} of the {memory / 1e9:.2g} GB of {where}: memory may run out; half precision needs less."
     )
+
+
+def _weights(ladder: Ladder) -> float:
+    """Bytes of the weights of all levels and stages, in the precision of the ladder."""
+    return float(ladder.weight_bytes.seconds.sum()) + sum(ladder.stage_bytes.values())
 
 
 def default_shard(ladder: Ladder, block_size: int) -> int:

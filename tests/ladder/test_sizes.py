@@ -16,10 +16,11 @@ def test_little_memory_makes_blocks_smaller_and_much_makes_none_larger(three, de
     assert sorted(blocks.values()) == [*blocks.values()]
     assert (blocks[1e5], blocks[1e12]) == (1, most)
     assert 1 < blocks[1e8] < 500
+    each, weights = max(three.activation_bytes), float(three.weight_bytes.seconds.sum())
     for memory, block in blocks.items():
-        taken = block * max(three.activation_bytes)
-        assert block == 1 or taken <= ACTIVATION_SHARE * room_beside(three, memory) <= memory
-        assert bool(memory_note(three, device, memory)) == (max(three.activation_bytes) > room_beside(three, memory))
+        room = room_beside(weights, memory)
+        assert block == 1 or block * each <= ACTIVATION_SHARE * room <= memory
+        assert bool(memory_note(three, device, memory)) == (each > room)
         tuned = block_size(three, device, memory)
         assert tuned <= block < max(2 * tuned, 2 * most)
         assert block_size(three, device) % tuned == 0
