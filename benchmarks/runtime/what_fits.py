@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import torch
 
-from mlem_dist.ladder.sizes import LATENT_VALUES, WEIGHT_SHARE, fitting
+from mlem_dist.ladder.sizes import LATENT_VALUES, WEIGHT_SHARE, samples_beside
 from mlem_dist.models.activations import activation_bytes
 
 GPUS = (24, 40, 80)
@@ -152,9 +152,8 @@ def main() -> None:
         values = sum(parameter.numel() for parameter in model.parameters())
         each = activation_bytes(partial(evaluate, model, inputs))
         weights = 2.0 * values
-        samples = [
-            str(fitting(weights, each, size * 1e9)) if weights <= WEIGHT_SHARE * size * 1e9 else "-" for size in GPUS
-        ]
+        memory = [size * 1e9 for size in GPUS]
+        samples = [str(samples_beside(weights, each, m)) if weights <= WEIGHT_SHARE * m else "-" for m in memory]
         busy = max(1, LATENT_VALUES["cuda"] // math.prod(shape))
         numbers = f"{values / 1e9:.2f} | {weights / 1e9:.1f} | {each / 1e9:.2f} | {' | '.join(samples)} | {busy}"
         print(f"| {name} | {pixels} | {numbers} |", flush=True)

@@ -32,7 +32,8 @@ def default_block(ladder: Ladder, device: str, memory: float = math.inf) -> int:
     """The default number of samples in a block on a device type; at least one.
 
     It is the least of `BLOCK_SIZE`, of what keeps a device busy by the number of a sample's values, and of the samples
-    that `fitting` lets into memory. Memory thus makes blocks smaller, and never larger.
+    that `samples_beside` lets into memory. Memory thus makes blocks smaller, and never larger. Not counted are the
+    decoder, which splits blocks by itself, pools that share a device, and blocks that a pool evaluates together.
 
     Args:
         ladder: the ladder.
@@ -43,11 +44,11 @@ def default_block(ladder: Ladder, device: str, memory: float = math.inf) -> int:
     block = min(BLOCK_SIZE[device], values[device] // math.prod(ladder.sample_shape))
     # Otherwise activations need not be known.
     if memory < math.inf:
-        block = min(block, fitting(_weights(ladder), max(ladder.activation_bytes), memory))
+        block = min(block, samples_beside(_weights(ladder), max(ladder.activation_bytes), memory))
     return max(1, block)
 
 
-def fitting(weights: float, activations: float, memory: float) -> int:
+def samples_beside(weights: float, activations: float, memory: float) -> int:
     """Number of samples whose `activations`, in bytes for each, fit into a device's memory beside the weights.
 
     They take at most `ACTIVATION_SHARE` of `room_beside`.

@@ -410,6 +410,15 @@ def test_a_run_that_begins_as_another_ends_leaves_a_finished_dataset(three, smal
     assert len(real(job, three, out).manifest.shards) == job.shards
 
 
+@pytest.mark.usefixtures("local_ray")
+def test_a_node_tells_the_memory_of_its_cores():
+    """And a cluster without GPUs nothing of theirs."""
+    (node,) = cluster.live_nodes()
+    share = node["Resources"]["memory"] / 3
+    assert arrangement.least_memory("cpu", remote=True) == pytest.approx(share)
+    assert arrangement.least_memory("cuda", remote=True) == np.inf
+
+
 def test_blocks_and_shards_fit_into_memory(three, small_job, tmp_path):
     for size, message in ((10**7, "`block_size` 10000000.* take 976562 or less"), (10**8, "`shard_size` 100000000")):
         blocks = {"block_size": size if "block" in message else 100}
