@@ -164,9 +164,8 @@ def main() -> None:
     torch.set_default_device("cpu")
     torch.set_num_threads(1)
     for name, (kind, config, inputs) in SMALL.items():
-        print(
-            f"{name}: resident memory is {resident(getattr(diffusers, kind)(**config).eval(), inputs):.2f} times that"
-        )
+        ratio = resident(getattr(diffusers, kind)(**config).eval(), inputs)
+        print(f"{name}: a process on a CPU takes {ratio:.2f} times the bytes of activations")
 
 
 def resident(model: Any, inputs: Inputs) -> float:
