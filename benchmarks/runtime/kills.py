@@ -31,8 +31,11 @@ class Brightness:
 NAMES = tuple(f"ray::{name}" for name in ("Coordinator", "Level", "Score", "Stage", "Trajectory", "Writer"))
 """Beginnings of the titles of a run's actors."""
 
-SECONDS = 4.0, 30.0
-"""Shortest and longest time between two kills."""
+SECONDS = 20.0
+"""Longest time from the moment at which there are actors to the next kill."""
+
+EARLY = 0.2
+"""Share of kills at any moment, also before there are actors."""
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -106,8 +109,11 @@ def main(
             name = f"disturbed-{datasets}"
             run = start(name)
             while True:
+                early = rng.random() < EARLY
+                while run.poll() is None and not early and not workers(psutil.Process(run.pid)):
+                    time.sleep(0.1)
                 with suppress(subprocess.TimeoutExpired):
-                    run.wait(rng.uniform(*SECONDS) if victims.total() < kills else None)
+                    run.wait(rng.uniform(0, SECONDS) if victims.total() < kills else None)
                 if run.poll() is None:
                     victim = kill_one(run, rng)
                     victims[victim] += 1
