@@ -14,11 +14,16 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -41,9 +46,16 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 }
 SCHEDULERS["sdxl"] = SCHEDULERS["sd"]
 SCHEDULERS["pixart-alpha"] = SCHEDULERS["pixart-sigma"] = SCHEDULERS["dit"]
+FLOWS = {
+    "sd3": {"shift": 3.0},
+    "sd3-clip": {"shift": 3.0},
+    "flux-dev": {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64},
+    "flux-schnell": {"shift": 1.0},
+}
+SCHEDULERS |= FLOWS
 
-IMAGE_SIZES = {"pixart-alpha": (16, 24), "sana": (32, 32)}
-"""Height and width of images for pipelines whose models say that they were trained for others."""
+IMAGE_SIZES = {"flux-dev": (16, 24), "flux-schnell": (16, 16), "pixart-alpha": (16, 24), "sana": (32, 32)}
+"""Height and width of images for pipelines whose models say that they were trained for others, or nothing."""
 
 
 def tokenizer(folder: Path) -> Any:
@@ -76,15 +88,24 @@ def text_encoder(tokens: int, width: int, projection: bool) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def vae() -> AutoencoderKL:
+def t5(width: int) -> tuple[Any, Any]:
+    """T5's tokenizer with a vocabulary of single characters, and its encoder."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokens = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *string.ascii_letters, *string.digits]
+    vocabulary = [(token, -float(i > 2)) for i, token in enumerate(tokens)]
+    config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
+    return T5Tokenizer(vocabulary, extra_ids=0), T5EncoderModel(config).eval()
+
+
+def vae(**further: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=16,
-        scaling_factor=0.3,
+        **{"latent_channels": 4, "scaling_factor": 0.3, **further},
     ).eval()
 
 
@@ -100,16 +121,6 @@ def conditional_unet(width: int, text: int, **further: Any) -> UNet2DConditionMo
         norm_num_groups=4,
         **further,
     ).eval()
-
-
-def t5(width: int) -> tuple[Any, Any]:
-    """T5's tokenizer with a vocabulary of single characters, and its encoder."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    tokens = ["<pad>", "</s>", "<unk>", "\N{LOWER ONE EIGHTH BLOCK}", *string.ascii_letters, *string.digits]
-    vocabulary = [(token, -float(i > 2)) for i, token in enumerate(tokens)]
-    config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
-    return T5Tokenizer(vocabulary, extra_ids=0), T5EncoderModel(config).eval()
 
 
 def pixart(width: int, text: int, sample_size: int) -> PixArtTransformer2DModel:
@@ -187,10 +198,47 @@ def listen(model: Any) -> Any:
     return model
 
 
+def attend(transformer: Any, text: Any) -> None:
+    """Make a transformer with random weights depend on its text, as `listen` does, and T5's tokens on each other."""
+    factors = {"text_embedder": 8, "guidance_embedder": 8, "add_v_proj": 8, "attn.to_out": 4, "norm_added_k": 3}
+    factors |= {"SelfAttention.q": 4, "SelfAttention.k": 4, "SelfAttention.o": 3}
+    for name, parameter in (*transformer.named_parameters(), *text.named_parameters()):
+        for part, factor in factors.items():
+            if part in name:
+                parameter.data *= factor
+
+
+def flow_pipeline(kind: str, folder: Path, size: int, around: FlowMatchEulerDiscreteScheduler) -> Any:
+    """A pipeline of Stable Diffusion 3 or FLUX, of a kind of `FLOWS`."""
+    tokens = tokenizer(folder / "tokens")
+    decoder = vae(latent_channels=16, scaling_factor=0.4, shift_factor=0.2, use_quant_conv=False)
+    long_tokens, long_text = t5(48)
+    blocks = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": size, "joint_attention_dim": 48}
+    text = text_encoder(len(tokens), 16, kind.startswith("sd3"))
+    if kind.startswith("flux"):
+        transformer = FluxTransformer2DModel(
+            num_single_layers=1,
+            pooled_projection_dim=16,
+            guidance_embeds=kind == "flux-dev",
+            axes_dims_rope=(4, 6, 6),
+            **blocks,
+        )
+        attend(transformer, long_text)
+        return FluxPipeline(around, decoder, text, tokens, long_text, long_tokens, transformer)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, caption_projection_dim=16 * size, pooled_projection_dim=40, pos_embed_max_size=12, **blocks
+    )
+    attend(transformer, long_text)
+    second = text_encoder(len(tokens), 24, True)
+    third = (None, None) if kind == "sd3-clip" else (long_text, long_tokens)
+    return StableDiffusion3Pipeline(transformer, around, decoder, text, tokens, second, tokens, *third)
+
+
 def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> Path:
     """Save a tiny pipeline of a kind of `SCHEDULERS`; `size` sets the width of its model, and the rest is the same."""
     torch.manual_seed(0)
-    around = (DPMSolverMultistepScheduler if kind == "sana" else DDIMScheduler)(**SCHEDULERS[kind] | scheduler)
+    flow = FlowMatchEulerDiscreteScheduler if kind in FLOWS else DDIMScheduler
+    around = (DPMSolverMultistepScheduler if kind == "sana" else flow)(**SCHEDULERS[kind] | scheduler)
     pipeline: Any
     if kind == "pixels":
         unet = UNet2DModel(
@@ -226,6 +274,8 @@ def make_pipeline(kind: str, folder: Path, size: int = 1, **scheduler: Any) -> P
     elif kind == "sana":
         tokens, text = gemma(16)
         pipeline = SanaPipeline(tokens, text, dc_vae(), listen(sana(16 * size, 16)), around)
+    elif kind in FLOWS:
+        pipeline = flow_pipeline(kind, folder, size, around)
     else:
         tokens = tokenizer(folder / "tokens")
         decoder, text = vae(), text_encoder(len(tokens), 16, False)

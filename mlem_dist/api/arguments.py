@@ -194,7 +194,8 @@ def check_guidance(guidance: float | None, ladder: Ladder, prompts: PromptTable 
     if own == UNGUIDED:
         what = f"`guidance` {guidance:g}" if guidance is not None else f"`prompts`: the column {SCALE!r}"
         raise UsageError(
-            f"{what}: the best level of ladder {ladder.name!r} has no guidance; create the ladder with guidance"
+            f"{what}: the best level of ladder {ladder.name!r} has no guidance; leave it out, or create the ladder "
+            "with guidance"
         )
     if guidance is not None and not 0 <= guidance < math.inf:
         raise UsageError(f"`guidance` {guidance}: expected a number from 0 on")

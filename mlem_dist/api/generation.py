@@ -39,7 +39,7 @@ from mlem_dist.engine.scores import NSFW
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable
 from mlem_dist.ladder.ladder import Ladder
-from mlem_dist.ladder.schema import OPERATIONS, UNGUIDED
+from mlem_dist.ladder.schema import OPERATIONS
 from mlem_dist.ladder.sizes import default_block, default_shard, memory_note
 from mlem_dist.machine import available_cores
 from mlem_dist.models.devices import device_memory
@@ -94,8 +94,8 @@ def sample(
             aliases of "ode" and "sde".
         steps: number of base steps; by default that of the plan, else 250.
         plan: a plan or its file, instead of a budget.
-        grid: timesteps: "trailing" for the ends of equal intervals (for flows, the pipeline's own), or "model" for the
-            spacing and offset of the scheduler's configuration.
+        grid: timesteps: "trailing" for the ends of equal intervals, or "model" for those of the pipeline, by the
+            spacing and offset of its scheduler's configuration.
         precision: dtype in which networks compute; by default each in its own, which is float32 in trained ladders.
         device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
@@ -469,10 +469,8 @@ def _prepare(
     )
     if job.keep and not job.scores:
         job.keep.check(job.schema())
-    if negative_prompt is not None and loaded.levels[-1].guidance == UNGUIDED:
-        raise UsageError(
-            f"`negative_prompts`: the best level of ladder {loaded.name!r} has no guidance; leave them out"
-        )
+    if negative_prompt is not None and not loaded.levels[-1].guidance.directed:
+        raise UsageError(f"`negative_prompts`: {_no_direction(loaded)}; leave them out")
     notes += [_guidance_note(job, loaded), _negative_note(job, loaded)]
     given = place, pools, coalesce, devices, address, engine, remote
     return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])
@@ -520,9 +518,15 @@ def _guidance_note(job: Job, ladder: Ladder) -> str:
 
 def _negative_note(job: Job, ladder: Ladder) -> str:
     """A sentence for the user if a column of negative prompts decides nothing; else ""."""
-    if ladder.levels[-1].guidance != UNGUIDED or not job.prompts or not job.prompts.has(NEGATIVE_PROMPT):
+    if ladder.levels[-1].guidance.directed or not job.prompts or not job.prompts.has(NEGATIVE_PROMPT):
         return ""
-    return f"The best level of ladder {ladder.name!r} has no guidance: negative prompts do not change images."
+    return f"Negative prompts decide nothing: {_no_direction(ladder)}."
+
+
+def _no_direction(ladder: Ladder) -> str:
+    """Why negative prompts do not change the images of a ladder, for a message."""
+    takes = "takes the scale of guidance as an input" if ladder.levels[-1].guidance.embedded else "has no guidance"
+    return f"the best level of ladder {ladder.name!r} {takes}"
 
 
 def _forecast(request: _Request) -> Forecast:

@@ -201,8 +201,8 @@ def budget_options(command: Any) -> Any:
                 type=click.Choice(["trailing", "model"]),
                 default="trailing",
                 show_default=True,
-                help="Timesteps of the steps: the ends of equal intervals (for flows, the pipeline's own), or the "
-                "spacing of the scheduler's configuration.",
+                help="Timesteps of the steps: the ends of equal intervals, or those of the pipeline by its scheduler's "
+                "configuration.",
             ),
             click.option(
                 "--nfe", type=float, help="Compute per sample, in evaluations of the best level.  [default: 10]"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -116,15 +117,15 @@ def check_present(path: Path) -> None:
         raise UsageError(f"ladder file {path} is missing on {platform.node()}; restore it, or make the ladder again")
 
 
-def read_process(folder: Path) -> Process:
-    """The process of the scheduler's configuration in a ladder's folder.
+def read_process(folder: Path, build: Callable[[dict[str, Any]], Process] = process_of) -> Process:
+    """The process of the scheduler's configuration in a ladder's folder, by `build`.
 
     Raises:
         UsageError: by the file's name, if the configuration is unreadable or not understood.
     """
     config = read_object(folder / SCHEDULER, "noise schedule")
     try:
-        return process_of(config)
+        return build(config)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder / SCHEDULER}: {error}") from None
 

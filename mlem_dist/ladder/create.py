@@ -33,6 +33,7 @@ from mlem_dist.models.decoder import DECODERS, upscaling
 from mlem_dist.models.devices import default_device
 from mlem_dist.models.encoder import ENCODERS, encoder_files, encoder_shapes
 from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.guidance import GUIDANCE
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.level import placeholder
 from mlem_dist.models.safety import CHECKER, KIND, checker_files
@@ -82,7 +83,8 @@ def create_ladder(
         pipeline: folder, URL or id of the pipeline whose scheduler, decoder and text encoders the ladder takes; by
             default that of the last model.
         guidance: guidance scale of a further level of each model, or (scale, start, stop) for guidance from `start` to
-            `stop` only, as parts of the noise schedule from 0, pure noise, to 1, the image; None for no guidance.
+            `stop` only, as parts of the noise schedule from 0, pure noise, to 1, the image; None for no guidance. A
+            model that takes the scale as an input has one level, by default with the scale of its pipeline.
         unguided: whether models with a guided level also have an unguided one.
         guide_with: the one of `models` that gives the direction of guidance to all others, too.
         precision: dtype in which models compute, for all or for each: "float32", "bfloat16" or "float16".
@@ -121,7 +123,7 @@ def create_ladder(
         by = _guide(guide_with, guide, models, _names(sources))
         shape = _sample_shape(sources[-1], around, size)
         labels = _labels(sources[-1], around)
-        entries = _entries(sources, precisions, around, shape, labels, guide)
+        entries = _entries(sources, precisions, around, shape, labels, guide, by)
         raw = _content(out, entries, around, shape, labels, guide, unguided, by)
         fitted = None if gaussian is None else _fitted(gaussian, raw, around, prompts, notify)
         if copy:
@@ -150,18 +152,35 @@ def _entries(
     shape: tuple[int, int, int],
     labels: Sequence[str],
     guidance: Guidance,
+    by: str,
 ) -> list[Entry]:
     """The models of the new ladder, after a check that each fits it."""
     entries = []
     for source, name, dtype in zip(sources, _names(sources), precisions, strict=True):
         prediction = _prediction(source, around)
         _check_fit(source, around, shape, len(labels), sources[-1])
-        if guidance != UNGUIDED and not around.encoder and not source.family.has_null(source.config, len(labels)):
-            raise UsageError(
-                f"`guidance`: {source.text} was not trained without its condition, which guidance needs; leave it out"
-            )
+        if guidance != UNGUIDED:
+            _check_guided(source, sources[-1], around, len(labels), replace(guidance, by=by))
         entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
     return entries
+
+
+def _check_guided(source: Source, last: Source, around: Surroundings, classes: int, guidance: Guidance) -> None:
+    """Refuse guidance that a model does not take.
+
+    Models that take none stay as they are below a last model that takes the scale as an input.
+    """
+    family, reason = source.family, ""
+    if family.scale(source.config) is not None:
+        if guidance != Guidance(guidance.scale):
+            reason = "takes the scale as an input; give it alone, without an interval and `guide_with`"
+    elif not family.guided:
+        if last.family.scale(last.config) is None:
+            reason = "takes no guidance, as it was distilled to need none; leave it out"
+    elif not around.encoder and not family.has_null(source.config, classes):
+        reason = "was not trained without its condition, which guidance needs; leave it out"
+    if reason:
+        raise UsageError(f"`guidance`: {source.text} {reason}")
 
 
 def _work_folder(out: Path) -> TemporaryDirectory[str]:
@@ -243,7 +262,8 @@ class Surroundings:
         self.kind = str(self.index.get("_class_name"))
         self.scheduler = read_object(folder / SCHEDULER, "noise schedule")
         try:
-            self.process: Process = process_of(self.scheduler)
+            # A dynamic shift decides grids, of which there are none here.
+            self.process: Process = process_of(self.scheduler, tokens=1)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{folder / SCHEDULER}: {error}") from None
         self.decoder = folder / "vae" if self._has("vae") else None
@@ -415,8 +435,12 @@ def _sample_shape(source: Source, around: Surroundings, size: tuple[int, int] | 
                 f"`size` is missing: the configuration of {source.text} does not say for which size it was trained"
             )
     else:
-        if size[0] % factor or size[1] % factor:
-            raise UsageError(f"`size` {size[1]}x{size[0]}: expected multiples of {factor}, the decoder's upscaling")
+        patch = source.family.patch or 1
+        if size[0] % (factor * patch) or size[1] % (factor * patch):
+            times = f"{patch} times " if patch > 1 else ""
+            raise UsageError(
+                f"`size` {size[1]}x{size[0]}: expected multiples of {factor * patch}, {times}the decoder's upscaling"
+            )
         trained = size[0] // factor // source.patch, size[1] // factor // source.patch
     channels = source.family.channels(source.config) // source.patch**2
     return channels, trained[0] * source.patch, trained[1] * source.patch
@@ -485,7 +509,7 @@ def _check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int]
             f"{source.text}: it has {family.classes(config)} classes, expected {classes}, as in {last.text}"
         )
     for name, wanted in family.inputs(config).items():
-        given = () if name == LABEL else around.shapes.get(name)
+        given = () if name in (LABEL, GUIDANCE) else around.shapes.get(name)
         if given is None:
             raise UsageError(f"{source.text}: it takes {name}, which the {around.kind} {around.folder} does not give")
         if len(given) != len(wanted) or any(a and b and a != b for a, b in zip(given, wanted, strict=True)):
@@ -555,9 +579,15 @@ def _content(
                 "precision": entry.precision,
             }
         )
-        if guidance == UNGUIDED or unguided:
-            levels.append(_level(entry.name, entry.name, entry.operations))
-        if guidance != UNGUIDED:
+        family, alone = entry.source.family, _level(entry.name, entry.name, entry.operations)
+        if (scale := family.scale(entry.source.config)) is not None:
+            embedded = Guidance(scale if guidance == UNGUIDED else guidance.scale, embedded=True)
+            levels.append(alone | {"guidance": asdict(embedded)})
+            continue
+        guided = guidance != UNGUIDED and family.guided
+        if not guided or unguided:
+            levels.append(alone)
+        if guided:
             levels += _guided(entry, entries, guidance, by)
     levels.sort(key=lambda level: level["seconds"][OPERATIONS])
     return {

@@ -40,7 +40,6 @@ from mlem_dist.ladder.schema import (
     OWN,
     SCHEDULER,
     SCHEMA_VERSION,
-    UNGUIDED,
     Level,
     Part,
     joined,
@@ -57,7 +56,7 @@ from mlem_dist.models.level import ModelLevel, check_prediction, level_bytes, on
 from mlem_dist.models.safety import SafetyChecker
 from mlem_dist.solver.condition import LABEL, NEGATIVE, Condition, join
 from mlem_dist.solver.costs import LevelCosts, as_costs
-from mlem_dist.solver.process import Process
+from mlem_dist.solver.process import Process, process_of
 
 PACKAGE = Path(str(files("mlem_dist.ladder")))
 
@@ -257,7 +256,7 @@ class Ladder:
         expected: dict[str, Any] = {"in_channels": 2 * inner if level.prediction == "residual" else inner}
         if level.kind == "unet":
             expected |= {"out_channels": inner, "sample_size": (height // level.patch, width // level.patch)}
-        given = dict(config) | {"sample_size": family.size(config)}
+        given = dict(config) | {"sample_size": family.size(config), "in_channels": family.channels(config)}
         self._check_fit(level, given, expected)
         if not family.fits(config, len(self.labels)):
             raise UsageError(
@@ -266,6 +265,11 @@ class Ladder:
             )
         if reason := family.refusal(config, self.process):
             raise UsageError(f"level {level.name!r}: {reason}")
+        if level.guidance.embedded != (takes := family.scale(config) is not None):
+            raise UsageError(
+                f"level {level.name!r}: embedded of its guidance is {json.dumps(not takes)}, expected "
+                f"{json.dumps(takes)}, as its model takes {'the' if takes else 'no'} scale as an input"
+            )
 
     def _check_residual(self, level: Level) -> None:
         number = self.levels.index(level)
@@ -376,8 +380,8 @@ class Ladder:
 
     @property
     def guided(self) -> bool:
-        """Whether a level is guided, and makes unconditional evaluations."""
-        return any(level.guidance != UNGUIDED for level in self.levels)
+        """Whether a level is guided by evaluations with and without the condition."""
+        return any(level.guidance.directed for level in self.levels)
 
     @property
     def _family(self) -> Family:
@@ -403,8 +407,10 @@ class Ladder:
 
     @cached_property
     def process(self) -> Process:
-        """The process of the scheduler's configuration."""
-        return read_process(self.folder)
+        """The process of the scheduler's configuration, for the family of the best level's model."""
+        family = FAMILIES.get(self.levels[-1].kind)
+        build = partial(family.process, shape=self.sample_shape) if family else process_of
+        return read_process(self.folder, build)
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -475,7 +481,7 @@ class Ladder:
     def _evaluations(self, level: Level) -> list[tuple[str, bool]]:
         """The evaluations that a level needs: model, and whether it is unconditional."""
         own = (level.model or level.name, False)
-        if level.guidance == UNGUIDED:
+        if not level.guidance.directed:
             return [own]
         by = level.guidance.by or level.model
         return list(dict.fromkeys([own, (by, False), (by, True)]))

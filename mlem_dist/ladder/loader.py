@@ -15,7 +15,7 @@ from mlem_dist.models.decoder import Decoder
 from mlem_dist.models.encoder import Encoder, load_encoder
 from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.guidance import Evaluation, GuidedLevel
+from mlem_dist.models.guidance import Evaluation, GuidedLevel, ScaledLevel
 from mlem_dist.models.level import ModelLevel
 from mlem_dist.models.safety import SafetyChecker
 from mlem_dist.models.weights import load_model, loading
@@ -65,6 +65,8 @@ class Loader:
         if self.ladder.schema_version == SCHEMA_VERSION:
             return model
         value, guidance = Evaluation(model, level.model, False), level.guidance
+        if guidance.embedded:
+            return ScaledLevel(model, guidance.scale)
         if guidance == UNGUIDED:
             return value
         by = guidance.by or level.model

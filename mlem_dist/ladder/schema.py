@@ -34,12 +34,19 @@ class Guidance:
         start: where the guided part of the noise schedule starts, from 0, pure noise, to 1, the image.
         stop: where it stops.
         by: name of the model that gives the direction; "" for the level's own.
+        embedded: whether the scale is an input of the model, instead of the weight of a direction.
     """
 
     scale: float = 1.0
     start: float = 0.0
     stop: float = 1.0
     by: str = ""
+    embedded: bool = False
+
+    @property
+    def directed(self) -> bool:
+        """Whether there is a direction, from evaluations with and without the condition."""
+        return self != UNGUIDED and not self.embedded
 
 
 UNGUIDED = Guidance()

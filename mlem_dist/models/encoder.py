@@ -65,10 +65,30 @@ def _default(pipeline: Any, name: str) -> Any:
     return inspect.signature(type(pipeline).__call__).parameters[name].default
 
 
+def encode_joint(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Texts as `StableDiffusion3Pipeline` encodes them, but without the zeros that stand for T5 where there is none."""
+    device, texts = pipeline.text_encoder.device, [text or "" for text in texts]
+    if pipeline.text_encoder_3 is not None:
+        embedded, _, pooled, _ = pipeline.encode_prompt(texts, None, None, device, 1, False)
+        return {TEXT: embedded, POOLED: pooled}
+    # The pipeline would ask its transformer for the width of the zeros.
+    clips = [pipeline._get_clip_prompt_embeds(texts, 1, device, clip_model_index=index) for index in (0, 1)]
+    embedded, pooled = (torch.cat(parts, -1) for parts in zip(*clips, strict=True))
+    return {TEXT: embedded, POOLED: pooled}
+
+
+def encode_pooled(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Texts as `FluxPipeline` encodes them."""
+    embedded, pooled, _ = pipeline.encode_prompt([text or "" for text in texts], device=pipeline.text_encoder.device)
+    return {TEXT: embedded, POOLED: pooled}
+
+
 ENCODERS: Mapping[str, Encode] = {
+    "FluxPipeline": encode_pooled,
     "PixArtAlphaPipeline": encode_masked,
     "PixArtSigmaPipeline": encode_masked,
     "SanaPipeline": encode_instructed,
+    "StableDiffusion3Pipeline": encode_joint,
     "StableDiffusionPipeline": encode_clip,
     "StableDiffusionXLPipeline": encode_clips,
 }
@@ -76,6 +96,9 @@ ENCODERS: Mapping[str, Encode] = {
 
 NEGATIVE_ENCODERS: Mapping[str, Encode] = {"SanaPipeline": encode_masked}
 """The function for negative prompts, where it is another one."""
+
+POSITIVE = ("FluxPipeline",)
+"""Classes of pipelines whose models make no unconditional evaluations."""
 
 SIZED = ("StableDiffusionXLPipeline",)
 """Classes of pipelines whose models are conditioned on sizes."""
@@ -105,12 +128,13 @@ class Encoder:
         self._sizes: dict[str, list[float]] = {SIZES: [*size, 0, 0, *size]} if kind in SIZED else {}
         if kind in RESOLVED:
             self._sizes[RESOLUTION] = [*size, size[0] / size[1]]
+        self._negative = kind not in POSITIVE
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[Text]) -> Condition:
         """The condition of B samples, on the device of the text encoders; equal texts are encoded once."""
         condition: dict[str, Tensor] = {}
-        for prefix, texts in (("", prompts), (NEGATIVE, negative_prompts)):
+        for prefix, texts in (("", prompts), (NEGATIVE, negative_prompts))[: 1 + self._negative]:
             distinct = list(dict.fromkeys(texts))
             parts = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
             with quiet_diffusers():
@@ -181,6 +205,13 @@ def encoder_shapes(folder: Path, kind: str) -> dict[str, tuple[int | None, ...]]
         shapes[MASK] = (None,)
     if kind in RESOLVED:
         shapes[RESOLUTION] = (3,)
+    if kind == "StableDiffusion3Pipeline":
+        # Texts of the CLIPs alone get the model's width.
+        clips = [config for config in configs if "projection_dim" in config]
+        shapes = {TEXT: (None, widths[-1] if len(configs) > len(clips) else None)}
+        shapes[POOLED] = (sum(int(config["projection_dim"]) for config in clips),)
+    if kind == "FluxPipeline":
+        shapes = {POOLED: (widths[0],), TEXT: (None, widths[-1])}
     return shapes
 
 

@@ -36,6 +36,24 @@ class Evaluation(nn.Module):
         return known[self.key]
 
 
+class ScaledLevel(nn.Module):
+    """A drift with guidance whose model takes the scale as an input (Meng et al., arXiv:2210.03142).
+
+    Args:
+        level: the model's drift.
+        scale: the scale, for samples whose condition has none.
+    """
+
+    def __init__(self, level: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.level, self.scale = level, scale
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
+        """Drift for x (B, C, H, W) float32 at times t (B,)."""
+        value: Tensor = self.level(x, t, {GUIDANCE: torch.full_like(t, self.scale), **positive(condition)}, known)
+        return value
+
+
 class GuidedLevel(nn.Module):
     """A drift with guidance, f + (w - 1) (c - u) (Ho & Salimans, arXiv:2207.12598).
 

@@ -80,14 +80,13 @@ def load_model(kind: Any, folder: Path, precision: str) -> Any:
         ValueError: if the weights do not match the configuration.
         OSError: if files are missing or unreadable.
     """
+    dtype = getattr(torch, precision)
     with quiet_diffusers():
         model, info = kind.from_pretrained(
-            folder,
-            torch_dtype=getattr(torch, precision),
-            variant=variant_of(folder),
-            output_loading_info=True,
-            **SAFE,
+            folder, torch_dtype=dtype, variant=variant_of(folder), output_loading_info=True, **SAFE
         )
+        # Diffusers keeps the file's dtype if it is right for the first tensor, in SD3 a table of positions in float32.
+        model.to(dtype)
     # Diffusers only warns, and leaves missing weights at random values.
     for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
         if names:

@@ -236,6 +236,7 @@ class FlowProcess(Process):
     Args:
         config: a scheduler's configuration.
         tokens: the length of a sample's sequence of patches, which determines a dynamic shift.
+        even: whether pipelines give the noise levels 1, 1 - 1/N ... 1/N to the scheduler, which has others of its own.
 
     Raises:
         UsageError: as for `schedulers.scheduler_class`, or if the configuration asks for other noise levels, or if the
@@ -244,9 +245,10 @@ class FlowProcess(Process):
 
     drift = prediction = "flow_prediction"
 
-    def __init__(self, config: Mapping[str, Any], tokens: int | None = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokens: int | None = None, even: bool = False) -> None:
         self.config = config
         self.name = scheduler_class(config)
+        self.even = even and self.name in FLOW_SCHEDULERS
         _prediction(config, ("flow_prediction",))
         self.length = config.get("num_train_timesteps") or 1000
         self.shift = float(config.get("flow_shift" if self.name not in FLOW_SCHEDULERS else "shift") or 1.0)
@@ -269,11 +271,11 @@ class FlowProcess(Process):
         return (band + torch.rand(count, generator=rng)) / bands * self.length
 
     def grid(self, steps: int, spacing: Spacing = "trailing") -> Grid:
-        """As `Process.grid`: noise levels 1, 1 - 1/N ... 1/N, or those of the scheduler, after the shift."""
+        """As `Process.grid`: noise levels 1, 1 - 1/N ... 1/N, or those of the pipeline, after the shift."""
         if not 1 <= steps <= self.length:
             raise UsageError(f"steps is {steps}, expected 1 to {self.length}, the length of the noise schedule")
         sigma = np.arange(steps, 0, -1) / steps
-        if spacing == "model":
+        if spacing == "model" and not self.even:
             if self.name in FLOW_SCHEDULERS:
                 # A static shift applies twice: diffusers takes the ends from the shifted schedule.
                 ends = np.array([1.0, 1 / self.length])
@@ -398,19 +400,19 @@ class ScoreProcess(ExplodingProcess):
         return Grid(sigma, np.ones(steps + 1), np.append(sigma, 0.0), self.high)
 
 
-def process_of(config: Mapping[str, Any], tokens: int | None = None) -> Process:
+def process_of(config: Mapping[str, Any], tokens: int | None = None, even: bool = False) -> Process:
     """The process of a diffusers scheduler's configuration, as in `scheduler_config.json`.
 
     Args:
         config: the configuration; without `_class_name` that of a DDPMScheduler.
-        tokens: as for `FlowProcess`.
+        tokens, even: as for `FlowProcess`.
 
     Raises:
         UsageError: if the class, a key or a value is not understood.
     """
     name = scheduler_class(config)
     if is_flow(config):
-        return FlowProcess(config, tokens)
+        return FlowProcess(config, tokens, even)
     if name in EDM_SCHEDULERS:
         return EDMProcess(config)
     if name in SCORE_SCHEDULERS:

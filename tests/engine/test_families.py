@@ -2,6 +2,7 @@
 
 import inspect
 import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -53,6 +54,12 @@ def masked(kind: str, negative: Any = NEGATIVE, solver: str = "ode", **scheduler
     return case
 
 
+def flux(kind: str, guidance: dict[str, float], **scheduler: Any) -> Case:
+    height, width = IMAGE_SIZES[kind]
+    theirs = {"prompt": PROMPTS, "height": height, "width": width, **guidance}
+    return Case(kind, scheduler, {"prompts": PROMPTS}, theirs)
+
+
 CASES = {
     "pixels": Case("pixels", theirs={"batch_size": 2}),
     "dit": Case("dit", ours={"labels": [1, 7]}, theirs={"class_labels": [1, 7], "guidance_scale": SCALE}),
@@ -66,6 +73,12 @@ CASES = {
     "pixart-sigma without negative prompts": masked("pixart-sigma", None),
     "sana": masked("sana", solver="dpm++"),
     "sana of first order, without negative prompts": masked("sana", None, solver_order=1),
+    "sd3": prompted("sd3"),
+    "sd3 without negative prompts, dynamic shift": prompted("sd3", None, use_dynamic_shifting=True),
+    "sd3 without T5": prompted("sd3-clip"),
+    "flux-dev": flux("flux-dev", {"guidance_scale": SCALE}),
+    "flux-dev, static shift": flux("flux-dev", {"guidance_scale": SCALE}, use_dynamic_shifting=False),
+    "flux-schnell": flux("flux-schnell", {}),
 }
 
 
@@ -79,7 +92,7 @@ def folders(tmp_path_factory):
         if key not in made:
             folder = tmp_path_factory.mktemp("pipelines")
             pipeline = make_pipeline(case.kind, folder / case.kind, **case.scheduler)
-            guidance = None if case.kind == "pixels" else SCALE
+            guidance = None if case.kind in ("pixels", "flux-schnell") else SCALE
             size = IMAGE_SIZES.get(case.kind)
             Ladder.create(folder / "ladder", [pipeline], guidance=guidance, size=size, measure=False)
             made[key] = pipeline, folder / "ladder"
@@ -90,7 +103,9 @@ def folders(tmp_path_factory):
 
 def run_pipeline(folder: Path, change: Callable[..., Any] | None = None, **arguments: Any) -> np.ndarray:
     """The images of a pipeline, float (2, H, W, C) from 0 to 255; `change` is a hook before its transformer."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    parts = json.loads((folder / "model_index.json").read_text()).items()
+    absent = {name: None for name, value in parts if value == [None, None]}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, **absent)
     if isinstance(pipeline, diffusers.DDPMPipeline):
         pipeline = diffusers.DDIMPipeline(pipeline.unet, pipeline.scheduler)
     if change:
@@ -126,9 +141,16 @@ def test_samples_are_those_of_the_pipeline(case, folders, expected):
     assert_same(images, expected)
 
 
+def stored_images(out: Path) -> list[np.ndarray]:
+    """The images of a dataset, uint8 (H, W, C) each."""
+    images = pq.read_table(out / "data")["image"].to_pylist()
+    return [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in images]
+
+
 # That pools write the bytes of one process is tested for all families in test_family_ladders.py.
 @pytest.mark.parametrize(
-    ("name", "placement"), [("dit", "together"), ("sd", "together"), ("sdxl", "pools"), ("sana", "together")]
+    ("name", "placement"),
+    [("dit", "together"), ("sd", "together"), ("sdxl", "pools"), ("flux-dev", "pools"), ("sana", "together")],
 )
 def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
     case = CASES[name]
@@ -142,11 +164,11 @@ def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp
     mlem_dist.generate(
         ladder, out=str(tmp_path / "out"), nfe=STEPS, steps=STEPS, grid="model", placement=placement, **take, **ours
     )
-    table = pq.read_table(tmp_path / "out" / "data")
-    images = [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in table["image"].to_pylist()]
+    table, images = pq.read_table(tmp_path / "out" / "data"), stored_images(tmp_path / "out")
     assert_same(np.stack([images[0], images[5]]), run_pipeline(pipeline, **case.theirs))
     if "prompts" in ours:
         assert table["prompt"].to_pylist() == ours["prompts"]
+    if "negative_prompts" in ours:
         assert table["negative_prompt"].to_pylist() == ours["negative_prompts"]
 
 
@@ -197,7 +219,20 @@ def scaled(name: str, _: Any, arguments: Any, keywords: Any) -> Any:
     return arguments, {**keywords, "added_cond_kwargs": {**added, name: 1.5 * added[name]}}
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", *MASKED])
+def test_guidance_as_an_input_may_differ_by_row(folders, tmp_path):
+    case = CASES["flux-dev"]
+    pipeline, ladder = folders(case)
+    rows = zip(PROMPTS, SEEDS, (SCALE, 2.0), strict=True)
+    lines = [json.dumps(dict(zip(("prompt", "seed", "guidance_scale"), row, strict=True))) for row in rows]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    arguments = {"nfe": STEPS, "steps": STEPS, "grid": "model", "engine": "inline"}
+    mlem_dist.generate(ladder, prompts=tmp_path / "prompts.jsonl", out=tmp_path / "out", **arguments)
+    images = stored_images(tmp_path / "out")
+    expected = [run_pipeline(pipeline, **case.theirs | {"guidance_scale": scale}) for scale in (SCALE, 2.0)]
+    assert_same(np.stack(images), np.stack([expected[0][0], expected[1][1]]))
+
+
+@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", "sd3", "flux-dev", *MASKED])
 def test_every_input_moves_the_images(name, folders):
     """Otherwise the tests above would show nothing of it."""
     case = CASES[name]
@@ -206,26 +241,29 @@ def test_every_input_moves_the_images(name, folders):
     if name == "dit":
         changes["labels"] = {"class_labels": [7, 1]}
     else:
+        changes["prompts"] = {"prompt": OTHER_PROMPTS}
+    if "negative_prompt" in case.theirs:
         changes |= {
-            "prompts": {"prompt": OTHER_PROMPTS},
             "negative prompts": {"negative_prompt": OTHER_NEGATIVE},
             "no negative prompts": {"negative_prompt": "" if name in MASKED else None},
         }
-    if name == "sdxl":
+    if name in ("sdxl", "sd3"):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(folders(case)[0])
-        text, negative, pooled, negative_pooled = pipeline.encode_prompt(
-            PROMPTS, None, "cpu", 1, True, negative_prompt=NEGATIVE
-        )
+        others = (None, None)[: 1 + (name == "sd3")]
+        text, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPTS, *others, negative_prompt=NEGATIVE)
         embedded = {"prompt": None, "negative_prompt": None, "prompt_embeds": text, "negative_prompt_embeds": negative}
         embedded |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": negative_pooled}
         changes |= {
             "pooled embeddings": {**embedded, "pooled_prompt_embeds": pooled.flip(0)},
             "negative pooled embeddings": {**embedded, "negative_pooled_prompt_embeds": negative_pooled.flip(0)},
+        }
+        assert moved(case, folders, expected, **embedded) < 0.01
+    if name == "sdxl":
+        changes |= {
             "original sizes": {"original_size": (64, 64)},
             "crops": {"crops_coords_top_left": (5, 5)},
             "target sizes": {"target_size": (64, 32)},
         }
-        assert moved(case, folders, expected, **embedded) < 0.01
     if name in MASKED:
         changes |= masks(case, folders, expected)
     if name == "sana":
@@ -238,5 +276,10 @@ def test_every_input_moves_the_images(name, folders):
             "resolution": {"change": partial(scaled, "resolution")},
             "aspect ratio": {"change": partial(scaled, "aspect_ratio")},
         }
+    if name == "sd3":
+        clip = torch.cat([text[:, :77].flip(0), text[:, 77:]], 1)
+        changes |= {"CLIP": {**embedded, "prompt_embeds": clip}, "T5": {"prompt_3": OTHER_PROMPTS}}
+    if name == "flux-dev":
+        changes |= {"CLIP": {"prompt": OTHER_PROMPTS, "prompt_2": PROMPTS}, "T5": {"prompt_2": OTHER_PROMPTS}}
     for what, arguments in changes.items():
         assert moved(case, folders, expected, **arguments) > 20, what

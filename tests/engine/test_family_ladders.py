@@ -21,8 +21,10 @@ PROMPTS = ["a cat", "dogs on a hill", "a cat", "", "x" * 100]
 SOURCES: dict[str, dict[str, Any]] = {
     "pixels": {},
     "dit": {"labels": [1, 7]},
-    **{kind: {"prompts": PROMPTS} for kind in ("sd", "sdxl", "pixart-alpha", "sana")},
+    **{kind: {"prompts": PROMPTS} for kind in ("sd", "sdxl", "sd3", "flux-dev", "pixart-alpha", "sana")},
 }
+UNDIRECTED = ("pixels", "flux-dev")
+"""Kinds without levels of several evaluations: models of FLUX take the scale of guidance as an input."""
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -32,7 +34,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def ladder(kind, tmp_path_factory):
-    """Both models without and, except for pixels, with guidance, and the larger guided by the smaller.
+    """Both models without and, except for `UNDIRECTED`, with guidance, and the larger guided by the smaller.
 
     For Stable Diffusion there is also a Gaussian, whose mean depends on the prompt.
     """
@@ -46,7 +48,7 @@ def ladder(kind, tmp_path_factory):
 
 def test_levels_are_in_order_and_share_what_is_loaded(ladder, kind):
     names = ["size-1", "size-2"]
-    if kind != "pixels":
+    if kind not in UNDIRECTED:
         names = ["size-1", "size-1 guided", "size-2", "size-2 guided", "size-2 guided by size-1"]
         by_name = {level.name: ladder.load_level(number, "cpu") for number, level in enumerate(ladder.levels, 1)}
         small, _, large, guided, by_small = (by_name[name] for name in names)
@@ -54,7 +56,7 @@ def test_levels_are_in_order_and_share_what_is_loaded(ladder, kind):
         assert by_small.value.level is large.level
         assert by_small.unconditional.level is small.level
     assert sorted(level.name for level in ladder.levels) == ["gaussian"] * (kind == "sd") + names
-    assert ladder.levels[-1].name == ("size-2" if kind == "pixels" else "size-2 guided")
+    assert ladder.levels[-1].name == ("size-2" if kind in UNDIRECTED else "size-2 guided")
     assert (np.diff(ladder.cost("cpu")) > 0).all()
     assert Path(ladder.levels[-1].path).parent.name.startswith("size")
 

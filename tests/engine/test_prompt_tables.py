@@ -345,7 +345,7 @@ def test_what_would_decide_nothing_is_refused_or_said(tmp_path):
             generate("fashion", num=2, **further, **given)
     told = []
     generate(plain, prompts=["a"], negative_prompts=["ugly"], notify=told.append, **given)
-    assert any("negative prompts do not change images" in sentence for sentence in told)
+    assert any("Negative prompts decide nothing: the best level" in sentence for sentence in told)
 
 
 def test_the_images_of_a_preview_are_those_of_the_dataset_for_drawn_plans(tmp_path):

@@ -18,6 +18,7 @@ import mlem_dist
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.save import save_ladder, save_level
+from mlem_dist.ladder.schema import UNGUIDED, Guidance
 from mlem_dist.models.level import new_unet_level
 from mlem_dist.solver.condition import LABEL
 from mlem_dist.solver.process import process_of
@@ -208,6 +209,10 @@ def test_each_model_computes_in_its_precision(pipelines, tmp_path):
     assert next(low.parameters()).dtype == torch.bfloat16
     assert next(high.parameters()).dtype == torch.float32
     assert next(ladder.load_level(2, "cpu", "bfloat16").parameters()).dtype == torch.bfloat16
+    # Whose first tensor is a buffer.
+    sd3 = make_pipeline("sd3", tmp_path / "sd3")
+    other = Ladder.create(tmp_path / "other", [sd3], precision="bfloat16", measure=False)
+    assert {parameter.dtype for parameter in other.load_level(1, "cpu").parameters()} == {torch.bfloat16}
 
 
 def refuse(message: str, out: Path, *models: object, **options: object) -> None:
@@ -265,9 +270,9 @@ def test_models_that_are_no_drifts_are_refused(pipelines, copy, tmp_path):
         copy("dit", "transformer/config.json", norm_type="ada_norm_single"),
     )
     refuse(
-        "its class is 'FluxTransformer2DModel', expected one of",
+        "its class is 'Flux2Transformer2DModel', expected one of",
         out,
-        copy("sdxl", "unet/config.json", _class_name="FluxTransformer2DModel"),
+        copy("sdxl", "unet/config.json", _class_name="Flux2Transformer2DModel"),
     )
     refuse("SANA-Sprint is distilled", out, copy("sana", "model_index.json", _class_name="SanaSprintPipeline"))
     sprint = shutil.copytree(pipelines / "sana" / "transformer", tmp_path / "sprint")
@@ -297,6 +302,39 @@ def test_pixart_may_name_the_class_of_which_it_was_a_part(copy, tmp_path):
     ladder = Ladder.create(tmp_path / "ladder", [folder], measure=False)
     assert ladder.levels[0].kind == "PixArtTransformer2DModel"
     assert ladder.load_level(1, "cpu")
+
+
+def test_models_that_take_the_guidance_scale_have_one_level(tmp_path):
+    dev, schnell = (make_pipeline(f"flux-{name}", tmp_path / f"flux-{name}") for name in ("dev", "schnell"))
+    given = {"size": (16, 16), "measure": False}
+    for scale, options in ((3.5, {}), (5.0, {"guidance": 5.0})):
+        ladder = Ladder.create(tmp_path / f"scale-{scale}", [schnell, dev], **options, **given)
+        guidance = {level.name: level.guidance for level in ladder.levels}
+        assert guidance == {"flux-schnell": UNGUIDED, "flux-dev": Guidance(scale, embedded=True)}
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match=r"the best level .* takes the scale of guidance as an input"):
+        mlem_dist.sample(ladder, prompts=["a"], negative_prompts="b")
+    raw = json.loads((ladder.folder / "ladder.json").read_text())
+    raw["levels"][-1]["guidance"] = {"scale": 3.0}
+    (ladder.folder / "ladder.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match="embedded of its guidance is false, expected true"):
+        Ladder.load(ladder.folder)
+    alone = tmp_path / "alone"
+    shutil.copytree(dev / "transformer", alone)
+    config = json.loads((alone / "config.json").read_text()) | {"in_channels": 384, "out_channels": 64}
+    (alone / "config.json").write_text(json.dumps(config))
+    sd3 = make_pipeline("sd3", tmp_path / "sd3")
+    refuse("flux-schnell takes no guidance", out, dev, schnell, guidance=3, size=(16, 16))
+    refuse("give it alone, without an interval", out, dev, guidance=(3, 0, 0.5), size=(16, 16))
+    refuse("give it alone, .*`guide_with`", out, schnell, dev, guidance=3, guide_with="flux-dev", size=(16, 16))
+    refuse("`size` 16x18: expected multiples of 4, 2 times the decoder's", out, dev, size=(18, 16))
+    refuse("takes 384 channels and predicts 64, as models of FLUX for filling", out, alone, pipeline=dev)
+    refuse("pooled of width 16, and the text encoders of .*sd3 give 40", out, dev, pipeline=sd3)
+    for folder in (dev, sd3):
+        index = json.loads((folder / "model_index.json").read_text())
+        changed = {"flux-dev": "FluxFillPipeline", "sd3": "StableDiffusion3ControlNetPipeline"}[folder.name]
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": changed}))
+        refuse(f"it is a {changed}, expected one of FluxPipeline", out, folder)
 
 
 def test_weights_that_are_pickles_or_missing_are_refused(pipelines, copy, tmp_path):

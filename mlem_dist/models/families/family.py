@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mlem_dist.solver.condition import LABEL, Condition
-from mlem_dist.solver.process import Process
+from mlem_dist.solver.process import Process, process_of
 
 Config = Mapping[str, Any]
 """The configuration of a model, as in its config.json."""
@@ -20,9 +20,16 @@ class Family(ABC):
 
     Attributes:
         names: names of the class: the first is the class itself, others stand for it in configurations.
+        patch: height and width of what is a token of the model, of which those of samples are multiples; 0 if there are
+            none, or if their number does not matter.
+        even: whether the pipeline itself lays out the noise levels of a flow, evenly, instead of its scheduler.
+        guided: whether guidance may combine evaluations with and without the condition.
     """
 
     names: ClassVar[tuple[str, ...]]
+    patch: ClassVar[int] = 0
+    even: ClassVar[bool] = False
+    guided: ClassVar[bool] = True
 
     def model_class(self) -> Any:
         """The class of the models; imports diffusers."""
@@ -33,6 +40,15 @@ class Family(ABC):
     @abstractmethod
     def predict(self, model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The model's prediction in the shape of x (B, C, H, W), at the times t (B,) that the scheduler gives it."""
+
+    def process(self, scheduler: Config, shape: tuple[int, int, int]) -> Process:
+        """The process of a scheduler's configuration for samples of a shape (C, H, W), with the pipeline's grids.
+
+        Raises:
+            UsageError: as for `process_of`.
+        """
+        tokens = shape[1] * shape[2] // self.patch**2 if self.patch else None
+        return process_of(scheduler, tokens, self.even)
 
     def refusal(self, config: Config, process: Process) -> str:
         """The reason why a model cannot be used with a process, as a sentence about "its model"; "" if it can."""
@@ -55,6 +71,10 @@ class Family(ABC):
         None stands for any length, such as a number of tokens.
         """
         return {LABEL: ()} if self.classes(config) else {}
+
+    def scale(self, config: Config) -> float | None:
+        """The pipeline's default of the guidance scale that is an input of the model; None if the model takes none."""
+        return None
 
     def classes(self, config: Config) -> int:
         """Number of classes that the model is conditioned on; 0 for none."""
