@@ -69,6 +69,9 @@ def ladder_show(name: str) -> None:
     help="Adds to each model a level with guidance, in all the noise schedule (0 to 1) or in a part of it.",
 )
 @click.option("--unguided/--no-unguided", default=True, help="Whether models with guidance are levels without it, too.")
+@click.option(
+    "--true-guidance", type=float, metavar="SCALE", help="true_cfg_scale of FLUX: adds levels of two evaluations."
+)
 @click.option("--guide-with", metavar="MODEL", help="Model that gives the direction of guidance to all others, too.")
 @click.option("--size", type=width_height, metavar="WxH", help="Size of images in pixels.  [default: the model's]")
 @click.option(

@@ -66,6 +66,7 @@ def create_ladder(
     guidance: float | Sequence[float] | None = None,
     unguided: bool = True,
     guide_with: str | Path | None = None,
+    true_guidance: float | None = None,
     precision: str | Sequence[str] = "float32",
     size: tuple[int, int] | None = None,
     gaussian: str | Path | int | None = None,
@@ -87,6 +88,8 @@ def create_ladder(
             model that takes the scale as an input has one level, by default with the scale of its pipeline.
         unguided: whether models with a guided level also have an unguided one.
         guide_with: the one of `models` that gives the direction of guidance to all others, too.
+        true_guidance: scale of guidance by two evaluations of models that need none (FLUX): their pipeline's
+            `true_cfg_scale`, for a further level of each.
         precision: dtype in which models compute, for all or for each: "float32", "bfloat16" or "float16".
         size: height and width of the images in pixels; by default those for which the last model was trained.
         gaussian: a Gaussian as the first level, fitted to the images in a folder, or to this number of samples of the
@@ -100,6 +103,8 @@ def create_ladder(
         UsageError: if a model cannot be used, or does not fit the others. Nothing is written in this case.
     """
     guide = _guidance(guidance)
+    if true_guidance is not None and not 1 < true_guidance < math.inf:
+        raise UsageError(f"`true_guidance` {true_guidance}: expected a scale above 1; leave it out for none")
     _check_gaussian(gaussian, prompts)
     _check_out(out)
     if not models:
@@ -124,7 +129,11 @@ def create_ladder(
         shape = _sample_shape(sources[-1], around, size)
         labels = _labels(sources[-1], around)
         entries = _entries(sources, precisions, around, shape, labels, guide, by)
-        raw = _content(out, entries, around, shape, labels, guide, unguided, by)
+        if true_guidance is not None and (others := [entry.name for entry in entries if entry.source.family.guided]):
+            raise UsageError(
+                f"`true_guidance` {true_guidance:g}: it is for models of FLUX; {others[0]} takes `guidance`"
+            )
+        raw = _content(out, entries, around, shape, labels, guide, true_guidance, unguided, by)
         fitted = None if gaussian is None else _fitted(gaussian, raw, around, prompts, notify)
         if copy:
             _copy(out, raw, entries, around)
@@ -562,6 +571,7 @@ def _content(
     shape: tuple[int, int, int],
     labels: Sequence[str],
     guidance: Guidance,
+    true_guidance: float | None,
     unguided: bool,
     by: str,
 ) -> dict[str, Any]:
@@ -580,15 +590,17 @@ def _content(
             }
         )
         family, alone = entry.source.family, _level(entry.name, entry.name, entry.operations)
+        embedded, guided = None, []
         if (scale := family.scale(entry.source.config)) is not None:
             embedded = Guidance(scale if guidance == UNGUIDED else guidance.scale, embedded=True)
-            levels.append(alone | {"guidance": asdict(embedded)})
-            continue
-        guided = guidance != UNGUIDED and family.guided
-        if not guided or unguided:
-            levels.append(alone)
-        if guided:
-            levels += _guided(entry, entries, guidance, by)
+            alone |= {"guidance": asdict(embedded)}
+        if true_guidance:
+            true = replace(embedded, weight=true_guidance) if embedded else Guidance(true_guidance)
+            level = _level(f"{entry.name} guided", entry.name, 2 * entry.operations)
+            guided = [level | {"guidance": asdict(true)}]
+        elif guidance != UNGUIDED and family.guided:
+            guided = _guided(entry, entries, guidance, by)
+        levels += [alone] * (unguided or not guided) + guided
     levels.sort(key=lambda level: level["seconds"][OPERATIONS])
     return {
         "schema_version": MODELS_VERSION,

@@ -443,6 +443,7 @@ class Ladder:
         by = next((other.sha256 for other in self.levels if other.model == level.guidance.by), None)
         guides = sorted(by.values()) if by else []
         guidance = [level.guidance.scale, level.guidance.start, level.guidance.stop, guides]
+        guidance += [level.guidance.weight] * (level.guidance.weight != 1)
         return [level.kind, level.patch, level.prediction, level.precision, files, guidance, *corrects]
 
     def cost(self, device: str) -> np.ndarray:

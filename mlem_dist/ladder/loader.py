@@ -10,7 +10,7 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
-from mlem_dist.ladder.schema import MODELS_VERSION, OWN, SCHEMA_VERSION, UNGUIDED, Level
+from mlem_dist.ladder.schema import MODELS_VERSION, OWN, SCHEMA_VERSION, Level
 from mlem_dist.models.decoder import Decoder
 from mlem_dist.models.encoder import Encoder, load_encoder
 from mlem_dist.models.families import FAMILIES
@@ -64,11 +64,14 @@ class Loader:
         level, model = self.ladder.levels[number - 1], self._model(number, device, precision)
         if self.ladder.schema_version == SCHEMA_VERSION:
             return model
-        value, guidance = Evaluation(model, level.model, False), level.guidance
-        if guidance.embedded:
-            return ScaledLevel(model, guidance.scale)
-        if guidance == UNGUIDED:
+        guidance = level.guidance
+        drift = ScaledLevel(model, guidance.scale) if guidance.embedded else model
+        value = Evaluation(drift, level.model, False)
+        if not guidance.directed:
             return value
+        if guidance.embedded:
+            unconditional = Evaluation(drift, level.model, True)
+            return GuidedLevel(value, value, unconditional, guidance.weight, (0.0, 1.0), self.ladder.process, False)
         by = guidance.by or level.model
         guide = self._model([other.model for other in self.ladder.levels].index(by) + 1, device, precision)
         evaluations = value, Evaluation(guide, by, False), Evaluation(guide, by, True)
@@ -123,7 +126,7 @@ class Loader:
         self.ladder.check_part(part)
         path, dtype = self.ladder.place(part.path), self._precision(len(self.ladder.levels), precision)
         with loading(f"text encoders of {path}"):
-            return load_encoder(path, part.kind, self.ladder.image_shape[1:], device, dtype)
+            return load_encoder(path, part.kind, self.ladder.image_shape[1:], self.ladder.guided, device, dtype)
 
     @torch.inference_mode(False)
     def checker(self, device: str) -> SafetyChecker:

@@ -35,6 +35,7 @@ class Guidance:
         stop: where it stops.
         by: name of the model that gives the direction; "" for the level's own.
         embedded: whether the scale is an input of the model, instead of the weight of a direction.
+        weight: the guidance scale of a direction beside a scale that is an input; 1 for none.
     """
 
     scale: float = 1.0
@@ -42,11 +43,12 @@ class Guidance:
     stop: float = 1.0
     by: str = ""
     embedded: bool = False
+    weight: float = 1.0
 
     @property
     def directed(self) -> bool:
         """Whether there is a direction, from evaluations with and without the condition."""
-        return self != UNGUIDED and not self.embedded
+        return self.weight != 1 if self.embedded else self != UNGUIDED
 
 
 UNGUIDED = Guidance()

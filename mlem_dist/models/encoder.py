@@ -97,9 +97,6 @@ ENCODERS: Mapping[str, Encode] = {
 NEGATIVE_ENCODERS: Mapping[str, Encode] = {"SanaPipeline": encode_masked}
 """The function for negative prompts, where it is another one."""
 
-POSITIVE = ("FluxPipeline",)
-"""Classes of pipelines whose models make no unconditional evaluations."""
-
 SIZED = ("StableDiffusionXLPipeline",)
 """Classes of pipelines whose models are conditioned on sizes."""
 
@@ -120,15 +117,16 @@ class Encoder:
         pipeline: the pipeline, without its other models.
         kind: its class.
         size: height and width of the images, in pixels.
+        negative: whether conditions have negative prompts, which levels without unconditional evaluations do not need.
     """
 
-    def __init__(self, pipeline: Any, kind: str, size: tuple[int, int]) -> None:
+    def __init__(self, pipeline: Any, kind: str, size: tuple[int, int], negative: bool) -> None:
         self._pipeline = pipeline
         self._encode = {"": ENCODERS[kind], NEGATIVE: NEGATIVE_ENCODERS.get(kind, ENCODERS[kind])}
         self._sizes: dict[str, list[float]] = {SIZES: [*size, 0, 0, *size]} if kind in SIZED else {}
         if kind in RESOLVED:
             self._sizes[RESOLUTION] = [*size, size[0] / size[1]]
-        self._negative = kind not in POSITIVE
+        self._negative = negative
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[Text]) -> Condition:
@@ -215,10 +213,12 @@ def encoder_shapes(folder: Path, kind: str) -> dict[str, tuple[int | None, ...]]
     return shapes
 
 
-def load_encoder(folder: Path, kind: str, size: tuple[int, int], device: torch.device | str, precision: str) -> Encoder:
+def load_encoder(
+    folder: Path, kind: str, size: tuple[int, int], negative: bool, device: torch.device | str, precision: str
+) -> Encoder:
     """The encoder of the pipeline of class `kind` in a folder as `save_pretrained` writes it.
 
-    `size` is the height and width of the images in pixels.
+    `size` and `negative` are as for `Encoder`.
 
     Raises:
         UsageError: if the package transformers is not installed.
@@ -236,4 +236,4 @@ def load_encoder(folder: Path, kind: str, size: tuple[int, int], device: torch.d
             **SAFE,
             **dict.fromkeys(parts),
         )
-    return Encoder(pipeline.to(device), kind, size)
+    return Encoder(pipeline.to(device), kind, size, negative)

@@ -67,6 +67,7 @@ class GuidedLevel(nn.Module):
         scale: w, for samples whose condition has no scale.
         interval: the part of the noise schedule in which the level is guided: 0 is pure noise, and 1 is the image.
         process: the ladder's process.
+        varies: whether a scale in a sample's condition takes the place of w.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class GuidedLevel(nn.Module):
         scale: float,
         interval: tuple[float, float],
         process: Process,
+        varies: bool = True,
     ) -> None:
         super().__init__()
         self.value, self.conditional, self.unconditional = value, conditional, unconditional
-        self.scale, self.interval, self.process = scale, interval, process
+        self.scale, self.interval, self.process, self.varies = scale, interval, process, varies
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
         """Drift for x (B, C, H, W) float32 at times t (B,)."""
@@ -91,7 +93,8 @@ class GuidedLevel(nn.Module):
             return value
         conditional = self.conditional(x, t, condition, known)
         direction = conditional - self.unconditional(x, t, condition, known)
-        scale = condition[GUIDANCE] if GUIDANCE in condition else torch.full_like(t, self.scale)
+        own = self.varies and GUIDANCE in condition
+        scale = condition[GUIDANCE] if own else torch.full_like(t, self.scale)
         weight = torch.where(inside, scale - 1, 0.0)
         return torch.addcmul(value, weight[:, None, None, None], direction)
 

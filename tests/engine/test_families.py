@@ -4,7 +4,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Case:
     scheduler: dict[str, Any] = field(default_factory=dict)
     ours: dict[str, Any] = field(default_factory=dict)
     theirs: dict[str, Any] = field(default_factory=dict)
+    true_guidance: float | None = None
 
 
 def prompted(kind: str, negative: Any = NEGATIVE, **scheduler: Any) -> Case:
@@ -60,6 +61,14 @@ def flux(kind: str, guidance: dict[str, float], **scheduler: Any) -> Case:
     return Case(kind, scheduler, {"prompts": PROMPTS}, theirs)
 
 
+def true_flux(kind: str, guidance: dict[str, float]) -> Case:
+    """A case of FLUX with unconditional evaluations."""
+    case = flux(kind, {**guidance, "true_cfg_scale": 2.5})
+    case.ours.update(negative_prompts=NEGATIVE)
+    case.theirs.update(negative_prompt=NEGATIVE)
+    return replace(case, true_guidance=2.5)
+
+
 CASES = {
     "pixels": Case("pixels", theirs={"batch_size": 2}),
     "dit": Case("dit", ours={"labels": [1, 7]}, theirs={"class_labels": [1, 7], "guidance_scale": SCALE}),
@@ -79,6 +88,8 @@ CASES = {
     "flux-dev": flux("flux-dev", {"guidance_scale": SCALE}),
     "flux-dev, static shift": flux("flux-dev", {"guidance_scale": SCALE}, use_dynamic_shifting=False),
     "flux-schnell": flux("flux-schnell", {}),
+    "flux-dev, true guidance": true_flux("flux-dev", {"guidance_scale": SCALE}),
+    "flux-schnell, true guidance": true_flux("flux-schnell", {}),
 }
 
 
@@ -88,13 +99,13 @@ def folders(tmp_path_factory):
     made: dict[str, tuple[Path, Path]] = {}
 
     def get(case: Case) -> tuple[Path, Path]:
-        key = repr((case.kind, case.scheduler))
+        key = repr((case.kind, case.scheduler, case.true_guidance))
         if key not in made:
             folder = tmp_path_factory.mktemp("pipelines")
             pipeline = make_pipeline(case.kind, folder / case.kind, **case.scheduler)
             guidance = None if case.kind in ("pixels", "flux-schnell") else SCALE
-            size = IMAGE_SIZES.get(case.kind)
-            Ladder.create(folder / "ladder", [pipeline], guidance=guidance, size=size, measure=False)
+            options = {"guidance": guidance, "true_guidance": case.true_guidance, "size": IMAGE_SIZES.get(case.kind)}
+            Ladder.create(folder / "ladder", [pipeline], measure=False, **options)
             made[key] = pipeline, folder / "ladder"
         return made[key]
 
@@ -232,7 +243,9 @@ def test_guidance_as_an_input_may_differ_by_row(folders, tmp_path):
     assert_same(np.stack(images), np.stack([expected[0][0], expected[1][1]]))
 
 
-@pytest.mark.parametrize("name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", "sd3", "flux-dev", *MASKED])
+@pytest.mark.parametrize(
+    "name", ["dit", "sd", "sd of v, zero terminal SNR", "sdxl", "sd3", "flux-dev", "flux-dev, true guidance", *MASKED]
+)
 def test_every_input_moves_the_images(name, folders):
     """Otherwise the tests above would show nothing of it."""
     case = CASES[name]
@@ -279,7 +292,9 @@ def test_every_input_moves_the_images(name, folders):
     if name == "sd3":
         clip = torch.cat([text[:, :77].flip(0), text[:, 77:]], 1)
         changes |= {"CLIP": {**embedded, "prompt_embeds": clip}, "T5": {"prompt_3": OTHER_PROMPTS}}
-    if name == "flux-dev":
+    if case.true_guidance:
+        changes |= {"true guidance": {"true_cfg_scale": 4.0}}
+    elif name == "flux-dev":
         changes |= {"CLIP": {"prompt": OTHER_PROMPTS, "prompt_2": PROMPTS}, "T5": {"prompt_2": OTHER_PROMPTS}}
     for what, arguments in changes.items():
         assert moved(case, folders, expected, **arguments) > 20, what

@@ -324,6 +324,8 @@ def test_models_that_take_the_guidance_scale_have_one_level(tmp_path):
     config = json.loads((alone / "config.json").read_text()) | {"in_channels": 384, "out_channels": 64}
     (alone / "config.json").write_text(json.dumps(config))
     sd3 = make_pipeline("sd3", tmp_path / "sd3")
+    refuse("`true_guidance` 1: expected a scale above 1", out, dev, true_guidance=1, size=(16, 16))
+    refuse("it is for models of FLUX; sd3 takes `guidance`", out, sd3, true_guidance=2, size=(16, 16))
     refuse("flux-schnell takes no guidance", out, dev, schnell, guidance=3, size=(16, 16))
     refuse("give it alone, without an interval", out, dev, guidance=(3, 0, 0.5), size=(16, 16))
     refuse("give it alone, .*`guide_with`", out, schnell, dev, guidance=3, guide_with="flux-dev", size=(16, 16))
