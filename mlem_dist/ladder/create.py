@@ -120,7 +120,8 @@ def create_ladder(
         for text in files:
             assert work
             known[text] = _converted(text, out, work, around, notify)
-            around = around or _surroundings(known[text], None)
+            if known[text].pipeline:
+                around = _surroundings(known[text], None)
         assert around
         if around.encoder and isinstance(gaussian, int) and not prompts:
             raise UsageError(f"`gaussian` {gaussian}: samples need prompts; give some hundred as `prompts`")
@@ -201,14 +202,13 @@ def _work_folder(out: Path) -> TemporaryDirectory[str]:
 def _converted(text: str, out: Path, work: Path, around: Surroundings | None, notify: Callable[[str], None]) -> Source:
     """The model of a checkpoint in a single file, converted to a folder in `work`.
 
-    The pipeline of the file is converted, too, unless there is one around the model.
+    The pipeline of the file is converted, too, unless there is one around the model that it can take.
     """
     stem = Path(text).stem
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
     folder = next(folder for name in names if not (folder := work / MODELS / name).exists())
     notify(f"Converting {text} to {out / MODELS / folder.name}.")
-    convert(text, folder, around.folder if around else None)
-    source = find_source(text, folder / "unet" if around else folder)
+    source = find_source(text, convert(text, folder, around.folder if around else None))
     return replace(source, name=folder.name)
 
 

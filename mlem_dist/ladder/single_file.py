@@ -17,6 +17,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import read_object
 from mlem_dist.ladder.hub import fetch_configuration
+from mlem_dist.ladder.sit_file import LABELS, convert_sit
 from mlem_dist.models.encoder import ENCODERS
 from mlem_dist.models.imports import quiet_diffusers
 
@@ -30,19 +31,24 @@ HALVES: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat1
 """Data types that are kept if all tensors of a file have the same; others become float32."""
 
 
-def convert(text: str, folder: Path, around: Path | None) -> None:
+def convert(text: str, folder: Path, around: Path | None) -> Path:
     """Write a checkpoint in a single file to a new folder as `save_pretrained` of its pipeline writes it.
+
+    Returns the folder of the model, or of its pipeline if there is a new one around it.
 
     Args:
         text: the file's path, as the user gave it.
         folder: the new folder.
         around: folder of the pipeline around the model: only the UNet is taken, to `folder`/unet, in its configuration;
-            None for the whole pipeline of the file, in the configuration that diffusers finds on the hub.
+            None for the whole pipeline of the file, in the configuration that diffusers finds on the hub. For SiT, see
+            `convert_sit`.
 
     Raises:
         UsageError: if the configuration cannot be had, or does not fit the file.
     """
     tensors = load_file(text)
+    if LABELS in tensors:
+        return convert_sit(text, tensors, _dtype(text), folder, around)
     config = around or _configuration(text, tensors)
     options = {"config": str(config), "local_files_only": True, "torch_dtype": _dtype(text)}
     with quiet_diffusers(), _converting(text):
@@ -54,6 +60,7 @@ def convert(text: str, folder: Path, around: Path | None) -> None:
     mode = (folder / "unet" / "config.json").stat().st_mode
     for file in folder.rglob("*.safetensors"):
         file.chmod(mode)
+    return folder / "unet" if around else folder
 
 
 def _configuration(text: str, tensors: Mapping[str, Tensor]) -> Path:

@@ -17,6 +17,7 @@ from mlem_dist.ladder.hub import fetch_pipeline, is_hub_id
 from mlem_dist.ladder.remote import fetch_folder, is_url
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.ladder.single_file import FIRST
+from mlem_dist.ladder.sit_file import LABELS
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
 from mlem_dist.store import parse_location
@@ -180,11 +181,11 @@ def _file_reason(file: Path) -> str:
     for word, reason in FILES.items():
         if any(word in name for name in names):
             return reason
-    if FIRST in names:
+    if FIRST in names or LABELS in names:
         return ""
     return (
-        "a file without a UNet of Stable Diffusion, expected a checkpoint of Stable Diffusion 1, 2 or XL in one "
-        ".safetensors file, or a folder as `save_pretrained` writes it"
+        "a file without a UNet of Stable Diffusion or a transformer of SiT, expected a checkpoint of Stable Diffusion "
+        "1, 2 or XL or of SiT in one .safetensors file, or a folder as `save_pretrained` writes it"
     )
 
 

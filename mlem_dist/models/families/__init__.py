@@ -11,13 +11,14 @@ from mlem_dist.models.families.family import Family
 from mlem_dist.models.families.flux import Flux
 from mlem_dist.models.families.pixart import PixArt
 from mlem_dist.models.families.sana import Sana
+from mlem_dist.models.families.sit import SiT
 from mlem_dist.models.families.stable_diffusion import ConditionalUNet
 from mlem_dist.models.families.stable_diffusion_3 import SD3
 from mlem_dist.models.families.unet import UNet
 
 FAMILIES: Mapping[str, Family] = {
     name: family
-    for family in (UNet(), DiT(), ConditionalUNet(), SD3(), Flux(), PixArt(), Sana())
+    for family in (UNet(), DiT(), SiT(), ConditionalUNet(), SD3(), Flux(), PixArt(), Sana())
     for name in family.names
 }
 """The families by the names of their models' classes."""

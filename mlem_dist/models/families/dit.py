@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from mlem_dist.solver.process import Process
 class DiT(Family):
     """`DiTTransformer2DModel`, whose configurations may name the class `Transformer2DModel` of which it was a part."""
 
-    names = ("DiTTransformer2DModel", "Transformer2DModel")
+    names: ClassVar[tuple[str, ...]] = ("DiTTransformer2DModel", "Transformer2DModel")
 
     def predict(self, model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """As `Family.predict`, without the learned variance, which has the second half of the output's channels."""
