@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object
-from mlem_dist.ladder.checks import check_model_folder
+from mlem_dist.ladder.checks import check_model_folder, model_files
 from mlem_dist.ladder.hub import fetch_pipeline, is_hub_id
 from mlem_dist.ladder.remote import fetch_folder, is_url
 from mlem_dist.ladder.schema import LADDER
@@ -38,9 +38,14 @@ DISTILLED: Mapping[str, str] = {
 }
 """Reasons for classes of pipelines whose models are not drifts, and the way out."""
 
+FUSE = (
+    "`pipeline.load_lora_weights(FILE)`, `pipeline.fuse_lora()`, `pipeline.unload_lora_weights()` and "
+    "`pipeline.save_pretrained(FOLDER)`, and take that folder"
+)
+"""Lines of diffusers that fuse a LoRA into its pipeline."""
+
 FILES: Mapping[str, str] = {
-    "lora": "a LoRA, expected a model; load its pipeline by diffusers, then `pipeline.load_lora_weights(FILE)`, "
-    "`pipeline.fuse_lora()` and `pipeline.save_pretrained(FOLDER)`, and take that folder",
+    "lora": f"a LoRA, expected a model; load its pipeline by diffusers, then {FUSE}",
     "ip_adapter": "an IP-Adapter, which steers a model by a picture; take that model alone",
     "control_model": "a ControlNet, which steers a model by a picture; take that model alone",
 }
@@ -105,6 +110,9 @@ def find_source(text: str, converted: Path | None = None) -> Source:
     if (folder / "model_index.json").is_file():
         return replace(_part(text, folder), pinned=pinned)
     if not (folder / "config.json").is_file():
+        for file in sorted(folder.glob("*.safetensors")):
+            if reason := _other_reason(_tensor_names(file)):
+                raise UsageError(f"model {text!r} is {reason}")
         raise UsageError(f"model {text!r} has neither model_index.json nor config.json, expected a folder of diffusers")
     if pinned:
         return replace(_source(text, text.rpartition("/")[2], folder, None), pinned=pinned)
@@ -174,19 +182,27 @@ def _file_reason(file: Path) -> str:
     """The reason why a file is not taken as a checkpoint, and the way out, for a message; "" if it is."""
     if file.suffix in PICKLES:
         return f"a pickle, which may run code when it is read; load it by diffusers, {LINES}, and take that folder"
-    names: list[str] = []
-    if file.suffix == ".safetensors":
-        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
-            names = list(tensors.keys())
-    for word, reason in FILES.items():
-        if any(word in name for name in names):
-            return reason
+    names = _tensor_names(file) if file.suffix == ".safetensors" else []
+    if reason := _other_reason(names):
+        return reason
     if FIRST in names or LABELS in names:
         return ""
     return (
         "a file without a UNet of Stable Diffusion or a transformer of SiT, expected a checkpoint of Stable Diffusion "
         "1, 2 or XL or of SiT in one .safetensors file, or a folder as `save_pretrained` writes it"
     )
+
+
+def _tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file; none if it is unreadable."""
+    with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
+    return []
+
+
+def _other_reason(names: Sequence[str]) -> str:
+    """The reason of `FILES` by which tensors of these names are no model; "" if there is none."""
+    return next((reason for word, reason in FILES.items() if any(word in name for name in names)), "")
 
 
 def _part(text: str, pipeline: Path) -> Source:
@@ -208,4 +224,9 @@ def _source(text: str, name: str, folder: Path, pipeline: Path | None) -> Source
         raise UsageError(f"model {text!r}: {OTHERS[kind]}")
     family = family_of(kind, f"model {text!r}")
     check_model_folder(f"model {text!r}", family.names[0], folder)
+    files = [folder / file for file in model_files(folder) if file.endswith(".safetensors")]
+    if any("lora_" in name for file in files for name in _tensor_names(file)):
+        raise UsageError(
+            f"model {text!r}: its weights hold a LoRA beside those of the model; load its pipeline again, then {FUSE}"
+        )
     return Source(text, name, folder, pipeline, family, config)

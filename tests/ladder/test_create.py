@@ -12,7 +12,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
 from pipelines import make_pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import mlem_dist
 from mlem_dist.errors import UsageError
@@ -288,7 +288,14 @@ def test_models_that_are_no_drifts_are_refused(pipelines, copy, tmp_path):
     (tmp_path / "empty").mkdir()
     refuse("neither model_index.json nor config.json", out, tmp_path / "empty")
     save_file({"unet.lora_A.weight": torch.zeros(1)}, tmp_path / "style.safetensors")
-    refuse("a LoRA, expected a model; .*fuse_lora", out, tmp_path / "style.safetensors")
+    refuse("a LoRA, expected a model; .*fuse_lora.*unload_lora_weights", out, tmp_path / "style.safetensors")
+    (tmp_path / "style").mkdir()
+    (tmp_path / "style.safetensors").rename(tmp_path / "style" / "pytorch_lora_weights.safetensors")
+    refuse("a LoRA, expected a model; .*fuse_lora", out, tmp_path / "style")
+    beside = shutil.copytree(pipelines / "dit", tmp_path / "beside")
+    weights = beside / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {"proj_out_1.lora_A.default_0.weight": torch.zeros(1)}, weights)
+    refuse("hold a LoRA beside those of the model; .*unload_lora_weights", out, beside)
     save_file({"model.diffusion_model.weight": torch.zeros(1)}, tmp_path / "whole.safetensors")
     refuse("is a file without a UNet of Stable Diffusion", out, tmp_path / "whole.safetensors")
     config = {"_class_name": ControlNetModel.__name__}
