@@ -349,7 +349,7 @@ def preview(
         _cluster().disconnect()
     number = min(PREVIEWED, job.num)
     size = min(number, job.block_size)
-    few = replace(job, num=number, block_size=size, shard_size=size, device=local_device("auto"))
+    few = replace(job, num=number, until=None, block_size=size, shard_size=size, device=local_device("auto"))
     images = np.concatenate(list(sample_blocks(few, loaded)))[:number]
     texts = few.rows(range(number))
     captions = texts.get(PROMPT) or [loaded.labels[label] for label in texts.get("label", ())]
@@ -597,7 +597,7 @@ def _on_ray(request: _Request, todo: int, notify: Notify) -> Engine:
     job, ladder, coalesce = request.job, request.ladder, request.coalesce
     if not request.remote:
         _cluster().connect(request.address)
-    arranged = arrange(replace(job, num=todo), ladder, request.pools, request.devices, request.remote)
+    arranged = arrange(replace(job, num=todo, until=None), ladder, request.pools, request.devices, request.remote)
     if arranged.forecasts:
         notify(placement_reason(arranged.forecasts, arranged.timed))
     if coalesce > 1 and len(arranged.layout.level_pools) == 1:
