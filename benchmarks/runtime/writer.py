@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlem_dist.dataset.shards import PNG, encode_shard, write_shard
+from mlem_dist.dataset.shards import PNG, encode_shard, shard_path, write_shard
 from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 
@@ -50,7 +50,7 @@ def main(data: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         found = {
-            "shard": rate(lambda: write_shard(path, 0, 1, images, columns, ladder.labels, ""), size),
+            "shard": rate(lambda: write_shard(path, shard_path(0, 1), images, columns, ladder.labels, ""), size),
             "png alone": rate(lambda: PNG.files(images), size),
             "parquet of finished png": rate(lambda: encode_shard(pngs, columns, ladder.labels), size),
             "pyarrow, pixels as bytes": rate(lambda: pq.write_table(pixels, path / "pixels.parquet"), np.size(images)),

@@ -34,7 +34,7 @@ def read(out: str | Location) -> ray.data.Dataset:
     from mlem_dist.runtime.cluster import connect
 
     place = parse_location(out) if isinstance(out, str) else out
-    paths = sorted(finished_shards(place, read_manifest(place)))
+    paths = [*finished_shards(place, read_manifest(place))]
     if not paths:
         raise UsageError(f"{place} has no finished shard yet; generate it to the end")
     # By itself, Ray Data would connect to any other program's Ray that it finds on this machine.

@@ -141,9 +141,18 @@ def recorded_shards(out: Location, manifest: Manifest) -> list[Shard]:
     return [whole.get(shard_index(shard.path), shard) for shard in marked]
 
 
-def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
-    """The shards of a run that need not be made again, keyed by path."""
+def written_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
+    """The shards of a run that are as they were written, keyed by path; some may wait for their places."""
     return whole_shards(out, (*manifest.shards, *marked_shards(out, manifest.fingerprint)))
+
+
+def finished_shards(out: Location, manifest: Manifest) -> dict[str, Shard]:
+    """The shards of a run that need not be made again, keyed by path, in their order.
+
+    Shards that wait beside a finished dataset do not count. A run that was stopped has left them.
+    """
+    written = sorted(written_shards(out, manifest).items(), key=lambda item: Path(item[0]).name)
+    return {path: shard for path, shard in written if not (manifest.shards and path.startswith(WORK))}
 
 
 def finish(out: Location, manifest: Manifest) -> None:

@@ -202,7 +202,12 @@ def place_shard(out: Location, waiting: Shard, path: str, rows: int) -> Shard:
         publish(out / path, data, out / WORK)
         return _shard(path, rows, data)
     if waiting.path != path:
-        move(out / waiting.path, out / path)
+        try:
+            move(out / waiting.path, out / path)
+        except FileNotFoundError:
+            # Another run of the same command may have moved it.
+            if Path(path).name not in listed(out / DATA):
+                raise
     return replace(waiting, path=path)
 
 
@@ -235,7 +240,10 @@ def _marker(path: str) -> str:
 
 
 def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
-    """The shards whose files exist with the recorded sizes, keyed by path; a waiting one may have its place already."""
+    """The shards whose files exist with the recorded sizes, keyed by path.
+
+    A waiting shard may have its place already, and counts there.
+    """
     recorded = [*shards]
     folders = {DATA, *(str(Path(shard.path).parent) for shard in recorded)}
     sizes = {f"{folder}/{name}": size for folder in folders for name, size in listed(out / folder).items()}
@@ -243,9 +251,9 @@ def whole_shards(out: Location, shards: Iterable[Shard]) -> dict[str, Shard]:
     whole = {}
     for shard in recorded:
         place = places.get(shard_index(shard.path)) if shard.path.startswith(WORK) else None
-        for path in (shard.path, place):
-            if path and sizes.get(path) == shard.bytes:
-                whole[path] = replace(shard, path=path)
+        path = place if place and sizes[place] == shard.bytes else shard.path
+        if sizes.get(path) == shard.bytes:
+            whole[path] = replace(shard, path=path)
     return whole
 
 

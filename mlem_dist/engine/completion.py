@@ -7,7 +7,16 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from mlem_dist.dataset.manifest import NAME, Manifest, changed, check_out, finish, finished_shards, read_manifest
+from mlem_dist.dataset.manifest import (
+    NAME,
+    Manifest,
+    changed,
+    check_out,
+    finish,
+    finished_shards,
+    read_manifest,
+    written_shards,
+)
 from mlem_dist.dataset.shards import Shard, place_shard, shard_index, shard_path
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import Progress
@@ -56,7 +65,7 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     _check_sizes(job, ladder)
     config = job.config
     manifest = check_out(out, config) or Manifest(config, ladder.labels, job.versions, {}, ())
-    done = _finished(out, manifest)
+    done = _by_index(finished_shards(out, manifest))
     # Of a finished dataset of `until` rows, shards beyond the last one are not missing.
     shards = len(manifest.shards) or job.shards
     enough = _first_shards(_rows(done), job.until)
@@ -66,10 +75,9 @@ def open_dataset(job: Job, ladder: Ladder, out: Location) -> Dataset:
     return Dataset(out, job, manifest, done, missing)
 
 
-def _finished(out: Location, manifest: Manifest) -> dict[int, Shard]:
-    """The finished shards by index."""
-    whole = finished_shards(out, manifest)
-    return {index: shard for path, shard in whole.items() if (index := shard_index(path)) is not None}
+def _by_index(shards: Mapping[str, Shard]) -> dict[int, Shard]:
+    """Shards by index, of those by path."""
+    return {index: shard for path, shard in shards.items() if (index := shard_index(path)) is not None}
 
 
 def _first_shards(rows: Mapping[int, int], until: int | None) -> int | None:
@@ -127,7 +135,7 @@ def complete(dataset: Dataset, ladder: Ladder, engine: Engine) -> Iterator[Progr
         yield from _make(dataset, engine)
     _check_alone(dataset)
     try:
-        shards = _placed(dataset, _finished(dataset.out, dataset.manifest))
+        shards = _placed(dataset, _by_index(written_shards(dataset.out, dataset.manifest)))
     except (RuntimeError, OSError):
         # Another run of the same command may have finished the dataset.
         if read_manifest(dataset.out).shards:

@@ -33,7 +33,7 @@ def contact_sheet(out: Location) -> Image.Image:
     classes: list[int] = manifest.config["labels"] if manifest.labels else list(range(10))
     rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
     number = 0
-    for path in sorted(finished_shards(out, manifest)):
+    for path in finished_shards(out, manifest):
         try:
             with reached(out), (out / path).open("rb") as opened:
                 # A thread of pyarrow that reads through Python can abort the interpreter at its exit.

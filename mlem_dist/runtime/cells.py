@@ -17,7 +17,7 @@ from ray.exceptions import RayTaskError
 
 from mlem_dist.capacity.policies import QUEUED_BLOCKS_PER_DEVICE
 from mlem_dist.dataset.manifest import read_manifest
-from mlem_dist.dataset.shards import marked_shards, whole_shards
+from mlem_dist.dataset.shards import marked_shards, shard_index, whole_shards
 from mlem_dist.engine.job import Job
 from mlem_dist.engine.progress import WAITS, PoolProgress, Progress
 from mlem_dist.runtime.cluster import check_alive
@@ -169,9 +169,10 @@ class Cell:
         if self._deaths_in_a_row >= TRIES:
             raise PoolError(f"{TRIES} coordinators in turn died; the last one: {error}") from None
         # A shard is made when its marker exists, which is written after the file.
-        paths = {shard: self.job.shard_path(shard) for shard in self._open}
-        marked = whole_shards(self.out, marked_shards(self.out, read_manifest(self.out).fingerprint, paths.values()))
-        self._made({shard: marked[path].rows for shard, path in paths.items() if path in marked})
+        paths = map(self.job.shard_path, self._open)
+        marked = whole_shards(self.out, marked_shards(self.out, read_manifest(self.out).fingerprint, paths))
+        rows = {shard_index(path): shard.rows for path, shard in marked.items()}
+        self._made({shard: rows[shard] for shard in self._open if shard in rows})
         lost = [*self._open]
         if total := self.total():
             self._past = replace(

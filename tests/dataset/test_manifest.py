@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlem_dist.dataset.manifest import Manifest, check_out
-from mlem_dist.dataset.shards import Shard, foreign, marked_shards, whole_shards
+from mlem_dist.dataset.shards import Shard, foreign, marked_shards, place_shard, whole_shards
 from mlem_dist.errors import UsageError
 
 NOBODY = 65534
@@ -102,3 +102,14 @@ def test_a_dataset_with_the_noise_of_an_earlier_version_is_not_gone_on_with(tmp_
     Manifest({"digest": "1", "seed": 0}, (), {"mlem_dist": "0.3.0"}, {}, ()).write(tmp_path)
     with pytest.raises(UsageError, match=r"was begun by mlem-dist 0\.3\.0, whose noise is not that of this version"):
         check_out(tmp_path, {"digest": "1", "seed": 0, "noise_version": 2})
+
+
+def test_a_shard_that_another_run_has_moved_has_its_place(tmp_path):
+    (tmp_path / ".mlem").mkdir()
+    (tmp_path / ".mlem" / "train-00000.parquet").write_bytes(b"rows")
+    waiting = Shard(".mlem/train-00000.parquet", 1, 4, "")
+    placed = place_shard(tmp_path, waiting, "data/train-00000-of-00001.parquet", 1)
+    assert place_shard(tmp_path, waiting, placed.path, 1) == placed
+    assert (tmp_path / placed.path).read_bytes() == b"rows"
+    with pytest.raises(FileNotFoundError):
+        place_shard(tmp_path, waiting, "data/train-00000-of-00002.parquet", 1)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from mlem_dist.dataset.manifest import Manifest
-from mlem_dist.dataset.shards import write_shard
+from mlem_dist.dataset.shards import shard_path, waiting_path, write_shard
 from mlem_dist.report.sheet import COLUMNS, SCALE, contact_sheet
 
 
 @pytest.mark.parametrize(("num", "rows"), [(30, 3), (200, 10)])
 def test_a_sheet_without_classes_shows_images_in_order_of_sample_id(tmp_path, num, rows):
-    """Whatever the shards."""
+    """Whatever the shards, and wherever they are."""
     manifest = Manifest({"labels": []}, (), {}, {}, ())
     manifest.write(tmp_path)
     size = 5
@@ -18,7 +18,8 @@ def test_a_sheet_without_classes_shows_images_in_order_of_sample_id(tmp_path, nu
         ids = range(shard * size, (shard + 1) * size)
         images = np.stack([np.full((2, 2, 1), i, dtype=np.uint8) for i in ids])
         columns = {"sample_id": ids, "seed": ids}
-        write_shard(tmp_path, shard, num // size, images, columns, (), manifest.fingerprint)
+        path = shard_path(shard, num // size) if shard < 2 else waiting_path(shard)
+        write_shard(tmp_path, path, images, columns, (), manifest.fingerprint)
     assert json.loads((tmp_path / "mlem.json").read_text())["labels"] == []
     sheet = np.array(contact_sheet(tmp_path).convert("L"))
     pixels = sheet[:: 2 * SCALE, :: 2 * SCALE]
