@@ -29,7 +29,7 @@ from mlem_dist.api.arguments import (
 )
 from mlem_dist.dataset.keep import Condition
 from mlem_dist.dataset.manifest import read_manifest
-from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, SEEDS
+from mlem_dist.dataset.prompts import NEGATIVE_PROMPT, PROMPT, SEEDS, PromptTable
 from mlem_dist.dataset.schema import SCALE
 from mlem_dist.dataset.shards import WORK, Encoding
 from mlem_dist.engine.completion import Engine, complete, open_dataset
@@ -462,7 +462,7 @@ def _prepare(
         negative_prompt=negative_prompt,
         guidance=check_guidance(guidance, loaded, table),
         encoding=Encoding(image_format, image_quality),
-        scores=(*scores, *([NSFW] if loaded.checker else [])),
+        scores=_all_scores(scores, loaded, table),
         keep=None if keep is None else Condition(keep),
         until=until,
         scores_folder=str(Path.cwd()),
@@ -474,6 +474,17 @@ def _prepare(
     notes += [_guidance_note(job, loaded), _negative_note(job, loaded)]
     given = place, pools, coalesce, devices, address, engine, remote
     return _Request(job, loaded, *given, [sentence for sentence in notes if sentence])
+
+
+def _all_scores(scores: Sequence[str], ladder: Ladder, table: PromptTable | None) -> tuple[str, ...]:
+    """The given scores, and that of the ladder's safety checker."""
+    if ladder.checker is None:
+        return tuple(scores)
+    if table and table.has(NSFW):
+        raise UsageError(
+            f"`prompts` has a column {NSFW!r}, which is the name of the safety checker's score; give it another name"
+        )
+    return (*(name for name in scores if name != NSFW), NSFW)
 
 
 def _with_begun_sizes(

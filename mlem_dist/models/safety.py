@@ -74,11 +74,15 @@ def checker_files(folder: Path) -> list[str]:
     """The paths of the files that a safety checker is loaded from, relative to the pipeline's folder.
 
     Raises:
-        UsageError: if it has no weights in safetensors files.
+        UsageError: if it has no weights in safetensors files, or a file is missing.
     """
+    again = (
+        "load the pipeline by diffusers and save it again by `save_pretrained`, with `safety_checker=None` if images "
+        "need no check"
+    )
     if not (weights := _weights(folder)):
-        raise UsageError(
-            f"{folder / CHECKER} has no weights in safetensors files; load the pipeline by diffusers and save it again "
-            "by `save_pretrained`, with `safety_checker=None` if images need no check"
-        )
-    return [f"{EXTRACTOR}/preprocessor_config.json", *(f"{CHECKER}/{name}" for name in ("config.json", *weights))]
+        raise UsageError(f"{folder / CHECKER} has no weights in safetensors files; {again}")
+    names = [f"{EXTRACTOR}/preprocessor_config.json", *(f"{CHECKER}/{name}" for name in ("config.json", *weights))]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UsageError(f"{folder} has a safety checker, but no {missing[0]}; restore it, or {again}")
+    return names
