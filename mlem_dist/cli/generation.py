@@ -144,7 +144,7 @@ def _print(report: GenerationReport) -> None:
     """Print the report for people."""
     out = report.out
     if not report.made:
-        click.echo(f"{out} is finished already: {report.num:,} images in {report.shards} shards.")
+        click.echo(f"{out} is finished already: {report.kept:,} images in {report.shards} shards.")
         return
     made, seconds = f"{report.made:,} images", f"in {report.seconds:.1f} s"
     if report.kept < report.num:
