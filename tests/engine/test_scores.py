@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from mlem_dist import api
 from mlem_dist.dataset import shards
 from mlem_dist.dataset.keep import Condition
+from mlem_dist.dataset.manifest import finished_shards, read_manifest
 from mlem_dist.errors import ScoreError, UsageError
 from mlem_dist.ladder.ladder import Ladder
 
@@ -244,6 +245,13 @@ def test_a_safety_checker_gives_a_column_and_no_black_image(tmp_path, local_ray)
     copied = Ladder.create(tmp_path / "copied", [folder], measure=False, guidance=3, copy=True)
     assert copied.digest == ladder.digest
     assert copied.load_checker("cpu")(stored).tolist() == unsafe
+    (tmp_path / "prompts.csv").write_text("prompt,nsfw\na,0\n")
+    with pytest.raises(UsageError, match="`prompts` has a column 'nsfw'"):
+        api.generate(ladder, out=str(tmp_path / "taken"), prompts=str(tmp_path / "prompts.csv"))
+    assert not (tmp_path / "taken").exists()
+    (folder / "feature_extractor").rename(tmp_path / "feature_extractor")
+    with pytest.raises(UsageError, match="has a safety checker, but no feature_extractor/preprocessor_config"):
+        Ladder.create(tmp_path / "none", [folder], measure=False)
     for file in (folder / "safety_checker").glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     with pytest.raises(UsageError, match="safety_checker has no weights in safetensors files"):
@@ -289,7 +297,9 @@ def test_a_dataset_ends_when_so_many_rows_are_kept(place, tmp_path, local_ray, m
     until = len(every) // 2
     last = every[until - 1]["sample_id"] // 5
     assert [row["sample_id"] // 5 for row in every].count(last) > 1
-    report = api.generate(out=str(tmp_path / "inline"), engine="inline", until=until, **given)
+    made = {"out": str(tmp_path / "inline"), "engine": "inline", "until": until, **given}
+    assert api.preview(picture=tmp_path / "preview.png", **made).num == 45
+    report = api.generate(**made)
     assert report.kept == until
     assert last < report.made // 5 < 9
     assert read(tmp_path / "inline").to_pylist() == every[:until]
@@ -331,6 +341,17 @@ def test_a_dataset_ends_when_so_many_rows_are_kept(place, tmp_path, local_ray, m
     assert (tmp_path / "ray" / "mlem.json").read_bytes() == (tmp_path / "inline" / "mlem.json").read_bytes()
     with pytest.raises(UsageError, match="ends before it, with"):
         api.remake(str(tmp_path / "ray"), 44)
+    # A repair that was stopped has left a shard that waits, which is no part of the finished dataset.
+    (tmp_path / "ray" / "data" / names[1]).unlink()
+    monkeypatch.setattr(shards, "move", interrupted)
+    with pytest.raises(StoppedError):
+        api.generate(out=str(tmp_path / "ray"), until=until, **given)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    manifest = read_manifest(tmp_path / "ray")
+    assert [*finished_shards(tmp_path / "ray", manifest)] == [f"data/{name}" for name in names if name != names[1]]
+    assert api.generate(out=str(tmp_path / "ray"), engine="inline", until=until, **given).made == 5
+    assert (tmp_path / "ray" / "data" / names[1]).read_bytes() == whole[tmp_path / "inline" / "data" / names[1]]
 
 
 def test_a_dataset_of_too_few_rows_says_so(place, tmp_path):
@@ -340,6 +361,7 @@ def test_a_dataset_of_too_few_rows_says_so(place, tmp_path):
     assert (report.made, report.kept) == (45, 2)
     assert "Only 2 of the 45 images are kept, fewer than the 3 of `until`." in notes
     assert read(tmp_path / "out")["sample_id"].to_pylist() == [43, 44]
+    assert "Of 45 images, those with `sample_id >= 43`." in (tmp_path / "out" / "README.md").read_text()
     assert api.generate(out=str(tmp_path / "out"), **given).made == 0
 
 
