@@ -170,7 +170,7 @@ def render(scene: Scene, rng: np.random.Generator, crops: list[np.ndarray]) -> n
     ground = np.array([*BACKGROUNDS.values()][scene.background], float)
     slope = rng.uniform(-12, 12, 2)
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
-    image = ground + (slope[0] * x + slope[1] * y)[..., None] + rng.normal(0, 2, (SIZE, SIZE, 1))
+    image = ground + (slope[0] * x + slope[1] * y)[..., None]
     pair = len(scene.garments) == 2
     centres = RELATIONS[scene.place] if pair else (PLACES[scene.place],)
     # The first garment of a pair is in front.
