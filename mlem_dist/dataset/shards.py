@@ -214,8 +214,9 @@ def place_shard(out: Location, waiting: Shard, path: str, rows: int) -> Shard:
 def marked_shards(out: Location, run: str, of: Iterable[str] | None = None) -> list[Shard]:
     """The shards that an unfinished run has written: all, or those with the paths `of`.
 
-    A marker that names another run does not count. A marker of an earlier version names no run, and counts. A marker
-    that cannot be read does not count, so that its shard is made again, unless an object store fails to answer.
+    A marker that names another run or another shard does not count. A marker of an earlier version names no run, and
+    counts. A marker that cannot be read does not count, so that its shard is made again, unless an object store fails
+    to answer.
 
     Raises:
         StoreError: if an object store does not answer, or refuses.
@@ -224,10 +225,11 @@ def marked_shards(out: Location, run: str, of: Iterable[str] | None = None) -> l
     def read(name: str) -> Shard | None:
         try:
             raw = json.loads(read_whole(out / WORK / name))
-            return Shard(**raw) if raw.pop("run", run) == run else None
+            its_own = raw.pop("run", run) == run and _marker(raw["path"]) == name
+            return Shard(**raw) if its_own else None
         except StoreError:
             raise
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
             return None
 
     names = listed(out / WORK) if of is None else map(_marker, of)

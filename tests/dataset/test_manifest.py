@@ -45,7 +45,9 @@ def test_a_folder_without_write_permission_is_refused():
 
 def test_an_unreadable_marker_is_that_of_a_shard_to_make_again(tmp_path):
     (tmp_path / ".mlem").mkdir()
-    for name, text in (("a", ""), ("b", "[]"), ("c", '{"path": "data/x"}'), ("d", '"x"')):
+    other, none = (json.dumps({"path": path, "rows": 1, "bytes": 1, "sha256": ""}) for path in ("data/train-a", None))
+    markers = {"a": "", "b": "[]", "c": '{"path": "data/x"}', "d": '"x"', "e": other, "f": none}
+    for name, text in markers.items():
         (tmp_path / f".mlem/train-{name}.json").write_text(text)
     assert marked_shards(tmp_path, "this") == []
 
