@@ -93,9 +93,9 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
             content(temporary)
         else:
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         why = error.strerror or " ".join(str(error).split())
         raise OSError(f"{path} cannot be written: {why}; mend that, and the same command goes on") from None
@@ -105,7 +105,8 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any], work:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

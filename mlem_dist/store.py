@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_text, check_writable, replace_file
+from mlem_dist.files import check_text, check_writable, replace_file, sync
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -259,6 +259,7 @@ def move(path: Location, target: Location) -> None:
         assert isinstance(target, Path)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
+        sync(target.parent)
     else:
         assert not isinstance(target, Path)
         source, name = path.path, target.path
