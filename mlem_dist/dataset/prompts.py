@@ -303,7 +303,7 @@ def _read_text(place: Location, prompt: str) -> pa.Table:
 
 
 def _read_json(place: Location, prompt: str) -> pa.Table:
-    rows = [_json_row(place, number, line) for number, line in enumerate(_lines(place), 1)]
+    rows = [_json_row(place, number, line) for number, line in enumerate(_lines(place), 1) if line.strip()]
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {}
     for name in names:

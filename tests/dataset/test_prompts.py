@@ -48,6 +48,13 @@ def test_a_text_has_a_prompt_in_each_line(tmp_path, content, prompts):
     assert table.texts(range(table.rows), "ugly") == {"prompt": prompts, "negative_prompt": ["ugly"] * len(prompts)}
 
 
+def test_blank_lines_between_json_rows_are_no_rows(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n \n')
+    assert open_prompts(path).texts(range(2), None)["prompt"] == ["a", "b"]
+    assert open_prompts(path).rows == 2
+
+
 def test_csv_keeps_texts_as_texts(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text('caption,n,negative_prompt\n"two\nlines",1,NA\n007,2,\n2020-01-01,3,"say ""no"""\n')
@@ -159,7 +166,7 @@ BAD = {
     "empty.txt": (b"", "is empty, expected a prompt in each line"),
     "bytes.txt": (b"\xff\xfea", "cannot be read: it is not text in UTF-8"),
     "a.jsonl": (b"{", "line 1 is not JSON"),
-    "b.jsonl": (b'{"prompt": "a"}\n\n', "line 2 is not JSON"),
+    "b.jsonl": (b'{"prompt": "a"}\n\n[', "line 3 is not JSON"),
     "c.jsonl": (b'["a"]', "line 1 is not an object with a prompt"),
     "d.jsonl": (b'{"text": "a"}', "has no column 'prompt'; expected one of its columns, text, as `prompt_column`"),
     "e.jsonl": (b'{"prompt": "a"}\n{"prompt": 3}', "the values of 'prompt' have no common type"),
