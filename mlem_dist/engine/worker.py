@@ -47,7 +47,7 @@ class Levels(dict[int, Drift]):
         with self._lock:
             if number not in self:
                 if self._ladder.levels[number - 1].kind != "gaussian":
-                    import_diffusers()
+                    import_diffusers(any(level.quantised_bytes for level in self._ladder.levels))
                 level = self._ladder.load_level(number, self._device, self._precision)
                 self[number] = self._counted(number, as_run(level, self._device))
 

@@ -37,6 +37,7 @@ from mlem_dist.models.guidance import GUIDANCE
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.models.level import placeholder
 from mlem_dist.models.safety import CHECKER, KIND, checker_files
+from mlem_dist.models.weights import QUANTISED
 from mlem_dist.solver.condition import LABEL
 from mlem_dist.solver.process import BetaProcess, Process, process_of
 
@@ -579,11 +580,16 @@ def _content(
     models: list[dict[str, Any]] = []
     levels: list[dict[str, Any]] = []
     for entry in entries:
-        names, path = model_files(entry.source.folder), entry.source.path(entry.source.folder)
+        folder, quantised = entry.source.folder, {}
+        names, path = model_files(folder), entry.source.path(folder)
+        if QUANTISED in entry.source.config:
+            sizes = [(folder / name).stat().st_size for name in names if name.endswith(".safetensors")]
+            quantised = {"quantised_bytes": sum(sizes)}
         models.append(
             {
                 "name": entry.name,
-                **_entry(entry.source.folder, path, entry.source.family.names[0], names),
+                **_entry(folder, path, entry.source.family.names[0], names),
+                **quantised,
                 "prediction": entry.prediction,
                 "patch": entry.source.patch,
                 "precision": entry.precision,

@@ -531,7 +531,8 @@ class Ladder:
     def weight_bytes(self) -> LevelCosts:
         """Bytes of the levels' weights, each model in its own precision; levels may share models."""
         sizes = {
-            level.model or level.name: (4.0 if level.precision == "float32" else 2.0) * level.parameters
+            level.model or level.name: level.quantised_bytes
+            or (4.0 if level.precision == "float32" else 2.0) * level.parameters
             for level in self.levels
         }
         parts = [[model in {name for name, _ in self._evaluations(level)} for model in sizes] for level in self.levels]

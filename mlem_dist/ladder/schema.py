@@ -74,6 +74,7 @@ class Level:
         denoising_error: mean squared error per value of the drift on held-out data, by equal bands of noise.
         activation_bytes: bytes per sample of an evaluation's activations in `precision`; 0 if they are not known, and
             for a Gaussian, for which they are few.
+        quantised_bytes: bytes of the weights of a quantised model; 0 if the weights are of `precision`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Level:
     seconds: dict[str, float] = field(default_factory=dict)
     denoising_error: list[float] = field(default_factory=list)
     activation_bytes: int = 0
+    quantised_bytes: int = 0
 
 
 def parse_sample_shape(values: Any, latent: bool = False) -> tuple[int, int, int]:
@@ -137,7 +139,8 @@ class Part:
 
 def level_entry(level: Level) -> dict[str, Any]:
     """A level of a trained ladder as JSON-ready values."""
-    return {key: value for key, value in level.__dict__.items() if key not in ("precision", "guidance", "model")}
+    own = ("precision", "guidance", "model", "quantised_bytes")
+    return {key: value for key, value in level.__dict__.items() if key not in own}
 
 
 def parse_levels(raw: Mapping[str, Any]) -> tuple[Level, ...]:

@@ -20,6 +20,7 @@ from mlem_dist.ladder.single_file import FIRST
 from mlem_dist.ladder.sit_file import LABELS
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
+from mlem_dist.models.weights import QUANTISED, require_quantisation
 from mlem_dist.store import parse_location
 
 PARTS = ("transformer", "unet")
@@ -224,9 +225,21 @@ def _source(text: str, name: str, folder: Path, pipeline: Path | None) -> Source
         raise UsageError(f"model {text!r}: {OTHERS[kind]}")
     family = family_of(kind, f"model {text!r}")
     check_model_folder(f"model {text!r}", family.names[0], folder)
+    if QUANTISED in config:
+        _check_quantisation(text, config[QUANTISED])
     files = [folder / file for file in model_files(folder) if file.endswith(".safetensors")]
     if any("lora_" in name for file in files for name in _tensor_names(file)):
         raise UsageError(
             f"model {text!r}: its weights hold a LoRA beside those of the model; load its pipeline again, then {FUSE}"
         )
     return Source(text, name, folder, pipeline, family, config)
+
+
+def _check_quantisation(text: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are quantised otherwise than by torchao."""
+    if (method := config.get("quant_method")) != "torchao":
+        raise UsageError(
+            f"model {text!r} is quantised by {method}, expected torchao, which needs no GPU to load it; quantise the "
+            "original by `TorchAoConfig` of diffusers, or take it as it is, in bfloat16"
+        )
+    require_quantisation()

@@ -13,8 +13,11 @@ from logging import ERROR
 from types import ModuleType
 from typing import Any
 
-UNUSED = ("peft", "scipy", "torchvision", "transformers")
-"""Packages that diffusers imports if they are installed. They take as long as all its other imports together."""
+QUANTISATION = ("accelerate", "torchao")
+"""Packages that quantised models need."""
+
+UNUSED = ("peft", "scipy", "torchvision", "transformers", *QUANTISATION)
+"""Packages that diffusers imports if they are installed. They take longer than all its other imports together."""
 
 COMPILER = "torch._dynamo"
 DECORATORS = ("allow_in_graph", "disable")
@@ -29,11 +32,16 @@ def hide_unused() -> None:
         _modules.setdefault(name, None)
 
 
-def import_diffusers() -> None:
+def import_diffusers(quantised: bool = False) -> None:
     """Import diffusers without torch's compiler, which is as large as torch and diffusers together.
+
+    For `quantised` models, the packages `QUANTISATION` are not hidden any longer.
 
     Do nothing if a package of `UNUSED` can be found, as it may need more of the compiler than `DECORATORS`.
     """
+    for name in QUANTISATION if quantised else ():
+        if _modules.get(name, name) is None:
+            del _modules[name]
     if COMPILER in _modules or "diffusers" in _modules or any(map(find_spec, UNUSED)):
         return
     _modules[COMPILER] = nothing = ModuleType(COMPILER)

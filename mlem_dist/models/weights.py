@@ -14,14 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import replace_file
-from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.extras import require
+from mlem_dist.files import read_object, replace_file
+from mlem_dist.models.imports import QUANTISATION, quiet_diffusers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
 SAFE: Mapping[str, bool] = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
 """Arguments with which diffusers reads no pickle and asks no server, and does not need the package accelerate."""
+
+QUANTISED = "quantization_config"
+"""Key of a model's configuration that says how its weights are quantised."""
 
 VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]")
 """Pattern of the variant in the name of a file of weights."""
@@ -76,22 +80,43 @@ def weight_names(folder: Path) -> tuple[str, str]:
 def load_model(kind: Any, folder: Path, precision: str) -> Any:
     """A model of a class of diffusers, with weights of dtype `precision` from a folder; pickles are never read.
 
+    Quantised weights stay quantised.
+
     Raises:
+        UsageError: if the configuration is unreadable, or the weights are quantised and a package for them is missing.
         ValueError: if the weights do not match the configuration.
         OSError: if files are missing or unreadable.
     """
     dtype = getattr(torch, precision)
+    quantised = QUANTISED in read_object(folder / "config.json", "model configuration")
+    if quantised:
+        require_quantisation()
     with quiet_diffusers():
         model, info = kind.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant_of(folder), output_loading_info=True, **SAFE
+            folder,
+            torch_dtype=dtype,
+            variant=variant_of(folder),
+            output_loading_info=True,
+            **{**SAFE, "low_cpu_mem_usage": quantised},
         )
         # Diffusers keeps the file's dtype if it is right for the first tensor, in SD3 a table of positions in float32.
-        model.to(dtype)
+        if not quantised:
+            model.to(dtype)
     # Diffusers only warns, and leaves missing weights at random values.
     for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
         if names:
             raise ValueError(f"its weights {what} {sorted(names)[0]}; restore them, or its config.json")
     return model
+
+
+def require_quantisation() -> None:
+    """Refuse quantised models if a package that they need is missing.
+
+    Raises:
+        UsageError: if torchao or accelerate is not installed.
+    """
+    for package in QUANTISATION:
+        require(package, "quantised models", "quantised")
 
 
 @contextmanager
