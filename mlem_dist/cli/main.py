@@ -42,7 +42,9 @@ cli.add_command(click.Command("plan", params=capacity.params, callback=capacity.
 
 def with_options(message: str) -> str:
     """A message of the library with its parameters, which are in backticks, replaced by this program's options."""
-    parameters = cli.commands[_invoked].params if _invoked in cli.commands else ()
+    command = cli.commands.get(_invoked)
+    commands = command.commands.values() if isinstance(command, click.Group) else filter(None, [command])
+    parameters = [parameter for each in commands for parameter in each.params]
     options = {parameter.name: parameter.opts[-1] for parameter in parameters if isinstance(parameter, click.Option)}
     return re.sub(r"`([a-z_]+)`", lambda name: options.get(name[1], name[0]), message)
 

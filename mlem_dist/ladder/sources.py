@@ -182,7 +182,10 @@ def find_folder(text: str, what: str) -> tuple[Path, str]:
 def _file_reason(file: Path) -> str:
     """The reason why a file is not taken as a checkpoint, and the way out, for a message; "" if it is."""
     if file.suffix in PICKLES:
-        return f"a pickle, which may run code when it is read; load it by diffusers, {LINES}, and take that folder"
+        return (
+            f"a pickle, which may run code when it is read; load it by diffusers, {LINES}, and take that folder, or "
+            "make a file of SiT by `safetensors.torch.save_file(torch.load(FILE, weights_only=True), OTHER)`"
+        )
     names = _tensor_names(file) if file.suffix == ".safetensors" else []
     if reason := _other_reason(names):
         return reason
