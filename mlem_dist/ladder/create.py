@@ -339,12 +339,13 @@ def _guidance(values: float | Sequence[float] | None) -> Guidance:
     if values is None:
         return UNGUIDED
     numbers = [float(value) for value in ([values] if isinstance(values, int | float) else values)]
+    given = ",".join(f"{number:g}" for number in numbers)
     if len(numbers) not in (1, 3) or not 1 < numbers[0] < math.inf:
-        raise UsageError(f"`guidance` {values}: expected a scale above 1, or SCALE,START,STOP; leave it out for none")
+        raise UsageError(f"`guidance` {given}: expected a scale above 1, or SCALE,START,STOP; leave it out for none")
     scale, start, stop = numbers if len(numbers) == 3 else (*numbers, 0.0, 1.0)
     guidance = Guidance(scale, start, stop)
     if not 0 <= guidance.start < guidance.stop <= 1:
-        raise UsageError(f"`guidance` {values}: expected a start and a stop from 0, pure noise, to 1, the image")
+        raise UsageError(f"`guidance` {given}: expected a start and a stop from 0, pure noise, to 1, the image")
     return guidance
 
 
