@@ -110,6 +110,7 @@ def test_variants_are_downloaded_only_where_there_is_nothing_else():
     assert weights_of("some", files) == [
         "text_encoder/model.fp16.safetensors",
         "unet/diffusion_pytorch_model.safetensors",
+        "safety_checker/model.safetensors",
     ]
     assert weights_of("some", ["config.json", "diffusion_pytorch_model.safetensors"]) == [
         "diffusion_pytorch_model.safetensors"

@@ -99,7 +99,7 @@ def test_a_hub_out_of_reach_is_one_sentence(file, tmp_path):
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith(f"Error: model '{file}': its configuration is that of stable-diffusion-v1-5/")
     assert "cannot be reached" in error
-    assert "give as `pipeline` a folder" in error
+    assert "give as --pipeline a folder" in error
     assert {*tmp_path.iterdir()} - {tmp_path / "empty"} == before
 
 
