@@ -9,6 +9,8 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DDPMPipeline,
     DiTPipeline,
@@ -51,10 +53,17 @@ FLOWS = {
     "sd3-clip": {"shift": 3.0},
     "flux-dev": {"shift": 3.0, "use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64},
     "flux-schnell": {"shift": 1.0},
+    "chroma": {"shift": 3.0},
 }
 SCHEDULERS |= FLOWS
 
-IMAGE_SIZES = {"flux-dev": (16, 24), "flux-schnell": (16, 16), "pixart-alpha": (16, 24), "sana": (32, 32)}
+IMAGE_SIZES = {
+    "chroma": (16, 24),
+    "flux-dev": (16, 24),
+    "flux-schnell": (16, 16),
+    "pixart-alpha": (16, 24),
+    "sana": (32, 32),
+}
 """Height and width of images for pipelines whose models say that they were trained for others, or nothing."""
 
 
@@ -200,7 +209,7 @@ def listen(model: Any) -> Any:
 
 def attend(transformer: Any, text: Any) -> None:
     """Make a transformer with random weights depend on its text, as `listen` does, and T5's tokens on each other."""
-    factors = {"text_embedder": 8, "guidance_embedder": 8, "add_v_proj": 8, "attn.to_out": 4, "norm_added_k": 3}
+    factors = {"text_embedder": 8, "guidance_embedder": 8, "add_v_proj": 8, "attn.to_out": 4, "norm_added_k": 5}
     factors |= {"SelfAttention.q": 4, "SelfAttention.k": 4, "SelfAttention.o": 3}
     for name, parameter in (*transformer.named_parameters(), *text.named_parameters()):
         for part, factor in factors.items():
@@ -209,11 +218,16 @@ def attend(transformer: Any, text: Any) -> None:
 
 
 def flow_pipeline(kind: str, folder: Path, size: int, around: FlowMatchEulerDiscreteScheduler) -> Any:
-    """A pipeline of Stable Diffusion 3 or FLUX, of a kind of `FLOWS`."""
+    """A pipeline of Stable Diffusion 3, FLUX or Chroma, of a kind of `FLOWS`."""
     tokens = tokenizer(folder / "tokens")
     decoder = vae(latent_channels=16, scaling_factor=0.4, shift_factor=0.2, use_quant_conv=False)
     long_tokens, long_text = t5(48)
     blocks = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": size, "joint_attention_dim": 48}
+    if kind == "chroma":
+        approximator = {"approximator_num_channels": 16, "approximator_hidden_dim": 16, "approximator_layers": 1}
+        transformer = ChromaTransformer2DModel(num_single_layers=1, axes_dims_rope=(4, 6, 6), **approximator, **blocks)
+        attend(transformer, long_text)
+        return ChromaPipeline(around, decoder, long_text, long_tokens, transformer)
     text = text_encoder(len(tokens), 16, kind.startswith("sd3"))
     if kind.startswith("flux"):
         transformer = FluxTransformer2DModel(

@@ -83,7 +83,15 @@ def encode_pooled(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
     return {TEXT: embedded, POOLED: pooled}
 
 
+def encode_padded(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """Texts as `ChromaPipeline` encodes them, whose mask keeps the first token of padding."""
+    texts, device = [text or "" for text in texts], pipeline.text_encoder.device
+    embedded, _, mask, *_ = pipeline.encode_prompt(texts, device=device, do_classifier_free_guidance=False)
+    return {TEXT: embedded, MASK: mask}
+
+
 ENCODERS: Mapping[str, Encode] = {
+    "ChromaPipeline": encode_padded,
     "FluxPipeline": encode_pooled,
     "PixArtAlphaPipeline": encode_masked,
     "PixArtSigmaPipeline": encode_masked,
@@ -103,11 +111,11 @@ SIZED = ("StableDiffusionXLPipeline",)
 RESOLVED = ("PixArtAlphaPipeline",)
 """Classes of pipelines whose models may be conditioned on the image's height and width."""
 
-MASKED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
-"""Classes of pipelines whose models take a mask of the prompt's tokens."""
-
-BINNED = MASKED
+BINNED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline")
 """Classes of pipelines that make images of the nearest of their sizes and resize them, unless they are told not to."""
+
+MASKED = (*BINNED, "ChromaPipeline")
+"""Classes of pipelines whose models take a mask of the prompt's tokens."""
 
 
 class Encoder:

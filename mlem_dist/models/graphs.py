@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlem_dist.models.guidance import Evaluation
+from mlem_dist.models.level import ModelLevel
 from mlem_dist.solver.condition import Condition
 from mlem_dist.solver.integrate import Known
 
@@ -17,7 +18,7 @@ from mlem_dist.solver.integrate import Known
 def as_run(level: nn.Module, device: str) -> nn.Module:
     """The module that runs a level in evaluation mode: on "cpu" the level itself, on "cuda" one with CUDA graphs.
 
-    Evaluations that levels share are recorded one by one.
+    Evaluations that levels share are recorded one by one, except for those of families that cannot be recorded.
     """
     if device != "cuda":
         return level
@@ -25,9 +26,13 @@ def as_run(level: nn.Module, device: str) -> nn.Module:
     if not shared:
         return Graphed(level)
     for evaluation in shared:
-        if not isinstance(evaluation.level, Graphed):
+        if not isinstance(evaluation.level, Graphed) and _recorded(evaluation.level):
             evaluation.level = Graphed(evaluation.level)
     return level
+
+
+def _recorded(level: nn.Module) -> bool:
+    return all(module.family.recorded for module in level.modules() if isinstance(module, ModelLevel))
 
 
 class Graphed(nn.Module):

@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,14 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import IMAGE_SIZES, make_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlem_dist
 from mlem_dist import api
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.graphs import Graphed, as_run
+from mlem_dist.models.guidance import Evaluation
+from mlem_dist.models.level import ModelLevel, placeholder
 
 STEPS, SEEDS, SCALE = 6, [3, 8], 7.0
 PROMPTS, NEGATIVE = ["a cat", "dogs on a hill"], ["ugly", "bad hands, 7 fingers; TEXT"]
@@ -69,6 +74,13 @@ def true_flux(kind: str, guidance: dict[str, float]) -> Case:
     return replace(case, true_guidance=2.5)
 
 
+def chroma(negative: Any, **scheduler: Any) -> Case:
+    height, width = IMAGE_SIZES["chroma"]
+    case = prompted("chroma", negative, **scheduler)
+    case.theirs.update(height=height, width=width)
+    return case
+
+
 CASES = {
     "pixels": Case("pixels", theirs={"batch_size": 2}),
     "dit": Case("dit", ours={"labels": [1, 7]}, theirs={"class_labels": [1, 7], "guidance_scale": SCALE}),
@@ -90,6 +102,8 @@ CASES = {
     "flux-schnell": flux("flux-schnell", {}),
     "flux-dev, true guidance": true_flux("flux-dev", {"guidance_scale": SCALE}),
     "flux-schnell, true guidance": true_flux("flux-schnell", {}),
+    "chroma": chroma(NEGATIVE),
+    "chroma without negative prompts, dynamic shift": chroma(None, use_dynamic_shifting=True),
 }
 
 
@@ -193,7 +207,7 @@ def test_lines_of_a_remade_image_make_it_by_the_pipeline(folders, tmp_path):
     assert_same(remade.stored, np.asarray(made["image"], float))
 
 
-MASKED = ("pixart-alpha", "sana")
+MASKED = ("pixart-alpha", "sana", "chroma")
 """Cases whose models take a mask of the tokens."""
 
 
@@ -212,9 +226,11 @@ def instruction(pipeline: Any) -> dict[str, Any]:
 def masks(case: Case, folders: Any, expected: np.ndarray) -> dict[str, dict[str, Any]]:
     """Arguments of a pipeline with masks that hide nothing, after a check that its own give the same images."""
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folders(case)[0])
-    encoded = pipeline.encode_prompt(PROMPTS, True, NEGATIVE, device="cpu", **instruction(pipeline))
+    encoded = pipeline.encode_prompt(PROMPTS, negative_prompt=NEGATIVE, device="cpu", **instruction(pipeline))
     names = ["prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"]
-    given = dict(zip(names, encoded, strict=True)) | {"prompt": None, "negative_prompt": None}
+    # Pipelines of packed latents also return the places of tokens.
+    texts = [tensor for tensor in encoded if tensor.shape[0] == len(PROMPTS)]
+    given = dict(zip(names, texts, strict=True)) | {"prompt": None, "negative_prompt": None}
     assert moved(case, folders, expected, **given) < 0.01
     return {name: {**given, name: torch.ones_like(given[name])} for name in names if "mask" in name}
 
@@ -241,6 +257,33 @@ def test_guidance_as_an_input_may_differ_by_row(folders, tmp_path):
     images = stored_images(tmp_path / "out")
     expected = [run_pipeline(pipeline, **case.theirs | {"guidance_scale": scale}) for scale in (SCALE, 2.0)]
     assert_same(np.stack(images), np.stack([expected[0][0], expected[1][1]]))
+
+
+class HostCopies(TorchDispatchMode):
+    """Fails at a copy between devices, which a CUDA graph cannot record."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            raise RuntimeError("a copy between devices")
+        return out
+
+
+@pytest.mark.parametrize("name", ["pixels", "dit", "sd", "sdxl", "pixart-alpha", "sana", "sd3", "flux-dev", "chroma"])
+def test_evaluations_that_copy_between_devices_are_not_recorded(name, folders):
+    ladder = Ladder.load(folders(CASES[name])[1])
+    level = ladder.load_level(len(ladder.levels), "cpu")
+    evaluation = next(module for module in level.modules() if isinstance(module, Evaluation)).to("meta")
+    model = next(module for module in level.modules() if isinstance(module, ModelLevel))
+    with torch.device("meta"):
+        x, t = torch.empty(2, *ladder.sample_shape), torch.ones(2)
+        condition = placeholder(model.family.inputs(model.model.config), 2)
+    # As before recording, the first evaluation makes what is kept for others.
+    evaluation(x, t, condition)
+    with HostCopies(), nullcontext() if model.family.recorded else pytest.raises(RuntimeError, match="between devices"):
+        evaluation(x, t, condition)
+    recorded = any(isinstance(module, Graphed) for module in as_run(level, "cuda").modules())
+    assert recorded == model.family.recorded
 
 
 @pytest.mark.parametrize(

@@ -343,7 +343,7 @@ def test_models_that_take_the_guidance_scale_have_one_level(tmp_path):
         index = json.loads((folder / "model_index.json").read_text())
         changed = {"flux-dev": "FluxFillPipeline", "sd3": "StableDiffusion3ControlNetPipeline"}[folder.name]
         (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": changed}))
-        refuse(f"it is a {changed}, expected one of FluxPipeline", out, folder)
+        refuse(f"it is a {changed}, expected one of .*FluxPipeline", out, folder)
 
 
 def test_weights_that_are_pickles_or_missing_are_refused(pipelines, copy, tmp_path):

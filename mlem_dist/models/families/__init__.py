@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlem_dist.errors import UsageError
+from mlem_dist.models.families.chroma import Chroma
 from mlem_dist.models.families.dit import DiT
 from mlem_dist.models.families.family import Family
 from mlem_dist.models.families.flux import Flux
@@ -18,7 +19,7 @@ from mlem_dist.models.families.unet import UNet
 
 FAMILIES: Mapping[str, Family] = {
     name: family
-    for family in (UNet(), DiT(), SiT(), ConditionalUNet(), SD3(), Flux(), PixArt(), Sana())
+    for family in (UNet(), DiT(), SiT(), ConditionalUNet(), SD3(), Flux(), Chroma(), PixArt(), Sana())
     for name in family.names
 }
 """The families by the names of their models' classes."""

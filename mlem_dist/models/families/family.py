@@ -24,12 +24,14 @@ class Family(ABC):
             none, or if their number does not matter.
         even: whether the pipeline itself lays out the noise levels of a flow, evenly, instead of its scheduler.
         guided: whether guidance may combine evaluations with and without the condition.
+        recorded: whether CUDA graphs can record evaluations, which then make all tensors on the device of x.
     """
 
     names: ClassVar[tuple[str, ...]]
     patch: ClassVar[int] = 0
     even: ClassVar[bool] = False
     guided: ClassVar[bool] = True
+    recorded: ClassVar[bool] = True
 
     def model_class(self) -> Any:
         """The class of the models; imports diffusers."""

@@ -26,21 +26,29 @@ class Flux(Family):
     guided = False
 
     def predict(self, model: Any, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """As `Family.predict`: the model's tokens are patches of x, with the numbers of their rows and columns."""
-        small, text = pixel_unshuffle(x, self.patch), condition[TEXT].to(x.dtype)
+        """As `Family.predict`."""
+        pooled = condition[POOLED].to(x.dtype)
+        scale = condition[GUIDANCE] if model.config.guidance_embeds else None
+        return self.predict_tokens(model, x, t, condition[TEXT], pooled_projections=pooled, guidance=scale)
+
+    def predict_tokens(self, model: Any, x: Tensor, t: Tensor, text: Tensor, **inputs: Tensor | None) -> Tensor:
+        """As `predict`: the model's tokens are patches of x, with the numbers of their rows and columns.
+
+        `text` (B, tokens, width) goes to the model in the dtype of x, and further `inputs` by their names.
+        """
+        small = pixel_unshuffle(x, self.patch)
         height, width = small.shape[2:]
         places = torch.zeros(height, width, 3, device=x.device)
         places[..., 1] = torch.arange(height, device=x.device)[:, None]
         places[..., 2] = torch.arange(width, device=x.device)
         out = model(
             small.flatten(2).transpose(1, 2),
-            encoder_hidden_states=text,
-            pooled_projections=condition[POOLED].to(x.dtype),
+            encoder_hidden_states=text.to(x.dtype),
             timestep=t.to(x.dtype) / 1000,
             img_ids=places.flatten(0, 1),
             txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
-            guidance=condition[GUIDANCE] if model.config.guidance_embeds else None,
             return_dict=False,
+            **inputs,
         )[0]
         return pixel_shuffle(out.transpose(1, 2).unflatten(2, (height, width)), self.patch)
 
@@ -53,7 +61,7 @@ class Flux(Family):
                 "do; take a model that makes images from text alone"
             )
         if (patch := config.get("patch_size", 1)) != 1:
-            return f"patch_size of its model is {patch}, expected 1; take a model of FLUX.1"
+            return f"patch_size of its model is {patch}, expected 1; take a model of FLUX.1 or Chroma"
         return ""
 
     def channels(self, config: Config) -> int:
