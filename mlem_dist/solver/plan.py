@@ -221,7 +221,7 @@ def extrapolated(fire: np.ndarray, log_snr: np.ndarray, reach: Sequence[float] |
 
     Args:
         fire: bool (K, N), whether level k's increment is evaluated at step i.
-        log_snr: lambda, float64 (N,), increasing.
+        log_snr: lambda, float64 (N,), finite and increasing, as in `Grid.finite_log_snr`.
         reach: factor for each row of `fire`; 1 for all by default, and 0 holds the increment.
     """
     weight, previous = held(fire).weight, np.zeros(fire.shape)
@@ -268,7 +268,7 @@ class Recipe:
         draw: the kind of coins.
         increments: how a drawn increment enters the steps.
         collapse: as in `Plan`.
-        log_snr: lambda, float64 (N,), increasing; for extrapolated increments.
+        log_snr: as for `extrapolated`; only extrapolated increments need it.
         rungs: numbers of the levels in use, from 1, increasing up to the best; None for all. With rungs, an increment
             is the difference of neighbouring rungs, and levels between them are not called.
         reach: factor of extrapolated increments for each rung; None for 1.

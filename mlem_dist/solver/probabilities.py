@@ -23,7 +23,7 @@ def rule_weights(rule: Rule, cost: np.ndarray, log_snr: np.ndarray) -> np.ndarra
 
     "theory" is p_k ~ 2^-(1 + gamma/2)k of Jacot, arXiv:2603.24594, where T_k = 2^(gamma k). In measured costs, it is
     p_k ~ T_k^-(1/gamma + 1/2). "constant", "inverse-cost" and "theory" are constant over the steps. "log-snr" is
-    "theory" times the growth per step of lambda, `log_snr` (N,), increasing.
+    "theory" times the growth per step of lambda, `log_snr` (N,), finite and increasing.
     """
     power = {"constant": 0.0, "inverse-cost": 1.0}.get(rule, 1 / GAMMA + 0.5)
     density = np.gradient(log_snr) if rule == "log-snr" and len(log_snr) > 1 else np.ones(len(log_snr))

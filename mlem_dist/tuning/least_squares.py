@@ -42,7 +42,8 @@ RIDGE = 1e-3
 the mean squares of the contributions that the factors multiply."""
 
 TIME_SHARE = 0.4
-"""Share of the density of calls that is uniform in time; the rest is uniform in lambda. `KNOTS` multiplies both."""
+"""Share of the density of calls that is uniform in time; the rest is uniform in lambda, as `Grid.finite_log_snr` has
+it. `KNOTS` multiplies both."""
 
 KNOTS = (0.0, 0.3, 0.2, 0.5)
 """Logarithms of a factor on the density of calls, at equally spaced points from the first call to the end, and linear
@@ -102,7 +103,7 @@ class Times:
         return tuple(level for level in (int(self.closed), self.middle, best) if level)
 
     def fire(self, log_snr: np.ndarray) -> np.ndarray:
-        """Whether each rung fires at each step, bool (R, N), for steps at lambda `log_snr` (N,), increasing."""
+        """Whether each rung fires at each step, bool (R, N), for steps at finite lambda `log_snr` (N,), increasing."""
         number = self.calls * self.between
         fire = np.zeros((self.closed + bool(self.middle) + 1, len(log_snr)), dtype=bool)
         if self.closed:
@@ -119,8 +120,6 @@ class Times:
     def _quantiles(self, log_snr: np.ndarray, number: int, begin: float) -> np.ndarray:
         """The steps of `number` calls from `begin` on, int64, increasing."""
         steps = len(log_snr)
-        # At pure noise, lambda is minus infinity.
-        log_snr = np.maximum(log_snr, log_snr[np.isfinite(log_snr)].min())
         in_lambda = (log_snr - log_snr[0]) / (log_snr[-1] - log_snr[0])
         path_position = TIME_SHARE * np.linspace(0, 1, steps) + (1 - TIME_SHARE) * in_lambda
         path = np.linspace(begin, 1, 1001)
@@ -245,7 +244,7 @@ class Fitter:
         assert not comparison.fine.c.any()
         self.comparison = comparison
         self.table = comparison.fine
-        self.log_snr = comparison.ladder.process.grid(len(self.table)).log_snr
+        self.log_snr = comparison.ladder.process.grid(len(self.table)).finite_log_snr
         self.cost = comparison.ladder.costs(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
         self.closed = base_of(comparison.ladder, comparison.solver, "extrapolated") == "closed"

@@ -15,9 +15,6 @@ from mlem_dist.tuning.neyman import coin_error, gap_error, gap_weights, merged, 
 
 DIGITS = 12
 
-PURE_NOISE = -1e9
-"""Value of lambda at pure noise in a recipe. It is minus infinity, which JSON lacks; lines from there are as flat."""
-
 GAP_POWER: dict[Increments, int] = {"impulse": 1, "held": 2, "extrapolated": 4}
 """The power q of the length of a gap in the squared error that a value makes in it, by the kind of increments."""
 
@@ -57,7 +54,7 @@ def make_recipe(
         )
     if not nfe > 0:
         raise UsageError(f"`nfe` {nfe:g}: expected a positive number of evaluations of the best level")
-    log_snr = ladder.process.grid(steps, grid).log_snr
+    log_snr = ladder.process.grid(steps, grid).finite_log_snr
     kind = increments or DEFAULT_INCREMENTS[solver]
     base = base_of(ladder, solver, kind)
     rungs: tuple[int, ...] | None
@@ -81,7 +78,7 @@ def make_recipe(
         draw or ("systematic" if increments == "impulse" else "quantiles"),
         kind,
         base == "closed",
-        np.maximum(log_snr, PURE_NOISE).round(DIGITS),
+        log_snr.round(DIGITS),
         rungs,
         nested=base == "held",
     )
@@ -120,7 +117,7 @@ class NeymanRule:
         self.base = base_of(ladder, solver, increments)
         self._power = GAP_POWER[increments]
         grid = ladder.process.grid(steps, spacing)
-        self.log_snr = grid.log_snr
+        self.log_snr = grid.finite_log_snr
         self._products = on_grid(measured[1], measured[0], grid.t)
 
     def choices(self, nfe: float) -> list[tuple[int, ...]]:

@@ -54,9 +54,11 @@ def ours(process, steps, solver, start, spacing="trailing", noise=None):
     return integrate({1: Drift(process)}, table, plan, lambda i: start if i < 0 else noise(i), {})
 
 
-def theirs(scheduler, steps, start, seeds=False, mu=None):
-    """diffusers' loop, as its pipelines write it, in float64."""
+def theirs(scheduler, steps, start, seeds=False, mu=None, grid=None):
+    """diffusers' loop, as its pipelines write it, in float64; on its own grid by default."""
     scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+    if grid:
+        scheduler.timesteps, scheduler.sigmas = torch.from_numpy(grid.t), torch.from_numpy(grid.sigma)
     x = start.clone()
     for i, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -141,6 +143,16 @@ def test_dpm_is_that_of_diffusers(tmp_path, start, config, steps):
         exact(scheduler, config)
     spacing = "trailing" if config["timestep_spacing"] == "trailing" else "model"
     assert_same(ours(process, steps, "dpm++", start, spacing), theirs(scheduler, steps, start), 3e-5)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_dpm_from_pure_noise_is_that_of_diffusers(tmp_path, start, steps):
+    """On the grid of a flow that begins at alpha = 0, unlike that of diffusers."""
+    scheduler, config = saved("DPMSolverMultistepScheduler", tmp_path, **FLOW, flow_shift=3.0, euler_at_final=True)
+    process = process_of(config)
+    grid = process.grid(steps)
+    assert grid.alpha[0] == 0
+    assert_same(ours(process, steps, "dpm++", start), theirs(scheduler, steps, start, grid=grid))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 28])

@@ -58,23 +58,33 @@ def late(tmp_path) -> Ladder:
 def two_unets(tmp_path_factory) -> Ladder:
     """Two untrained UNets, without a Gaussian level and without classes, of costs as one to five; calibrated."""
     folder = tmp_path_factory.mktemp("ladders") / "unets"
-    folder.mkdir()
-    scheduler = {"num_train_timesteps": 200, "beta_start": 1e-3, "beta_end": 0.1}
-    levels = []
-    for name, channels, seconds in (("small", 8, 1e-5), ("large", 16, 5e-5)):
-        torch.manual_seed(0)
-        model = {"block_out_channels": [channels], "norm_num_groups": 4, "layers_per_block": 1}
-        model |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-        level = new_unet_level((1, 8, 8), 0, 1, "epsilon", process_of(scheduler), model, None)
-        entry = save_level(folder, name, level, torch.float32)
-        levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))
-    save_ladder(folder, "unets", (1, 8, 8), [], scheduler, levels)
-    ladder = Ladder.load(folder)
+    ladder = untrained(folder, {"num_train_timesteps": 200, "beta_start": 1e-3, "beta_end": 0.1})
     store(folder, ladder, calibrate(ladder, "cpu", steps=20, samples=2))
     kept = json.loads((folder / "ladder.json").read_text())
     for level in kept["levels"]:
         level["seconds"]["cpu"] = 1e-5 if level["name"] == "small" else 5e-5
     (folder / "ladder.json").write_text(json.dumps(kept))
+    return Ladder.load(folder)
+
+
+@pytest.fixture
+def two_flows(tmp_path) -> Ladder:
+    """The same with a flow, which begins at pure noise; not calibrated."""
+    return untrained(tmp_path / "flows", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+
+
+def untrained(folder: Path, scheduler: dict) -> Ladder:
+    """Two untrained UNets, of costs as one to five."""
+    folder.mkdir()
+    process, levels = process_of(scheduler), []
+    for name, channels, seconds in (("small", 8, 1e-5), ("large", 16, 5e-5)):
+        torch.manual_seed(0)
+        model = {"block_out_channels": [channels], "norm_num_groups": 4, "layers_per_block": 1}
+        model |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+        level = new_unet_level((1, 8, 8), 0, 1, process.prediction, process, model, None)
+        entry = save_level(folder, name, level, torch.float32)
+        levels.append(replace(entry, seconds={"cpu": seconds}, denoising_error=[0.1]))
+    save_ladder(folder, "unets", (1, 8, 8), [], scheduler, levels)
     return Ladder.load(folder)
 
 

@@ -10,6 +10,7 @@ from pipelines import make_pipeline
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import single_level
+from mlem_dist.solver.process import process_of
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison
 from mlem_dist.tuning.least_squares import (
     BEGINNINGS,
@@ -155,6 +156,14 @@ def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
             assert passed == pytest.approx(begin, abs=0.02)
 
 
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_calls_of_a_flow_do_not_gather_at_pure_noise(steps):
+    process = process_of({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    first, second, *_ = np.flatnonzero(Times(0, 5, 1, 0.0, closed=False).fire(process.grid(steps).finite_log_snr))
+    assert first == 0
+    assert second > 0.2 * steps
+
+
 @pytest.mark.parametrize("name", ["late", "flow"])
 def test_where_a_process_begins_elsewhere_fitted_plans_are_better_too(name, request):
     """At a state with signal, or at pure noise, where lambda is minus infinity."""
@@ -165,16 +174,18 @@ def test_where_a_process_begins_elsewhere_fitted_plans_are_better_too(name, requ
     assert error < default_error
 
 
-@pytest.fixture
-def held(two_unets) -> Fitter:
-    """For two UNets, the first of which is not free."""
-    return Fitter(PlanComparison(two_unets, "ode", "cpu", STEPS, 3 * BLOCK["cpu"], 0, threads=2))
-
-
 @pytest.mark.parametrize(
-    "times", [Times(0, 4, 1, closed=False), Times(1, 3, 2, 0.0, closed=False), Times(1, 2, 5, 0.4, closed=False)]
+    ("name", "times"),
+    [
+        ("two_unets", Times(0, 4, 1, closed=False)),
+        ("two_unets", Times(1, 3, 2, 0.0, closed=False)),
+        ("two_unets", Times(1, 2, 5, 0.4, closed=False)),
+        ("two_flows", Times(1, 3, 2, 0.0, closed=False)),
+    ],
 )
-def test_without_a_gaussian_the_first_level_is_fitted_too(held, times):
+def test_without_a_gaussian_the_first_level_is_fitted_too(name, times, request):
+    ladder = request.getfixturevalue(name)
+    held = Fitter(judge(ladder, 0))
     rungs, fire = times.rungs(2), times.fire(held.log_snr)
     assert fire[0, 0]
     assert fire[0].sum() == times.calls * times.between
