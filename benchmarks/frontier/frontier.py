@@ -191,20 +191,36 @@ FAST = {
 }
 
 
-def fast(name: str, steps: int, judge: PlanComparison) -> Measurement:
-    """A fast solver of diffusers with the best level alone."""
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FAST_FLOWS = {
+    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "Heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "DPM-Solver++(2M)": ("DPMSolverMultistepScheduler", FLOW),
+    "UniPC": ("UniPCMultistepScheduler", FLOW),
+    "UniPC, shift 0.6": ("UniPCMultistepScheduler", FLOW | {"flow_shift": 0.6}),
+}
+"""Fast solvers of flows, with the shift of the ladder unless they have another one."""
+
+
+def fast(name: str, nfe: int, judge: PlanComparison) -> Measurement:
+    """A fast solver of diffusers with the best level alone, at most `nfe` times."""
     import diffusers
 
-    kind, options = FAST[name]
+    kind, options = (FAST | FAST_FLOWS)[name]
+    config = dict(judge.ladder.scheduler)
+    if "use_flow_sigmas" in options:
+        options = {"flow_shift": config["shift"], **options}
+    # Heun's method evaluates twice at each step but the last.
+    steps = (nfe + 1) // 2 if kind == "FlowMatchHeunDiscreteScheduler" else nfe
     best = as_run(judge.levels[len(judge.levels)], judge.device)
 
     @torch.inference_mode()
     def end(block: int) -> Tensor:
-        scheduler = getattr(diffusers, kind).from_config(dict(judge.ladder.scheduler), **options)
+        scheduler = getattr(diffusers, kind).from_config(config, **options)
         scheduler.set_timesteps(steps)
         x = judge.noise(block, steps=len(judge.fine))(-1)
         for t in scheduler.timesteps:
-            times = torch.full((len(x),), int(t), dtype=torch.int64, device=x.device)
+            times = t.expand(len(x)).to(x.device)
             x = scheduler.step(best(x, times, judge.condition(block)), t, x).prev_sample
         return x
 

@@ -14,7 +14,7 @@ from race import race, race_command
 
 from mlem_dist.ladder.ladder import Ladder
 
-SCALE, BUDGETS, FAST_STEPS = 3.0, (3, 5, 10, 20), (5, 7, 10, 15, 20, 30)
+SCALE, BUDGETS, FAST_NFE = 3.0, (3, 5, 10, 20), (5, 7, 10, 15, 20, 30)
 SAMPLES = 6000
 """Number of guided samples for a Gaussian: 500 and more of each class, so that each has a covariance of its own."""
 
@@ -36,7 +36,7 @@ def main(folder: Path, data: Path, threads: int, out: Path) -> None:
         else:
             gaussian = data if samples is None else samples
             ladder = Ladder.create(place, [folder / model for model in models], guidance=SCALE, gaussian=gaussian)
-        race(name, ladder, BUDGETS, FAST_STEPS, out / name, threads)
+        race(name, ladder, BUDGETS, FAST_NFE, out / name, threads)
 
 
 if __name__ == "__main__":
