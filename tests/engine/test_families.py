@@ -175,7 +175,7 @@ def stored_images(out: Path) -> list[np.ndarray]:
 # That pools write the bytes of one process is tested for all families in test_family_ladders.py.
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [("dit", "together"), ("sd", "together"), ("sdxl", "pools"), ("flux-dev", "together"), ("sana", "together")],
+    [("dit", "together"), ("sdxl", "pools"), ("flux-dev", "together"), ("sana", "together")],
 )
 def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
     case = CASES[name]

@@ -23,7 +23,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "dit": {"labels": [1, 7]},
     **{kind: {"prompts": PROMPTS} for kind in ("sd", "sdxl", "sd3", "flux-dev", "pixart-alpha", "sana")},
 }
-POOLS = ("pixels", "dit", "sd", "flux-dev")
+POOLS = ("pixels", "sd", "flux-dev")
 """Kinds that are made in a pool for each level, too, and not only in one for all: each actor imports its libraries."""
 
 UNDIRECTED = ("pixels", "flux-dev")
