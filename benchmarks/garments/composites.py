@@ -25,6 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mlem_dist.dataset.schema import IMAGE
+from mlem_dist.dataset.shards import PNG
+
 SIZE = 64
 """Height and width of an image, in pixels."""
 
@@ -95,11 +98,10 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class Garment:
-    """What a caption says of a garment; "" for a pattern that it does not say.
+    """A garment of a scene, and whether its pattern is a part of the caption.
 
     Attributes:
-        kind, colour: indices in `GARMENTS` and `COLOURS`.
-        pattern: index in `PATTERNS`.
+        kind, colour, pattern: indices in `GARMENTS`, `COLOURS` and `PATTERNS`.
         said: whether the caption says the pattern.
     """
 
@@ -210,11 +212,9 @@ def row(seed: int, part: str, index: int, folder: Path) -> dict[str, Any]:
     rng = np.random.default_rng((seed, STREAMS[part], index))
     made = scene(rng, part == "test")
     image = render(made, rng, pictures(folder, "train" if part == "train" else "t10k"))
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png")
     names = [*COLOURS]
     return {
-        "image": {"bytes": buffer.getvalue(), "path": None},
+        "image": {"bytes": PNG.files(image[None])[0], "path": None},
         "prompt": made.caption,
         "garments": [GARMENTS[garment.kind] for garment in made.garments],
         "colours": [names[garment.colour] for garment in made.garments],
@@ -227,7 +227,7 @@ def row(seed: int, part: str, index: int, folder: Path) -> dict[str, Any]:
 TEXTS = pa.list_(pa.string())
 SCHEMA = pa.schema(
     {
-        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "image": IMAGE,
         "prompt": pa.string(),
         "garments": TEXTS,
         "colours": TEXTS,

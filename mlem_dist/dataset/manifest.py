@@ -83,6 +83,7 @@ def read_manifest(out: Location) -> Manifest:
         if raw["schema_version"] != SCHEMA_VERSION:
             raise UsageError(f"{out / NAME}: schema_version is {raw['schema_version']!r}, expected {SCHEMA_VERSION}")
         return Manifest(
+            # A TypeError if it is no object.
             config={**raw["config"]},
             labels=tuple(raw["labels"]),
             versions=raw["versions"],

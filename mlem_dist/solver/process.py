@@ -48,8 +48,7 @@ CONTINUOUS = {
 
 
 FLOOR = 0.1
-"""Ratio of alpha to sigma below which `Grid.finite_log_snr` hardly changes, on grids that begin at pure noise. Of 1,
-.3, .1, .03, .01 and .001, it gave fits with 5 to 20 calls of the flow in docs/frontier.md the least error."""
+"""Ratio of alpha to sigma below which `Grid.finite_log_snr` hardly changes, on grids that begin at pure noise."""
 
 
 @dataclass(frozen=True, eq=False)
