@@ -24,7 +24,7 @@ from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.steps import solver_table
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.train import train_unet
+from mlem_dist.training.train import train_network
 from mlem_dist.tuning.calibrate import best_trajectory
 
 CHANNELS = [16, 24, 32]
@@ -64,7 +64,9 @@ def main(name: str, data: Path, steps: int, out: Path) -> None:
         config = TrainConfig(ladder.name, ladder.sample_shape, ladder.scheduler, (level,), ladder.labels)
         began = time.thread_time()
         with tempfile.TemporaryDirectory() as folder:
-            module = train_unet(config, level, images, Path(folder), gaussian, teacher, "cpu", lambda *_: None).eval()
+            module = train_network(
+                config, level, images, Path(folder), gaussian, teacher, "cpu", lambda *_: None
+            ).eval()
         seconds = time.thread_time() - began
         errors = denoising_errors(module, images.test, images.condition(images.test_label), ladder.process, 10, 500)
         with torch.inference_mode():

@@ -64,16 +64,17 @@ def train(
         The ladder, the path of a figure of the losses, and whether the ladder was already finished before this call.
 
     Raises:
-        UsageError: if the data, the configuration or `out` cannot be used. Nothing is written in this case.
+        UsageError: if the data, the configuration or `out` cannot be used. Nothing is written in this case, but for
+            latents of images before one that cannot be used.
         DivergedError: if a loss becomes NaN or infinite.
         RuntimeError: if memory does not suffice, or the process of a level dies.
     """
     from mlem_dist.extras import require
-    from mlem_dist.ladder.images import load_images
     from mlem_dist.report.figures import save_loss_curves
     from mlem_dist.runtime import cluster
     from mlem_dist.training.config import read_config
-    from mlem_dist.training.resume import WORK, check_training
+    from mlem_dist.training.data import training_images
+    from mlem_dist.training.resume import WORK, check_place, check_training
     from mlem_dist.training.tasks import train_on_ray
     from mlem_dist.training.train import LOG, read_log
 
@@ -82,7 +83,8 @@ def train(
     remote = cluster.is_remote(address)
     if not remote:
         device_type = local_device(device)
-    images = load_images(data, settings.sample_shape, settings.labels)
+    check_place(out)
+    images = training_images(settings, data, out / WORK)
     for sentence in images.notes():
         notify(sentence)
     finished = check_training(settings, images, out)
@@ -93,7 +95,7 @@ def train(
         total = sum(level.steps for level in settings.levels)
         for levels in train_on_ray(settings, images, out, device_type):
             progress(levels, total)
-    logs = {level.name: read_log(out / WORK / level.name / LOG) for level in settings.levels if level.kind == "unet"}
+    logs = {level.name: read_log(out / WORK / level.name / LOG) for level in settings.levels if level.network}
     return Ladder.load(out), save_loss_curves(out / WORK, logs), finished
 
 

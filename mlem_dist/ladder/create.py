@@ -70,7 +70,7 @@ def create_ladder(
     true_guidance: float | None = None,
     precision: str | Sequence[str] = "float32",
     size: tuple[int, int] | None = None,
-    gaussian: str | Path | int | None = None,
+    gaussian: str | Path | int | GaussianLevel | None = None,
     prompts: Sequence[str] = (),
     copy: bool = False,
     measure: bool = True,
@@ -93,8 +93,8 @@ def create_ladder(
             `true_cfg_scale`, for a further level of each.
         precision: dtype in which models compute, for all or for each: "float32", "bfloat16" or "float16".
         size: height and width of the images in pixels; by default those for which the last model was trained.
-        gaussian: a Gaussian as the first level, fitted to the images in a folder, or to this number of samples of the
-            best level; None for none.
+        gaussian: a Gaussian as the first level, or one fitted to the images in a folder, or to this number of samples
+            of the best level; None for none.
         prompts: prompts of those samples, some hundred, for a ladder that is conditioned on prompts.
         copy: whether to copy models, decoder and text encoders into the ladder's folder, instead of referring to them.
         measure: whether to measure the costs of levels on this machine, instead of counting their operations.
@@ -169,7 +169,7 @@ def _entries(
     entries = []
     for source, name, dtype in zip(sources, _names(sources), precisions, strict=True):
         prediction = _prediction(source, around)
-        _check_fit(source, around, shape, len(labels), sources[-1])
+        check_fit(source, around, shape, len(labels), sources[-1])
         if guidance != UNGUIDED:
             _check_guided(source, sources[-1], around, len(labels), replace(guidance, by=by))
         entries.append(Entry(source, name, prediction, dtype, _operations(source, shape)))
@@ -230,13 +230,15 @@ def _write(out: Path, raw: dict[str, Any], around: Surroundings) -> Ladder:
 
 
 def _fitted(
-    gaussian: str | Path | int,
+    gaussian: str | Path | int | GaussianLevel,
     raw: dict[str, Any],
     around: Surroundings,
     prompts: Sequence[str],
     notify: Callable[[str], None],
 ) -> GaussianLevel:
     """A Gaussian level for the ladder of the content `raw`, which is not written yet."""
+    if isinstance(gaussian, GaussianLevel):
+        return gaussian
     with TemporaryDirectory() as work:
         ladder = replace(_write(Path(work), raw, around), prompts=tuple(prompts))
         if isinstance(gaussian, int):
@@ -394,7 +396,7 @@ def _copy(out: Path, raw: dict[str, Any], entries: Sequence[Entry], around: Surr
         stored["path"] = path
 
 
-def _check_gaussian(gaussian: str | Path | int | None, prompts: Sequence[str]) -> None:
+def _check_gaussian(gaussian: str | Path | int | GaussianLevel | None, prompts: Sequence[str]) -> None:
     if prompts and not isinstance(gaussian, int):
         raise UsageError("`prompts` are those of samples to fit a Gaussian to; give their number as `gaussian` as well")
     if isinstance(gaussian, int):
@@ -402,7 +404,7 @@ def _check_gaussian(gaussian: str | Path | int | None, prompts: Sequence[str]) -
             raise UsageError(
                 f"`gaussian` {gaussian}: expected a folder of images, or at least {FEWEST} samples to fit to"
             )
-    elif gaussian is not None and not Path(gaussian).is_dir():
+    elif isinstance(gaussian, str | Path) and not Path(gaussian).is_dir():
         raise UsageError(f"`gaussian` {gaussian}: expected a folder of images, or a number of samples")
 
 
@@ -498,7 +500,7 @@ def _same(one: Process, other: Process) -> bool:
     return all(torch.allclose(a, b) for a, b in zip(one.marginal(t), other.marginal(t), strict=True))
 
 
-def _check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int], classes: int, last: Source) -> None:
+def check_fit(source: Source, around: Surroundings, shape: tuple[int, int, int], classes: int, last: Source) -> None:
     """Refuse a model that does not fit the ladder's samples, decoder or text encoders."""
     family, config = source.family, source.config
     if reason := family.refusal(config, around.process):

@@ -10,11 +10,11 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text, listing, own_names
+from mlem_dist.models.pixels import to_range
 from mlem_dist.solver.condition import LABEL, Condition
 
 TRAIN = "train"
@@ -57,17 +58,21 @@ FIRST_MODES = {"LAB": "RGB", "La": "LA"}
 """Pixel modes that Pillow cannot convert to grey directly, each with the mode to convert to first."""
 
 BATCH = 1000
-"""Number of encoded images of a Parquet file that are in memory at a time."""
+"""Number of images that are decoded and encoded together."""
 
 Shape = tuple[int, int, int]
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""Function from images, uint8 (n, C, H, W), to latents, float16 (n, c, h, w)."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images as uint8 (n, C, H, W) with int64 labels (n,), in a training and a held-out part.
+    """Images as uint8 or latents as float16 (n, C, H, W) with int64 labels (n,), in a training and a held-out part.
 
     Attributes:
         labels: class names; empty if the images are used without classes.
+        captions: captions, of which labels are the numbers; empty if the images are used without captions.
         resized: number of images larger than the sample shape, which have been cropped and scaled down.
         skipped: number of files among the pictures that are not pictures.
     """
@@ -77,8 +82,13 @@ class Images:
     test: Tensor
     test_label: Tensor
     labels: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
     resized: int = 0
     skipped: int = 0
+
+    def samples(self, part: Tensor) -> Tensor:
+        """Samples, float32 (B, C, H, W), of images or latents: images in [-1, 1], latents as they are."""
+        return to_range(part) if part.dtype == torch.uint8 else part.float()
 
     def condition(self, label: Tensor) -> Condition:
         """The condition of images with classes `label`, int64 (B,); empty if they are used without classes."""
@@ -99,14 +109,16 @@ class Images:
         digest = hashlib.sha256(str(self.train.shape).encode())
         for part in (self.train, self.train_label):
             digest.update(part.contiguous().numpy().data)
+        digest.update("\n".join(self.captions).encode())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of a dataset: images as uint8 (n, C, H, W), and their labels as int64 (n,), if they have labels.
+    """One part of a dataset: images or latents (n, C, H, W), and their labels as int64 (n,), if they have labels.
 
     Attributes:
+        captions: the caption of each image; empty if they have none.
         resized: number of images that were resized.
         skipped: number of files among the pictures that are not pictures.
         sources: the files from which the labels are read, each with its number of rows.
@@ -116,6 +128,7 @@ class _Part:
     resized: int
     label: np.ndarray | None
     skipped: int = 0
+    captions: tuple[str, ...] = ()
     sources: tuple[tuple[Path, int], ...] = ()
 
     def origin(self, row: int) -> str:
@@ -136,7 +149,13 @@ class _Dataset:
     names: tuple[str, ...] | None
 
 
-def load_images(folder: Path, sample_shape: Shape, labels: Sequence[str] | None) -> Images:
+def load_images(
+    folder: Path,
+    sample_shape: Shape,
+    labels: Sequence[str] | None,
+    captions: str = "",
+    encode: Encode | None = None,
+) -> Images:
     """Read the image dataset in `folder`, in any of these forms:
 
     - the four IDX files of MNIST, plain or gzipped;
@@ -158,24 +177,32 @@ def load_images(folder: Path, sample_shape: Shape, labels: Sequence[str] | None)
     scaled down.
 
     `labels` are the class names in the order wanted, empty to ignore the classes, or None to take the dataset's.
+    `captions` is the column of Parquet files with the captions of the images, which then take the place of classes.
+    `encode` turns images into latents, `BATCH` at a time, so that the images are not in memory together.
 
     Raises:
-        UsageError: if there is no such dataset, a file is broken, the parts cannot be told from the classes, or the
-            classes are not `labels`.
+        UsageError: if there is no such dataset, a file is broken, the parts cannot be told from the classes, the
+            classes are not `labels`, or there are no captions in `captions`.
     """
     if not folder.is_dir():
         raise UsageError(f"no training data: {folder} is not a folder")
-    classes = labels is None or len(labels) > 0
+    classes = not captions and (labels is None or len(labels) > 0)
     with warnings.catch_warnings():
         # Pillow warns of large pictures that it reads nevertheless.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        files = _parquet_files(folder)
+        if captions and not files:
+            raise UsageError(
+                f"{folder} has no Parquet files with captions; `datasets.load_dataset` reads pictures with captions, "
+                "and `to_parquet` of a part of the dataset writes such a file"
+            )
         if any("-idx3-ubyte" in path.name for path in _visible(folder)[0]):
-            dataset = _read_idx(folder, sample_shape)
-        elif files := _parquet_files(folder):
-            dataset = _read_parquet(folder, files, sample_shape, classes)
+            dataset = _read_idx(folder, sample_shape, encode)
+        elif files:
+            dataset = _read_parquet(folder, files, sample_shape, classes, captions, encode)
         else:
-            dataset = _read_pictures(folder, sample_shape, classes)
-    return _assemble(dataset, labels, folder)
+            dataset = _read_pictures(folder, sample_shape, classes, encode)
+    return _assemble(dataset, () if captions else labels, folder)
 
 
 def _assemble(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> Images:
@@ -197,11 +224,27 @@ def _assemble(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> 
         label = np.zeros(len(part.pixels), np.int64) if part.label is None or not names else number[part.label]
         tensors += [torch.from_numpy(part.pixels), torch.from_numpy(label)]
     resized, skipped = sum(part.resized for part in read), sum(part.skipped for part in read)
-    return Images(tensors[0], tensors[1], tensors[2], tensors[3], names, resized, skipped)
+    captions = tuple(sorted({*train.captions, *test.captions}))
+    if captions:
+        numbers = {caption: number for number, caption in enumerate(captions)}
+        tensors[1::2] = [torch.tensor([numbers[caption] for caption in part.captions]) for part in (train, test)]
+    return Images(tensors[0], tensors[1], tensors[2], tensors[3], names, captions, resized, skipped)
 
 
 def _rows(part: _Part, rows: np.ndarray) -> _Part:
-    return _Part(part.pixels[rows], 0, None if part.label is None else part.label[rows])
+    label = None if part.label is None else part.label[rows]
+    captions = tuple(part.captions[row] for row in rows.tolist()) if part.captions else ()
+    return _Part(part.pixels[rows], 0, label, captions=captions)
+
+
+def _stacked(images: Iterable[tuple[np.ndarray, bool]], encode: Encode | None) -> tuple[np.ndarray, int]:
+    """Images, or their latents, as an array, and the number of those that were resized."""
+    iterator, parts, resized = iter(images), [], 0
+    while batch := [*islice(iterator, BATCH)]:
+        pixels, larger = zip(*batch, strict=True)
+        parts.append(np.stack(pixels) if encode is None else encode(np.stack(pixels)))
+        resized += sum(larger)
+    return np.concatenate(parts), resized
 
 
 def _classes(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> tuple[tuple[str, ...], np.ndarray]:
@@ -386,7 +429,7 @@ def _idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def _read_idx(folder: Path, sample_shape: Shape) -> _Dataset:
+def _read_idx(folder: Path, sample_shape: Shape, encode: Encode | None) -> _Dataset:
     parts = []
     for name in ("train", "t10k"):
         file = _idx_file(folder, f"{name}-labels-idx1-ubyte")
@@ -400,6 +443,8 @@ def _read_idx(folder: Path, sample_shape: Shape) -> _Dataset:
             pixels = np.stack([_fit(Image.fromarray(image), sample_shape)[0] for image in images])
         else:
             pixels = _pad(images[:, None].repeat(sample_shape[0], axis=1), sample_shape)
+        if encode:
+            pixels, _ = _stacked(((image, False) for image in pixels), encode)
         resized = larger * len(images)
         parts.append(_Part(pixels, resized, label.astype(np.int64), sources=((file, len(label)),)))
     return _Dataset(parts[0], parts[1], None)
@@ -466,27 +511,29 @@ def _parquet_parts(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]
     return parts
 
 
-def _read_parquet(folder: Path, files: Sequence[Path], sample_shape: Shape, classes: bool) -> _Dataset:
+def _read_parquet(
+    folder: Path, files: Sequence[Path], sample_shape: Shape, classes: bool, captions: str, encode: Encode | None
+) -> _Dataset:
     parts = _parquet_parts(folder, files)
     train = parts[TRAIN]
-    schemas = [_schema(file) for file in train]
+    schemas = [_schema(file, captions) for file in train]
     labelled = classes and any("label" in schema.names for schema in schemas)
     wanted = (parts[kind] for kind in HELD_OUT if kind in parts)
     test = next((part for part in wanted if not (labelled and _unlabelled(part))), [])
-    schemas += [_schema(file) for file in test]
+    schemas += [_schema(file, captions) for file in test]
     if classes and len({"label" in schema.names for schema in schemas}) > 1:
         raise UsageError(
             f"some Parquet files in {folder} have a column `label` and others have none; "
             "add it, or train without classes (`labels: []`)"
         )
     return _Dataset(
-        _parquet_part(train, labelled, sample_shape),
-        _parquet_part(test, labelled, sample_shape) if test else None,
+        _parquet_part(train, labelled, sample_shape, captions, encode),
+        _parquet_part(test, labelled, sample_shape, captions, encode) if test else None,
         _class_names(schemas[0]) if labelled else None,
     )
 
 
-def _schema(file: Path) -> pa.Schema:
+def _schema(file: Path, captions: str = "") -> pa.Schema:
     try:
         schema = pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
@@ -502,6 +549,11 @@ def _schema(file: Path) -> pa.Schema:
     label = schema.field("label").type if "label" in schema.names else pa.null()
     if not (pa.types.is_integer(label) or pa.types.is_null(label)):
         raise UsageError(f"{file}: the column `label` is {label}, expected integers")
+    text = schema.field(captions).type if captions in schema.names else pa.null()
+    if captions and not any(kind(text) for kind in (pa.types.is_string, pa.types.is_large_string)):
+        raise UsageError(
+            f"{file} has the columns {', '.join(schema.names)}, expected a column {captions!r} with captions as text"
+        )
     return schema
 
 
@@ -527,38 +579,42 @@ def _labels(file: Path) -> list[int | None]:
     return labels
 
 
-def _parquet_part(files: Sequence[Path], labelled: bool, sample_shape: Shape) -> _Part:
-    columns = ["image", "label"] if labelled else ["image"]
-    images: list[tuple[np.ndarray, bool]] = []
-    label: list[int] = []
+def _parquet_part(
+    files: Sequence[Path], labelled: bool, sample_shape: Shape, captions: str, encode: Encode | None
+) -> _Part:
+    """A part of a dataset in Parquet files; `captions` is the column of captions, "" for none."""
+    named = "label" if labelled else captions
+    values: list[Any] = []
     sources: list[tuple[Path, int]] = []
 
-    def read(numbered: tuple[int, dict[str, Any]]) -> tuple[np.ndarray, bool]:
-        row, record = numbered
+    def read(numbered: tuple[str, dict[str, Any]]) -> tuple[np.ndarray, bool]:
+        origin, record = numbered
         data = record["image"]["bytes"] if isinstance(record["image"], dict) else record["image"]
-        if data is None or (labelled and record["label"] is None):
-            raise UsageError(f"{file}: row {row} has no {'image bytes' if data is None else 'label'}; leave it out")
-        return _decode(data, f"{file}: row {row}", sample_shape)
+        if data is None or (named and record[named] is None):
+            raise UsageError(f"{origin} has no {'image bytes' if data is None else named}; leave it out")
+        return _decode(data, origin, sample_shape)
 
-    with ThreadPoolExecutor() as pool:
+    def images(pool: ThreadPoolExecutor) -> Iterator[tuple[np.ndarray, bool]]:
         for file in files:
             row = 0
             try:
-                for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
+                for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=["image", *filter(None, [named])]):
                     records = batch.to_pylist()
-                    images += pool.map(read, enumerate(records, row))
-                    label += [record["label"] for record in records] if labelled else []
+                    yield from pool.map(read, ((f"{file}: row {row + i}", records[i]) for i in range(len(records))))
+                    values.extend(record[named] for record in records if named)
                     row += len(records)
             except (OSError, pa.ArrowException) as error:
                 raise UsageError(
                     f"{file} cannot be read beyond row {row}: {' '.join(str(error).split())}; replace it"
                 ) from None
             sources.append((file, row))
-    if not images:
+
+    if not any(pq.read_metadata(file).num_rows for file in files):
         raise UsageError(f"no training data: {', '.join(map(str, files))} has no rows")
-    pixels, resized = zip(*images, strict=True)
-    numbers = np.array(label, np.int64) if labelled else None
-    return _Part(np.stack(pixels), sum(resized), numbers, sources=tuple(sources))
+    with ThreadPoolExecutor() as pool:
+        pixels, resized = _stacked(images(pool), encode)
+    numbers = np.array(values, np.int64) if labelled else None
+    return _Part(pixels, resized, numbers, captions=() if labelled else tuple(values), sources=tuple(sources))
 
 
 def _named_parts(folders: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -605,15 +661,15 @@ def _part_folders(folder: Path) -> dict[str, Path]:
     return parts
 
 
-def _read_pictures(folder: Path, sample_shape: Shape, classes: bool) -> _Dataset:
+def _read_pictures(folder: Path, sample_shape: Shape, classes: bool, encode: Encode | None) -> _Dataset:
     parts = _part_folders(folder)
-    train, names = _picture_part(parts.get(TRAIN, folder), sample_shape, classes)
+    train, names = _picture_part(parts.get(TRAIN, folder), sample_shape, classes, encode)
     for kind in HELD_OUT:
         held = parts.get(kind)
         # Held-out pictures without classes are of no use if the training part has classes.
         if held is None or (names and not _visible(held)[1]):
             continue
-        test, others = _picture_part(held, sample_shape, classes)
+        test, others = _picture_part(held, sample_shape, classes, encode)
         if others != names:
             raise UsageError(
                 f"{held} has the classes {listing(others or ['none'])}, expected those of {parts[TRAIN]}: "
@@ -623,7 +679,9 @@ def _read_pictures(folder: Path, sample_shape: Shape, classes: bool) -> _Dataset
     return _Dataset(train, None, names)
 
 
-def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Part, tuple[str, ...] | None]:
+def _picture_part(
+    folder: Path, sample_shape: Shape, classes: bool, encode: Encode | None
+) -> tuple[_Part, tuple[str, ...] | None]:
     """Pictures of a folder, and the class names if `classes` is set and the pictures lie in class folders."""
     loose_files, folders = _visible(folder)
     groups = [list(_files_below(group)) for group in folders]
@@ -646,12 +704,12 @@ def _picture_part(folder: Path, sample_shape: Shape, classes: bool) -> tuple[_Pa
                 )
         paths = [file for files in pictures for file in files]
         images = pool.map(lambda path: _decode(path.read_bytes(), str(path), sample_shape), paths)
-        pixels, resized = zip(*images, strict=True)
+        pixels, resized = _stacked(images, encode)
     skipped = len(loose_files) + sum(map(len, groups)) - len(paths)
     if not folders or not classes:
-        return _Part(np.stack(pixels), sum(resized), None, skipped), None
+        return _Part(pixels, resized, None, skipped), None
     label = np.repeat(np.arange(len(pictures)), list(map(len, pictures)))
-    return _Part(np.stack(pixels), sum(resized), label, skipped), tuple(path.name for path in folders)
+    return _Part(pixels, resized, label, skipped), tuple(path.name for path in folders)
 
 
 def _check_classes(

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import read_object
 from mlem_dist.ladder.schema import MODELS_VERSION, OWN, SCHEMA_VERSION, Level
-from mlem_dist.models.decoder import Decoder
+from mlem_dist.models.decoder import Decoder, load_decoder
 from mlem_dist.models.encoder import Encoder, load_encoder
 from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.gaussian import GaussianLevel
@@ -107,15 +106,11 @@ class Loader:
         part = self.ladder.decoder
         if part is None:
             return None
-        import diffusers
-
         self.ladder.check_part(part)
         path = self.ladder.place(part.path)
-        upcast = read_object(path / "config.json", "decoder's configuration").get("force_upcast")
-        dtype = "float32" if upcast else self._precision(len(self.ladder.levels), precision)
         with loading(f"decoder {path}"):
-            model = load_model(getattr(diffusers, part.kind), path, dtype)
-        return Decoder(model).eval().requires_grad_(False).to(device)
+            decoder = load_decoder(part.kind, path, self._precision(len(self.ladder.levels), precision))
+        return decoder.to(device)
 
     @torch.inference_mode(False)
     def encoder(self, device: torch.device | str, precision: str) -> Encoder | None:

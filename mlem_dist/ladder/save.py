@@ -14,6 +14,7 @@ from mlem_dist.files import file_digest, replace_file
 from mlem_dist.ladder.checks import read_process
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER, SCHEDULER, SCHEMA_VERSION, Level, level_entry
+from mlem_dist.models.families.unet import UNet
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel
 from mlem_dist.models.weights import WEIGHTS, save_tensors
@@ -28,8 +29,9 @@ def save_level(folder: Path, name: str, module: nn.Module, dtype: torch.dtype) -
         save_tensors(folder / path, state)
         written = [folder / path]
     elif isinstance(module, ModelLevel):
-        kind, path, patch, prediction = "unet", name, module.patch, module.prediction
         model: Any = module.model
+        kind = "unet" if isinstance(module.family, UNet) else module.family.names[0]
+        path, patch, prediction = name, module.patch, module.prediction
         model.save_config(folder / path)
         weights = folder / path / WEIGHTS
         save_tensors(weights, state, {"format": "pt"})

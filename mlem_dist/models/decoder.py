@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mlem_dist.files import read_object
+from mlem_dist.models.weights import load_model
 
 PIXELS = 1024**2
 """Pixels that are decoded together; one image at least. Activations of a decoder take some kilobytes per pixel."""
@@ -53,6 +57,15 @@ class Decoder(nn.Module):
             shift = torch.tensor(mean, device=z.device)[:, None, None]
             scale = torch.tensor(deviation, device=z.device)[:, None, None] * scale
         return scale, shift
+
+
+def load_decoder(kind: str, folder: Path, precision: str) -> Decoder:
+    """The decoder of class `kind` in a folder, in a precision unless its configuration wants float32."""
+    import diffusers
+
+    upcast = read_object(folder / "config.json", "decoder's configuration").get("force_upcast")
+    model = load_model(getattr(diffusers, kind), folder, "float32" if upcast else precision)
+    return Decoder(model).eval().requires_grad_(False)
 
 
 def upscaling(config: Any) -> int:

@@ -137,7 +137,7 @@ class Encoder:
         self._negative = negative
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], negative_prompts: Sequence[Text]) -> Condition:
+    def __call__(self, prompts: Sequence[Text], negative_prompts: Sequence[Text]) -> Condition:
         """The condition of B samples, on the device of the text encoders; equal texts are encoded once."""
         condition: dict[str, Tensor] = {}
         for prefix, texts in (("", prompts), (NEGATIVE, negative_prompts))[: 1 + self._negative]:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import read_object, replace_file
+from mlem_dist.ladder.create import GAUSSIAN, create_ladder
 from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.measure import measure_costs
@@ -23,8 +25,8 @@ from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.ladder.schema import LADDER, Level, level_entry
 from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel
-from mlem_dist.solver.process import process_of
 from mlem_dist.training.config import LevelConfig, TrainConfig
+from mlem_dist.training.data import conditions_of
 from mlem_dist.training.resume import (
     ENTRY,
     FINISHED,
@@ -35,7 +37,7 @@ from mlem_dist.training.resume import (
     ladder_settings,
     settings,
 )
-from mlem_dist.training.train import denoising_error, fit_gaussian, train_unet
+from mlem_dist.training.train import denoising_error, fit_gaussian, train_network
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ MEASURED = ("calibration.json", "plan-*.json", "frontier-*.json")
 
 
 def training_order(config: TrainConfig) -> list[LevelConfig]:
-    """Levels in an order in which each follows those that it needs: Gaussian levels, then UNets, then pupils.
+    """Levels in an order in which each follows those that it needs: Gaussian levels, then networks, then pupils.
 
     Among equals, the largest level comes first, so that the longest of parallel trainings does not begin last.
     """
@@ -96,7 +98,7 @@ def train_level(
             module = fit_gaussian(config, level, images).to(device)
         else:
             assert gaussian is None or isinstance(gaussian, GaussianLevel)
-            module = train_unet(config, level, images, folder, gaussian, teacher, device, report)
+            module = train_network(config, level, images, folder, gaussian, teacher, device, report)
         entry = _store(folder / STORED, level.name, module, images, config, settings(config, level, images), device)
     except (RuntimeError, MemoryError) as error:
         # Torch's allocator of CPU memory raises a plain RuntimeError.
@@ -146,16 +148,55 @@ def finish_training(config: TrainConfig, images: Images, out: Path, entries: Map
     """
     # From here to the end there is no ladder.json, rather than a ladder that mixes the levels of two trainings.
     (out / LADDER).unlink(missing_ok=True)
-    for level in config.levels:
-        path = entries[level.name].path
-        if (out / path).is_dir():
-            shutil.rmtree(out / path)
-        (out / WORK / level.name / STORED / path).replace(out / path)
-    levels = [entries[level.name] for level in config.levels]
-    ladder = measure_costs(save_ladder(out, config.name, config.sample_shape, images.labels, config.scheduler, levels))
+    if config.around:
+        ladder = _finish_models(config, out, entries)
+    else:
+        for level in config.levels:
+            path = entries[level.name].path
+            _move(out / WORK / level.name / STORED / path, out / path)
+        levels = [entries[level.name] for level in config.levels]
+        ladder = save_ladder(out, config.name, config.sample_shape, images.labels, config.scheduler, levels)
+        ladder = measure_costs(ladder)
     set_stale_aside(ladder)
     replace_file(out / WORK / FINISHED, json.dumps(ladder_settings(config, images)))
     return ladder
+
+
+def _finish_models(config: TrainConfig, out: Path, entries: Mapping[str, Level]) -> Ladder:
+    """The ladder of models, with the parts of the pipeline, that `create_ladder` writes from stored levels."""
+    work = out / WORK / "ladder"
+    shutil.rmtree(work, ignore_errors=True)
+    gaussians = [entries[level.name] for level in config.levels if not level.network]
+    made = create_ladder(
+        work / config.name,
+        [out / WORK / level.name / STORED / level.name for level in config.levels if level.network],
+        pipeline=config.pipeline,
+        guidance=None if config.guidance == 1 else config.guidance,
+        gaussian=_stored_gaussian(config, out, gaussians[0]) if gaussians else None,
+        copy=True,
+    )
+    raw = read_object(made.folder / LADDER, "ladder")
+    errors = {name: entry.denoising_error for name, entry in entries.items() if entry not in gaussians}
+    for entry in gaussians:
+        errors[GAUSSIAN] = entry.denoising_error
+    for level in raw["levels"]:
+        level["denoising_error"] = errors.get(level["name"], [])
+    replace_file(made.folder / LADDER, json.dumps(raw, indent=2) + "\n")
+    # The ladder is there with its last file.
+    for path in sorted(made.folder.iterdir(), key=lambda path: path.name == LADDER):
+        _move(path, out / path.name)
+    return Ladder.load(out)
+
+
+def _stored_gaussian(config: TrainConfig, out: Path, entry: Level) -> GaussianLevel:
+    return GaussianLevel.of_state(load_file(out / WORK / entry.name / STORED / entry.path), config.process)
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or a folder to the place of another one."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    path.replace(target)
 
 
 def set_stale_aside(ladder: Ladder) -> None:
@@ -199,18 +240,19 @@ def _store(
         if isinstance(module, GaussianLevel):
             module.orthonormalise()
         return Level(**saved["level"])
-    process = process_of(config.scheduler)
+    process, conditions = config.process, conditions_of(config, images, device)
     # A few samples suffice, because both errors are measured on the same ones.
-    full = denoising_error(module, images, process, device, per_band=100)
+    full = denoising_error(module, images, process, conditions, device, per_band=100)
     weights.load_state_dict(rounded)
-    half = sum(denoising_error(module, images, process, device, per_band=100)) <= (1 + HALF_LOSS) * sum(full)
+    rough = denoising_error(module, images, process, conditions, device, per_band=100)
+    half = sum(rough) <= (1 + HALF_LOSS) * sum(full)
     if not half:
         weights.load_state_dict(state)
     level = save_level(folder, name, module, torch.float16 if half else torch.float32)
     if isinstance(module, GaussianLevel):
         # As `Ladder.load_level` does.
         module.orthonormalise()
-    level = replace(level, denoising_error=denoising_error(module, images, process, device))
+    level = replace(level, denoising_error=denoising_error(module, images, process, conditions, device))
     replace_file(folder / ENTRY, json.dumps({"settings": wanted, "half": half, "level": level_entry(level)}))
     return level
 

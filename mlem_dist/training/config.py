@@ -1,7 +1,9 @@
 """Training configuration of a ladder, read from YAML."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -9,8 +11,11 @@ import yaml
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
+from mlem_dist.ladder.create import Surroundings
+from mlem_dist.ladder.sources import find_folder
+from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.level import check_prediction
-from mlem_dist.solver.process import process_of
+from mlem_dist.solver.process import FlowProcess, Process, process_of
 
 RESERVED = ("training", "scheduler")
 """Names of the folders in a ladder that belong to no level."""
@@ -20,41 +25,81 @@ KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a map
 
 @dataclass(frozen=True)
 class LevelConfig:
-    """One level: a Gaussian of a rank, or a UNet with its `UNet2DModel` arguments and its training length.
+    """One level: a Gaussian of a rank, or a network with its arguments and its training length.
 
-    A UNet with a `teacher`, the name of another UNet level, learns the teacher's prediction instead of the noise. A
-    UNet trains in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), with torch.compile if `compile` is set.
+    The kind is "gaussian", "unet" for a `UNet2DModel` or, in the ladder of a pipeline, the class of a model of
+    diffusers. A network with a `teacher`, the name of another one, learns the teacher's prediction instead of the
+    noise. It trains in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), with torch.compile if `compile` is
+    set, without its condition for a share `condition_dropout` of the samples, and at noise levels of a flow that are
+    "uniform" or "logit-normal" (Esser et al., arXiv:2403.03206).
     """
 
     name: str
-    kind: Literal["gaussian", "unet"]
+    kind: str
     rank: int = 0
     patch: int = 1
-    prediction: str = "epsilon"
+    prediction: str = ""
     teacher: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     batch_size: int = 64
     learning_rate: float = 1e-3
     ema: float = 0.999
-    label_dropout: float = 0.0
+    condition_dropout: float = 0.0
+    noise_levels: Literal["uniform", "logit-normal"] = "uniform"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
+
+    @property
+    def network(self) -> bool:
+        """Whether the level is a network, which has steps of training."""
+        return self.kind != "gaussian"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A ladder to train. `sample_shape` is (C, H, W); `scheduler` is a diffusers scheduler configuration.
+    """A ladder to train.
 
-    `labels` are the class names: empty for an unconditional ladder, None to take those of the data.
+    Attributes:
+        name: the ladder's name.
+        sample_shape: (C, H, W) of images or, in the ladder of a pipeline, of latents.
+        levels: the levels, in order of cost.
+        scheduler: configuration of a scheduler of diffusers; with a pipeline, that of the pipeline.
+        pipeline: folder of the pipeline whose autoencoder and text encoders the ladder takes; "" for pixels.
+        captions: name of the column of captions, for a pipeline with text encoders.
+        guidance: guidance scale of a further level of each model of the ladder of a pipeline; 1 for none.
+        labels: class names: empty for an unconditional ladder, None to take those of the data.
+        seed: seed of weights, noises and the order of the images.
     """
 
     name: str
     sample_shape: tuple[int, int, int]
-    scheduler: dict[str, Any]
     levels: tuple[LevelConfig, ...]
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    pipeline: str = ""
+    captions: str = "prompt"
+    guidance: float = 1.0
     labels: tuple[str, ...] | None = None
     seed: int = 0
+
+    @cached_property
+    def around(self) -> Surroundings | None:
+        """The parts of the pipeline; None for a ladder of pixels."""
+        return Surroundings(Path(self.pipeline)) if self.pipeline else None
+
+    @cached_property
+    def process(self) -> Process:
+        """The process of the scheduler."""
+        # A dynamic shift decides grids, of which training has none.
+        return process_of(self.scheduler, tokens=1 if self.pipeline else None)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of images."""
+        if self.around is None:
+            return self.sample_shape
+        factor = self.around.upscaling
+        return 3, factor * self.sample_shape[1], factor * self.sample_shape[2]
 
 
 def _build(kind: type, values: Any, where: str) -> Any:
@@ -101,23 +146,29 @@ def read_config(path: Path) -> TrainConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"training configuration {path} is not YAML: {' '.join(str(error).split())}") from None
     config: TrainConfig = _build(TrainConfig, raw, str(path))
-    config = TrainConfig(
-        name=config.name,
-        sample_shape=_sample_shape(config.sample_shape, str(path)),
-        scheduler=config.scheduler,
+    config = replace(
+        config,
         levels=tuple(_build(LevelConfig, level, f"{path}: level {i + 1}") for i, level in enumerate(config.levels)),
         labels=None if config.labels is None else tuple(map(str, config.labels)),
-        seed=config.seed,
     )
+    config = _with_pipeline(config, str(path)) if config.pipeline else config
+    config = replace(config, sample_shape=_sample_shape(config.sample_shape, config.around, str(path)))
+    if not config.pipeline and "scheduler" not in raw:
+        raise UsageError(f"{path}: scheduler is missing, expected the configuration of a scheduler of diffusers")
     try:
-        process = process_of(config.scheduler)
+        process = config.process
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: scheduler: {error}; YAML needs the point in numbers such as 1.0e-4") from None
+    default = process.prediction if config.pipeline else "epsilon"
+    levels = (replace(level, prediction=level.prediction or default) for level in config.levels)
+    config = replace(config, levels=tuple(levels))
     names = [level.name for level in config.levels]
     if not names or len(set(names)) != len(names):
         raise UsageError(f"{path}: expected at least one level and no name twice, got {names}")
+    if config.pipeline and sum(not level.network for level in config.levels) > 1:
+        raise UsageError(f"{path}: levels has several Gaussians, expected at most one with a pipeline")
     check_text((config.name, *names, *(config.labels or ())), str(path))
     if config.seed < 0:
         raise UsageError(f"{path}: seed is {config.seed}, expected 0 or more")
@@ -126,18 +177,37 @@ def read_config(path: Path) -> TrainConfig:
     for level in config.levels:
         if wrong := _wrong(level, config):
             raise UsageError(f"{path}: level {level.name!r}: {wrong}")
-        if level.kind == "unet":
+        if level.network:
             check_prediction(level.name, level.prediction, process)
     return config
 
 
-def _sample_shape(values: Any, where: str) -> tuple[int, int, int]:
+def _with_pipeline(config: TrainConfig, where: str) -> TrainConfig:
+    """The configuration with the folder of its pipeline, and with the pipeline's scheduler."""
+    folder, _ = find_folder(config.pipeline, f"{where}: pipeline")
+    if not (folder / "model_index.json").is_file():
+        raise UsageError(f"{where}: pipeline {config.pipeline!r} has no model_index.json, expected a pipeline's folder")
+    if config.scheduler:
+        raise UsageError(f"{where}: scheduler is given beside a pipeline, which has its own; leave it out")
+    if not (config.guidance == 1 or 1 < config.guidance < math.inf):
+        raise UsageError(f"{where}: guidance is {config.guidance:g}, expected a scale above 1, or 1 for none")
+    around = Surroundings(folder)
+    if around.decoder is None:
+        raise UsageError(
+            f"{where}: pipeline {config.pipeline!r} has no autoencoder in a folder vae, which makes latents"
+        )
+    return replace(config, pipeline=str(folder), scheduler=around.scheduler)
+
+
+def _sample_shape(values: Any, around: Surroundings | None, where: str) -> tuple[int, int, int]:
+    channels = (1, 3) if around is None else (around.decoder_config["latent_channels"],)
     if (
         len(values) != 3
         or not all(isinstance(value, int) and value >= 1 for value in values)
-        or values[0] not in (1, 3)
+        or values[0] not in channels
     ):
-        raise UsageError(f"{where}: sample_shape is {values}, expected [1 or 3, height, width]")
+        expected = " or ".join(map(str, channels))
+        raise UsageError(f"{where}: sample_shape is {values}, expected [{expected}, height, width]")
     return values[0], values[1], values[2]
 
 
@@ -146,7 +216,11 @@ def _wrong(level: LevelConfig, config: TrainConfig) -> str | None:
     channels, height, width = config.sample_shape
     if not re.fullmatch(r"\w[\w.+-]*", level.name) or level.name in RESERVED:
         return f"expected a name that can be a folder's, other than {' and '.join(RESERVED)}"
-    if level.kind == "gaussian":
+    kinds = sorted({"gaussian", *(FAMILIES.keys() - {"unet"} if config.pipeline else ["unet"])})
+    if level.kind not in kinds:
+        where = "with" if config.pipeline else "without"
+        return f"kind is {level.kind!r}, expected one of {', '.join(kinds)} {where} a pipeline"
+    if not level.network:
         values = channels * height * width
         # The residual variance needs at least one direction outside the basis.
         return None if 1 <= level.rank < values else f"rank is {level.rank}, expected 1 to {values - 1}"
@@ -159,16 +233,23 @@ def _wrong(level: LevelConfig, config: TrainConfig) -> str | None:
         return f"learning_rate is {level.learning_rate}, expected a positive number"
     if not 0 <= level.ema < 1:
         return f"ema is {level.ema}, expected 0 or more and less than 1"
-    if not 0 <= level.label_dropout < 1:
-        return f"label_dropout is {level.label_dropout}, expected 0 or more and less than 1"
-    if level.label_dropout and level.prediction == "residual":
-        return f"label_dropout is {level.label_dropout}, expected 0 for a residual: its Gaussian level knows the class"
+    dropout = level.condition_dropout
+    if not 0 <= dropout < 1:
+        return f"condition_dropout is {dropout}, expected 0 or more and less than 1"
+    if dropout and level.prediction == "residual":
+        return f"condition_dropout is {dropout}, expected 0 for a residual: its Gaussian level knows the class"
+    if config.pipeline and level.patch != 1:
+        return f"patch is {level.patch}, expected 1 with a pipeline; models have patches of their own"
+    if config.pipeline and level.prediction == "residual":
+        return "prediction is residual, expected another one with a pipeline"
+    if level.noise_levels == "logit-normal" and not isinstance(config.process, FlowProcess):
+        return "noise_levels is 'logit-normal', expected 'uniform': the scheduler is not that of a flow"
     if level.prediction == "residual" and config.levels[0].kind != "gaussian":
         return "a residual corrects a Gaussian level, but the first level is none"
-    teachers = [other.name for other in config.levels if other.kind == "unet" and not other.teacher]
+    teachers = [other.name for other in config.levels if other.network and not other.teacher]
     if level.teacher and level.teacher not in teachers:
         return (
-            f"teacher is {level.teacher!r}, expected a UNet level without a teacher of its own: "
+            f"teacher is {level.teacher!r}, expected a network without a teacher of its own: "
             f"{', '.join(teachers) or 'there is none'}"
         )
     return None

@@ -1,6 +1,7 @@
 """State that earlier calls have left in a ladder's folder, and the check that training can continue from it.
 
-OUT/training/<level>/checkpoint.safetensors   see `train_unet`
+OUT/training/latents/                         latents of the images, in the ladder of a pipeline
+OUT/training/<level>/checkpoint.safetensors   see `train_network`
 OUT/training/<level>/log.jsonl                the loss log
 OUT/training/<level>/settings.json            settings that the checkpoint was trained with
 OUT/training/<level>/stored/                  the trained level, until all levels are trained and it moves to OUT
@@ -9,8 +10,8 @@ OUT/training/finished.json                    settings of all levels of the ladd
 OUT/training/stale-DIGEST/                    measurements of an earlier ladder in OUT
 """
 
+import hashlib
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ from torch import nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_writable, listing, own_names, replace_file
+from mlem_dist.ladder.create import check_fit
 from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER
+from mlem_dist.ladder.sources import Source
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.level import new_unet_level, on_meta
-from mlem_dist.solver.process import process_of
+from mlem_dist.models.level import ModelLevel, on_meta
 from mlem_dist.training.config import LevelConfig, TrainConfig
-from mlem_dist.training.train import CHECKPOINT
+from mlem_dist.training.train import CHECKPOINT, new_level
 
 WORK = "training"
 SETTINGS = "settings.json"
@@ -52,13 +54,21 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         "seed": config.seed,
         **{f"scheduler.{key}": value for key, value in config.scheduler.items()},
     }
+    if config.around:
+        parts = (config.around.decoder_entry(), config.around.encoder_entry())
+        digests = json.dumps([part["sha256"] for part in parts if part], sort_keys=True)
+        values["pipeline"] = hashlib.sha256(digests.encode()).hexdigest()[:16]
     shared = set(values)
     if level.kind == "gaussian":
         values["rank"] = level.rank
     else:
         values |= {key: getattr(level, key) for key in ("patch", "prediction", "teacher", *FREE)}
-        if level.label_dropout:
-            values["label_dropout"] = level.label_dropout
+        if level.condition_dropout:
+            values["condition_dropout"] = level.condition_dropout
+        if level.noise_levels != "uniform":
+            values["noise_levels"] = level.noise_levels
+        if config.around:
+            values["kind"] = level.kind
         values |= {f"model.{key}": value for key, value in level.model.items()}
         if level.prediction == "residual":
             values["rank of the Gaussian level"] = config.levels[0].rank
@@ -70,12 +80,11 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
     return plain
 
 
-def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
-    """Whether `out` already holds the finished ladder of this configuration. Changes no file.
+def check_place(out: Path) -> None:
+    """Refuse a folder `out` that cannot hold the ladder. Changes no file.
 
     Raises:
-        UsageError: if `out` is not writable or holds something else, a class has too few images, a UNet cannot be
-            built, or a checkpoint is unreadable or was trained with other settings.
+        UsageError: if `out` is not writable or holds something else.
     """
     check_writable(out)
     names = own_names(path.name for path in out.iterdir()) if out.is_dir() else []
@@ -83,7 +92,19 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
         ladder = LADDER in names
         what = "a finished ladder without its training state" if ladder else f"something else ({listing(names)})"
         raise UsageError(f"`out` {out} holds {what}; choose an empty or new folder")
+
+
+def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
+    """Whether `out` already holds the finished ladder of this configuration. Changes no file.
+
+    Raises:
+        UsageError: as for `check_place`, or if a class has too few images, a network cannot be built or does not fit
+            its pipeline, or a checkpoint is unreadable or was trained with other settings.
+    """
+    check_place(out)
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
+    if images.captions:
+        count = [len(images.train_label)]
     if min(count) < 2:
         smallest_class = count.index(min(count))
         name = f"class {images.labels[smallest_class]!r}" if images.labels else "the dataset"
@@ -91,13 +112,14 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
             f"{name} has {count[smallest_class]} training images, expected at least 2; add some or leave it out"
         )
     for level in config.levels:
-        if level.label_dropout and not images.labels:
+        if level.condition_dropout and not (images.labels or images.captions):
             raise UsageError(
-                f"level {level.name!r}: label_dropout is {level.label_dropout}, expected 0: the dataset has no classes"
+                f"level {level.name!r}: condition_dropout is {level.condition_dropout}, expected 0: the dataset has no "
+                "classes and no captions"
             )
-        if level.kind == "unet":
-            unet = _on_meta(config, level, len(images.labels))
-            _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), unet)
+        if level.network:
+            network = _on_meta(config, level, len(images.labels)).model
+            _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), network)
     if not (out / LADDER).exists() or not (out / WORK / FINISHED).exists():
         return False
     Ladder.load(out)
@@ -123,20 +145,27 @@ def begin_training(config: TrainConfig, images: Images, out: Path) -> None:
         replace_file(folder / SETTINGS, json.dumps(settings(config, level, images), indent=1) + "\n")
 
 
-def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module:
-    """UNet of the level, built without memory for its weights and checked by a forward pass.
+def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> ModelLevel:
+    """The level, built without memory for its weights and checked by a forward pass.
 
     Raises:
-        UsageError: if the UNet cannot be built, or not for samples of this shape.
+        UsageError: if the network cannot be built, or not for samples of this shape, or does not fit its pipeline.
     """
-    process, shape, patch = process_of(config.scheduler), config.sample_shape, level.patch
-    gaussian = GaussianLevel(1, 1, 1, process) if level.prediction == "residual" else None
-    embedded = classes + (level.label_dropout > 0)
-    build = partial(new_unet_level, shape, embedded, patch, level.prediction, process, level.model, gaussian)
-    return on_meta(level.name, shape, patch, build).model
+    gaussian = GaussianLevel(1, 1, 1, config.process) if level.prediction == "residual" else None
+    built = on_meta(level.name, config.sample_shape, level.patch, lambda: new_level(config, level, classes, gaussian))
+    if config.around:
+        model: Any = built.model
+        source = Source(f"level {level.name!r}", level.name, config.around.folder, None, built.family, model.config)
+        check_fit(source, config.around, config.sample_shape, classes, source)
+        if level.condition_dropout and classes and not built.family.has_null(model.config, classes):
+            raise UsageError(
+                f"level {level.name!r}: condition_dropout is {level.condition_dropout}, expected 0: its model has no "
+                "class that stands for none"
+            )
+    return built
 
 
-def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], unet: nn.Module) -> None:
+def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], network: nn.Module) -> None:
     path = folder / CHECKPOINT
     if not path.exists():
         return
@@ -159,7 +188,7 @@ def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], 
                     f"level {level.name!r}: its checkpoint was trained with {key} {stored_settings.get(key)}, not "
                     f"{wanted.get(key)}; take that back, {away}"
                 )
-    if {name: list(value.shape) for name, value in unet.state_dict().items()} != {
+    if {name: list(value.shape) for name, value in network.state_dict().items()} != {
         key.removeprefix("model/"): shape for key, shape in shapes.items() if key.startswith("model/")
     }:
         raise UsageError(f"level {level.name!r}: checkpoint {path} is one of another model; take that back, {away}")

@@ -62,6 +62,7 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
     task: Any = ray.remote(_train)
     # Arrays and not tensors, so that the levels on a machine share one copy.
     arrays = [ray.put(getattr(images, name).numpy()) for name in TENSORS]
+    captions = ray.put(images.captions)
     modules: dict[str, Any] = {}
     running: dict[Any, str] = {}
     for level in training_order(config):
@@ -73,7 +74,9 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
             num_gpus=gpus if device == "cuda" else 0,
             # Ray would restart a level that is too large for the memory again and again.
             max_retries=0,
-        ).remote(board, config, level, images.labels, out.absolute(), gaussian, teacher, device, threads, *arrays)
+        ).remote(
+            board, config, level, images.labels, captions, out.absolute(), gaussian, teacher, device, threads, *arrays
+        )
         running[entry] = level.name
     stored: dict[str, Level] = {}
     try:
@@ -94,13 +97,13 @@ def train_on_ray(config: TrainConfig, images: Images, out: Path, device: str) ->
 def level_share(config: TrainConfig) -> tuple[int, float]:
     """Number of threads and share of a GPU for each level, if the connected Ray trains as many in parallel as possible.
 
-    Small UNets leave most of a GPU idle, so several levels share a GPU if there are fewer GPUs than levels.
+    Small networks leave most of a GPU idle, so several levels share a GPU if there are fewer GPUs than levels.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # A head node may have no cores, and then trains no level.
     cores = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     pupils = sum(bool(level.teacher) for level in config.levels)
-    parallel_levels = max(pupils, sum(level.kind == "unet" for level in config.levels) - pupils, 1)
+    parallel_levels = max(pupils, sum(level.network for level in config.levels) - pupils, 1)
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     return max(1, min([sum(cores) // parallel_levels, *cores])), 1 / max(1, -(-parallel_levels // max(1, gpus)))
 
@@ -126,6 +129,7 @@ def _train(
     config: TrainConfig,
     level: LevelConfig,
     labels: tuple[str, ...],
+    captions: tuple[str, ...],
     out: Path,
     gaussian: nn.Module | None,
     teacher: nn.Module | None,
@@ -135,7 +139,7 @@ def _train(
 ) -> tuple[nn.Module, Level]:
     torch.set_num_threads(threads)
     train, train_label, test, test_label = map(torch.from_numpy, arrays)
-    images = Images(train, train_label, test, test_label, labels)
+    images = Images(train, train_label, test, test_label, labels, captions)
     posted = 0.0
     last: Any = None
 

@@ -18,18 +18,26 @@ from torch import Tensor, nn
 from mlem_dist.files import replace_file
 from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.measure import denoising_errors
-from mlem_dist.models.gaussian import GaussianLevel
+from mlem_dist.models.families import FAMILIES
+from mlem_dist.models.gaussian import GaussianLevel, embedding
 from mlem_dist.models.level import ModelLevel, new_unet_level
-from mlem_dist.models.pixels import to_range
 from mlem_dist.models.weights import save_tensors
-from mlem_dist.solver.process import Process, process_of
+from mlem_dist.solver.condition import TEXT, Condition, move
+from mlem_dist.solver.process import Process
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.training.config import LevelConfig, TrainConfig
+from mlem_dist.training.data import Conditions, conditions_of
 
 CHECKPOINT = "checkpoint.safetensors"
 CHECKPOINT_SECONDS = 45.0
 LOG = "log.jsonl"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+FITTED = 20_000
+"""Largest number of images with captions to which a Gaussian level is fitted."""
+
+HELD_OUT = 1_000
+"""Largest number of images with captions on which errors are measured."""
 
 
 class DivergedError(RuntimeError):
@@ -44,7 +52,7 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def _batch(
     images: Images, seed: int, level: LevelConfig, process: Process, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, labels, noise and timesteps of step `step`: a function of the seed and the batch size on any device."""
+    """Samples, labels, noise and times of step `step`: a function of the seed and the batch size on any device."""
     n = len(images.train)
     position = np.arange(step * level.batch_size, (step + 1) * level.batch_size)
     index = np.empty(level.batch_size, dtype=np.int64)
@@ -52,20 +60,23 @@ def _batch(
         selected = position // n == epoch
         index[selected] = _permutation(seed, int(epoch), n)[position[selected] % n]
     rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
-    x0 = to_range(images.train[index])
+    x0 = images.samples(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
-    t = process.times(0, 1, level.batch_size, rng)
+    if level.noise_levels == "logit-normal":
+        t = torch.randn(level.batch_size, generator=rng).sigmoid() * process.length
+    else:
+        t = process.times(0, 1, level.batch_size, rng)
     label = images.train_label[index]
-    if level.label_dropout:
-        dropped = torch.rand(level.batch_size, generator=rng) < level.label_dropout
-        label = label.where(~dropped, len(images.labels))
+    if level.condition_dropout:
+        dropped = torch.rand(level.batch_size, generator=rng) < level.condition_dropout
+        label = label.where(~dropped, len(images.captions or images.labels))
     return x0, label, noise, t
 
 
-def _learning_rate(level: LevelConfig, step: int) -> float:
+def learning_rate(highest: float, steps: int, step: int) -> float:
     """Learning rate of a step: linear warm-up over the first 2 % of the steps, then cosine decay to zero."""
-    warm = max(1, level.steps // 50)
-    return level.learning_rate * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / level.steps)))
+    warm = max(1, steps // 50)
+    return highest * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _check_finite(name: str, value: float, level: LevelConfig, step: int, folder: Path) -> None:
@@ -86,7 +97,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-class _State:
+class TrainingState:
     """Contents of a checkpoint: the model's weights, their moving average and Adam's moments."""
 
     def __init__(self, model: nn.Module, average: nn.Module, optimizer: torch.optim.AdamW) -> None:
@@ -126,7 +137,19 @@ class _State:
             self.averaged[name].lerp_(value, 1 - decay)
 
 
-def train_unet(
+def new_level(config: TrainConfig, level: LevelConfig, classes: int, gaussian: GaussianLevel | None) -> ModelLevel:
+    """An untrained network for so many classes, 0 for none; a "residual" corrects `gaussian`."""
+    if level.kind == "unet":
+        # The class after the last stands for none.
+        classes += level.condition_dropout > 0
+        process, shape = config.process, config.sample_shape
+        return new_unet_level(shape, classes, level.patch, level.prediction, process, level.model, gaussian)
+    family = FAMILIES[level.kind]
+    model = family.model_class()(**level.model)
+    return ModelLevel(model, 1, level.prediction, config.process, None, family=family)
+
+
+def train_network(
     config: TrainConfig,
     level: LevelConfig,
     images: Images,
@@ -136,10 +159,10 @@ def train_unet(
     device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> ModelLevel:
-    """Train one UNet level on `device`, and return its exponential moving average.
+    """Train one network on `device`, and return its exponential moving average.
 
     The level learns the drift of the process or, with a `teacher`, the teacher's prediction; a "residual" corrects
-    `gaussian`. In bfloat16, the UNet computes with float32 weights. On a GPU, convolutions are laid out channels last.
+    `gaussian`. In bfloat16, the network computes with float32 weights. On a GPU, UNets are laid out channels last.
 
     `folder` keeps `checkpoint.safetensors` and `log.jsonl`. The checkpoint is written every 45 seconds; a later call
     continues from it with the same batches, on any device. The log has a line every 100 steps, with step, loss (mean
@@ -152,27 +175,23 @@ def train_unet(
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log_file = folder / CHECKPOINT, folder / LOG
-    process = process_of(config.scheduler)
+    process, conditions = config.process, conditions_of(config, images, device)
     torch.manual_seed(config.seed)
-    # The class after the last stands for none.
-    classes = len(images.labels) + (level.label_dropout > 0)
-    model = new_unet_level(
-        config.sample_shape, classes, level.patch, level.prediction, process, level.model, gaussian
-    ).to(device)
-    unet: Any = model.model
+    model = new_level(config, level, len(images.labels), gaussian).to(device)
+    network: Any = model.model
     if teacher is not None:
         teacher.to(device)
-    if device == "cuda":
+    if device == "cuda" and level.kind == "unet":
         # On a CPU, this layout gains nothing.
-        unet.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
     average = deepcopy(model).eval()
     if level.precision == "bfloat16" or (level.precision == "auto" and device == "cuda"):
-        # The UNet alone: the code around it divides by sqrt(alpha_bar), which would magnify rounding errors.
-        unet.forward = torch.autocast(device, torch.bfloat16)(unet.forward)
+        # The network alone: the code around it divides by sqrt(alpha_bar), which would magnify rounding errors.
+        network.forward = torch.autocast(device, torch.bfloat16)(network.forward)
     if level.compile:
-        unet.compile()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=level.learning_rate, weight_decay=1e-4)
-    state = _State(unet, average.model, optimizer)
+        network.compile()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=level.learning_rate, weight_decay=1e-4)
+    state = TrainingState(network, average.model, optimizer)
     start = state.load(checkpoint) if checkpoint.exists() else 0
     kept_lines = "".join(json.dumps(line) + "\n" for line in read_log(log_file) if line["step"] <= start)
     replace_file(log_file, kept_lines)
@@ -183,16 +202,17 @@ def train_unet(
     began_at = saved_at = time.monotonic()
     losses: list[float] = []
 
-    def batch(step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _batch(images, config.seed, level, process, step)
+    def batch(step: int) -> tuple[Tensor, Condition, Tensor, Tensor]:
+        x0, label, noise, t = _batch(images, config.seed, level, process, step)
+        return x0.to(device), move(conditions(label.to(device)), device), noise.to(device), t.to(device)
 
     # The next batch is prepared while the model trains on the current one.
     with log_file.open("a", encoding="utf-8") as log, ThreadPoolExecutor(1) as batch_executor:
         next_batch = batch_executor.submit(batch, start)
         for step in range(start, level.steps):
-            x0, label, noise, t = (value.to(device) for value in next_batch.result())
+            x0, condition, noise, t = next_batch.result()
             next_batch = batch_executor.submit(batch, step + 1)
-            x, condition = process.mixed(x0, noise, t), images.condition(label)
+            x = process.mixed(x0, noise, t)
             with torch.no_grad():
                 target = process.target(x0, noise, t) if teacher is None else teacher(x, t, condition)
             loss = (model.loss_weight(t) * (model(x, t, condition) - target).square()).mean()
@@ -204,8 +224,8 @@ def train_unet(
                 saved_at = time.monotonic()
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = _learning_rate(level, step)
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate(level.learning_rate, level.steps, step)
             optimizer.step()
             state.follow(min(level.ema, (1 + step) / (10 + step)))
             done = step + 1
@@ -217,7 +237,9 @@ def train_unet(
                     "seconds": time.monotonic() - began_at,
                 }
                 if done % max(100, level.steps // 2000 * 100) == 0 or done == level.steps:
-                    line["denoising_error"] = denoising_error(average, images, process, device, per_band=100)
+                    line["denoising_error"] = denoising_error(
+                        average, images, process, conditions, device, per_band=100
+                    )
                     _check_finite("held-out denoising error", sum(line["denoising_error"]), level, done, folder)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
@@ -228,20 +250,36 @@ def train_unet(
 
 
 def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> GaussianLevel:
-    """Gaussian level fitted to the training images."""
+    """Gaussian level fitted to the training images, or to `FITTED` of them if they have captions."""
     classes, d = max(1, len(images.labels)), math.prod(config.sample_shape)
-    gaussian = GaussianLevel(classes, d, level.rank, process_of(config.scheduler))
-    gaussian.fit(images.train, images.condition(images.train_label), to_range)
+    gaussian = GaussianLevel(classes, d, level.rank, config.process)
+    train, label = images.train, images.train_label
+    if images.captions:
+        train, label = train[:FITTED], label[:FITTED]
+        conditions = conditions_of(config, images, "cpu")
+        # Of a caption, its embedding alone is needed.
+        embedded = torch.cat([embedding(conditions(part)) for part in label.split(1000)])
+        condition: Condition = {TEXT: embedded[:, None]}
+    else:
+        condition = images.condition(label)
+    gaussian.fit(train, condition, images.samples)
     gaussian.eval()
     return gaussian
 
 
 def denoising_error(
-    model: nn.Module, images: Images, process: Process, device: str = "cpu", per_band: int = 1000
+    model: nn.Module,
+    images: Images,
+    process: Process,
+    conditions: Conditions,
+    device: str = "cpu",
+    per_band: int = 1000,
 ) -> list[float]:
     """Mean squared error per value of the drift on held-out images, by equal bands of noise.
 
-    The images, timesteps and noises are the same for every level. `device` is the device of the model.
+    The images, times and noises are the same for every level. `device` is the device of the model.
     """
-    test, condition = images.test.to(device), images.condition(images.test_label.to(device))
-    return denoising_errors(model, test, condition, process, BANDS, per_band).mean(1).tolist()
+    held_out = slice(HELD_OUT if images.captions else None)
+    test, label = images.test[held_out].to(device), images.test_label[held_out].to(device)
+    condition = move(conditions(label), device)
+    return denoising_errors(model, test, condition, process, BANDS, per_band, images.samples).mean(1).tolist()

@@ -57,7 +57,7 @@ def test_a_level_that_is_finished_is_not_stored_again(tmp_path, data, configure)
 
 def test_hidden_classes_train_a_class_that_stands_for_none(tmp_path, data, configure):
     """So that the ladder has levels with guidance, and the data's classes only."""
-    config = configure({"steps": 20, "prediction": "v_prediction", "label_dropout": 0.5})
+    config = configure({"steps": 20, "prediction": "v_prediction", "condition_dropout": 0.5})
     images = load_images(data, config.sample_shape, config.labels)
     ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
     assert ladder.labels == images.labels
@@ -68,10 +68,10 @@ def test_hidden_classes_train_a_class_that_stands_for_none(tmp_path, data, confi
     label = torch.cat([_batch(images, 0, config.levels[1], process, step)[1] for step in range(100)])
     share = (label == classes).float().mean()
     assert 0.4 < share < 0.6
-    with pytest.raises(UsageError, match=r"label_dropout is 0\.5, expected 0 for a residual"):
-        configure({"prediction": "residual", "label_dropout": 0.5})
+    with pytest.raises(UsageError, match=r"condition_dropout is 0\.5, expected 0 for a residual"):
+        configure({"prediction": "residual", "condition_dropout": 0.5})
     none = replace(images, labels=())
-    with pytest.raises(UsageError, match=r"label_dropout is 0\.5, expected 0: the dataset has no classes"):
+    with pytest.raises(UsageError, match=r"condition_dropout is 0\.5, expected 0: the dataset has no classes"):
         check_training(config, none, tmp_path / "other")
 
 
@@ -82,7 +82,7 @@ def test_every_kind_of_level_comes_back_from_disk_as_it_was_trained(tmp_path, da
     ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
     assert [level.name for level in ladder.levels] == ["gaussian", "unet", "large"]
     for number, level in enumerate(ladder.levels, 1):
-        errors = denoising_error(ladder.load_level(number, "cpu"), images, ladder.process)
+        errors = denoising_error(ladder.load_level(number, "cpu"), images, ladder.process, images.condition)
         assert errors == pytest.approx(level.denoising_error, rel=1e-6)
     log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 20
@@ -103,7 +103,7 @@ def test_a_ladder_of_another_process_is_trained(tmp_path, data, configure, sched
     images = load_images(data, config.sample_shape, config.labels)
     ladder = train_ladder(config, images, tmp_path / "out", lambda *progress: None)
     assert ladder.process.prediction == prediction
-    errors = denoising_error(ladder.load_level(2, "cpu"), images, ladder.process)
+    errors = denoising_error(ladder.load_level(2, "cpu"), images, ladder.process, images.condition)
     assert errors == pytest.approx(ladder.levels[1].denoising_error, rel=1e-6)
     log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
     assert log[1]["loss"] < 0.9 * log[0]["loss"]
