@@ -62,7 +62,7 @@ class LatentEncoder:
         path = self._folder / f"{digest.hexdigest()[:32]}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_tensors(path, {LATENTS: self._encoded(torch.from_numpy(images))})
+            save_tensors(path, {LATENTS: self._encoded(torch.from_numpy(images)).contiguous()})
         return load_file(path)[LATENTS].numpy()
 
     def _encoded(self, images: Tensor) -> Tensor:
