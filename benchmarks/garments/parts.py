@@ -31,7 +31,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from mlem_dist.models.decoder import Decoder
 from mlem_dist.models.pixels import to_range
-from mlem_dist.training.train import TrainingState, learning_rate
+from mlem_dist.training.train import TrainingState, fast_attention, learning_rate
 
 SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
 """Configuration of the scheduler: flow matching."""
@@ -81,10 +81,11 @@ def optimise(
     saved_at, losses = time.monotonic(), []
     for step in range(start, steps):
         torch.manual_seed(step)
-        value = loss(step)
-        losses.append(value.item())
         optimizer.zero_grad()
-        value.backward()
+        with fast_attention("cpu"):
+            value = loss(step)
+            value.backward()
+        losses.append(value.item())
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(rate, steps, step)
         optimizer.step()
@@ -171,7 +172,7 @@ def train_text(latents: Tensor, captions: list[str], tokenizer: Any, steps: int,
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--images", "rows", default=30_000, show_default=True, help="Images to train on.")
 @click.option("--autoencoder-steps", default=5_000, show_default=True)
-@click.option("--text-steps", default=4_000, show_default=True)
+@click.option("--text-steps", default=1_500, show_default=True)
 @click.option(
     "--sheet", type=click.Path(path_type=Path), help="A picture of held-out images above their decoded latents."
 )
@@ -181,7 +182,9 @@ def main(data: Path, out: Path, rows: int, autoencoder_steps: int, text_steps: i
     work.mkdir(parents=True, exist_ok=True)
     images, captions = read(data, "train", rows)
     model: Any = train_autoencoder(images, autoencoder_steps, work)
-    decoder = Decoder(model)
+    # The file has half precision; what follows uses the weights of the file.
+    model.half().save_pretrained(out / "vae")
+    decoder = Decoder(model.float())
     held_out, _ = read(data, "validation", 500)
     with torch.inference_mode():
         decoded = torch.cat([decoder(decoder.latents(to_range(part))) for part in held_out.split(50)])
