@@ -45,19 +45,20 @@ DROPPED = 0.1
 """Share of samples with the empty caption."""
 
 
-def read(folder: Path, part: str, rows: int) -> tuple[Tensor, list[str]]:
-    """The first rows of a part of the dataset: images, uint8 (n, 3, 64, 64), and captions."""
+def read(folder: Path, part: str, rows: int) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+    """The first rows of a part of the dataset: images, uint8 (n, 3, 64, 64), captions, and all other columns."""
     pixels: list[np.ndarray] = []
-    captions: list[str] = []
+    others: list[dict[str, Any]] = []
     for file in sorted((folder / "data").glob(f"{part}-*.parquet")):
         if len(pixels) < rows:
-            for batch in pq.ParquetFile(file).iter_batches(1000, columns=["image", "prompt"]):
-                images = (row["bytes"] for row in batch["image"].to_pylist())
+            for batch in pq.ParquetFile(file).iter_batches(1000):
+                others += batch.to_pylist()
+                images = [row.pop("image")["bytes"] for row in others[len(pixels) :]]
                 pixels += [np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1) for data in images]
-                captions += batch["prompt"].to_pylist()
                 if len(pixels) >= rows:
                     break
-    return torch.from_numpy(np.stack(pixels[:rows])), captions[:rows]
+    others = others[:rows]
+    return torch.from_numpy(np.stack(pixels[:rows])), [row["prompt"] for row in others], others
 
 
 def new_tokenizer(captions: list[str]) -> Any:
@@ -180,12 +181,12 @@ def main(data: Path, out: Path, rows: int, autoencoder_steps: int, text_steps: i
     """Train the parts and write them."""
     work = out / "training"
     work.mkdir(parents=True, exist_ok=True)
-    images, captions = read(data, "train", rows)
+    images, captions, _ = read(data, "train", rows)
     model: Any = train_autoencoder(images, autoencoder_steps, work)
     # The file has half precision; what follows uses the weights of the file.
     model.half().save_pretrained(out / "vae")
     decoder = Decoder(model.float())
-    held_out, _ = read(data, "validation", 500)
+    held_out, *_ = read(data, "validation", 500)
     with torch.inference_mode():
         decoded = torch.cat([decoder(decoder.latents(to_range(part))) for part in held_out.split(50)])
         error = (decoded.clamp(-1, 1) - to_range(held_out)).square().mean()

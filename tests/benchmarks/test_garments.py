@@ -3,6 +3,7 @@
 import composites
 import numpy as np
 import pytest
+import recogniser
 
 
 def scenes(held_out: bool, number: int = 300) -> list[composites.Scene]:
@@ -57,3 +58,53 @@ def test_garments_are_drawn_in_their_colours_at_their_places(place):
         seen = image[max(0, y - 3) : y + 3, max(0, x - 3) : x + 3].reshape(-1, 3).mean(0)
         distances = [np.abs(seen - np.array(value)).sum() for value in composites.COLOURS.values()]
         assert int(np.argmin(distances)) == colour
+
+
+def truth(scene: composites.Scene) -> list[int]:
+    """What the recogniser should see in an image of a scene."""
+    row = {
+        "garments": [composites.GARMENTS[garment.kind] for garment in scene.garments],
+        "colours": [[*composites.COLOURS][garment.colour] for garment in scene.garments],
+        "patterns": [composites.PATTERNS[garment.pattern] for garment in scene.garments],
+        "place": scene.place,
+        "background": [*composites.BACKGROUNDS][scene.background],
+    }
+    return recogniser.targets([scene.caption], [row])[0].tolist()
+
+
+def test_what_a_caption_says_is_in_its_image():
+    for scene in (*scenes(False), *scenes(True)):
+        right = recogniser.Said.of(scene.caption).right(truth(scene))
+        assert all(right)
+        assert len(right) == 1 + scene.said + sum(2 + garment.said for garment in scene.garments)
+
+
+@pytest.mark.parametrize(
+    ("caption", "other", "right"),
+    [
+        # Another relation says the same of the image.
+        ("a red bag to the left of a blue coat on a pink background", ("to the right of", 1), 6),
+        ("a red bag below a blue coat on a pink background", ("above", 1), 6),
+        # The garments are in each other's place.
+        ("a red bag to the left of a blue coat on a pink background", ("to the right of", 0), 2),
+        ("a red bag to the left of a blue coat on a pink background", ("above", 0), 5),
+        # Either order is right where none is said.
+        ("a red bag and a blue coat on a pink background", ("above", 1), 5),
+        ("a striped red bag and a blue coat on a pink background", ("above", 1), 5),
+    ],
+)
+def test_attributes_are_counted_where_they_are_said(caption, other, right):
+    """The image has a plain red bag and a plain blue coat, in a relation and an order."""
+    relation, swapped = other
+    bag, coat = composites.Garment(8, 3, 0, False), composites.Garment(4, 7, 0, False)
+    scene = composites.Scene((coat, bag) if swapped else (bag, coat), relation, True, 7)
+    assert sum(recogniser.Said.of(caption).right(truth(scene))) == right
+
+
+def test_recall_is_the_share_of_reality_that_is_covered():
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 4))
+    assert recogniser.recall(real, rng.normal(size=(400, 4))) > 0.9
+    half = rng.normal(size=(800, 4))
+    assert recogniser.recall(real, half[half[:, 0] > 0]) == pytest.approx(0.6, abs=0.1)
+    assert recogniser.recall(real, real + 100) == 0
