@@ -1,0 +1,239 @@
+"""Time per image against quality, for the ladder `garments`: its plans beside what else is known.
+
+python benchmarks/garments/race.py "ROW" --data DATA --work WORK --out benchmarks/results/garments.json
+python benchmarks/garments/race.py --list
+
+Each ROW is a way to make images of the validation captions, each with a seed of its own, in float32 on one thread. Its
+line in OUT has the time per image (encoding, sampling and decoding), and adherence, Fréchet distance and recall as
+`recogniser.py` defines them. The error is the mean square of the difference, of images in [-1, 1], to those of the
+guided ODE of the largest model, 200 steps of DPM-Solver++(2M). Without ROW, all rows that OUT does not have are made.
+WORK keeps the images of that row, and further ladders of the same models.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import diffusers
+import numpy as np
+import torch
+from diffusers import hooks
+from parts import read
+from recogniser import adherence, load, look, recall
+
+import mlem_dist
+from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.imports import quiet_diffusers
+from mlem_dist.solver.plan import single_level, switched
+
+RECOGNISER = Path(__file__).with_name("recogniser.safetensors")
+
+PIPELINE = Path(__file__).with_name("pipeline")
+
+REFERENCE = "reference"
+"""Name of the row whose images are those of the guided ODE."""
+
+COMPARED = 256
+"""Number of images whose error is measured."""
+
+RESAMPLES = 20
+"""Number of samples with replacement that give the standard error of a Fréchet distance."""
+
+Make = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+"""Function from captions and image seeds to images, uint8 (n, H, W, 3)."""
+
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Of first order, DPM-Solver++ is Euler's method for a flow.
+    "euler": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    "dpm++": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+}
+"""Classes of diffusers, and what the configuration of the ladder's scheduler does not say."""
+
+LEVELS = {"unguided": "large", "small-guides": "large guided by small", "own": "large guided"}
+"""Levels that DPM-Solver++(2M) evaluates alone, by the kind of the row."""
+
+
+def rows() -> list[str]:
+    """The names of all rows."""
+    names = [REFERENCE, "euler 50", "euler 28"]
+    names += [f"{solver} {steps}" for solver in SOLVERS for steps in (5, 7, 10, 15, 20, 30)]
+    names += [f"{kind} {steps}" for kind in LEVELS for steps in (10, 20)]
+    names += [f"interval {steps} {ends}" for steps in (10, 20) for ends in ("0 0.7", "0.1 0.8")]
+    names += [f"stitch {steps} {share}" for steps in (10, 20) for share in (0.2, 0.4, 0.6)]
+    names += [f"first-block {steps} {threshold}" for steps in (20, 28) for threshold in (0.05, 0.1, 0.2)]
+    names += [f"taylorseer {steps} {interval}" for steps in (20, 28) for interval in (2, 3, 5)]
+    return names + [f"plan {budget}" for budget in (2, 3, 5, 10, 20)]
+
+
+class Competitors:
+    """The ways to make images of a ladder, by the names of `rows`; `work` is a folder for further ladders."""
+
+    def __init__(self, ladder: Ladder, work: Path) -> None:
+        self.ladder, self.work = ladder, work
+        self.scale = ladder.levels[-1].guidance.scale
+
+    def way(self, name: str) -> Make:
+        """The function that makes the images of a row."""
+        kind, *numbers = name.split()
+        if kind == REFERENCE:
+            return self._pipeline("dpm++", 200)
+        steps = int(numbers[0])
+        if kind in SOLVERS:
+            return self._pipeline(kind, steps)
+        if kind == "first-block":
+            threshold = hooks.FirstBlockCacheConfig(threshold=float(numbers[1]))
+            return self._pipeline("dpm++", steps, lambda model: hooks.apply_first_block_cache(model, threshold))
+        if kind == "taylorseer":
+            interval = hooks.TaylorSeerCacheConfig(cache_interval=int(numbers[1]), taylor_factors_dtype=torch.float32)
+            return self._pipeline("dpm++", steps, lambda model: hooks.apply_taylorseer_cache(model, interval))
+        if kind == "plan":
+            return self._sample(self.ladder, nfe=steps)
+        if kind == "interval":
+            return self._sample(
+                self._interval(*map(float, numbers[1:])), plan=single_level(1, 1, steps), solver="dpm++"
+            )
+        best = len(self.ladder.levels)
+        if kind == "stitch":
+            ends = self._number("small guided"), self._number("large guided")
+            plan = switched(*ends, best, steps, round(float(numbers[1]) * steps))
+        else:
+            plan = single_level(self._number(LEVELS[kind]), best, steps)
+        return self._sample(self.ladder, plan=plan, solver="dpm++")
+
+    def _pipeline(self, solver: str, steps: int, hook: Callable[[Any], None] = lambda model: None) -> Make:
+        """The pipeline of the largest model, as diffusers runs it."""
+        from transformers import T5EncoderModel, T5Tokenizer
+
+        folder, (name, further) = self.ladder.folder, SOLVERS[solver]
+        with quiet_diffusers():
+            pipeline = diffusers.PixArtAlphaPipeline(
+                T5Tokenizer.from_pretrained(folder / "encoder/tokenizer"),
+                T5EncoderModel.from_pretrained(folder / "encoder/text_encoder", dtype=torch.float32),
+                diffusers.AutoencoderKL.from_pretrained(folder / "decoder", torch_dtype=torch.float32),
+                diffusers.PixArtTransformer2DModel.from_pretrained(folder / "models/large", torch_dtype=torch.float32),
+                getattr(diffusers, name).from_config(self.ladder.scheduler | further),
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        hook(pipeline.transformer)
+
+        def make(captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+            images = pipeline(
+                prompt=[*captions],
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                num_inference_steps=steps,
+                guidance_scale=self.scale,
+                use_resolution_binning=False,
+                output_type="np",
+            ).images
+            return (images * 255).round().astype(np.uint8)
+
+        return make
+
+    def _interval(self, start: float, stop: float) -> Ladder:
+        """The largest model with guidance from `start` to `stop` of the noise schedule only."""
+        place = self.work / f"interval-{start:g}-{stop:g}"
+        if place.exists():
+            return Ladder.load(place)
+        guidance, model = (self.scale, start, stop), self.ladder.folder / "models/large"
+        return Ladder.create(place, [model], pipeline=PIPELINE, guidance=guidance, unguided=False, measure=False)
+
+    def _number(self, name: str) -> int:
+        return 1 + [level.name for level in self.ladder.levels].index(name)
+
+    def _sample(self, ladder: Ladder, **arguments: Any) -> Make:
+        return lambda captions, seeds: mlem_dist.sample(ladder, prompts=[*captions], seeds=[*seeds], **arguments)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, d)."""
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    value, vector = np.linalg.eigh(cov_a)
+    root = vector * np.sqrt(value.clip(0)) @ vector.T
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed)
+
+
+def line(make: Make, captions: Sequence[str], batch: int, real: np.ndarray, work: Path, name: str) -> dict[str, Any]:
+    """Make the images of a row, and judge them; `real` are features of real images."""
+    make(captions[:2], [0, 1])
+    seeds, parts = [*range(len(captions))], []
+    began = time.monotonic()
+    for start in range(0, len(captions), batch):
+        parts.append(make(captions[start : start + batch], seeds[start : start + batch]))
+    seconds = (time.monotonic() - began) / len(captions)
+    images = np.concatenate(parts)
+    kept = work / f"{REFERENCE}.npy"
+    if name == REFERENCE:
+        np.save(kept, images[:COMPARED])
+    difference = (images[:COMPARED].astype(float) - np.load(kept)) / 127.5
+    features, seen = look(load(RECOGNISER), torch.from_numpy(images).permute(0, 3, 1, 2))
+    share, error = adherence(captions, seen)
+    rng = np.random.default_rng(0)
+    resampled = [frechet(features[rng.integers(len(features), size=len(features))], real) for _ in range(RESAMPLES)]
+    return {
+        "row": name,
+        "seconds": seconds,
+        "adherence": share,
+        "adherence_error": error,
+        "frechet": frechet(features, real),
+        "frechet_error": float(np.std(resampled)),
+        "recall": recall(real[: len(features)], features),
+        "mse": float(np.square(difference).mean()),
+        "num": len(captions),
+        "batch": batch,
+    }
+
+
+@click.command()
+@click.argument("row", required=False)
+@click.option("--list", "listed", is_flag=True, help="Print the names of the rows.")
+@click.option("--ladder", "name", default="garments", show_default=True)
+@click.option("--data", type=click.Path(path_type=Path))
+@click.option("--num", default=2_000, show_default=True, help="Images.")
+@click.option("--batch", default=64, show_default=True)
+@click.option("--work", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path))
+def main(
+    row: str | None,
+    listed: bool,
+    name: str,
+    data: Path | None,
+    num: int,
+    batch: int,
+    work: Path | None,
+    out: Path | None,
+) -> None:
+    """Make the images of ROW, and write its line."""
+    if listed:
+        click.echo("\n".join(rows()))
+        return
+    if data is None or work is None or out is None:
+        raise click.UsageError("--data, --work and --out are needed")
+    torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
+    ladder = Ladder.load(name)
+    settings = {"machine": platform.machine(), "ladder": ladder.digest}
+    kept = json.loads(out.read_text()) if out.exists() else settings | {"rows": []}
+    lines = kept.pop("rows")
+    if kept != settings:
+        raise click.UsageError(f"{out} is of another ladder or machine; choose another --out")
+    images, captions, _ = read(data, "validation", 10_000)
+    real, seen = look(load(RECOGNISER), images)
+    click.echo(f"real images: adherence {adherence(captions, seen)[0]:.4f}")
+    for wanted in [row] if row else rows():
+        if any((line["row"], line["num"], line["batch"]) == (wanted, num, batch) for line in lines):
+            continue
+        lines.append(line(Competitors(ladder, work).way(wanted), captions[:num], batch, real, work, wanted))
+        click.echo(json.dumps(lines[-1]))
+        out.write_text(json.dumps(settings | {"rows": lines}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
