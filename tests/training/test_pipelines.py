@@ -13,11 +13,13 @@ from pipelines import make_pipeline
 
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.models.devices import one_thread
 from mlem_dist.training import data as training_data
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.config import read_config
 from mlem_dist.training.data import conditions_of, training_images
 from mlem_dist.training.resume import WORK, check_training
+from mlem_dist.training.tasks import train_on_ray
 from mlem_dist.training.train import denoising_error
 
 COLOURS = {"red": (230, 20, 20), "blue": (20, 20, 230)}
@@ -124,6 +126,16 @@ def test_a_ladder_of_captions_is_trained_and_resumed(tmp_path, pictures, prompte
     wrong = denoising_error(level, images, process, lambda label: conditions((label + 9) % 18))
     assert right == pytest.approx(killed.levels[1].denoising_error)
     assert sum(right) < 0.97 * sum(wrong)
+
+
+def test_captions_reach_the_levels_on_ray(tmp_path, pictures, prompted, local_ray, monkeypatch):
+    config = configure(tmp_path, prompted, SMALL | {"steps": 20})
+    images = training_images(config, pictures, tmp_path / "ray" / WORK)
+    with one_thread():
+        whole = train_ladder(config, images, tmp_path / "whole", lambda *progress: None)
+    monkeypatch.setattr("mlem_dist.training.tasks.level_share", lambda config: (1, 0))
+    assert [*train_on_ray(config, images, tmp_path / "ray", "cpu")]
+    assert Ladder.load(tmp_path / "ray").digest == whole.digest
 
 
 def test_a_ladder_of_classes_is_trained_on_latents(tmp_path, pictures):
