@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -164,8 +165,11 @@ def train_text(latents: Tensor, captions: list[str], tokenizer: Any, steps: int,
             ).sample
         return (v.float() - (noise - x0)).square().mean()
 
-    both: Any = optimise(nn.ModuleDict({"text": text, "model": model}), loss, steps, 1e-3, work / "text.safetensors")
-    return both["text"]
+    # The embedding of the encoder is also one of the model around it.
+    trained = nn.ModuleDict({"text": text.encoder, "model": model})
+    average: Any = optimise(trained, loss, steps, 1e-3, work / "text.safetensors")
+    text.encoder.load_state_dict(average["text"].state_dict())
+    return text
 
 
 @click.command()
@@ -191,7 +195,11 @@ def main(data: Path, out: Path, rows: int, autoencoder_steps: int, text_steps: i
         decoded = torch.cat([decoder(decoder.latents(to_range(part))) for part in held_out.split(50)])
         error = (decoded.clamp(-1, 1) - to_range(held_out)).square().mean()
         click.echo(f"held-out images: signal to noise {10 * math.log10(4 / error):.1f} dB")
-        latents = torch.cat([decoder.latents(to_range(part)) for part in images.split(100)])
+        kept = work / "latents.safetensors"
+        if not kept.exists():
+            latents = torch.cat([decoder.latents(to_range(part)) for part in images.split(100)])
+            save_file({"latents": latents.contiguous()}, kept)
+        latents = load_file(kept)["latents"]
     if sheet:
         pairs = torch.cat([torch.cat([to_range(held_out[:16])[i], decoded[i]], 1) for i in range(16)], 2)
         pixels = ((pairs.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
