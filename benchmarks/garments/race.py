@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,12 +30,11 @@ from recogniser import adherence, load, look, recall
 
 import mlem_dist
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.solver.plan import single_level, switched
 
 RECOGNISER = Path(__file__).with_name("recogniser.safetensors")
-
-PIPELINE = Path(__file__).with_name("pipeline")
 
 REFERENCE = "reference"
 """Name of the row whose images are those of the guided ODE."""
@@ -84,7 +84,7 @@ class Competitors:
         kind, *numbers = name.split()
         if kind == REFERENCE:
             return self._pipeline("dpm++", 200)
-        steps = int(numbers[0])
+        steps, best = int(numbers[0]), len(self.ladder.levels)
         if kind in SOLVERS:
             return self._pipeline(kind, steps)
         if kind == "first-block":
@@ -96,10 +96,8 @@ class Competitors:
         if kind == "plan":
             return self._sample(self.ladder, nfe=steps)
         if kind == "interval":
-            return self._sample(
-                self._interval(*map(float, numbers[1:])), plan=single_level(1, 1, steps), solver="dpm++"
-            )
-        best = len(self.ladder.levels)
+            ladder = self._interval(*map(float, numbers[1:]))
+            return self._sample(ladder, plan=single_level(best, best, steps), solver="dpm++")
         if kind == "stitch":
             ends = self._number("small guided"), self._number("large guided")
             plan = switched(*ends, best, steps, round(float(numbers[1]) * steps))
@@ -139,10 +137,12 @@ class Competitors:
     def _interval(self, start: float, stop: float) -> Ladder:
         """The largest model with guidance from `start` to `stop` of the noise schedule only."""
         place = self.work / f"interval-{start:g}-{stop:g}"
-        if place.exists():
-            return Ladder.load(place)
-        guidance, model = (self.scale, start, stop), self.ladder.folder / "models/large"
-        return Ladder.create(place, [model], pipeline=PIPELINE, guidance=guidance, unguided=False, measure=False)
+        if not place.exists():
+            shutil.copytree(self.ladder.folder, place, ignore=shutil.ignore_patterns("training", "plan-*"))
+            raw = json.loads((place / LADDER).read_text())
+            raw["levels"][-1]["guidance"] |= {"start": start, "stop": stop}
+            (place / LADDER).write_text(json.dumps(raw))
+        return Ladder.load(place)
 
     def _number(self, name: str) -> int:
         return 1 + [level.name for level in self.ladder.levels].index(name)
