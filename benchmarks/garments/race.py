@@ -65,6 +65,7 @@ def rows() -> list[str]:
     names = [REFERENCE, "euler 50", "euler 28"]
     names += [f"{solver} {steps}" for solver in SOLVERS for steps in (5, 7, 10, 15, 20, 30)]
     names += [f"{kind} {steps}" for kind in LEVELS for steps in (10, 20)]
+    names += [f"scale 20 {scale}" for scale in (1.5, 2, 3, 4, 6)]
     names += [f"interval {steps} {ends}" for steps in (10, 20) for ends in ("0 0.7", "0.1 0.8")]
     names += [f"stitch {steps} {share}" for steps in (10, 20) for share in (0.2, 0.4, 0.6)]
     names += [f"first-block {steps} {threshold}" for steps in (20, 28) for threshold in (0.05, 0.1, 0.2)]
@@ -98,12 +99,15 @@ class Competitors:
         if kind == "interval":
             ladder = self._interval(*map(float, numbers[1:]))
             return self._sample(ladder, plan=single_level(best, best, steps), solver="dpm++")
-        if kind == "stitch":
+        further = {}
+        if kind == "scale":
+            plan, further = single_level(best, best, steps), {"guidance": float(numbers[1])}
+        elif kind == "stitch":
             ends = self._number("small guided"), self._number("large guided")
             plan = switched(*ends, best, steps, round(float(numbers[1]) * steps))
         else:
             plan = single_level(self._number(LEVELS[kind]), best, steps)
-        return self._sample(self.ladder, plan=plan, solver="dpm++")
+        return self._sample(self.ladder, plan=plan, solver="dpm++", **further)
 
     def _pipeline(self, solver: str, steps: int, hook: Callable[[Any], None] = lambda model: None) -> Make:
         """The pipeline of the largest model, as diffusers runs it."""
