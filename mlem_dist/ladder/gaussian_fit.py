@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mlem_dist.errors import UsageError
-from mlem_dist.ladder.images import load_images
+from mlem_dist.ladder.images import CAPTIONS, has_captions, load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.latents import in_batches, samples_of_images
+from mlem_dist.ladder.schema import OWN
 from mlem_dist.models.devices import default_device
 from mlem_dist.models.gaussian import GaussianLevel, embedding
 from mlem_dist.models.graphs import as_run
@@ -34,6 +35,9 @@ RANK = 256
 CLASS_SAMPLES = 500
 """Smallest number of samples of a class with which each class gets a covariance of its own."""
 
+TEXTS = 64
+"""Number of captions that are encoded together."""
+
 BASES_BYTES = 2**28
 """Memory limit, in bytes, for the covariances of all classes; above it, all classes share one."""
 
@@ -42,14 +46,25 @@ BASES_BYTES = 2**28
 def gaussian_of_images(ladder: Ladder, folder: Path, notify: Callable[[str], None]) -> GaussianLevel:
     """A Gaussian level fitted to the images in a folder, through the ladder's decoder if samples are latents.
 
+    For a ladder with prompts, its mean depends on the images' captions, if they have any.
+
     Raises:
         UsageError: if the folder has no images, or their classes are not the ladder's.
     """
-    images = load_images(folder, ladder.image_shape, ladder.labels)
+    captions = CAPTIONS if ladder.encoder and has_captions(folder, CAPTIONS) else ""
+    images = load_images(folder, ladder.image_shape, ladder.labels, captions)
     for sentence in images.notes():
         notify(sentence)
     x0, label, in_range = samples_of_images(ladder, images.train, images.train_label, notify)
-    return _fit(ladder, x0, images.condition(label), in_range)
+    condition = images.condition(label)
+    if images.captions:
+        device = default_device()
+        encoder = ladder.load_encoder(device, OWN)
+        assert encoder
+        texts = [[images.captions[number] for number in part.tolist()] for part in label.split(TEXTS)]
+        embedded = torch.cat([embedding(encoder(part, [None] * len(part))).cpu() for part in texts])
+        condition = {TEXT: embedded[:, None]}
+    return _fit(ladder, x0, condition, in_range)
 
 
 @torch.inference_mode()

@@ -60,6 +60,9 @@ FIRST_MODES = {"LAB": "RGB", "La": "LA"}
 BATCH = 1000
 """Number of images that are decoded and encoded together."""
 
+CAPTIONS = "prompt"
+"""Usual name of the column of captions."""
+
 Shape = tuple[int, int, int]
 
 Encode = Callable[[np.ndarray], np.ndarray]
@@ -203,6 +206,12 @@ def load_images(
         else:
             dataset = _read_pictures(folder, sample_shape, classes, encode)
     return _assemble(dataset, () if captions else labels, folder)
+
+
+def has_captions(folder: Path, column: str) -> bool:
+    """Whether an image dataset in a folder is one of Parquet files with a column of captions."""
+    files = _parquet_files(folder)
+    return bool(files) and all(column in _schema(file).names for file in files)
 
 
 def _assemble(dataset: _Dataset, labels: Sequence[str] | None, source: Path) -> Images:

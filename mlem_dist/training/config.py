@@ -12,6 +12,7 @@ import yaml
 from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
 from mlem_dist.ladder.create import Surroundings
+from mlem_dist.ladder.images import CAPTIONS
 from mlem_dist.ladder.sources import find_folder
 from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.level import check_prediction
@@ -77,7 +78,7 @@ class TrainConfig:
     levels: tuple[LevelConfig, ...]
     scheduler: dict[str, Any] = field(default_factory=dict)
     pipeline: str = ""
-    captions: str = "prompt"
+    captions: str = CAPTIONS
     guidance: float = 1.0
     labels: tuple[str, ...] | None = None
     seed: int = 0

@@ -1,5 +1,6 @@
 """Ladders of models of diffusers: what fits is made, and what does not is refused before anything is written."""
 
+import io
 import json
 import shutil
 import sys
@@ -7,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
@@ -409,6 +412,26 @@ def test_a_gaussian_is_fitted_to_samples_of_the_best_level(pipelines, tmp_path):
     assert (means - means[0]).abs().max() > 0
     images = mlem_dist.sample(ladder, prompts=prompts[:4], seeds=range(4), nfe=3, steps=10)
     assert len(images) == 4
+
+
+def test_the_mean_of_a_gaussian_depends_on_captions_of_images(pipelines, tmp_path):
+    """Images with captions that say how bright they are, as a Parquet file."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(80):
+        pixels = np.full((16, 16, 3), 180 * (number % 2), np.uint8) + rng.integers(0, 40, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+        rows.append({"image": file.getvalue(), "prompt": ("dark", "bright")[number % 2]})
+    (tmp_path / "images").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images" / "train.parquet")
+    given = {"models": [pipelines / "sd"], "measure": False, "gaussian": tmp_path / "images"}
+    ladder = replace(Ladder.create(tmp_path / "sd", **given), prompts=("dark", "bright"))
+    level, decoder = ladder.load_level(1, "cpu"), ladder.load_decoder("cpu")
+    means = level.means(ladder.condition(torch.arange(2)), 2).reshape(2, *ladder.sample_shape)
+    shades = torch.stack([torch.full(ladder.image_shape, value / 127.5 - 1) for value in (20.0, 200.0)])
+    distances = [[float((mean - latent).square().mean()) for latent in decoder.latents(shades)] for mean in means]
+    assert distances[0][0] < distances[0][1]
+    assert distances[1][1] < distances[1][0]
 
 
 @pytest.mark.parametrize("kind", ["sd", "sana", "pixels"])
