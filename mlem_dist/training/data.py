@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from mlem_dist.ladder.images import Images, load_images
 from mlem_dist.ladder.latents import in_batches
 from mlem_dist.models.decoder import Decoder, load_decoder
 from mlem_dist.models.devices import default_device
-from mlem_dist.models.encoder import Text, load_encoder
+from mlem_dist.models.encoder import Encoder, Text, load_encoder
 from mlem_dist.models.pixels import to_range
 from mlem_dist.models.weights import save_tensors
 from mlem_dist.solver.condition import MASK, TEXT, Condition
@@ -81,13 +82,19 @@ def conditions_of(config: TrainConfig, images: Images, device: str) -> Condition
     around = config.around
     if around is None or not images.captions:
         return images.condition
-    encoder = load_encoder(around.folder, around.kind, config.image_shape[1:], False, device, "float32")
+    encoder = _encoder(around.folder, around.kind, config.image_shape[1:], device)
     texts: list[Text] = [*images.captions, None]
 
     def conditions(label: Tensor) -> Condition:
         return _trimmed(encoder([texts[number] for number in label.tolist()], [None] * len(label)))
 
     return conditions
+
+
+@cache
+def _encoder(folder: Path, kind: str, size: tuple[int, int], device: str) -> Encoder:
+    """The text encoders of a pipeline, which take gigabytes and seconds to load, once for all levels of a process."""
+    return load_encoder(folder, kind, size, False, device, "bfloat16" if device == "cuda" else "float32")
 
 
 def _trimmed(condition: Condition) -> Condition:
