@@ -27,13 +27,16 @@ def contact_sheet(out: Location) -> Image.Image:
     """A picture of a dataset: a row of twelve images for each class; without classes, rows in order of sample id.
 
     Raises:
-        UsageError: if the folder is no dataset, has no finished shard yet, or has a shard that cannot be read.
+        UsageError: if the folder is no dataset, has no image yet, or has a shard that cannot be read.
     """
     manifest = read_manifest(out)
     classes: list[int] = manifest.config["labels"] if manifest.labels else list(range(10))
     rows: dict[int, list[bytes]] = {i: [] for i in range(len(classes))}
     number = 0
-    for path in finished_shards(out, manifest):
+    shards = [*finished_shards(out, manifest)]
+    if not shards:
+        raise UsageError(f"{out} has no finished shard yet; run `mlem-dist generate` again to finish it")
+    for path in shards:
         try:
             with reached(out), (out / path).open("rb") as opened:
                 # A thread of pyarrow that reads through Python can abort the interpreter at its exit.
@@ -49,7 +52,7 @@ def contact_sheet(out: Location) -> Image.Image:
         if all(len(row) == COLUMNS for row in rows.values()):
             break
     if not any(rows.values()):
-        raise UsageError(f"{out} has no finished shard yet; run `mlem-dist generate` again to finish it")
+        raise UsageError(f"{out} has no image in its finished shards, as `keep` left out all rows; relax the condition")
     first = Image.open(io.BytesIO(next(row[0] for row in rows.values() if row)))
     if not manifest.labels:
         rows = {row: pngs for row, pngs in rows.items() if pngs}

@@ -5,6 +5,7 @@ import pytest
 
 from mlem_dist.dataset.manifest import Manifest
 from mlem_dist.dataset.shards import shard_path, waiting_path, write_shard
+from mlem_dist.errors import UsageError
 from mlem_dist.report.sheet import COLUMNS, SCALE, contact_sheet
 
 
@@ -26,3 +27,15 @@ def test_a_sheet_without_classes_shows_images_in_order_of_sample_id(tmp_path, nu
     assert pixels.shape == (rows, COLUMNS)
     shown = min(num, rows * COLUMNS)
     assert pixels.flatten()[:shown].tolist() == list(range(shown))
+
+
+def test_a_dataset_without_images_has_no_sheet(tmp_path):
+    """Shards that are not finished, and shards that keep no row, are told apart."""
+    manifest = Manifest({"labels": []}, (), {}, {}, ())
+    manifest.write(tmp_path)
+    with pytest.raises(UsageError, match="has no finished shard yet"):
+        contact_sheet(tmp_path)
+    columns = {"sample_id": [], "seed": []}
+    write_shard(tmp_path, shard_path(0, 1), np.zeros((0, 2, 2, 1), np.uint8), columns, (), manifest.fingerprint)
+    with pytest.raises(UsageError, match="`keep` left out all rows"):
+        contact_sheet(tmp_path)
