@@ -70,7 +70,8 @@ def run_ray(
 
     def writers(size: Sequence[int]) -> int:
         written = overheads_of("cpu", ladder).write
-        return writer_count(sum(size) / max(float(load.sum()), 1e-9), written)
+        # Each shard has one writer, and the start of a process takes more than a small dataset.
+        return min(writer_count(sum(size) / max(float(load.sum()), 1e-9), written), max(len(shards), 1))
 
     def creator(size: Sequence[int], group: PlacementGroup) -> Callable[[], Any]:
         seating = layout.pools, layout.stages, names, devices, layout.seats(load, size), group
