@@ -180,7 +180,7 @@ def test_ray_makes_the_bytes_of_the_reference_and_resumes_with_the_same_table_on
     given = {"prompts": str(path), "guidance": 4.0, "block_size": 4, "shard_size": 8, **ONE_STEP}
     generate(ladder, out=tmp_path / "reference", engine="inline", **given)
     out = tmp_path / "out"
-    generate(ladder, out=out, placement="pools", **given)
+    generate(ladder, out=out, placement="pools", devices=1, **given)
     for shard in sorted((tmp_path / "reference" / "data").iterdir()):
         assert (out / "data" / shard.name).read_bytes() == shard.read_bytes()
     (out / "data" / shard.name).unlink()
@@ -204,6 +204,7 @@ def test_block_size_and_placement_change_images_by_rounding_only(ladder, rows, o
             "block_size": block_size,
             "shard_size": 24,
             "placement": placement,
+            "devices": 1,
             "prompt_column": "caption",
             "seed": 100,
         }
@@ -331,7 +332,7 @@ def test_relative_paths_are_those_of_the_command_on_any_ray(ladder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     pq.write_table(pa.table({"prompt": ["a", "b"]}), "prompts.parquet")
     for name, prompts in (("of-file", "prompts.parquet"), ("of-list", ["a", "b"])):
-        generate(ladder, prompts=prompts, out=name, placement="together", **ONE_STEP)
+        generate(ladder, prompts=prompts, out=name, placement="together", devices=1, **ONE_STEP)
         assert read(tmp_path / name)["prompt"].to_pylist() == ["a", "b"]
 
 

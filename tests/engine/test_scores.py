@@ -126,9 +126,9 @@ def test_scores_are_written_beside_images_the_same_by_both_engines(place, tmp_pa
         assert row["number"] == row["sample_id"]
     # One instance to be timed, one to score.
     assert (tmp_path / "made").read_text() == "11"
-    for placement in ("together", "1-5,6"):
+    for placement, devices in (("together", 2), ("1-5,6", 1)):
         out = tmp_path / placement
-        api.generate(out=str(out), placement=placement, scores=scores, **JOB)
+        api.generate(out=str(out), placement=placement, devices=devices, scores=scores, **JOB)
         for shard in (tmp_path / "inline" / "data").iterdir():
             assert (out / "data" / shard.name).read_bytes() == shard.read_bytes()
     with pytest.raises(UsageError, match="another configuration"):
@@ -139,6 +139,7 @@ def test_scores_are_written_beside_images_the_same_by_both_engines(place, tmp_pa
 def test_a_score_that_raises_ends_the_run_and_loses_nothing(place, tmp_path, here, engine, local_ray):
     options = "--num 45 --steps 4 --nfe 1 --block-size 5 --shard-size 5 --device cpu --engine"
     command = ["generate", "--out", str(tmp_path / "out"), "--score", f"{place}:Fails", *options.split(), engine]
+    command += ["--devices", "2"] if engine == "ray" else []
     done = here(*command)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") <= 1
@@ -240,7 +241,7 @@ def test_a_safety_checker_gives_a_column_and_no_black_image(tmp_path, local_ray)
     assert 0 < sum(unsafe) < 8
     assert not checked[unsafe].any()
     assert [row["nsfw"] for row in rows] == unsafe
-    api.generate(ladder, out=str(tmp_path / "ray"), keep="not nsfw", **job)
+    api.generate(ladder, out=str(tmp_path / "ray"), keep="not nsfw", devices=1, **job)
     assert read(tmp_path / "ray").to_pylist() == [row for row in rows if not row["nsfw"]]
     copied = Ladder.create(tmp_path / "copied", [folder], measure=False, guidance=3, copy=True)
     assert copied.digest == ladder.digest
@@ -278,7 +279,7 @@ def test_rows_are_left_out_by_a_condition_the_same_by_both_engines(place, tmp_pa
     shown = datasets.load_dataset(str(tmp_path / "inline"), split="train")
     assert shown["named"] == [row["named"] for row in wanted]
     assert isinstance(shown.features["image"], datasets.Image)
-    api.generate(out=str(tmp_path / "ray"), keep=condition, **given)
+    api.generate(out=str(tmp_path / "ray"), keep=condition, devices=1, **given)
     for shard in (tmp_path / "inline" / "data").iterdir():
         assert (tmp_path / "ray" / "data" / shard.name).read_bytes() == shard.read_bytes()
     again = api.generate(out=str(tmp_path / "ray"), keep=condition, **given)
@@ -313,6 +314,8 @@ def test_a_dataset_ends_when_so_many_rows_are_kept(place, tmp_path, local_ray, m
     assert api.generate(out=str(tmp_path / "inline"), engine="inline", until=until, **given).made == 5
     assert {path: path.read_bytes() for path in (tmp_path / "inline" / "data").iterdir()} == whole
 
+    on_ray = {"out": str(tmp_path / "ray"), "devices": 2, "until": until, **given}
+
     class StoppedError(Exception):
         pass
 
@@ -326,16 +329,16 @@ def test_a_dataset_ends_when_so_many_rows_are_kept(place, tmp_path, local_ray, m
         moved(*arguments)
 
     with pytest.raises(StoppedError):
-        api.generate(out=str(tmp_path / "ray"), until=until, progress=stop, **given)
+        api.generate(progress=stop, **on_ray)
     assert not (tmp_path / "ray" / "data").exists()
     moved = shards.move
     monkeypatch.setattr(shards, "move", interrupted)
     with pytest.raises(StoppedError):
-        api.generate(out=str(tmp_path / "ray"), until=until, **given)
+        api.generate(**on_ray)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert api.verify(str(tmp_path / "ray"))[1:] == ([], False)
-    assert api.generate(out=str(tmp_path / "ray"), until=until, **given).made == 0
+    assert api.generate(**on_ray).made == 0
     for path, data in whole.items():
         assert (tmp_path / "ray" / "data" / path.name).read_bytes() == data
     assert (tmp_path / "ray" / "mlem.json").read_bytes() == (tmp_path / "inline" / "mlem.json").read_bytes()
@@ -345,7 +348,7 @@ def test_a_dataset_ends_when_so_many_rows_are_kept(place, tmp_path, local_ray, m
     (tmp_path / "ray" / "data" / names[1]).unlink()
     monkeypatch.setattr(shards, "move", interrupted)
     with pytest.raises(StoppedError):
-        api.generate(out=str(tmp_path / "ray"), until=until, **given)
+        api.generate(**on_ray)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(tmp_path / "ray")
