@@ -172,22 +172,27 @@ def stored_images(out: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(image["bytes"]))) for image in images]
 
 
-# That pools write the bytes of one process is tested for all families in test_family_ladders.py.
+# That Ray writes the bytes of one process is tested for all families in test_family_ladders.py.
 @pytest.mark.parametrize(
-    ("name", "placement"),
-    [("dit", "together"), ("sdxl", "pools"), ("flux-dev", "together"), ("sana", "together")],
+    ("name", "choice"),
+    [
+        ("dit", {"engine": "inline"}),
+        ("sdxl", {"placement": "pools"}),
+        ("flux-dev", {"engine": "inline"}),
+        ("sana", {"placement": "together"}),
+    ],
 )
-def test_datasets_on_ray_are_those_of_the_pipeline(name, placement, folders, tmp_path, local_ray):
+def test_datasets_are_those_of_the_pipeline(name, choice, folders, tmp_path, local_ray):
     case = CASES[name]
     pipeline, ladder = folders(case)
     # Sample i has the seed 3 + i, and the sixth the second's of the pipeline.
-    take = {"num": 6, "seed": SEEDS[0], "block_size": 3, "shard_size": 6, "devices": 2}
+    take = {"num": 6, "seed": SEEDS[0], "block_size": 3, "shard_size": 6, "devices": 1}
     ours = {
         key: [values[i == 5] for i in range(6)] if key.endswith("prompts") else values
         for key, values in case.ours.items()
     }
     mlem_dist.generate(
-        ladder, out=str(tmp_path / "out"), nfe=STEPS, steps=STEPS, grid="model", placement=placement, **take, **ours
+        ladder, out=str(tmp_path / "out"), nfe=STEPS, steps=STEPS, grid="model", **choice, **take, **ours
     )
     table, images = pq.read_table(tmp_path / "out" / "data"), stored_images(tmp_path / "out")
     assert_same(np.stack([images[0], images[5]]), run_pipeline(pipeline, **case.theirs))

@@ -23,8 +23,8 @@ SOURCES: dict[str, dict[str, Any]] = {
     "dit": {"labels": [1, 7]},
     **{kind: {"prompts": PROMPTS} for kind in ("sd", "sdxl", "sd3", "flux-dev", "pixart-alpha", "sana")},
 }
-POOLS = ("pixels", "sd", "flux-dev")
-"""Kinds that are made in a pool for each level, too, and not only in one for all: each actor imports its libraries."""
+POOLS = {"pixels": "pools", "sd": "1-3,4-6", "flux-dev": "pools"}
+"""Placements of kinds that are made in several pools, and not in one for all: each actor imports its libraries."""
 
 UNDIRECTED = ("pixels", "flux-dev")
 """Kinds without levels of several evaluations: models of FLUX take the scale of guidance as an input."""
@@ -94,8 +94,9 @@ def test_engines_and_a_resumed_run_write_the_same_bytes(ladder, kind, local_ray,
     if ladder.levels[0].kind == "gaussian":
         plan = replace(plan, collapse=True)
     arguments = {"steps": 6, "block_size": 2, "shard_size": 2, "plan": plan, "num": 5, "seed": 3, **SOURCES[kind]}
-    placement = "pools" if kind in POOLS else "together"
-    for name, choice in (("inline", {"engine": "inline"}), ("ray", {"placement": placement, "devices": 2})):
+    # How many actors there are for each level is the subject of test_engines.py.
+    placed = {"placement": POOLS.get(kind, "together"), "devices": 1}
+    for name, choice in (("inline", {"engine": "inline"}), ("ray", placed)):
         report = mlem_dist.generate(ladder, out=str(tmp_path / name), **arguments, **choice)
         assert all(count > 0 for count in report.calls_per_sample.values())
     files = {path.name: path.read_bytes() for path in (tmp_path / "inline" / "data").iterdir()}
