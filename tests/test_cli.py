@@ -92,7 +92,7 @@ def test_a_folder_of_pictures_becomes_a_ladder_by_the_commands_of_the_docs(tmp_p
     assert load_images(out, (3, 16, 16), None).labels == ("cats", "dogs")
 
 
-def test_a_training_that_diverges_fails_in_one_sentence(tmp_path):
+def test_a_training_that_diverges_fails_in_one_sentence(tmp_path, here, local_ray):
     (tmp_path / "photos").mkdir()
     for i in range(6):
         Image.new("L", (8, 8), 40 * i).save(tmp_path / f"photos/{i}.png")
@@ -111,7 +111,7 @@ def test_a_training_that_diverges_fails_in_one_sentence(tmp_path):
             learning_rate: 1.0e+36
         """
     )
-    done = command("train", "--data", str(tmp_path / "photos"), "--config", str(config), "--out", str(tmp_path / "out"))
+    done = here("train", "--data", str(tmp_path / "photos"), "--config", str(config), "--out", str(tmp_path / "out"))
     assert done.returncode == 1
     said = done.stderr[done.stderr.index("Error: ") :]
     assert said.count("\n") == 1
@@ -260,7 +260,7 @@ def test_an_address_that_does_not_answer_is_refused_before_ray_would_wait_for_it
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, here, three):
     """SIGKILL of the driver and of all that it has started, on Ray; then to the end with another placement."""
-    arguments = ["--ladder", str(three.folder), "--num", "192", *SMALL, "--devices", "2"]
+    arguments = ["--ladder", str(three.folder), "--num", "192", *SMALL, "--devices", "1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = here("generate", *arguments, "--engine", "inline", "--out", str(whole))
     assert done.returncode == 0, done.stderr
@@ -293,6 +293,7 @@ def test_a_stopped_run_keeps_its_shards_and_says_so(tmp_path, number, engine, co
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out = tmp_path / "out"
     arguments = [*ENDLESS, "--engine", engine, "--address", "local", "--out", str(out)]
+    arguments += ["--placement", "together", "--devices", "1"] if engine == "ray" else []
     with running(SCRIPT, "generate", *arguments, stderr=subprocess.PIPE) as run:
         wait_for_files(run, out, "data/*.parquet")
         run.send_signal(number)
@@ -306,7 +307,7 @@ def test_a_stopped_run_keeps_its_shards_and_says_so(tmp_path, number, engine, co
 def test_a_run_whose_ray_has_died_ends_and_says_so(tmp_path):
     """Nothing would come back where Ray has been started for this run alone, however long it waits."""
     out = tmp_path / "out"
-    arguments = [*ENDLESS, "--address", "local", "--devices", "2", "--out", str(out)]
+    arguments = [*ENDLESS, "--address", "local", "--placement", "together", "--devices", "1", "--out", str(out)]
     # Ray sees whether its nodes live every three seconds otherwise, five times. They have ten seconds to answer.
     hasty = {f"RAY_health_check_{name}": "500" for name in ("period_ms", "initial_delay_ms")}
     with running(SCRIPT, "generate", *arguments, stderr=subprocess.PIPE, env=os.environ | hasty) as run:

@@ -44,7 +44,7 @@ def run(
     )
 
 
-def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three):
+def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three, here):
     """In a folder with other code of the same names, where the machine lends one core and no place but /tmp."""
     folder = tmp_path / "folder"
     shutil.copytree(
@@ -66,7 +66,7 @@ def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three):
     assert made.returncode == 0, made.stderr
     assert "images/s on 1 CPU cores" in made.stdout
     assert "Ray's temporary files are in /tmp/ray" in made.stderr
-    reference = run("generate", *arguments, "--engine", "inline", "--out", str(tmp_path / "inline"))
+    reference = here("generate", *arguments, "--engine", "inline", "--out", str(tmp_path / "inline"))
     assert reference.returncode == 0, reference.stderr
     assert tree(tmp_path / "ray") == tree(tmp_path / "inline")
 
@@ -85,7 +85,7 @@ def test_another_source_of_the_same_version_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_stream_that_nobody_reads_ends_no_run(tmp_path, stream):
+def test_a_stream_that_nobody_reads_ends_no_run(tmp_path, stream, here):
     """Each line of progress is written, to a pipe whose reader has gone; the other stream is closed from the start."""
     read, write = os.pipe()
     os.close(read)
@@ -99,7 +99,7 @@ def test_a_stream_that_nobody_reads_ends_no_run(tmp_path, stream):
     )
     os.close(write)
     assert done.returncode == 0
-    whole = run("verify", str(tmp_path / "out"))
+    whole = here("verify", str(tmp_path / "out"))
     assert whole.returncode == 0, whole.stderr
 
 

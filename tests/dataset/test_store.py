@@ -315,11 +315,12 @@ def test_an_export_to_a_store_is_that_to_a_folder_also_after_a_stop(
         api.export(str(out), "s3://no-such-bucket/x", format=form)
 
 
-def test_ray_writes_to_a_store(server):
+def test_ray_writes_to_a_store(server, here, three):
     """The command whole, its actors other processes."""
     out = f"s3://{BUCKET}/by-ray"
-    command = [SCRIPT, "generate", "--num", "40", "--out", out, "--steps", "20", "--nfe", "4", "--block-size", "8"]
-    command += ["--shard-size", "16", "--device", "cpu", "--devices", "1", "--address", "local"]
+    command = [SCRIPT, "generate", "--ladder", str(three.folder), "--num", "40", "--out", out, "--steps", "20"]
+    command += ["--nfe", "4", "--block-size", "8", "--shard-size", "16", "--device", "cpu", "--devices", "1"]
+    command += ["--address", "local"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.startswith(f"Wrote 40 images to {out} (40 in 3 shards)")
     look = shlex.split(done.stdout.partition("Open it:")[2].splitlines()[0])
@@ -330,5 +331,5 @@ def test_ray_writes_to_a_store(server):
         "mlem.json",
         *(f"data/train-{i:05d}-of-00003.parquet" for i in range(3)),
     }
-    again = subprocess.run([SCRIPT, "verify", out], capture_output=True, text=True, check=True)
+    again = here("verify", out)
     assert again.stdout == f"{out}: all 3 shards are as they were written.\n"
