@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,19 @@ from pathlib import Path
 from urllib.parse import unquote
 
 COMMIT = "c0ffee" * 6 + "abcd"
+
+HASTY = """
+import time
+
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.05))
+
+from mlem_dist.cli import main
+
+main()
+"""
+PROGRAM = (sys.executable, "-c", HASTY)
+"""The command line, but that the client of a hub out of reach does not wait 23 seconds between its attempts."""
 
 
 class Hub(ThreadingHTTPServer):

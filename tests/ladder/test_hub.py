@@ -3,11 +3,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hub import COMMIT, Hub, serve
+from hub import COMMIT, PROGRAM, Hub, serve
 from pipelines import make_pipeline
 
 from mlem_dist.ladder.hub import weights_of
@@ -44,7 +43,7 @@ def command(hub: Hub, tmp_path):
 
     def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache")} | variables
-        line = [sys.executable, "-m", "mlem_dist", *arguments]
+        line = [*PROGRAM, *arguments]
         return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     return start

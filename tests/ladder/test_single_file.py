@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub import serve
+from hub import PROGRAM, serve
 from pipelines import make_pipeline
 from safetensors.torch import load_file, save_file
 from single_files import single_file
@@ -104,7 +103,7 @@ def test_a_hub_out_of_reach_is_one_sentence(file, tmp_path):
 
 
 def command(out: Path, file: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "mlem_dist", "ladder", "create", str(out), "--model", str(file), "--no-measure"]
+    line = [*PROGRAM, "ladder", "create", str(out), "--model", str(file), "--no-measure"]
     return subprocess.run(line, env=os.environ | variables, capture_output=True, text=True)
 
 
