@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from commands import SCRIPT, assert_refused
 from mlem_dist.cli import main
 from mlem_dist.engine.job import Job
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.runtime.cluster import QUIET_ENVIRONMENT
 from mlem_dist.solver.plan import Plan, Recipe
 
 
@@ -46,7 +48,8 @@ def three(fashion: Ladder, part_of, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray for all tests: a fresh one takes seconds."""
+    """One Ray for all tests: a fresh one takes seconds. It looks for log files as seldom as that of a run."""
+    os.environ.update(QUIET_ENVIRONMENT)
     # The same tests where there are GPUs.
     resources = {"num_cpus": 3, "num_gpus": 0, "labels": {"site": "here"}}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, **resources)
