@@ -80,7 +80,7 @@ def small_job(make_job, three):
 @pytest.fixture
 def long_job(small_job):
     """One of several shards, to kill something between them."""
-    return small_job(num=192, steps=20, shard_size=32)
+    return small_job(num=96, steps=20, shard_size=16)
 
 
 @pytest.fixture
@@ -274,7 +274,10 @@ def test_the_api_uses_the_ray_that_is_there_and_leaves_it(three, tmp_path):
         sizes = {"block_size": 8, "shard_size": 16}
         report = mlem_dist.generate(three, num=24, out=out, seed=seed, nfe=4, steps=20, devices=1, **sizes)
         assert (report.made, report.shards, report.devices) == (24, 2, 1)
-        rows = sorted(mlem_dist.read(out).take_all(), key=lambda row: row["sample_id"])
+        if seed == 1:
+            rows = sorted(mlem_dist.read(out).take_all(), key=lambda row: row["sample_id"])
+        else:
+            rows = pq.read_table(f"{out}/data").to_pylist()
         assert ray.is_initialized()
         images = np.stack([np.array(Image.open(io.BytesIO(row["image"]["bytes"]))) for row in rows])
         sampled = mlem_dist.sample(three, num=8, seed=seed, nfe=4, steps=20)[..., 0]
@@ -323,7 +326,7 @@ def test_a_killed_actor_costs_no_sample(three, long_job, reference_cache, tmp_pa
     assert sum(pool.deaths for pool in last.pools) == 1
     # Its blocks are begun again, or its calls alone are made again.
     assert [pool.retries > 0 for pool in last.pools] == [kind == "TrajectoryActor", kind == "LevelActor"]
-    assert last.samples == 192
+    assert last.samples == 96
     assert found == reference_cache(long_job, three)
 
 
@@ -449,7 +452,7 @@ def test_a_killed_coordinator_costs_no_sample(three, long_job, reference_cache, 
     assert len(killed) == 3
     assert 0 < last.ready < killed[2]
     assert last.devices == 2
-    assert last.samples == 192
+    assert last.samples == 96
     assert found == reference_cache(long_job, three)
 
 

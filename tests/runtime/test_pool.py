@@ -127,26 +127,26 @@ async def death(actor) -> None:
 def test_a_call_outlives_the_idle_actors_of_a_lost_node(tmp_path):
     """It is given to one dead actor after the other, as the pool has not noticed that they are."""
     gate = tmp_path / "gate"
-    first = [Actor.remote(1000) for _ in range(6)]
+    first = [Actor.remote(1000) for _ in range(5)]
     left = list(first)
 
     async def main():
-        pool = Pool("p", [Seat(0, 1.0)] * 6, 2, lambda seat: left.pop() if left else Gated.remote(gate))
+        pool = Pool("p", [Seat(0, 1.0)] * 5, 2, lambda seat: left.pop() if left else Gated.remote(gate))
         await pool.start()
-        await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(12)))
+        await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(10)))
         assert all(member.worked for member in pool.members)
         for actor in first:
             ray.kill(actor)
         for actor in first:
             await death(actor)
         call = asyncio.create_task(pool.call("double", np.ones(3)))
-        while pool.progress().deaths < 6 and not call.done():
+        while pool.progress().deaths < 5 and not call.done():
             await asyncio.sleep(0.01)
         # No actor takes the place of one of them before.
         gate.touch()
         _, (payload,) = await call
         assert ray.get(payload).sum() == 6
-        assert pool.progress().deaths == 6
+        assert pool.progress().deaths == 5
 
     asyncio.run(main())
 
@@ -171,19 +171,19 @@ def test_a_call_that_kills_every_actor_is_given_up():
 
 def test_actors_that_a_lost_node_takes_while_they_load_do_not_break_the_pool():
     async def main():
-        pool = make_pool(6, *[0] * 6)
+        pool = make_pool(5, *[0] * 5)
         await pool.start()
-        assert (pool.alive, pool.progress().deaths) == (6, 6)
+        assert (pool.alive, pool.progress().deaths) == (5, 5)
 
     asyncio.run(main())
 
 
 def test_actors_that_a_lost_node_takes_at_their_first_call_do_not_break_the_pool():
     async def main():
-        pool = make_pool(6, *[1] * 6)
+        pool = make_pool(5, *[1] * 5)
         await pool.start()
-        await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(12)))
-        assert pool.progress().deaths == 6
+        await asyncio.gather(*(pool.call("double", np.ones(3)) for _ in range(10)))
+        assert pool.progress().deaths == 5
 
     asyncio.run(main())
 
