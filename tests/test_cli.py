@@ -191,7 +191,7 @@ def test_a_process_that_refuses_says_only_why(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, refuses):
-    arguments = ("--num", "8", "--out", str(tmp_path / "out"), "--device", "cuda")
+    arguments = ("--num", "8", "--out", str(tmp_path / "out"), "--device", "cuda", "--address", "local")
     refuses("generate", *arguments, message="torch finds no CUDA device")
 
 
