@@ -7,7 +7,7 @@ Each ROW is a way to make images of the validation captions, each with a seed of
 line in OUT has the time per image (encoding, sampling and decoding), and adherence, Fréchet distance and recall as
 `recogniser.py` defines them. The error is the mean square of the difference, of images in [-1, 1], to those of the
 guided ODE of the largest model, 200 steps of DPM-Solver++(2M). Without ROW, all rows that OUT does not have are made.
-WORK keeps the images of that row, and further ladders of the same models.
+WORK keeps the images of that row, and further ladders of the same models. Rows of cache-dit need that package (1.5).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import hooks
+from diffusers.models.cache_utils import CacheMixin
 from parts import read
 from recogniser import adherence, load, look, recall
 
@@ -68,9 +69,80 @@ def rows() -> list[str]:
     names += [f"scale 20 {scale}" for scale in (1.5, 2, 3, 4, 6)]
     names += [f"interval {steps} {ends}" for steps in (10, 20) for ends in ("0 0.7", "0.1 0.8")]
     names += [f"stitch {steps} {share}" for steps in (10, 20) for share in (0.2, 0.4, 0.6)]
-    names += [f"first-block {steps} {threshold}" for steps in (20, 28) for threshold in (0.05, 0.1, 0.2)]
-    names += [f"taylorseer {steps} {interval}" for steps in (20, 28) for interval in (2, 3, 5)]
+    for steps in (20, 28):
+        names += [f"first-block {steps} {threshold}" for threshold in (0.05, 0.1, 0.2)]
+        names += [f"taylorseer {steps} {interval}" for interval in (2, 3, 5)]
+        names += [f"pyramid {steps} {interval}" for interval in (2, 3)]
+        names += [f"faster-cache {steps} {interval}" for interval in (2, 3)]
+        names += [f"cache-dit {steps} {threshold}" for threshold in (0.05, 0.1, 0.2)]
     return names + [f"plan {budget}" for budget in (2, 3, 5, 10, 20)]
+
+
+def first_block(pipeline: Any, threshold: float) -> None:
+    """Skip all blocks but the first where that changes little, by a batch's mean."""
+    hooks.apply_first_block_cache(pipeline.transformer, hooks.FirstBlockCacheConfig(threshold=threshold))
+
+
+def taylorseer(pipeline: Any, interval: float) -> None:
+    """Extrapolate what blocks give, which are evaluated at every so many steps (Liu et al., arXiv:2503.06923)."""
+    config = hooks.TaylorSeerCacheConfig(
+        cache_interval=int(interval),
+        taylor_factors_dtype=torch.float32,
+        cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|attn2|ff)"],
+    )
+    hooks.apply_taylorseer_cache(pipeline.transformer, config)
+
+
+def pyramid(pipeline: Any, interval: float) -> None:
+    """Hold what attention gives for so many steps, and of the prompt twice as many (Zhao et al., arXiv:2408.12588)."""
+    config = hooks.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=int(interval),
+        cross_attention_block_skip_range=2 * int(interval),
+        spatial_attention_timestep_skip_range=(100, 900),
+        cross_attention_timestep_skip_range=(100, 900),
+        current_timestep_callback=timestep(pipeline),
+    )
+    hooks.apply_pyramid_attention_broadcast(pipeline.transformer, config)
+
+
+def faster_cache(pipeline: Any, interval: float) -> None:
+    """Hold attention and the difference to the unconditional evaluation (Lv et al., arXiv:2410.19355)."""
+    config = hooks.FasterCacheConfig(
+        tensor_format="BCHW",
+        spatial_attention_block_skip_range=int(interval),
+        attention_weight_callback=lambda module: 0.5,
+        current_timestep_callback=timestep(pipeline),
+    )
+    hooks.apply_faster_cache(pipeline.transformer, config)
+
+
+def cache_dit(pipeline: Any, threshold: float) -> None:
+    """The package cache-dit, without a warm-up of eight steps, which is made for more steps."""
+    import cache_dit as package
+
+    config = package.DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=threshold)
+    package.enable_cache(pipeline, cache_config=config)
+
+
+def timestep(pipeline: Any) -> Callable[[], float]:
+    """Function that returns the timestep of the evaluation that goes on."""
+    current = [1000.0]
+
+    def note(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        current[0] = float(kwargs["timestep"].flatten()[0])
+
+    pipeline.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    return lambda: current[0]
+
+
+CACHES: dict[str, Callable[[Any, float], None]] = {
+    "first-block": first_block,
+    "taylorseer": taylorseer,
+    "pyramid": pyramid,
+    "faster-cache": faster_cache,
+    "cache-dit": cache_dit,
+}
+"""Caches of evaluations, each with its one number, by the kind of the row."""
 
 
 class Competitors:
@@ -88,12 +160,8 @@ class Competitors:
         steps, best = int(numbers[0]), len(self.ladder.levels)
         if kind in SOLVERS:
             return self._pipeline(kind, steps)
-        if kind == "first-block":
-            threshold = hooks.FirstBlockCacheConfig(threshold=float(numbers[1]))
-            return self._pipeline("dpm++", steps, lambda model: hooks.apply_first_block_cache(model, threshold))
-        if kind == "taylorseer":
-            interval = hooks.TaylorSeerCacheConfig(cache_interval=int(numbers[1]), taylor_factors_dtype=torch.float32)
-            return self._pipeline("dpm++", steps, lambda model: hooks.apply_taylorseer_cache(model, interval))
+        if kind in CACHES:
+            return self._pipeline("dpm++", steps, lambda pipeline: CACHES[kind](pipeline, float(numbers[1])))
         if kind == "plan":
             return self._sample(self.ladder, nfe=steps)
         if kind == "interval":
@@ -109,7 +177,7 @@ class Competitors:
             plan = single_level(self._number(LEVELS[kind]), best, steps)
         return self._sample(self.ladder, plan=plan, solver="dpm++", **further)
 
-    def _pipeline(self, solver: str, steps: int, hook: Callable[[Any], None] = lambda model: None) -> Make:
+    def _pipeline(self, solver: str, steps: int, cache: Callable[[Any], None] = lambda pipeline: None) -> Make:
         """The pipeline of the largest model, as diffusers runs it."""
         from transformers import T5EncoderModel, T5Tokenizer
 
@@ -123,17 +191,21 @@ class Competitors:
                 getattr(diffusers, name).from_config(self.ladder.scheduler | further),
             )
         pipeline.set_progress_bar_config(disable=True)
-        hook(pipeline.transformer)
+        cache(pipeline)
 
         def make(captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-            images = pipeline(
-                prompt=[*captions],
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=steps,
-                guidance_scale=self.scale,
-                use_resolution_binning=False,
-                output_type="np",
-            ).images
+            # Of a class that diffusers has not prepared for it, too.
+            with CacheMixin.cache_context(pipeline.transformer, "sampling"):
+                images = pipeline(
+                    prompt=[*captions],
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                    num_inference_steps=steps,
+                    guidance_scale=self.scale,
+                    use_resolution_binning=False,
+                    output_type="np",
+                ).images
+            registry = hooks.HookRegistry.check_if_exists_or_initialize(pipeline.transformer)
+            registry.reset_stateful_hooks(recurse=True)
             return (images * 255).round().astype(np.uint8)
 
         return make
