@@ -13,7 +13,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.files import check_text
 from mlem_dist.ladder.create import Surroundings
 from mlem_dist.ladder.images import CAPTIONS
-from mlem_dist.ladder.sources import find_folder
+from mlem_dist.ladder.sources import find_folder, find_source
 from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.level import check_prediction
 from mlem_dist.solver.process import FlowProcess, Process, process_of
@@ -32,7 +32,8 @@ class LevelConfig:
     diffusers. A network with a `teacher`, the name of another one, learns the teacher's prediction instead of the
     noise. It trains in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), with torch.compile if `compile` is
     set, without its condition for a share `condition_dropout` of the samples, and at noise levels of a flow that are
-    "uniform" or "logit-normal" (Esser et al., arXiv:2403.03206).
+    "uniform" or "logit-normal" (Esser et al., arXiv:2403.03206). Its weights begin as those of the model in the folder
+    `start`, "" for random ones.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LevelConfig:
     patch: int = 1
     prediction: str = ""
     teacher: str = ""
+    start: str = ""
     model: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     batch_size: int = 64
@@ -163,7 +165,9 @@ def read_config(path: Path) -> TrainConfig:
     except (TypeError, ValueError) as error:
         raise UsageError(f"{path}: scheduler: {error}; YAML needs the point in numbers such as 1.0e-4") from None
     default = process.prediction if config.pipeline else "epsilon"
-    levels = (replace(level, prediction=level.prediction or default) for level in config.levels)
+    levels = (
+        replace(_started(level, config, str(path)), prediction=level.prediction or default) for level in config.levels
+    )
     config = replace(config, levels=tuple(levels))
     names = [level.name for level in config.levels]
     if not names or len(set(names)) != len(names):
@@ -198,6 +202,22 @@ def _with_pipeline(config: TrainConfig, where: str) -> TrainConfig:
             f"{where}: pipeline {config.pipeline!r} has no autoencoder in a folder vae, which makes latents"
         )
     return replace(config, pipeline=str(folder), scheduler=around.scheduler)
+
+
+def _started(level: LevelConfig, config: TrainConfig, where: str) -> LevelConfig:
+    """The level with the folder of the model that it starts from, and with its arguments if it has none of its own."""
+    if not level.start:
+        return level
+    if not config.pipeline:
+        raise UsageError(f"{where}: level {level.name!r}: start is {level.start!r}, expected none without a pipeline")
+    source = find_source(level.start)
+    if level.kind != source.family.names[0]:
+        raise UsageError(
+            f"{where}: level {level.name!r}: its kind is {level.kind!r}, and start {level.start!r} is a "
+            f"{source.family.names[0]}; take that kind"
+        )
+    arguments = {key: value for key, value in source.config.items() if not key.startswith("_")}
+    return replace(level, start=str(source.folder), model=level.model or arguments)
 
 
 def _sample_shape(values: Any, around: Surroundings | None, where: str) -> tuple[int, int, int]:

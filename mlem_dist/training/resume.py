@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mlem_dist.errors import UsageError
-from mlem_dist.files import check_writable, listing, own_names, replace_file
+from mlem_dist.files import check_writable, listing, own_names, remembered_digest, replace_file
+from mlem_dist.ladder.checks import check_model_folder, model_files, tensor_shapes
 from mlem_dist.ladder.create import check_fit
 from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.ladder import Ladder
@@ -69,6 +70,9 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
             values["noise_levels"] = level.noise_levels
         if config.around:
             values["kind"] = level.kind
+        if level.start:
+            files = {name: remembered_digest(Path(level.start) / name) for name in model_files(Path(level.start))}
+            values["start"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
         values |= {f"model.{key}": value for key, value in level.model.items()}
         if level.prediction == "residual":
             values["rank of the Gaussian level"] = config.levels[0].rank
@@ -99,7 +103,8 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
 
     Raises:
         UsageError: as for `check_place`, or if a class has too few images, a network cannot be built or does not fit
-            its pipeline, or a checkpoint is unreadable or was trained with other settings.
+            its pipeline or the weights that it starts from, or a checkpoint is unreadable or was trained with other
+            settings.
     """
     check_place(out)
     count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
@@ -119,6 +124,8 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
             )
         if level.network:
             network = _on_meta(config, level, len(images.labels)).model
+            if level.start:
+                _check_start(level, network)
             _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), network)
     if not (out / LADDER).exists() or not (out / WORK / FINISHED).exists():
         return False
@@ -163,6 +170,20 @@ def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> ModelLeve
                 "class that stands for none"
             )
     return built
+
+
+def _check_start(level: LevelConfig, network: nn.Module) -> None:
+    """Refuse weights to start from that are those of another model."""
+    folder = Path(level.start)
+    check_model_folder(f"level {level.name!r}", level.kind, folder)
+    names = [name for name in model_files(folder) if name.endswith(".safetensors")]
+    stored = {key: shape for name in names for key, shape in tensor_shapes(folder / name).items()}
+    wanted = {key: list(value.shape) for key, value in network.state_dict().items()}
+    if other := sorted(key for key in {*stored, *wanted} if stored.get(key) != wanted.get(key)):
+        raise UsageError(
+            f"level {level.name!r}: {other[0]} is {stored.get(other[0])} in start {folder}, and {wanted.get(other[0])} "
+            "by the model's arguments; leave `model` out to take those of start"
+        )
 
 
 def _check_checkpoint(folder: Path, level: LevelConfig, wanted: dict[str, Any], network: nn.Module) -> None:

@@ -23,7 +23,7 @@ from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.families import FAMILIES
 from mlem_dist.models.gaussian import GaussianLevel, embedding
 from mlem_dist.models.level import ModelLevel, new_unet_level
-from mlem_dist.models.weights import save_tensors
+from mlem_dist.models.weights import load_model, save_tensors
 from mlem_dist.solver.condition import TEXT, Condition, move
 from mlem_dist.solver.process import Process
 from mlem_dist.solver.schedulers import BANDS
@@ -191,6 +191,8 @@ def train_network(
     if device == "cuda" and level.kind == "unet":
         # On a CPU, this layout gains nothing.
         network.to(memory_format=torch.channels_last)
+    if level.start and not checkpoint.exists():
+        network.load_state_dict(load_model(type(network), Path(level.start), "float32").state_dict())
     average = deepcopy(model).eval()
     if level.precision == "bfloat16" or (level.precision == "auto" and device == "cuda"):
         # The network alone: the code around it divides by sqrt(alpha_bar), which would magnify rounding errors.

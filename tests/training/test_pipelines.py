@@ -152,6 +152,22 @@ def test_a_ladder_of_classes_is_trained_on_latents(tmp_path, pictures):
     assert Ladder.load(tmp_path / "out").load_decoder("cpu") is not None
 
 
+def test_a_level_starts_from_the_weights_of_a_model(tmp_path, pictures, prompted):
+    """Of which it needs no arguments; a checkpoint of its own goes before."""
+    config = configure(tmp_path, prompted, SMALL | {"steps": 30})
+    images = training_images(config, pictures, tmp_path / "first" / WORK)
+    first = train_ladder(config, images, tmp_path / "first", lambda *progress: None)
+    start = {"start": str(tmp_path / "first/models/small"), "learning_rate": 1e-9, "steps": 2}
+    other = {key: value for key, value in SMALL.items() if key != "model"} | start
+    again = train_ladder(configure(tmp_path, prompted, other), images, tmp_path / "again", lambda *progress: None)
+    assert again.levels[0].denoising_error == pytest.approx(first.levels[0].denoising_error, rel=1e-3)
+    unlike = configure(tmp_path, prompted, SMALL | start | {"model": PIXART | {"num_layers": 3}})
+    with pytest.raises(UsageError, match=r"level 'small': transformer_blocks.2\S+ is None in start"):
+        check_training(unlike, images, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"its kind is 'DiTTransformer2DModel', and start .* is a PixArt"):
+        configure(tmp_path, prompted, other | {"kind": "DiTTransformer2DModel"})
+
+
 @pytest.mark.parametrize(
     ("changes", "level", "message"),
     [
