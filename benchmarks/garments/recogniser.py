@@ -49,7 +49,7 @@ Item = tuple[int, int, int | None]
 
 @dataclass(frozen=True)
 class Said:
-    """What a caption says; the layout is None if it says none.
+    """Content of a caption; the layout is None if the caption names none.
 
     The first of two garments is the one at the left, the top or in front, if the caption says so.
     """

@@ -58,13 +58,18 @@ def gaussian_of_images(ladder: Ladder, folder: Path, notify: Callable[[str], Non
     x0, label, in_range = samples_of_images(ladder, images.train, images.train_label, notify)
     condition = images.condition(label)
     if images.captions:
-        device = default_device()
-        encoder = ladder.load_encoder(device, OWN)
+        encoder = ladder.load_encoder(default_device(), OWN)
         assert encoder
-        texts = [[images.captions[number] for number in part.tolist()] for part in label.split(TEXTS)]
-        embedded = torch.cat([embedding(encoder(part, [None] * len(part))).cpu() for part in texts])
-        condition = {TEXT: embedded[:, None]}
+        condition = embedded(
+            lambda part: encoder([images.captions[number] for number in part.tolist()], [None] * len(part)), label
+        )
     return _fit(ladder, x0, condition, in_range)
+
+
+def embedded(conditions: Callable[[Tensor], Condition], label: Tensor) -> Condition:
+    """The condition of captions by their numbers, int64 (n,), with their embeddings alone, on the CPU."""
+    parts = [embedding(conditions(part)).cpu() for part in label.split(TEXTS)]
+    return {TEXT: torch.cat(parts)[:, None]}
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
 """Training configuration of a ladder, read from YAML."""
 
+import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -89,6 +91,15 @@ class TrainConfig:
     def around(self) -> Surroundings | None:
         """The parts of the pipeline; None for a ladder of pixels."""
         return Surroundings(Path(self.pipeline)) if self.pipeline else None
+
+    @cached_property
+    def pipeline_digest(self) -> str:
+        """SHA-256 of the files of the pipeline that training uses; "" for a ladder of pixels."""
+        if self.around is None:
+            return ""
+        parts = (self.around.decoder_entry(), self.around.encoder_entry())
+        digests = json.dumps([part["sha256"] for part in parts if part], sort_keys=True)
+        return hashlib.sha256(digests.encode()).hexdigest()
 
     @cached_property
     def process(self) -> Process:

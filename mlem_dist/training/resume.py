@@ -28,7 +28,7 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.ladder.sources import Source
 from mlem_dist.models.gaussian import GaussianLevel
-from mlem_dist.models.level import ModelLevel, on_meta
+from mlem_dist.models.level import on_meta
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.train import CHECKPOINT, new_level
 
@@ -56,9 +56,7 @@ def settings(config: TrainConfig, level: LevelConfig, images: Images) -> dict[st
         **{f"scheduler.{key}": value for key, value in config.scheduler.items()},
     }
     if config.around:
-        parts = (config.around.decoder_entry(), config.around.encoder_entry())
-        digests = json.dumps([part["sha256"] for part in parts if part], sort_keys=True)
-        values["pipeline"] = hashlib.sha256(digests.encode()).hexdigest()[:16]
+        values["pipeline"] = config.pipeline_digest[:16]
     shared = set(values)
     if level.kind == "gaussian":
         values["rank"] = level.rank
@@ -107,9 +105,10 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
             settings.
     """
     check_place(out)
-    count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if images.captions:
         count = [len(images.train_label)]
+    else:
+        count = torch.bincount(images.train_label, minlength=max(1, len(images.labels))).tolist()
     if min(count) < 2:
         smallest_class = count.index(min(count))
         name = f"class {images.labels[smallest_class]!r}" if images.labels else "the dataset"
@@ -123,7 +122,7 @@ def check_training(config: TrainConfig, images: Images, out: Path) -> bool:
                 "classes and no captions"
             )
         if level.network:
-            network = _on_meta(config, level, len(images.labels)).model
+            network = _on_meta(config, level, len(images.labels))
             if level.start:
                 _check_start(level, network)
             _check_checkpoint(out / WORK / level.name, level, settings(config, level, images), network)
@@ -152,8 +151,8 @@ def begin_training(config: TrainConfig, images: Images, out: Path) -> None:
         replace_file(folder / SETTINGS, json.dumps(settings(config, level, images), indent=1) + "\n")
 
 
-def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> ModelLevel:
-    """The level, built without memory for its weights and checked by a forward pass.
+def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> nn.Module:
+    """The network of the level, built without memory for its weights and checked by a forward pass.
 
     Raises:
         UsageError: if the network cannot be built, or not for samples of this shape, or does not fit its pipeline.
@@ -169,7 +168,7 @@ def _on_meta(config: TrainConfig, level: LevelConfig, classes: int) -> ModelLeve
                 f"level {level.name!r}: condition_dropout is {level.condition_dropout}, expected 0: its model has no "
                 "class that stands for none"
             )
-    return built
+    return built.model
 
 
 def _check_start(level: LevelConfig, network: nn.Module) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlem_dist.files import replace_file
+from mlem_dist.ladder.gaussian_fit import embedded
 from mlem_dist.ladder.images import Images
 from mlem_dist.ladder.measure import denoising_errors
 from mlem_dist.models.families import FAMILIES
-from mlem_dist.models.gaussian import GaussianLevel, embedding
+from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel, new_unet_level
 from mlem_dist.models.weights import load_model, save_tensors
-from mlem_dist.solver.condition import TEXT, Condition, move
+from mlem_dist.solver.condition import Condition, move
 from mlem_dist.solver.process import Process
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.training.config import LevelConfig, TrainConfig
@@ -265,10 +266,7 @@ def fit_gaussian(config: TrainConfig, level: LevelConfig, images: Images) -> Gau
     train, label = images.train, images.train_label
     if images.captions:
         train, label = train[:FITTED], label[:FITTED]
-        conditions = conditions_of(config, images, "cpu")
-        # Of a caption, its embedding alone is needed.
-        embedded = torch.cat([embedding(conditions(part)) for part in label.split(1000)])
-        condition: Condition = {TEXT: embedded[:, None]}
+        condition = embedded(conditions_of(config, images, "cpu"), label)
     else:
         condition = images.condition(label)
     gaussian.fit(train, condition, images.samples)

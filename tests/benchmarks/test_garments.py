@@ -61,7 +61,7 @@ def test_garments_are_drawn_in_their_colours_at_their_places(place):
 
 
 def truth(scene: composites.Scene) -> list[int]:
-    """What the recogniser should see in an image of a scene."""
+    """Numbers of `recogniser.HEADS` for an image of a scene."""
     row = {
         "garments": [composites.GARMENTS[garment.kind] for garment in scene.garments],
         "colours": [[*composites.COLOURS][garment.colour] for garment in scene.garments],

@@ -131,17 +131,17 @@ def plans(levels: int) -> dict[str, object]:
 )
 def test_ray_writes_the_bytes_of_the_reference(three, small_job, reference_cache, tmp_path, devices, placement, plan):
     job = small_job(plans(len(three.levels))[plan])
-    found, _ = make_ray(job, three, tmp_path / "out", devices, placement)
-    assert found == reference_cache(job, three)
-    assert sum(name.endswith(".parquet") for name in found) == job.shards == 3
+    written, _ = make_ray(job, three, tmp_path / "out", devices, placement)
+    assert written == reference_cache(job, three)
+    assert sum(name.endswith(".parquet") for name in written) == job.shards == 3
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_pools_on_named_devices_write_the_same_bytes(three, small_job, reference_cache, tmp_path):
     levels = len(three.levels)
     job = small_job(plans(levels)["held"])
-    found, last = make_ray(job, three, tmp_path / "out", None, f"1@site=here,2-{levels}@site=here")
-    assert found == reference_cache(job, three)
+    written, last = make_ray(job, three, tmp_path / "out", None, f"1@site=here,2-{levels}@site=here")
+    assert written == reference_cache(job, three)
     assert last.devices == 3
     with pytest.raises(UsageError, match=r"of kind 'L4'; .* of which there are .*site=here"):
         cluster.find_devices(["site=here", "L4"], "cpu")
@@ -226,11 +226,11 @@ def test_coalesced_blocks_are_equal_to_rounding(three, small_job, reference_cach
     levels = len(three.levels)
     # Several asks are under way at a time only if an actor has several blocks.
     job = small_job(Recipe(np.repeat([[1.0]] + [[0.5]] * (levels - 1), 12, axis=1), "quantiles", "held"))
-    found, last = make_ray(job, three, tmp_path / "out", 1, f"1,2-{levels}", coalesce=3)
+    written, last = make_ray(job, three, tmp_path / "out", 1, f"1,2-{levels}", coalesce=3)
     reference = reference_cache(job, three)
-    assert found.keys() == reference.keys()
-    for name in (name for name in found if name.endswith(".parquet")):
-        images, expected = (decoded(files[name]) for files in (found, reference))
+    assert written.keys() == reference.keys()
+    for name in (name for name in written if name.endswith(".parquet")):
+        images, expected = (decoded(files[name]) for files in (written, reference))
         assert np.abs(images - expected).max() <= 1
         assert (images != expected).mean() < 0.01
     calls = last.pools[1].calls
@@ -242,9 +242,9 @@ def test_coalesced_blocks_are_equal_to_rounding(three, small_job, reference_cach
 @pytest.mark.usefixtures("local_ray")
 def test_ray_writes_the_bytes_of_the_reference_in_bfloat16(three, small_job, reference_cache, tmp_path):
     job = small_job(num=16, precision="bfloat16")
-    found, _ = make_ray(job, three, tmp_path / "out", 1, "1,2-3")
+    written, _ = make_ray(job, three, tmp_path / "out", 1, "1,2-3")
     low = reference_cache(job, three)
-    assert found == low
+    assert written == low
     full = reference_cache(small_job(num=16), three)
     for name in (name for name in full if name.endswith(".parquet")):
         images, expected = decoded(low[name]), decoded(full[name])
@@ -260,10 +260,10 @@ def decoded(parquet: bytes) -> np.ndarray:
 @pytest.mark.usefixtures("local_ray")
 def test_ray_keeps_the_memory_of_a_two_step_solver(three, small_job, tmp_path):
     job = small_job(plans(len(three.levels))["held"], solver="dpm++")
-    found, _ = make_ray(job, three, tmp_path / "out", 1, "1,2-3")
-    assert found == make_inline(job, three, tmp_path / "reference")
+    written, _ = make_ray(job, three, tmp_path / "out", 1, "1,2-3")
+    assert written == make_inline(job, three, tmp_path / "reference")
     other = small_job(plans(len(three.levels))["held"], solver="ode")
-    assert found != make_inline(other, three, tmp_path / "other")
+    assert written != make_inline(other, three, tmp_path / "other")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -320,14 +320,14 @@ def test_a_killed_actor_costs_no_sample(three, long_job, reference_cache, tmp_pa
             send(signal.SIGKILL, *killed)
             send(signal.SIGCONT, *({*still} - {*killed}))
 
-    found, last = make_ray(long_job, three, tmp_path / "out", 2, "1,2-3", watch=kill)
+    written, last = make_ray(long_job, three, tmp_path / "out", 2, "1,2-3", watch=kill)
     assert len(still) == 2
     assert killed
     assert sum(pool.deaths for pool in last.pools) == 1
     # Its blocks are begun again, or its calls alone are made again.
     assert [pool.retries > 0 for pool in last.pools] == [kind == "TrajectoryActor", kind == "LevelActor"]
     assert last.samples == 96
-    assert found == reference_cache(long_job, three)
+    assert written == reference_cache(long_job, three)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -359,12 +359,12 @@ def test_an_answer_that_finds_another_actor_costs_no_sample(three, small_job, re
             send(signal.SIGCONT, *level)
             step = "over"
 
-    found, last = make_ray(job, three, tmp_path / "out", 1, f"1-{levels - 1},{levels}", watch=replace_holder)
+    written, last = make_ray(job, three, tmp_path / "out", 1, f"1-{levels - 1},{levels}", watch=replace_holder)
     assert step == "over"
     assert sum(pool.deaths for pool in last.pools) == 1
     # The three blocks were begun again.
     assert last.pools[0].retries == 3
-    assert found == reference_cache(job, three)
+    assert written == reference_cache(job, three)
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -446,14 +446,14 @@ def test_a_killed_coordinator_costs_no_sample(three, long_job, reference_cache, 
             # Both cells, of which one may be ready long before the other.
             ahead(1)
 
-    found, last = make_ray(long_job, three, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
+    written, last = make_ray(long_job, three, tmp_path / "out", 2, "together", watch=kill, cell_devices=1)
     # What is told of the time is by the driver's clock, and of the first coordinators.
     assert waiting[-2] < last.first_block < sampling[0]
     assert len(killed) == 3
     assert 0 < last.ready < killed[2]
     assert last.devices == 2
     assert last.samples == 96
-    assert found == reference_cache(long_job, three)
+    assert written == reference_cache(long_job, three)
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -153,7 +153,7 @@ def test_a_ladder_of_classes_is_trained_on_latents(tmp_path, pictures):
 
 
 def test_a_level_starts_from_the_weights_of_a_model(tmp_path, pictures, prompted):
-    """Of which it needs no arguments; a checkpoint of its own goes before."""
+    """A level with `start` needs no arguments, and is refused where its own are those of another model."""
     config = configure(tmp_path, prompted, SMALL | {"steps": 30})
     images = training_images(config, pictures, tmp_path / "first" / WORK)
     first = train_ladder(config, images, tmp_path / "first", lambda *progress: None)
