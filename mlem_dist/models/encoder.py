@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
@@ -54,6 +54,21 @@ def encode_masked(pipeline: Any, texts: Sequence[Text], **further: Any) -> dict[
     return {TEXT: embedded, MASK: mask}
 
 
+def encode_t5(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
+    """As `encode_masked`, for the pipelines of PixArt: text encoders see the padding of the longest text only.
+
+    Their tokens attend to no padding, and the mask hides it from the model, so that the rest of it may be zeros.
+    """
+    length, clean = _default(pipeline, "max_sequence_length"), _default(pipeline, "clean_caption")
+    cleaned = pipeline._text_preprocessing([text or "" for text in texts], clean_caption=clean)
+    longest = max(map(len, pipeline.tokenizer(cleaned, truncation=True, max_length=length).input_ids))
+    encoded = encode_masked(pipeline, texts, max_sequence_length=longest)
+    return {
+        TEXT: nn.functional.pad(encoded[TEXT], (0, 0, 0, length - longest)),
+        MASK: nn.functional.pad(encoded[MASK], (0, length - longest)),
+    }
+
+
 def encode_instructed(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
     """Prompts as `SanaPipeline` encodes them: after its instruction to the text encoder, which is a language model."""
     instruction = _default(pipeline, "complex_human_instruction")
@@ -93,8 +108,8 @@ def encode_padded(pipeline: Any, texts: Sequence[Text]) -> dict[str, Tensor]:
 ENCODERS: Mapping[str, Encode] = {
     "ChromaPipeline": encode_padded,
     "FluxPipeline": encode_pooled,
-    "PixArtAlphaPipeline": encode_masked,
-    "PixArtSigmaPipeline": encode_masked,
+    "PixArtAlphaPipeline": encode_t5,
+    "PixArtSigmaPipeline": encode_t5,
     "SanaPipeline": encode_instructed,
     "StableDiffusion3Pipeline": encode_joint,
     "StableDiffusionPipeline": encode_clip,
