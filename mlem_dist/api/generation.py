@@ -215,7 +215,8 @@ def generate(
             aliases of "ode" and "sde".
         steps: number of base steps; by default that of the plan, else 250.
         probabilities: distribution of the budget over levels and steps; by default "neyman" for a calibrated ladder,
-            else "theory". Without a Gaussian first level, the default for the ODE is the best level alone.
+            else "theory" for the SDE and impulses. The ODE of a ladder that is not calibrated, or has no Gaussian first
+            level, calls the best level only, evenly, above the Gaussian if there is one and the best has no guidance.
         draw: choice of the steps at which a plan evaluates each level. "quantiles", the default, is one plan for all
             images; "systematic" and "independent" draw a plan for each block. Increments of type "impulse" need one of
             the latter, by default "systematic".

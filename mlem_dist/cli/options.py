@@ -210,8 +210,8 @@ def budget_options(command: Any) -> Any:
             click.option(
                 "--probabilities",
                 type=click.Choice(["neyman", "theory", "inverse-cost", "constant", "log-snr"]),
-                help="How the budget is spread over levels and steps.  [default: neyman if the ladder is calibrated, "
-                "else theory; the best level alone where no level is a Gaussian]",
+                help="How the budget is spread over levels and steps.  [default: neyman if the ladder is calibrated; "
+                "else the best level, evenly, and theory for the SDE and impulses; see the docs]",
             ),
             click.option(
                 "--draw",

@@ -37,11 +37,12 @@ def make_recipe(
 
     `cost` is that of the levels in seconds per sample, (K,) if they share nothing.
 
-    None selects a default. On the ODE, a ladder whose first level is held spends its budget on the best level alone,
-    evenly: no plan with other levels that was not fitted has come near that (docs/frontier.md). Else the default is
-    Neyman's probabilities if the ladder is calibrated, else the theory's. All blocks have one plan, unless increments
-    are impulses; increments are held for the SDE and extrapolated for the ODE. Neyman's probabilities come with the
-    choice of rungs whose coins add the least error at this budget; other probabilities take every level.
+    None selects a default. Increments are held for the SDE and extrapolated for the ODE, and all blocks have one plan,
+    unless increments are impulses. Probabilities are Neyman's if the ladder is calibrated, with the choice of rungs
+    whose coins add the least error at this budget. If it is not, or if its first level is held, the ODE spends the
+    budget on the best level, evenly, above the Gaussian if there is one and the best level has no guidance: no plan
+    with other levels that was not fitted has come near that (docs/frontier.md). Else probabilities are the theory's.
+    Those that are asked for, except Neyman's, take every level.
 
     Raises:
         UsageError: if `steps` or `nfe` is out of range, or Neyman's probabilities are requested for a ladder that is
@@ -58,9 +59,14 @@ def make_recipe(
     kind = increments or DEFAULT_INCREMENTS[solver]
     base = base_of(ladder, solver, kind)
     rungs: tuple[int, ...] | None
-    if probabilities is None and base == "held" and solver != "sde":
-        rungs = (len(ladder.levels),)
-        p = scale_to_budget(np.ones((1, steps)), as_costs(cost).on(rungs), nfe, base)
+    smooth = solver != "sde" and kind != "impulse"
+    if probabilities is None and smooth and (base == "held" or not calibrated(ladder)):
+        if ladder.levels[-1].guidance.directed:
+            # A Gaussian of the data is far from guided images.
+            base = "held"
+        best = len(ladder.levels)
+        rungs = (best,) if base == "held" else (1, best)[-best:]
+        p = scale_to_budget(np.ones((len(rungs), steps)), as_costs(cost).on(rungs), nfe, base)
     elif probabilities in (None, "neyman") and calibrated(ladder):
         rule = NeymanRule(ladder, cost, solver, steps, kind, grid)
         rungs = rule.choices(nfe)[0]

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from mlem_dist.api.arguments import find_plan
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import read_effect, store_entry
 from mlem_dist.ladder.ladder import Ladder
+from mlem_dist.ladder.schema import Guidance
 from mlem_dist.solver.plan import extrapolated
 from mlem_dist.solver.probabilities import expected_cost
 from mlem_dist.solver.steps import canonical_solver
@@ -50,6 +52,24 @@ def test_without_a_gaussian_an_untuned_budget_of_the_ode_is_the_best_levels(two_
     plan = recipe.plan(np.random.default_rng(0))
     assert plan.calls.sum(1).tolist() == [0, nfe]
     assert plan.calls[1, 0]
+
+
+@pytest.mark.parametrize("solver", ["ode", "dpm++"])
+def test_an_uncalibrated_budget_of_the_ode_is_the_best_levels_above_the_gaussian(fashion, part_of, tmp_path, solver):
+    ladder = Ladder.load(part_of(fashion, (1, 2, 6), tmp_path / "ladder"))
+    plan = make_recipe(ladder, ladder.costs("cpu"), solver, 100, 10).plan(np.random.default_rng(0))
+    base, middle, best = plan.calls.sum(1)
+    assert base >= best
+    assert middle == 0
+    assert best == pytest.approx(10, abs=1)
+    # Of a ladder whose best level is guided, it is the best level's alone.
+    guided = replace(ladder.levels[-1], guidance=Guidance(3.0))
+    ladder = replace(ladder, levels=(*ladder.levels[:-1], guided))
+    plan = make_recipe(ladder, ladder.cost("cpu"), solver, 100, 10).plan(np.random.default_rng(0))
+    assert plan.calls.sum(1).tolist() == [0, 0, 10]
+    # Increments that are unbiased over plans are those of all levels.
+    impulses = make_recipe(ladder, ladder.cost("cpu"), solver, 100, 10, increments="impulse")
+    assert impulses.probabilities.shape == (3, 100)
 
 
 @pytest.mark.parametrize("probabilities", ["theory", "log-snr"])
