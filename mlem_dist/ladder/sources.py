@@ -20,6 +20,7 @@ from mlem_dist.ladder.single_file import FIRST
 from mlem_dist.ladder.sit_file import LABELS
 from mlem_dist.models.families import FAMILIES, config_kind, family_of
 from mlem_dist.models.families.family import Family
+from mlem_dist.models.imports import METHODS
 from mlem_dist.models.weights import QUANTISED, require_quantisation
 from mlem_dist.store import parse_location
 
@@ -239,10 +240,10 @@ def _source(text: str, name: str, folder: Path, pipeline: Path | None) -> Source
 
 
 def _check_quantisation(text: str, config: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights are quantised otherwise than by torchao."""
-    if (method := config.get("quant_method")) != "torchao":
+    """Refuse a model whose weights are quantised by none of `METHODS`."""
+    if (method := config.get("quant_method")) not in METHODS:
         raise UsageError(
-            f"model {text!r} is quantised by {method}, expected torchao, which needs no GPU to load it; quantise the "
-            "original by `TorchAoConfig` of diffusers, or take it as it is, in bfloat16"
+            f"model {text!r} is quantised by {method}, expected {' or '.join(METHODS)}; quantise the original by "
+            "`TorchAoConfig` of diffusers, or take it as it is, in bfloat16"
         )
-    require_quantisation()
+    require_quantisation(method)

@@ -13,8 +13,11 @@ from logging import ERROR
 from types import ModuleType
 from typing import Any
 
-QUANTISATION = ("accelerate", "torchao")
-"""Packages that quantised models need."""
+METHODS = ("bitsandbytes", "torchao")
+"""Methods of quantisation, which are names of packages, too."""
+
+QUANTISATION = ("accelerate", *METHODS)
+"""Packages that quantised models need: the first, and that of their method."""
 
 UNUSED = ("peft", "scipy", "torchvision", "transformers", *QUANTISATION)
 """Packages that diffusers imports if they are installed. They take longer than all its other imports together."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from mlem_dist.errors import UsageError
 from mlem_dist.extras import require
 from mlem_dist.files import read_object, replace_file
-from mlem_dist.models.imports import QUANTISATION, quiet_diffusers
+from mlem_dist.models.imports import quiet_diffusers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -88,19 +89,24 @@ def load_model(kind: Any, folder: Path, precision: str) -> Any:
         OSError: if files are missing or unreadable.
     """
     dtype = getattr(torch, precision)
-    quantised = QUANTISED in read_object(folder / "config.json", "model configuration")
-    if quantised:
-        require_quantisation()
-    with quiet_diffusers():
+    quantisation = read_object(folder / "config.json", "model configuration").get(QUANTISED)
+    further: dict[str, Any] = {}
+    context: AbstractContextManager[None] = nullcontext()
+    if quantisation:
+        require_quantisation(quantisation["quant_method"])
+        further = {"low_cpu_mem_usage": True}
+        if quantisation["quant_method"] == "bitsandbytes":
+            context, further = bitsandbytes_without_gpu(), further | {"device_map": {"": "cpu"}}
+    with quiet_diffusers(), context:
         model, info = kind.from_pretrained(
             folder,
             torch_dtype=dtype,
             variant=variant_of(folder),
             output_loading_info=True,
-            **{**SAFE, "low_cpu_mem_usage": quantised},
+            **{**SAFE, **further},
         )
         # Diffusers keeps the file's dtype if it is right for the first tensor, in SD3 a table of positions in float32.
-        if not quantised:
+        if not quantisation:
             model.to(dtype)
     # Diffusers only warns, and leaves missing weights at random values.
     for what, names in (("lack", info["missing_keys"]), ("hold what it does not know,", info["unexpected_keys"])):
@@ -109,14 +115,34 @@ def load_model(kind: Any, folder: Path, precision: str) -> Any:
     return model
 
 
-def require_quantisation() -> None:
-    """Refuse quantised models if a package that they need is missing.
+def require_quantisation(method: str) -> None:
+    """Refuse models that are quantised by one of `METHODS` if a package that they need is missing.
 
     Raises:
-        UsageError: if torchao or accelerate is not installed.
+        UsageError: if accelerate or the method's package is not installed.
     """
-    for package in QUANTISATION:
+    for package in ("accelerate", method):
         require(package, "quantised models", "quantised")
+
+
+@contextmanager
+def bitsandbytes_without_gpu() -> Iterator[None]:
+    """Load weights that are quantised by bitsandbytes on a CPU, too, which the package supports and diffusers refuses.
+
+    What else diffusers checks is that the packages are there. Of 8-bit layers, each call would log a warning.
+    """
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    classes: tuple[Any, ...] = bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer
+    checks = [kind.validate_environment for kind in classes]
+    for kind in classes:
+        kind.validate_environment = lambda *arguments, **further: None
+    try:
+        yield
+    finally:
+        for kind, check in zip(classes, checks, strict=True):
+            kind.validate_environment = check
 
 
 @contextmanager
