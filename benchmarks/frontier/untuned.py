@@ -4,7 +4,11 @@ python benchmarks/frontier/untuned.py fashion --out benchmarks/results/untuned.j
 
 Mean squared error, mean and median over samples, to the best level at all of 250 steps. Plans spend their budget on all
 levels by the theory's probabilities, evenly on the best level above the Gaussian, or evenly on the best level alone.
-OUT keeps the lines of several ladders.
+OUT keeps the lines of several ladders. Those of `garments` are of the weights of commit 795a34d, DATA by composites.py:
+
+mlem-dist ladder create garments --model benchmarks/garments/stage/small --model benchmarks/garments/stage/medium \\
+    --model benchmarks/garments/stage/large --pipeline benchmarks/garments/pipeline --guidance 3 --gaussian DATA
+python benchmarks/frontier/untuned.py garments --prompts examples/prompts.txt --out benchmarks/results/untuned.json
 """
 
 import json

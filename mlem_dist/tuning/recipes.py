@@ -40,8 +40,8 @@ def make_recipe(
     None selects a default. Increments are held for the SDE and extrapolated for the ODE, and all blocks have one plan,
     unless increments are impulses. Probabilities are Neyman's if the ladder is calibrated, with the choice of rungs
     whose coins add the least error at this budget. If it is not, or if its first level is held, the ODE spends the
-    budget on the best level, evenly, above the Gaussian if there is one and the best level has no guidance: no plan
-    with other levels that was not fitted has come near that (docs/frontier.md). Else probabilities are the theory's.
+    budget on the best level, evenly, above the Gaussian if there is one and the best level has no guidance, which is
+    better from 5 evaluations on (docs/frontier.md). Else probabilities are the theory's.
     Those that are asked for, except Neyman's, take every level.
 
     Raises:

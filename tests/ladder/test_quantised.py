@@ -95,4 +95,5 @@ def test_what_cannot_be_loaded_is_one_sentence(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "mlem_dist.extras.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     )
-    refuse("bitsandbytes", "quantised models need accelerate, which is not installed: install the extra `quantised`")
+    for method in ("bitsandbytes", "torchao"):
+        refuse(method, "quantised models need accelerate, which is not installed: install the extra `quantised`")
