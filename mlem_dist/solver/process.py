@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from mlem_dist.solver.schedulers import (
     scheduler_class,
 )
 from mlem_dist.solver.steps import Spacing
+
+Values = TypeVar("Values", np.ndarray, Tensor)
 
 LEADING = {
     "DDIMParallelScheduler",
@@ -291,13 +293,13 @@ class FlowProcess(Process):
             if self.name in FLOW_SCHEDULERS:
                 # A static shift applies twice: diffusers takes the ends from the shifted schedule.
                 ends = np.array([1.0, 1 / self.length])
-                first, last = ends if self.config.get("use_dynamic_shifting") else self._shifted(ends)
+                first, last = ends if self.config.get("use_dynamic_shifting") else self.shifted(ends)
                 sigma = np.linspace(first, last, steps)
             elif self.name == "UniPCMultistepScheduler":
                 sigma = np.linspace(1, 1 / self.length, steps + 1)[:-1]
             else:
                 sigma = (1 - np.linspace(1, 1 / self.length, steps + 1))[::-1][:-1]
-        sigma = self._shifted(sigma)
+        sigma = self.shifted(sigma)
         if terminal := self.config.get("shift_terminal"):
             sigma = 1 - (1 - sigma) * (1 - terminal) / (1 - sigma[-1]) if steps > 1 else sigma
         t = sigma * self.length
@@ -307,9 +309,9 @@ class FlowProcess(Process):
         sigma = np.append(sigma, 0.0)
         return Grid(t, 1 - sigma, sigma)
 
-    def _shifted(self, sigma: np.ndarray) -> np.ndarray:
+    def shifted(self, sigma: Values) -> Values:
         """Noise levels s sigma / (1 + (s - 1) sigma), shifted by s (Esser et al., arXiv:2403.03206, eq. 23)."""
-        return np.asarray(self.shift * sigma / (1 + (self.shift - 1) * sigma))
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
 
 class ExplodingProcess(Process):

@@ -34,8 +34,8 @@ class LevelConfig:
     diffusers. A network with a `teacher`, the name of another one, learns the teacher's prediction instead of the
     noise. It trains in `precision` ("auto": bfloat16 on a GPU, float32 on a CPU), with torch.compile if `compile` is
     set, without its condition for a share `condition_dropout` of the samples, and at noise levels of a flow that are
-    "uniform" or "logit-normal" (Esser et al., arXiv:2403.03206). Its weights begin as those of the model in the folder
-    `start`, "" for random ones.
+    "uniform" or "logit-normal" (Esser et al., arXiv:2403.03206) before the scheduler's shift. Its weights begin as
+    those of the model in the folder `start`, "" for random ones.
     """
 
     name: str

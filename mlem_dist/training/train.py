@@ -26,7 +26,7 @@ from mlem_dist.models.gaussian import GaussianLevel
 from mlem_dist.models.level import ModelLevel, new_unet_level
 from mlem_dist.models.weights import load_model, save_tensors
 from mlem_dist.solver.condition import Condition, move
-from mlem_dist.solver.process import Process
+from mlem_dist.solver.process import FlowProcess, Process
 from mlem_dist.solver.schedulers import BANDS
 from mlem_dist.training.config import LevelConfig, TrainConfig
 from mlem_dist.training.data import Conditions, conditions_of
@@ -57,6 +57,17 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def training_times(process: Process, level: LevelConfig, rng: torch.Generator) -> Tensor:
+    """Times of the samples of a batch, (batch size,); those of a flow follow the scheduler's shift, as its steps do."""
+    if not isinstance(process, FlowProcess):
+        return process.times(0, 1, level.batch_size, rng)
+    if level.noise_levels == "logit-normal":
+        sigma = torch.randn(level.batch_size, generator=rng).sigmoid()
+    else:
+        sigma = torch.rand(level.batch_size, generator=rng)
+    return process.shifted(sigma) * process.length
+
+
 def _batch(
     images: Images, seed: int, level: LevelConfig, process: Process, step: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -70,10 +81,7 @@ def _batch(
     rng = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1)
     x0 = images.samples(images.train[index])
     noise = torch.randn(x0.shape, generator=rng)
-    if level.noise_levels == "logit-normal":
-        t = torch.randn(level.batch_size, generator=rng).sigmoid() * process.length
-    else:
-        t = process.times(0, 1, level.batch_size, rng)
+    t = training_times(process, level, rng)
     label = images.train_label[index]
     if level.condition_dropout:
         dropped = torch.rand(level.batch_size, generator=rng) < level.condition_dropout

@@ -9,7 +9,7 @@ from mlem_dist.ladder.images import load_images
 from mlem_dist.solver.process import BetaProcess, process_of
 from mlem_dist.training.assemble import train_ladder
 from mlem_dist.training.resume import check_training
-from mlem_dist.training.train import DivergedError, _batch, denoising_error
+from mlem_dist.training.train import DivergedError, _batch, denoising_error, training_times
 
 
 class KilledError(Exception):
@@ -107,6 +107,20 @@ def test_a_ladder_of_another_process_is_trained(tmp_path, data, configure, sched
     assert errors == pytest.approx(ladder.levels[1].denoising_error, rel=1e-6)
     log = [json.loads(line) for line in (tmp_path / "out/training/unet/log.jsonl").read_text().splitlines()]
     assert log[1]["loss"] < 0.9 * log[0]["loss"]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("noise_levels", "shares"), [("uniform", (0.25, 0.5, 0.75)), ("logit-normal", (0.337, 0.5, 0.663))]
+)
+def test_a_flow_is_trained_at_the_times_of_the_shifted_steps(configure, shift, noise_levels, shares):
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
+    network = {"prediction": "flow_prediction", "batch_size": 20_000, "noise_levels": noise_levels}
+    config = configure(network, scheduler=scheduler)
+    times = training_times(config.process, config.levels[1], torch.Generator().manual_seed(0))
+    steps = torch.from_numpy(config.process.grid(1000).t).float()
+    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quartiles, steps.quantile(torch.tensor(shares)), rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize(
