@@ -215,7 +215,11 @@ def table_of_texts(prompts: Sequence[str], negative_prompts: Sequence[str | None
 
 
 def open_prompts(
-    file: Location | HubFile, prompt: str = PROMPT, images: int = 1, work: Location | None = None
+    file: Location | HubFile,
+    prompt: str = PROMPT,
+    images: int = 1,
+    work: Location | None = None,
+    carried: bool = True,
 ) -> PromptTable:
     """The table of prompts in a file: Parquet, JSON lines (.jsonl), CSV (.csv), or a text with a prompt per line.
 
@@ -226,10 +230,11 @@ def open_prompts(
         prompt: name of the column of prompts.
         images: number of images per row.
         work: folder of an earlier run's work.
+        carried: whether the other columns are carried into a dataset.
 
     Raises:
-        UsageError: if the file cannot be read, lacks the column, has a column that a dataset has of its own, or a value
-            that cannot be used; the message says which.
+        UsageError: if the file cannot be read, lacks the column, has a column to carry that a dataset has of its own,
+            or a value that cannot be used; the message says which.
     """
     pinned = file.pinned() if isinstance(file, HubFile) else None
     place = file.path() if isinstance(file, HubFile) else file
@@ -248,7 +253,7 @@ def open_prompts(
             opened = open_parquet(source)
             schema, rows = opened.schema_arrow.remove_metadata(), opened.metadata.num_rows
         table = PromptTable(source, prompt, rows, schema, digest, images)
-        _check_columns(place, table)
+        _check_columns(place, table, carried)
         _check_values(place, table)
     return table
 
@@ -268,7 +273,7 @@ def first_prompts(text: str, prompt: str) -> tuple[str, ...]:
     Raises:
         UsageError: as `open_prompts`.
     """
-    return open_prompts(prompts_file(text), prompt).first_texts()
+    return open_prompts(prompts_file(text), prompt, carried=False).first_texts()
 
 
 @contextmanager
@@ -368,7 +373,7 @@ def _as_kept(table: pa.Table) -> pa.Table:
     return table.cast(pq.read_schema(pa.BufferReader(buffer.getvalue())).remove_metadata())
 
 
-def _check_columns(place: Location, table: PromptTable) -> None:
+def _check_columns(place: Location, table: PromptTable, carried: bool) -> None:
     names = table.schema.names
     if double := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"`prompts` {place}: it has the column {double[0]!r} twice; rename one")
@@ -379,7 +384,8 @@ def _check_columns(place: Location, table: PromptTable) -> None:
         )
     if not table.rows:
         raise UsageError(f"`prompts` {place}: it has no rows, expected at least one")
-    if own := [name for name in names if name in RESERVED or (name == PROMPT and name != table.prompt)]:
+    own = [name for name in names if name in RESERVED or (name == PROMPT and name != table.prompt)]
+    if own and carried:
         raise UsageError(f"`prompts` {place}: the dataset has a column {own[0]!r} of its own; rename that of the table")
     for field in table.schema:
         if isinstance(field.type, pa.FixedShapeTensorType):

@@ -13,7 +13,7 @@ from hub import COMMIT, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlem_dist.dataset.prompts import BATCH_ROWS, RowReader, open_prompts, table_of_texts
+from mlem_dist.dataset.prompts import BATCH_ROWS, RowReader, first_prompts, open_prompts, table_of_texts
 from mlem_dist.errors import UsageError
 from mlem_dist.store import HubFile
 
@@ -200,6 +200,14 @@ def test_what_is_no_table_of_prompts_is_refused_in_one_sentence(tmp_path, name):
     with pytest.raises(UsageError, match=message) as refused:
         open_prompts(path)
     assert "\n" not in str(refused.value)
+
+
+def test_prompts_for_measurements_may_come_from_a_dataset(tmp_path):
+    path = tmp_path / "dataset.parquet"
+    pq.write_table(pa.table({"image": [b"png", b"png"], "prompt": ["a", "b"], "width": [1, 1]}), path)
+    with pytest.raises(UsageError, match="the dataset has a column 'image' of its own"):
+        open_prompts(path)
+    assert first_prompts(str(path), "prompt") == ("a", "b")
 
 
 @pytest.mark.parametrize("statistics", [True, False])
