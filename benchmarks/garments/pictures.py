@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot
 from parts import read
+from race import REFERENCE_STEPS
 
 import mlem_dist
 from mlem_dist.ladder.ladder import Ladder
@@ -24,9 +25,6 @@ CAPTIONS, SEEDS = 8, 8
 """Number of captions in a picture, and of images of each."""
 
 BUDGETS = (3, 5, 10, 20)
-
-REFERENCE_STEPS = 100
-"""Number of steps of DPM-Solver++(2M) for the guided ODE."""
 
 
 def sheet(images: np.ndarray) -> np.ndarray:
