@@ -8,7 +8,8 @@ times alone, and the best of a few candidate times is taken. The fit ignores how
 of later segments; `mlem_dist.tuning.refinement` takes this into account.
 
 A first level that is no Gaussian is held like the others: its values have fitted weights, too, and between two
-evaluations x is carried by the factors of the steps alone. It is called over the whole path.
+evaluations x is carried by the factors of the steps alone. It is called over the whole path. Where the best level has
+guidance, plans without the Gaussian level are tried as well: a Gaussian of the data is far from guided images.
 
 Fitted plans are biased: one plan serves all images, and its error at a budget is the same each time. Along the noisy
 path of the SDE, the fit does not generalise to other noises, because the error that a segment corrects there is random.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count, pairwise
+from itertools import count, pairwise, product
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.closed_form import ClosedForm, Projected, no_drift
 from mlem_dist.solver.costs import LevelCosts
 from mlem_dist.solver.integrate import Drift, evaluate, integrate
@@ -194,26 +196,38 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
     return max(block, min(most, states // block * block))
 
 
-def starts(cost: LevelCosts, closed: bool, nfe: float) -> dict[int, list[Times]]:
-    """Candidate times that a budget pays for, by the level of the middle rung; one for each value of `between`.
+def first_rungs(ladder: Ladder) -> tuple[bool, ...]:
+    """Whether level 1 is the first rung in closed form, in the plans of the ODE that are tried."""
+    if base_of(ladder, "ode", "extrapolated") != "closed":
+        return (False,)
+    return (True, False) if ladder.levels[-1].guidance.directed else (True,)
 
-    `closed` says whether level 1 is taken in closed form.
+
+def starts(cost: LevelCosts, closed: Sequence[bool], nfe: float) -> list[list[Times]]:
+    """Candidate times that a budget pays for: a list for each choice of rungs, with one for each value of `between`.
+
+    `closed` is as from `first_rungs`.
 
     Raises:
         UsageError: if the budget is below the cost of one call of the best level.
     """
-    by_number: dict[int, list[Times]] = {}
+    by_rungs = []
     best = len(cost)
-    for middle in (0, *range(1 + closed, best)):
+    # Without level 1 in closed form, it is a level like the others, unless it is a Gaussian.
+    lowest = 1 + any(closed)
+    for first, middle in product(closed, (0, *range(lowest, best))):
+        times = []
         free = middle and cost.of({middle, best}) <= (1 + 1e-9) * cost.alone[-1]
         for between in (1, *BETWEEN) if free else BETWEEN if middle else (1,):
-            if calls := affordable_calls(cost, closed, nfe, middle, between):
+            if calls := affordable_calls(cost, first, nfe, middle, between):
                 # Where the first rung is called as often as the best level, both are called at the same steps.
-                begin = Times.begin if closed or between > 1 else 0.0
-                by_number.setdefault(middle, []).append(Times(middle, calls, between, begin, closed))
-    if not by_number:
+                begin = Times.begin if first or between > 1 else 0.0
+                times.append(Times(middle, calls, between, begin, first))
+        if times:
+            by_rungs.append(times)
+    if not by_rungs:
         raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
-    return by_number
+    return by_rungs
 
 
 def affordable_calls(cost: LevelCosts, closed: bool, nfe: float, middle: int, between: int) -> int:
@@ -237,7 +251,7 @@ class Fitter:
     blocks.
 
     Attributes:
-        closed: whether level 1 is taken in closed form.
+        closed: whether level 1 is the first rung in closed form, in the plans that are tried, as from `first_rungs`.
     """
 
     def __init__(self, comparison: PlanComparison) -> None:
@@ -247,15 +261,14 @@ class Fitter:
         self.log_snr = comparison.ladder.process.grid(len(self.table)).finite_log_snr
         self.cost = comparison.ladder.costs(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
-        self.closed = base_of(comparison.ladder, comparison.solver, "extrapolated") == "closed"
-        if self.closed:
-            self.forms = [comparison.closed_form(block, self.table) for block in self.blocks]
-        else:
-            size = math.prod(comparison.ladder.sample_shape)
-            drift = no_drift(len(self.table), size, comparison.device)
-            classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
-            mean = torch.zeros(comparison.block, size, device=comparison.device)
-            self.forms = [ClosedForm(drift, self.table, classes, mean)] * len(self.blocks)
+        self.closed = first_rungs(comparison.ladder)
+        size = math.prod(comparison.ladder.sample_shape)
+        drift = no_drift(len(self.table), size, comparison.device)
+        classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
+        mean = torch.zeros(comparison.block, size, device=comparison.device)
+        self.forms = {False: [ClosedForm(drift, self.table, classes, mean)] * len(self.blocks)}
+        if any(self.closed):
+            self.forms[True] = [comparison.closed_form(block, self.table) for block in self.blocks]
         self.pool = ThreadPoolExecutor(comparison.threads)
         self._errors: dict[Times, float] = {}
 
@@ -269,7 +282,7 @@ class Fitter:
         best, steps = len(self.cost), len(self.table)
         plan = single_level(best, best, steps)
         if steps > PATH_CALLS:
-            times = Times(0, PATH_CALLS, 1, 0.0, self.closed)
+            times = Times(0, PATH_CALLS, 1, 0.0, self.closed[-1])
             plan = on_levels(extrapolated(times.fire(self.log_snr), self.log_snr), times.rungs(best))
 
         positions = torch.empty(
@@ -304,10 +317,10 @@ class Fitter:
         def report() -> None:
             progress(next(done), total)
 
-        best = self._best([times[0] for times in starts.values()], report)
-        best = self._beginning(self._best(starts[best.middle], report), report)
+        best = self._best([times[0] for times in starts], report)
+        best = self._beginning(self._best(next(times for times in starts if times[0] == best), report), report)
         if nfe > LARGEST:
-            calls = affordable_calls(self.cost, self.closed, nfe, best.middle, best.between)
+            calls = affordable_calls(self.cost, best.closed, nfe, best.middle, best.between)
             best = self._beginning(replace(best, calls=calls), report)
         fit = self._fit_times(self._density(best, report), self.blocks)
         progress(total, total)
@@ -356,7 +369,7 @@ class Fitter:
     def _fit_times(self, times: Times, blocks: range) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
-    def starts(self, nfe: float) -> dict[int, list[Times]]:
+    def starts(self, nfe: float) -> list[list[Times]]:
         """Candidate times that a budget pays for, as in `starts`."""
         return starts(self.cost, self.closed, nfe)
 
@@ -366,32 +379,33 @@ class Fitter:
         Before the first evaluation, a Gaussian level acts alone. The plan is fitted to `blocks`, by default all
         blocks of the comparison.
         """
-        samples = [Block(self, rungs, block) for block in blocks or self.blocks]
+        closed = any(self.closed) and rungs[0] == 1
+        samples = [Block(self, rungs, closed, block) for block in blocks or self.blocks]
         segments = []
-        first = int(self.closed)
+        first = int(closed)
         fires = np.flatnonzero(fire[first:].any(0)).tolist()
         self._each(samples, partial(Block.begin, at=fires[0]))
         for start, stop in pairwise([*fires, fire.shape[1]]):
             firing = [r for r in range(first, len(rungs)) if fire[r, start]]
             self._each(samples, partial(Block.evaluate, at=start, firing=firing))
-            choices = tuple(self._choices(fire, start, stop))
+            choices = tuple(self._choices(fire, first, start, stop))
             normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
             squares, products = (np.mean([sums[i] for sums in normal], 0) / samples[0].x.numel() for i in (0, 1))
             segments.append(Segment(start, stop, firing, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
         error = float(np.mean([float((block.x - block.path[-1]).square().mean()) for block in samples]))
-        return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf, self.closed)
+        return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf, closed)
 
     def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:
         return list(self.pool.map(torch.inference_mode()(run), samples))
 
-    def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[Choice]:
-        """Shapes whose linear combination is the weights of steps start ... stop - 1.
+    def _choices(self, fire: np.ndarray, first: int, start: int, stop: int) -> Iterator[Choice]:
+        """Shapes whose linear combination is the weights of the rungs from `first` on, in steps start ... stop - 1.
 
         Each of the two values of a rung has a constant and the line of extrapolation. If the rung fires at `start`, it
         also has a single step as long as the gap before `start`, which corrects the rung's contribution over that gap.
         """
-        for rung in range(int(self.closed), len(fire)):
+        for rung in range(first, len(fire)):
             *_, before, last = [-1, -1, *np.flatnonzero(fire[rung, : start + 1]).tolist()]
             if last < 0:
                 continue
@@ -426,15 +440,15 @@ def ridge(squares: np.ndarray) -> np.ndarray:
 class Block:
     """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung not in closed form."""
 
-    def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
+    def __init__(self, fitter: Fitter, rungs: tuple[int, ...], closed: bool, block: int) -> None:
         comparison = fitter.comparison
         self.levels: Mapping[int, Drift] = comparison.levels
         self.table, self.condition = comparison.fine, comparison.condition(block)
-        self.form, self.rungs = fitter.forms[block], rungs
+        self.form, self.rungs = fitter.forms[closed][block], rungs
         self.path = fitter.path[:, fitter.rows(block)]
         self.x: Tensor = self.path[0]
         self.at = 0
-        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(fitter.closed), len(rungs))}
+        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(closed), len(rungs))}
 
     def begin(self, at: int) -> None:
         """Advance to the first evaluation, at step `at`, by a Gaussian level alone."""

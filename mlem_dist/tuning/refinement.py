@@ -89,7 +89,7 @@ def derivatives(
     fitter: Fitter, fit: Fit, factors: np.ndarray, seed: int, block: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Error, J^T e (P,) and an estimate of J^T J (P, P) of a block at float64 (P,) factors, as means per value."""
-    state = Block(fitter, fit.rungs, block)
+    state = Block(fitter, fit.rungs, fit.closed, block)
     # Each sample has its own copy of the factors, so that one backward pass gives one row per sample.
     sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
     end = _end(state, fit, sample_factors.requires_grad_())
@@ -105,7 +105,7 @@ def derivatives(
 
 @torch.inference_mode()
 def _error(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
-    state = Block(fitter, fit.rungs, block)
+    state = Block(fitter, fit.rungs, fit.closed, block)
     sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1)
     return float((_end(state, fit, sample_factors) - state.path[-1]).square().mean())
 
