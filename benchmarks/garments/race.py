@@ -10,6 +10,11 @@ guided ODE of the largest model, 100 steps of DPM-Solver++(2M) in float32. Witho
 are made. With `--time`, the times of all lines of OUT are measured anew, one after the other on a machine that does
 nothing else. WORK keeps the images of the guided ODE, and further ladders of the same models. Rows of cache-dit need
 that package (1.5).
+
+Rows of a single checkpoint ("single 5") take the ladder WORK/single, of the Gaussian and the largest model alone, which
+the first of them makes. It has the plans of benchmarks/results/garments-single, from
+
+mlem-dist tune WORK/single --nfe 5,10 --prompts DATA/data/train-00009-of-00010.parquet --out DIR
 """
 
 from __future__ import annotations
@@ -26,7 +31,12 @@ import click
 import diffusers
 import numpy as np
 import torch
-from diffusers import hooks
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+    hooks,
+)
 from diffusers.models.cache_utils import CacheMixin
 from parts import read
 from recogniser import adherence, load, look, recall
@@ -36,9 +46,13 @@ from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.schema import LADDER
 from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.solver.noise import image_noise
-from mlem_dist.solver.plan import single_level, switched
+from mlem_dist.solver.plan import block_rng, single_level, switched
+from mlem_dist.tuning.recipes import make_recipe
+from mlem_dist.tuning.tuned_plans import DEFAULT_STEPS
 
 RECOGNISER = Path(__file__).with_name("recogniser.safetensors")
+SINGLE_PLANS = Path(__file__).parents[1] / "results/garments-single"
+"""Folder of the plans of a single checkpoint."""
 
 COMPARED = 256
 """Number of images whose error is measured."""
@@ -55,32 +69,52 @@ RESAMPLES = 20
 Make = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """Function from captions and image seeds to images, uint8 (n, H, W, 3)."""
 
-SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Of first order, DPM-Solver++ is Euler's method for a flow.
-    "euler": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
-    "dpm++": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
-}
-"""Classes of diffusers, and what the configuration of the ladder's scheduler does not say."""
 
-LEVELS = {"unguided": "large", "small-guides": "large guided by small", "own": "large guided"}
+class Heun(FlowMatchHeunDiscreteScheduler):
+    """Heun's method for a flow, with what PixArt's pipeline asks for and the scheduler of diffusers lacks."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        return sample
+
+
+SOLVERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    # Of first order, DPM-Solver++ is Euler's method for a flow.
+    "euler": lambda config: DPMSolverMultistepScheduler.from_config(config, solver_order=1),
+    "dpm++": lambda config: DPMSolverMultistepScheduler.from_config(config, solver_order=2),
+    "unipc": lambda config: UniPCMultistepScheduler.from_config(config, solver_order=2),
+    # N steps are 2 N - 1 evaluations.
+    "heun": lambda config: Heun(config["num_train_timesteps"], config["flow_shift"]),
+}
+"""Schedulers of diffusers, from the configuration of the ladder's scheduler."""
+
+LEVELS = {"unguided": "large", "small-guides": "large guided by small"}
 """Levels that DPM-Solver++(2M) evaluates alone, by the kind of the row."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "held": {"increments": "held"},
+    "extrapolated": {"increments": "extrapolated"},
+    "ml-em": {"increments": "impulse", "draw": "independent"},
+}
+"""Choices of untuned plans, by the kind of the row."""
 
 
 def rows() -> list[str]:
     """The names of all rows."""
     names = ["euler 50", "euler 28"]
-    names += [f"{solver} {steps}" for solver in SOLVERS for steps in (5, 7, 10, 15, 20, 30)]
-    names += [f"{kind} {steps}" for kind in LEVELS for steps in (10, 20)]
-    names += [f"scale 20 {scale}" for scale in (1.5, 2, 3, 4, 6)]
-    names += [f"interval {steps} {ends}" for steps in (10, 20) for ends in ("0 0.7", "0.1 0.8")]
-    names += [f"stitch {steps} {share}" for steps in (10, 20) for share in (0.2, 0.4, 0.6)]
-    names += [f"first-block 20 {threshold}" for threshold in (0.05, 0.1, 0.2)]
-    names += [f"taylorseer 20 {interval}" for interval in (2, 3, 5)]
-    names += [f"pyramid 20 {interval}" for interval in (2, 3)]
-    names += [f"faster-cache 20 {interval}" for interval in (2, 3)]
-    names += [f"cache-dit 20 {threshold}" for threshold in (0.05, 0.1, 0.2)]
-    return names + [f"plan {budget}" for budget in (2, 3, 5, 10, 20)]
+    names += [f"{solver} {steps}" for solver in ("dpm++", "unipc") for steps in (5, 7, 10, 15)]
+    names += ["dpm++ 20", "heun 3", "heun 5"]
+    names += [f"{kind} 10" for kind in LEVELS]
+    names += [f"interval 10 {ends}" for ends in ("0 0.7", "0.1 0.8")]
+    names += [f"stitch 10 {share}" for share in (0.2, 0.4)]
+    names += [f"first-block 20 {threshold}" for threshold in (0.1, 0.2)]
+    names += [f"taylorseer 20 {interval}" for interval in (2, 3)]
+    names += ["pyramid 20 2", "faster-cache 20 2"]
+    names += [f"cache-dit 20 {threshold}" for threshold in (0.1, 0.2)]
+    names += [f"{kind} 10" for kind in RECIPES]
+    names += [f"single {budget}" for budget in (5, 10)]
+    return names + [f"plan {budget}" for budget in (3, 5, 7, 10, 20)]
 
 
 def first_block(pipeline: Any, threshold: float) -> None:
@@ -167,18 +201,18 @@ class Competitors:
             return self._pipeline("dpm++", steps, lambda pipeline: CACHES[kind](pipeline, float(numbers[1])))
         if kind == "plan":
             return self._sample(self.ladder, nfe=steps)
+        if kind in RECIPES:
+            return self._draw(nfe=steps, **RECIPES[kind])
+        if kind == "single":
+            return self._sample(self._single(), nfe=steps)
         if kind == "interval":
             ladder = self._interval(*map(float, numbers[1:]))
             return self._sample(ladder, plan=single_level(best, best, steps), solver="dpm++")
-        further = {}
-        if kind == "scale":
-            plan, further = single_level(best, best, steps), {"guidance": float(numbers[1])}
-        elif kind == "stitch":
-            ends = self._number("small guided"), self._number("large guided")
-            plan = switched(*ends, best, steps, round(float(numbers[1]) * steps))
+        if kind == "stitch":
+            plan = switched(self._number("small guided"), best, best, steps, round(float(numbers[1]) * steps))
         else:
             plan = single_level(self._number(LEVELS[kind]), best, steps)
-        return self._sample(self.ladder, plan=plan, solver="dpm++", **further)
+        return self._sample(self.ladder, plan=plan, solver="dpm++")
 
     def reference(self) -> Make:
         """The guided ODE."""
@@ -194,14 +228,14 @@ class Competitors:
         """The pipeline of the largest model, as diffusers runs it, from the noise that ladders begin with."""
         from transformers import T5EncoderModel, T5Tokenizer
 
-        folder, (name, further) = self.ladder.folder, SOLVERS[solver]
+        folder = self.ladder.folder
         with quiet_diffusers():
             pipeline = diffusers.PixArtAlphaPipeline(
                 T5Tokenizer.from_pretrained(folder / "encoder/tokenizer"),
                 T5EncoderModel.from_pretrained(folder / "encoder/text_encoder", dtype=dtype),
                 diffusers.AutoencoderKL.from_pretrained(folder / "decoder", torch_dtype=dtype),
                 diffusers.PixArtTransformer2DModel.from_pretrained(folder / "models/large", torch_dtype=dtype),
-                getattr(diffusers, name).from_config(self.ladder.scheduler | further),
+                SOLVERS[solver](self.ladder.scheduler),
             )
         pipeline.set_progress_bar_config(disable=True)
         cache(pipeline)
@@ -225,16 +259,46 @@ class Competitors:
 
     def _interval(self, start: float, stop: float) -> Ladder:
         """The largest model with guidance from `start` to `stop` of the noise schedule only."""
-        place = self.work / f"interval-{start:g}-{stop:g}"
+
+        def change(raw: dict[str, Any]) -> None:
+            raw["levels"][-1]["guidance"] |= {"start": start, "stop": stop}
+
+        return self._further(f"interval-{start:g}-{stop:g}", change)
+
+    def _single(self) -> Ladder:
+        """The Gaussian and the largest model, unguided and guided, with their plans."""
+
+        def change(raw: dict[str, Any]) -> None:
+            for part in ("models", "levels"):
+                raw[part] = [entry for entry in raw[part] if entry["name"] in ("gaussian", "large", "large guided")]
+
+        ladder = self._further("single", change)
+        for plan in SINGLE_PLANS.glob("plan-*.json"):
+            shutil.copy(plan, ladder.folder)
+        return ladder
+
+    def _further(self, name: str, change: Callable[[dict[str, Any]], None]) -> Ladder:
+        """A ladder of the same models without plans, whose description `change` has changed."""
+        place = self.work / name
         if not place.exists():
             shutil.copytree(self.ladder.folder, place, ignore=shutil.ignore_patterns("training", "plan-*"))
             raw = json.loads((place / LADDER).read_text())
-            raw["levels"][-1]["guidance"] |= {"start": start, "stop": stop}
+            change(raw)
             (place / LADDER).write_text(json.dumps(raw))
         return Ladder.load(place)
 
     def _number(self, name: str) -> int:
         return 1 + [level.name for level in self.ladder.levels].index(name)
+
+    def _draw(self, **choices: Any) -> Make:
+        """Images of an untuned plan, which every batch draws anew."""
+        costs = self.ladder.costs("cpu")
+        recipe = make_recipe(self.ladder, costs, "ode", DEFAULT_STEPS, **choices)
+
+        def make(captions: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+            return self._sample(self.ladder, plan=recipe.plan(block_rng(0, seeds[0])))(captions, seeds)
+
+        return make
 
     def _sample(self, ladder: Ladder, **arguments: Any) -> Make:
         return lambda captions, seeds: mlem_dist.sample(

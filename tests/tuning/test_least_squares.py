@@ -96,7 +96,7 @@ def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
     def error(times: Times) -> float:
         return fitter.fit(times.rungs(3), times.fire(fitter.log_snr), fitter.blocks[:2]).error
 
-    begun = [replace(times, begin=begin) for several in starts.values() for times in several for begin in BEGINNINGS]
+    begun = [replace(times, begin=begin) for several in starts for times in several for begin in BEGINNINGS]
     moves = list(product(*((0.0, KNOT_STEP, -KNOT_STEP) if knot else (0.0,) for knot in range(len(KNOTS)))))
     chosen = next(
         moved
@@ -109,10 +109,9 @@ def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
     at = BEGINNINGS.index(chosen.begin)
     for begin in {*BEGINNINGS[max(0, at - 1) : at + 2]} - {chosen.begin}:
         assert error(before) < error(replace(before, begin=begin))
-    of_starts = {
-        times: error(times) for times in (*(several[0] for several in starts.values()), *starts[chosen.middle])
-    }
-    first = next(times for times in starts[chosen.middle] if times.between == chosen.between)
+    (same_rungs,) = (several for several in starts if several[0].middle == chosen.middle)
+    of_starts = {times: error(times) for times in (*(several[0] for several in starts), *same_rungs)}
+    first = next(times for times in same_rungs if times.between == chosen.between)
     assert of_starts[first] == min(of_starts.values())
     assert error(chosen) <= error(before)
     for change in (0.0, KNOT_STEP, -KNOT_STEP):
@@ -130,7 +129,7 @@ def test_the_direction_of_guidance_gets_weights_of_its_own_at_no_cost(gaussian, 
     ladder = Ladder.create(tmp_path / "ladder", [tmp_path / "dit"], guidance=3, measure=False, gaussian=gaussian)
     fitter = Fitter(judge(ladder, 0))
     starts, unguided = fitter.starts(4), len(ladder.levels) - 1
-    (joint,), apart = starts[0], starts[unguided][0]
+    (joint,), apart = starts[0], next(times[0] for times in starts if times[0].middle == unguided)
     assert (apart.between, apart.calls) == (1, joint.calls)
     plans, errors = zip(
         *((fit.plan(), fit.error) for fit in map(partial(fitter._fit_times, blocks=fitter.blocks), (joint, apart))),
@@ -141,6 +140,22 @@ def test_the_direction_of_guidance_gets_weights_of_its_own_at_no_cost(gaussian, 
     assert nfe[1] <= 4
     assert errors[1] < errors[0]
     assert fitter.search(4).error <= errors[0]
+
+
+def test_plans_of_guided_ladders_may_leave_the_gaussian_out(tmp_path):
+    make_pipeline("dit", tmp_path / "dit")
+    ladder = Ladder.create(tmp_path / "ladder", [tmp_path / "dit"], guidance=3, measure=False, gaussian=64)
+    fitter = Fitter(judge(ladder, 0))
+    with_gaussian, without = (
+        [times[0] for times in fitter.starts(4) if times[0].closed == closed] for closed in (True, False)
+    )
+    assert [times.rungs(3) for times in with_gaussian] == [(1, 3), (1, 2, 3)]
+    assert [times.rungs(3) for times in without] == [(3,), (2, 3)]
+    for times in without:
+        fit = fitter._fit_times(times, fitter.blocks)
+        assert fit.error == pytest.approx(fitter.comparison.errors([fit.plan()]).mean(), rel=1e-3)
+        assert not fit.plan().calls[0].any()
+        assert fitter.search(4).error <= fit.error
 
 
 def test_times_are_nested_and_no_call_is_spent_on_pure_noise():
