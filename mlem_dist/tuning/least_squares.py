@@ -3,13 +3,15 @@
 Between two evaluations, the Gaussian level carries x in closed form, and x is affine in the values in use. The weights
 of such a segment that bring x nearest to the best level's state therefore solve a linear least-squares problem of at
 most six numbers per rung. Segments are solved in order. Each starts from the states to which the segments before have
-brought the fitting samples, so that it also corrects their error. The error left at the end is a function of the call
-times alone, and the best of a few candidate times is taken. The fit ignores how a segment's weights change the values
+brought the fitting samples, so that it also corrects their error. The distance left at the end is a function of the
+call times alone, and the best of a few candidate times is taken. The distance of a sample is the root of its mean
+squared error: where guidance lets a few samples end as another image, their squares would be most of the mean. The fit
+ignores how a segment's weights change the values
 of later segments; `mlem_dist.tuning.refinement` takes this into account.
 
 A first level that is no Gaussian is held like the others: its values have fitted weights, too, and between two
 evaluations x is carried by the factors of the steps alone. It is called over the whole path. Where the best level has
-guidance, plans without the Gaussian level are tried as well: a Gaussian of the data is far from guided images.
+guidance, plans leave a Gaussian level out: a Gaussian of the data is far from guided images.
 
 Fitted plans are biased: one plan serves all images, and its error at a budget is the same each time. Along the noisy
 path of the SDE, the fit does not generalise to other noises, because the error that a segment corrects there is random.
@@ -22,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count, pairwise, product
+from itertools import count, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -52,6 +54,10 @@ KNOTS = (0.0, 0.3, 0.2, 0.5)
 between them, where the search begins. They are the mean of twelve searches for `fashion`, at budgets of 1.6 to 10
 evaluations."""
 
+GUIDED_KNOTS = (0.0, 0.0, -0.5, -1.0)
+"""`KNOTS` where the best level has guidance: what a guided image shows is decided early. They are the best of nine for
+`garments` at 10 evaluations, and nearly so at 5."""
+
 KNOT_STEP = 0.5
 """Change of a knot that the search tries, up and down."""
 
@@ -59,6 +65,10 @@ BEGINNINGS = (0.0, 0.15, 0.25, 0.33, 0.4, 0.5)
 """Candidates for the first call of the levels above the first, as a share of the path. Where a schedule begins at pure
 noise, earlier states have hardly any signal, and the Gaussian level is accurate. The less error the later calls leave,
 the more its remaining error counts."""
+
+GUIDED_BEGIN = 0.15
+"""First call where the search begins if the best level has guidance, below which a middle rung alone is called. For
+`garments`, it is better than 0 and .4 with every middle rung."""
 
 BETWEEN = (3, 2, 5)
 """Candidates for the number of calls of the middle rung per call of the best level, in the order of trial. For a level
@@ -168,14 +178,14 @@ class Segment:
 class Fit:
     """Fitted weights of the levels `rungs`, which fire where `fire`, bool (R, N), is set.
 
-    `error` is the mean squared error per value on the fitting samples; infinite if it is NaN. `closed` says whether the
-    first rung is taken in closed form, with weight 1.
+    `distance` is the mean over the fitting samples of the root mean square error per value; infinite if it is NaN.
+    `closed` says whether the first rung is taken in closed form, with weight 1.
     """
 
     rungs: tuple[int, ...]
     fire: np.ndarray
     segments: tuple[Segment, ...]
-    error: float
+    distance: float
     closed: bool
 
     def plan(self) -> Plan:
@@ -196,38 +206,35 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
     return max(block, min(most, states // block * block))
 
 
-def first_rungs(ladder: Ladder) -> tuple[bool, ...]:
-    """Whether level 1 is the first rung in closed form, in the plans of the ODE that are tried."""
-    if base_of(ladder, "ode", "extrapolated") != "closed":
-        return (False,)
-    return (True, False) if ladder.levels[-1].guidance.directed else (True,)
+def takes_gaussian(ladder: Ladder) -> bool:
+    """Whether fitted plans take level 1 in closed form."""
+    return base_of(ladder, "ode", "extrapolated") == "closed" and not ladder.levels[-1].guidance.directed
 
 
-def starts(cost: LevelCosts, closed: Sequence[bool], nfe: float) -> list[list[Times]]:
-    """Candidate times that a budget pays for: a list for each choice of rungs, with one for each value of `between`.
+def starts(ladder: Ladder, cost: LevelCosts, nfe: float) -> dict[int, list[Times]]:
+    """Candidate times that a budget pays for, by the level of the middle rung; one for each value of `between`.
 
-    `closed` is as from `first_rungs`.
+    `cost` is that of the levels in seconds per sample.
 
     Raises:
         UsageError: if the budget is below the cost of one call of the best level.
     """
-    by_rungs = []
-    best = len(cost)
-    # Without level 1 in closed form, it is a level like the others, unless it is a Gaussian.
-    lowest = 1 + any(closed)
-    for first, middle in product(closed, (0, *range(lowest, best))):
-        times = []
+    by_number: dict[int, list[Times]] = {}
+    best, closed = len(cost), takes_gaussian(ladder)
+    directed = ladder.levels[-1].guidance.directed
+    for middle in (0, *range(1 + (ladder.levels[0].kind == "gaussian"), best)):
         free = middle and cost.of({middle, best}) <= (1 + 1e-9) * cost.alone[-1]
         for between in (1, *BETWEEN) if free else BETWEEN if middle else (1,):
-            if calls := affordable_calls(cost, first, nfe, middle, between):
-                # Where the first rung is called as often as the best level, both are called at the same steps.
-                begin = Times.begin if first or between > 1 else 0.0
-                times.append(Times(middle, calls, between, begin, first))
-        if times:
-            by_rungs.append(times)
-    if not by_rungs:
+            if calls := affordable_calls(cost, closed, nfe, middle, between):
+                begin = GUIDED_BEGIN if directed else Times.begin
+                if not closed and between == 1:
+                    # The first rung is called as often as the best level: both are called at the same steps.
+                    begin = 0.0
+                knots = GUIDED_KNOTS if directed else KNOTS
+                by_number.setdefault(middle, []).append(Times(middle, calls, between, begin, closed, knots))
+    if not by_number:
         raise UsageError(f"`nfe` {nfe:g} is below the cost of one call of the best level; raise `nfe`")
-    return by_rungs
+    return by_number
 
 
 def affordable_calls(cost: LevelCosts, closed: bool, nfe: float, middle: int, between: int) -> int:
@@ -251,7 +258,7 @@ class Fitter:
     blocks.
 
     Attributes:
-        closed: whether level 1 is the first rung in closed form, in the plans that are tried, as from `first_rungs`.
+        closed: whether level 1 is taken in closed form.
     """
 
     def __init__(self, comparison: PlanComparison) -> None:
@@ -261,16 +268,17 @@ class Fitter:
         self.log_snr = comparison.ladder.process.grid(len(self.table)).finite_log_snr
         self.cost = comparison.ladder.costs(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
-        self.closed = first_rungs(comparison.ladder)
-        size = math.prod(comparison.ladder.sample_shape)
-        drift = no_drift(len(self.table), size, comparison.device)
-        classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
-        mean = torch.zeros(comparison.block, size, device=comparison.device)
-        self.forms = {False: [ClosedForm(drift, self.table, classes, mean)] * len(self.blocks)}
-        if any(self.closed):
-            self.forms[True] = [comparison.closed_form(block, self.table) for block in self.blocks]
+        self.closed = takes_gaussian(comparison.ladder)
+        if self.closed:
+            self.forms = [comparison.closed_form(block, self.table) for block in self.blocks]
+        else:
+            size = math.prod(comparison.ladder.sample_shape)
+            drift = no_drift(len(self.table), size, comparison.device)
+            classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
+            mean = torch.zeros(comparison.block, size, device=comparison.device)
+            self.forms = [ClosedForm(drift, self.table, classes, mean)] * len(self.blocks)
         self.pool = ThreadPoolExecutor(comparison.threads)
-        self._errors: dict[Times, float] = {}
+        self._distances: dict[Times, float] = {}
 
     @cached_property
     def path(self) -> Tensor:
@@ -282,7 +290,7 @@ class Fitter:
         best, steps = len(self.cost), len(self.table)
         plan = single_level(best, best, steps)
         if steps > PATH_CALLS:
-            times = Times(0, PATH_CALLS, 1, 0.0, self.closed[-1])
+            times = Times(0, PATH_CALLS, 1, 0.0, self.closed)
             plan = on_levels(extrapolated(times.fire(self.log_snr), self.log_snr), times.rungs(best))
 
         positions = torch.empty(
@@ -303,7 +311,7 @@ class Fitter:
         return slice(block * self.comparison.block, (block + 1) * self.comparison.block)
 
     def search(self, nfe: float, progress: ReportProgress = lambda done, total: None) -> Fit:
-        """Fit of least error among the candidate times, for a budget of `nfe` evaluations of the best level.
+        """Fit of least distance among the candidate times, for a budget of `nfe` evaluations of the best level.
 
         The search chooses the middle rung first, then the number of its calls, then the first call, then the density
         of calls after it. `progress` is called with the number of fitted plans and the largest number that the search
@@ -317,14 +325,14 @@ class Fitter:
         def report() -> None:
             progress(next(done), total)
 
-        best = self._best([times[0] for times in starts], report)
-        best = self._beginning(self._best(next(times for times in starts if times[0] == best), report), report)
+        best = self._best([times[0] for times in starts.values()], report)
+        best = self._beginning(self._best(starts[best.middle], report), report)
         if nfe > LARGEST:
-            calls = affordable_calls(self.cost, best.closed, nfe, best.middle, best.between)
+            calls = affordable_calls(self.cost, self.closed, nfe, best.middle, best.between)
             best = self._beginning(replace(best, calls=calls), report)
         fit = self._fit_times(self._density(best, report), self.blocks)
         progress(total, total)
-        if fit.error == math.inf:
+        if fit.distance == math.inf:
             raise UsageError(f"`nfe` {nfe:g}: no fitted plan ends in finite numbers on this ladder; raise `nfe`")
         return fit
 
@@ -334,7 +342,7 @@ class Fitter:
         return starts + (1 + (nfe > LARGEST)) * len(BEGINNINGS) + 2 * (len(KNOTS) - 1)
 
     def _density(self, times: Times, report: Callable[[], None]) -> Times:
-        """Times, from `times`, with each knot but the first moved to where there is less error, one after the other."""
+        """Times, from `times`, with each knot but the first moved to less distance, one after the other."""
         for knot in range(1, len(KNOTS)):
             steps = ([change * (k == knot) for k in range(len(KNOTS))] for change in (0.0, KNOT_STEP, -KNOT_STEP))
             moved = [tuple(np.add(times.knots, step).tolist()) for step in steps]
@@ -342,7 +350,7 @@ class Fitter:
         return times
 
     def _beginning(self, times: Times, report: Callable[[], None]) -> Times:
-        """Times, searched from `times`, whose `begin` gives less error than both of its neighbours in `BEGINNINGS`."""
+        """Times, searched from `times`, whose distance is less than with both neighbours of `begin` in `BEGINNINGS`."""
         if len(times.rungs(len(self.cost))) == 1:
             return times
         at = BEGINNINGS.index(times.begin)
@@ -350,28 +358,28 @@ class Fitter:
         return best if best == times else self._beginning(best, report)
 
     def _best(self, candidates: Sequence[Times], report: Callable[[], None]) -> Times:
-        """Times whose fit to half of the blocks has the least error."""
+        """Times whose fit to half of the blocks has the least distance."""
         # Compute the path once, before the parallel fits: since Python 3.12, cached_property takes no lock.
         _ = self.path
         half = self.blocks[: -(-len(self.blocks) // 2)]
 
-        def error(times: Times) -> float:
-            return self._fit_times(times, half).error
+        def distance(times: Times) -> float:
+            return self._fit_times(times, half).distance
 
         # Fit only new times: the searches for all budgets above `LARGEST` begin with the same ones.
-        new = [times for times in candidates if times not in self._errors]
+        new = [times for times in candidates if times not in self._distances]
         with ThreadPoolExecutor(max(1, len(new))) as pool:
-            for times, mean_error in zip(new, pool.map(error, new), strict=True):
-                self._errors[times] = mean_error
+            for times, of_fit in zip(new, pool.map(distance, new), strict=True):
+                self._distances[times] = of_fit
                 report()
-        return min(candidates, key=self._errors.__getitem__)
+        return min(candidates, key=self._distances.__getitem__)
 
     def _fit_times(self, times: Times, blocks: range) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
-    def starts(self, nfe: float) -> list[list[Times]]:
+    def starts(self, nfe: float) -> dict[int, list[Times]]:
         """Candidate times that a budget pays for, as in `starts`."""
-        return starts(self.cost, self.closed, nfe)
+        return starts(self.comparison.ladder, self.cost, nfe)
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
         """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.
@@ -379,33 +387,32 @@ class Fitter:
         Before the first evaluation, a Gaussian level acts alone. The plan is fitted to `blocks`, by default all
         blocks of the comparison.
         """
-        closed = any(self.closed) and rungs[0] == 1
-        samples = [Block(self, rungs, closed, block) for block in blocks or self.blocks]
+        samples = [Block(self, rungs, block) for block in blocks or self.blocks]
         segments = []
-        first = int(closed)
+        first = int(self.closed)
         fires = np.flatnonzero(fire[first:].any(0)).tolist()
         self._each(samples, partial(Block.begin, at=fires[0]))
         for start, stop in pairwise([*fires, fire.shape[1]]):
             firing = [r for r in range(first, len(rungs)) if fire[r, start]]
             self._each(samples, partial(Block.evaluate, at=start, firing=firing))
-            choices = tuple(self._choices(fire, first, start, stop))
+            choices = tuple(self._choices(fire, start, stop))
             normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
             squares, products = (np.mean([sums[i] for sums in normal], 0) / samples[0].x.numel() for i in (0, 1))
             segments.append(Segment(start, stop, firing, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
-        error = float(np.mean([float((block.x - block.path[-1]).square().mean()) for block in samples]))
-        return Fit(rungs, fire, tuple(segments), error if math.isfinite(error) else math.inf, closed)
+        distance = float(torch.cat([distances(block.x - block.path[-1]) for block in samples]).double().mean())
+        return Fit(rungs, fire, tuple(segments), distance if math.isfinite(distance) else math.inf, self.closed)
 
     def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:
         return list(self.pool.map(torch.inference_mode()(run), samples))
 
-    def _choices(self, fire: np.ndarray, first: int, start: int, stop: int) -> Iterator[Choice]:
-        """Shapes whose linear combination is the weights of the rungs from `first` on, in steps start ... stop - 1.
+    def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[Choice]:
+        """Shapes whose linear combination is the weights of steps start ... stop - 1.
 
         Each of the two values of a rung has a constant and the line of extrapolation. If the rung fires at `start`, it
         also has a single step as long as the gap before `start`, which corrects the rung's contribution over that gap.
         """
-        for rung in range(first, len(fire)):
+        for rung in range(int(self.closed), len(fire)):
             *_, before, last = [-1, -1, *np.flatnonzero(fire[rung, : start + 1]).tolist()]
             if last < 0:
                 continue
@@ -425,6 +432,11 @@ class Fitter:
                 yield Choice(rung, 1, single_step, 0.0)
 
 
+def distances(error: Tensor) -> Tensor:
+    """Root mean square per value of each sample's error (B, ...), float32 (B,)."""
+    return error.flatten(1).square().mean(1).sqrt()
+
+
 def _solve(squares: np.ndarray, products: np.ndarray, choices: Sequence[Choice]) -> np.ndarray:
     """Factors of least squared error, with a ridge penalty on their distance from the priors."""
     prior = np.array([choice.prior for choice in choices])
@@ -440,15 +452,15 @@ def ridge(squares: np.ndarray) -> np.ndarray:
 class Block:
     """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung not in closed form."""
 
-    def __init__(self, fitter: Fitter, rungs: tuple[int, ...], closed: bool, block: int) -> None:
+    def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
         comparison = fitter.comparison
         self.levels: Mapping[int, Drift] = comparison.levels
         self.table, self.condition = comparison.fine, comparison.condition(block)
-        self.form, self.rungs = fitter.forms[closed][block], rungs
+        self.form, self.rungs = fitter.forms[block], rungs
         self.path = fitter.path[:, fitter.rows(block)]
         self.x: Tensor = self.path[0]
         self.at = 0
-        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(closed), len(rungs))}
+        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(fitter.closed), len(rungs))}
 
     def begin(self, at: int) -> None:
         """Advance to the first evaluation, at step `at`, by a Gaussian level alone."""

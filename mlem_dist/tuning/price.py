@@ -39,11 +39,11 @@ def reference_steps(ladder: Ladder, solver: str, device: str, progress: ReportSt
     return candidates[-1]
 
 
-def fit_evaluations(choices: int, steps: int, budgets: Sequence[float], samples: int) -> float:
+def fit_evaluations(levels: int, steps: int, budgets: Sequence[float], samples: int) -> float:
     """Evaluations of the best level that fits for some budgets take, at most.
 
     Args:
-        choices: number of choices of rungs, as in `starts`, at most.
+        levels: number of levels of the ladder.
         steps: number of base steps.
         budgets: evaluations of the best level per image.
         samples: number of fitting samples.
@@ -51,7 +51,7 @@ def fit_evaluations(choices: int, steps: int, budgets: Sequence[float], samples:
     total = float(samples * min(steps, PATH_CALLS))
     for nfe in budgets:
         # Candidates are fitted to half of the samples. Above `LARGEST`, those for the rungs have that budget.
-        first = choices + len(BETWEEN) + len(BEGINNINGS)
+        first = levels + len(BETWEEN) + len(BEGINNINGS)
         second = (len(BEGINNINGS) if nfe > LARGEST else 0) + 2 * (len(KNOTS) - 1)
         total += samples / 2 * (first * min(nfe, LARGEST) + second * nfe) + samples * nfe
         if nfe <= LARGEST:

@@ -1,13 +1,14 @@
-"""Refinement of fitted weights from end to end, by Gauss-Newton on the error of the final samples.
+"""Refinement of fitted weights from end to end, by Gauss-Newton on the distance of the final samples.
 
 The fit solves one segment after the other. It ignores that a segment's weights also change the states at which later
-values are evaluated. The refinement moves all factors theta of a fit together. Let e(theta) = x_N(theta) - x*_N, where
-x*_N is the final sample of the best level, and let J be the derivative of e. A step solves
+values are evaluated. The refinement moves all factors theta of a fit together. Let e(theta) = x_N(theta) - x*_N be the
+error of a sample, where x*_N is its final state by the best level, rho the root mean square of e, and J the derivative
+of e. A step towards the least mean of rho solves, with means over samples and values,
 
-    (J^T J + DAMPING S) step = -J^T e ,
+    (mean J^T J / rho + DAMPING S / mean rho) step = -mean J^T e / rho ,
 
-where S holds the squares of each segment of the fit. One forward and two backward passes over a sample give J^T e and
-J^T v for a vector v of random signs, and E[(J^T v) (J^T v)^T] = J^T J.
+where S holds the squares of each segment of the fit (iteratively reweighted least squares). One forward and two
+backward passes over a sample give J^T e and J^T v for a vector v of random signs, and E[(J^T v) (J^T v)^T] = J^T J.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from mlem_dist.solver.condition import Condition
 from mlem_dist.solver.integrate import Drift, Known
 from mlem_dist.solver.plan import Plan
-from mlem_dist.tuning.least_squares import LARGEST, Block, Fit, Fitter, ridge
+from mlem_dist.tuning.least_squares import LARGEST, Block, Fit, Fitter, distances, ridge
 from mlem_dist.tuning.reporting import ReportProgress
 
 PASSES = 2
@@ -49,7 +50,7 @@ def fitted_plan(fitter: Fitter, nfe: float, progress: ReportProgress, refining: 
 
 
 def refine(fitter: Fitter, fit: Fit, progress: ReportProgress = lambda done, total: None) -> Fit:
-    """Fit with its factors moved to less error on all of the fitter's samples; never a worse fit.
+    """Fit with its factors moved to less distance on all of the fitter's samples; never a worse fit.
 
     For one block per thread of the comparison, holds the states of the block and the activations of one evaluation.
     `progress` is called with the number of passes done and their total number.
@@ -61,24 +62,24 @@ def refine(fitter: Fitter, fit: Fit, progress: ReportProgress = lambda done, tot
     for done in range(PASSES):
         progress(done, PASSES)
         parts = list(fitter.pool.map(partial(derivatives, fitter, fit, candidate, done), fitter.blocks))
-        error, gradient, squares = (np.mean(of_blocks, 0) for of_blocks in zip(*parts, strict=True))
-        if error < least:
-            best, least = candidate, float(error)
+        distance, gradient, squares = (np.mean(of_blocks, 0) for of_blocks in zip(*parts, strict=True))
+        if distance < least:
+            best, least = candidate, float(distance)
             curvature, weight = MEMORY * curvature + squares, MEMORY * weight + 1
-            step = -np.linalg.solve(curvature / weight + DAMPING * metric, gradient)
+            step = -np.linalg.solve(curvature / weight + DAMPING * metric / distance, gradient)
         else:
             step = step / 2
         candidate = best + step
-    error = float(np.mean(list(fitter.pool.map(partial(_error, fitter, fit, candidate), fitter.blocks))))
+    distance = float(np.mean(list(fitter.pool.map(partial(_distance, fitter, fit, candidate), fitter.blocks))))
     progress(PASSES, PASSES)
-    return with_factors(fit, *((candidate, error) if error < least else (best, least)))
+    return with_factors(fit, *((candidate, distance) if distance < least else (best, least)))
 
 
-def with_factors(fit: Fit, factors: np.ndarray, error: float) -> Fit:
-    """Fit with other factors and their error; the factors, float64 (P,), are those of all segments in order."""
+def with_factors(fit: Fit, factors: np.ndarray, distance: float) -> Fit:
+    """Fit with other factors and their distance; the factors, float64 (P,), are those of all segments in order."""
     parts = np.split(factors, np.cumsum(_sizes(fit))[:-1])
     segments = [replace(segment, factors=part) for segment, part in zip(fit.segments, parts, strict=True)]
-    return replace(fit, segments=tuple(segments), error=error)
+    return replace(fit, segments=tuple(segments), distance=distance)
 
 
 def _sizes(fit: Fit) -> list[int]:
@@ -88,26 +89,29 @@ def _sizes(fit: Fit) -> list[int]:
 def derivatives(
     fitter: Fitter, fit: Fit, factors: np.ndarray, seed: int, block: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Error, J^T e (P,) and an estimate of J^T J (P, P) of a block at float64 (P,) factors, as means per value."""
-    state = Block(fitter, fit.rungs, fit.closed, block)
+    """Distance, J^T e / rho (P,) and an estimate of J^T J / rho (P, P) of a block at float64 (P,) factors, as means."""
+    state = Block(fitter, fit.rungs, block)
     # Each sample has its own copy of the factors, so that one backward pass gives one row per sample.
     sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
     end = _end(state, fit, sample_factors.requires_grad_())
-    residual = (end - state.path[-1]).detach()
+    error = (end - state.path[-1]).detach()
+    distance = distances(error)
+    # A sample without error has no direction.
+    weight = 1 / distance.clamp(min=torch.finfo(distance.dtype).eps).view(-1, *[1] * (error.ndim - 1))
     generator = torch.Generator().manual_seed(seed * len(fitter.blocks) + block)
-    probe = (torch.randint(2, residual.shape, generator=generator) * 2.0 - 1).to(residual.device)
-    (error_gradient,) = torch.autograd.grad(end, sample_factors, residual, retain_graph=True)
-    (probe_gradient,) = torch.autograd.grad(end, sample_factors, probe)
+    probe = (torch.randint(2, error.shape, generator=generator) * 2.0 - 1).to(error.device)
+    (error_gradient,) = torch.autograd.grad(end, sample_factors, weight * error, retain_graph=True)
+    (probe_gradient,) = torch.autograd.grad(end, sample_factors, weight.sqrt() * probe)
     rows = probe_gradient.double()
-    gradient, squares = error_gradient.double().sum(0) / residual.numel(), rows.T @ rows / residual.numel()
-    return float(residual.square().mean()), gradient.cpu().numpy(), squares.cpu().numpy()
+    gradient, squares = error_gradient.double().sum(0) / error.numel(), rows.T @ rows / error.numel()
+    return float(distance.mean()), gradient.cpu().numpy(), squares.cpu().numpy()
 
 
 @torch.inference_mode()
-def _error(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
-    state = Block(fitter, fit.rungs, fit.closed, block)
+def _distance(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
+    state = Block(fitter, fit.rungs, block)
     sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1)
-    return float((_end(state, fit, sample_factors) - state.path[-1]).square().mean())
+    return float(distances(_end(state, fit, sample_factors) - state.path[-1]).mean())
 
 
 def _end(state: Block, fit: Fit, factors: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from mlem_dist.tuning.evolution import (
     optimise,
 )
 from mlem_dist.tuning.frontier import Frontier, Row
-from mlem_dist.tuning.least_squares import Fitter, first_rungs, fitting_samples, starts
+from mlem_dist.tuning.least_squares import Fitter, fitting_samples, starts
 from mlem_dist.tuning.price import DERIVATIVE, STEPS, fit_evaluations
 from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, base_of, calibrated, make_recipe
 from mlem_dist.tuning.refinement import fitted_plan
@@ -66,8 +66,7 @@ def evaluations(ladder: Ladder, solver: str, device: str, steps: int, budgets: S
     tests = TEST_SAMPLES * (steps + (len(FAMILIES) + 1) * spent)
     if fits(ladder, solver):
         searched = [nfe for nfe in budgets if nfe < steps]
-        choices = len(ladder.levels) * len(first_rungs(ladder))
-        return tests + TEST_SAMPLES * spent + fit_evaluations(choices, steps, searched, samples)
+        return tests + TEST_SAMPLES * spent + fit_evaluations(len(ladder.levels), steps, searched, samples)
     total = tests + 2 * TEST_SAMPLES * spent + SELECTION_SAMPLES * (steps + (DRAWS + 2) * spent)
     if calibrated(ladder):
         alone = ladder.costs(device).alone
@@ -203,7 +202,7 @@ def check_budgets(ladder: Ladder, solver: str, device: str, budgets: Sequence[fl
     for nfe in budgets:
         _recipes(ladder, cost, solver, min(STEPS[0], ladder.process.length), nfe)
         if fits(ladder, solver):
-            starts(cost, first_rungs(ladder), nfe)
+            starts(ladder, cost, nfe)
 
 
 def _recipes(ladder: Ladder, cost: LevelCosts, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
