@@ -39,9 +39,9 @@ def make_recipe(
 
     None selects a default. Increments are held for the SDE and extrapolated for the ODE, and all blocks have one plan,
     unless increments are impulses. Probabilities are Neyman's if the ladder is calibrated, with the choice of rungs
-    whose coins add the least error at this budget. If it is not, or if its first level is held, the ODE spends the
-    budget on the best level, evenly, above the Gaussian if there is one and the best level has no guidance, which is
-    better from 5 evaluations on (docs/frontier.md). Else probabilities are the theory's.
+    whose coins add the least error at this budget. If it is not, if its first level is held, or if its best level has
+    guidance, the ODE spends the budget on the best level, evenly, above the Gaussian if there is one and the best level
+    has no guidance, which is better from 5 evaluations on (docs/frontier.md). Else probabilities are the theory's.
     Those that are asked for, except Neyman's, take every level.
 
     Raises:
@@ -60,8 +60,9 @@ def make_recipe(
     base = base_of(ladder, solver, kind)
     rungs: tuple[int, ...] | None
     smooth = solver != "sde" and kind != "impulse"
-    if probabilities is None and smooth and (base == "held" or not calibrated(ladder)):
-        if ladder.levels[-1].guidance.directed:
+    directed = ladder.levels[-1].guidance.directed
+    if probabilities is None and smooth and (base == "held" or directed or not calibrated(ladder)):
+        if directed:
             # A Gaussian of the data is far from guided images.
             base = "held"
         best = len(ladder.levels)

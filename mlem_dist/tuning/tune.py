@@ -17,7 +17,7 @@ from mlem_dist.files import file_digest
 from mlem_dist.ladder.calibration import NAME
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.costs import LevelCosts
-from mlem_dist.solver.plan import Plan, Recipe, single_level, write_plan
+from mlem_dist.solver.plan import Plan, Recipe, block_rng, single_level, write_plan
 from mlem_dist.tuning.comparison import PlanComparison, block_size
 from mlem_dist.tuning.evolution import (
     MODEL_SAMPLES,
@@ -66,7 +66,8 @@ def evaluations(ladder: Ladder, solver: str, device: str, steps: int, budgets: S
     tests = TEST_SAMPLES * (steps + (len(FAMILIES) + 1) * spent)
     if fits(ladder, solver):
         searched = [nfe for nfe in budgets if nfe < steps]
-        return tests + TEST_SAMPLES * spent + fit_evaluations(len(ladder.levels), steps, searched, samples)
+        chosen = TEST_SAMPLES * spent + SELECTION_SAMPLES * (steps + 2 * spent)
+        return tests + chosen + fit_evaluations(len(ladder.levels), steps, searched, samples)
     total = tests + 2 * TEST_SAMPLES * spent + SELECTION_SAMPLES * (steps + (DRAWS + 2) * spent)
     if calibrated(ladder):
         alone = ladder.costs(device).alone
@@ -136,10 +137,11 @@ def tune(
 ) -> Iterator[Row]:
     """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
-    For the ODE, the plan of a budget is the fitted one. For the SDE, it is the memorised one, or the optimised one if
-    the ladder is calibrated and that plan is better on the selection noises. The memorised plan is the best of 15 draws
-    from the better recipe, with held or with extrapolated increments. A budget that pays for the best level at every
-    step is spent on that. Rows hold the error on the test noises.
+    For the ODE, the plan of a budget is the fitted one, or the default without tuning if that is nearer to the best level
+    on the selection noises. For the SDE, it is the memorised one, or the optimised one if the ladder is calibrated and
+    that plan is better on the selection noises. The memorised plan is the best of 15 draws from the better recipe, with
+    held or with extrapolated increments. A budget that pays for the best level at every step is spent on that. Rows
+    hold the error on the test noises.
 
     Args:
         ladder: the ladder.
@@ -233,12 +235,18 @@ def plan_searches(
         return partial(progress, f"{nfe:g} NFE, {stage}")
 
     if fits(ladder, solver):
-        # Fitted plans only: no drawn plan comes near them, and the errors of a few selection samples would choose
-        # between fitted and drawn plans only by chance.
         fitter = Fitter(PlanComparison(ladder, solver, device, steps, samples, FITTING_SEED, threads=threads))
         for nfe in recipes:
             fitter.starts(nfe)
-        return {FITTED: lambda nfe: fitted_plan(fitter, nfe, report(nfe, "fits"), report(nfe, "refinement"))}
+
+        def nearest(nfe: float) -> Plan:
+            fitted = fitted_plan(fitter, nfe, report(nfe, "fits"), report(nfe, "refinement"))
+            recipe = make_recipe(ladder, ladder.costs(device), solver, steps, nfe)
+            untuned = recipe.plan(block_rng(SELECTION_SEED, 0))
+            # Mean distances, as for the fit: squares of a few samples would choose by chance.
+            return [fitted, untuned][_least(np.sqrt(selection.errors([fitted, untuned])).mean(1))]
+
+        return {FITTED: nearest}
     cost = ladder.costs(device)
     search = {MEMORISED: lambda nfe: best_draw(selection, recipes[nfe], cost, report(nfe, "draws"))}
     if calibrated(ladder):

@@ -55,18 +55,22 @@ def test_without_a_gaussian_an_untuned_budget_of_the_ode_is_the_best_levels(two_
 
 
 @pytest.mark.parametrize("solver", ["ode", "dpm++"])
-def test_an_uncalibrated_budget_of_the_ode_is_the_best_levels_above_the_gaussian(fashion, part_of, tmp_path, solver):
+def test_an_uncalibrated_budget_of_the_ode_is_the_best_levels_above_the_gaussian(
+    fashion, part_of, tmp_path, solver, monkeypatch
+):
     ladder = Ladder.load(part_of(fashion, (1, 2, 6), tmp_path / "ladder"))
     plan = make_recipe(ladder, ladder.costs("cpu"), solver, 100, 10).plan(np.random.default_rng(0))
     base, middle, best = plan.calls.sum(1)
     assert base >= best
     assert middle == 0
     assert best == pytest.approx(10, abs=1)
-    # Of a ladder whose best level is guided, it is the best level's alone.
+    # Of a ladder whose best level is guided, it is the best level's alone, even if the ladder is calibrated.
     guided = replace(ladder.levels[-1], guidance=Guidance(3.0))
     ladder = replace(ladder, levels=(*ladder.levels[:-1], guided))
-    plan = make_recipe(ladder, ladder.cost("cpu"), solver, 100, 10).plan(np.random.default_rng(0))
-    assert plan.calls.sum(1).tolist() == [0, 0, 10]
+    for known in (True, False):
+        monkeypatch.setattr("mlem_dist.tuning.recipes.calibrated", lambda ladder, known=known: known)
+        plan = make_recipe(ladder, ladder.cost("cpu"), solver, 100, 10).plan(np.random.default_rng(0))
+        assert plan.calls.sum(1).tolist() == [0, 0, 10]
     # Increments that are unbiased over plans are those of all levels.
     impulses = make_recipe(ladder, ladder.cost("cpu"), solver, 100, 10, increments="impulse")
     assert impulses.probabilities.shape == (3, 100)

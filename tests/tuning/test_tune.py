@@ -13,10 +13,11 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import image_noise
-from mlem_dist.solver.plan import Plan, read_plan, single_level
+from mlem_dist.solver.plan import Plan, held, plan_to_dict, read_plan, single_level
 from mlem_dist.solver.steps import solver_table
 from mlem_dist.tuning.comparison import BLOCK, PlanComparison, set_seed
 from mlem_dist.tuning.frontier import Row, lower_envelope
+from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tune import TEST_SAMPLES, TEST_SEED, best_plan, open_frontier
 from mlem_dist.tuning.tuned_plans import tuned_budgets, tuned_plan
 
@@ -94,6 +95,16 @@ def test_the_best_one_of_the_plans_that_are_searched_for_is_kept(calibrated, sol
     plan = read_plan(calibrated / f"plan-{solver}-6.json", ladder.digest, 2, solver, 40)
     plan_errors = PlanComparison(ladder, solver, "cpu", 40, TEST_SAMPLES, TEST_SEED).measure(plan).errors
     assert any(np.allclose(plan_errors, errors[family], rtol=1e-2) for family in searched)
+
+
+def test_a_fitted_plan_that_is_worse_than_the_default_is_not_written(small, tmp_path, monkeypatch):
+    ladder = Ladder.load(small)
+    default = make_recipe(ladder, ladder.costs("cpu"), "ode", 20, 4).plan(np.random.default_rng(0))
+    first = held(np.arange(20)[None] == [[0], [0]])
+    monkeypatch.setattr("mlem_dist.tuning.tune.fitted_plan", lambda *arguments: first)
+    api.tune(small, out=tmp_path / "out", nfe=(4,), steps=20, device="cpu")
+    written = read_plan(tmp_path / "out/plan-ode-4.json", ladder.digest, 2, "ode", 20)
+    assert plan_to_dict(written, "", "") == plan_to_dict(default, "", "")
 
 
 def test_the_bundled_plans_err_the_less_the_more_they_may_spend(fashion):
