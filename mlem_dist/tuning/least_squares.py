@@ -11,7 +11,7 @@ of later segments; `mlem_dist.tuning.refinement` takes this into account.
 
 A first level that is no Gaussian is held like the others: its values have fitted weights, too, and between two
 evaluations x is carried by the factors of the steps alone. It is called over the whole path. Where the best level has
-guidance, plans leave a Gaussian level out: a Gaussian of the data is far from guided images.
+guidance, a Gaussian level is left out if plans without it are better: a Gaussian of the data is far from guided images.
 
 Fitted plans are biased: one plan serves all images, and its error at a budget is the same each time. Along the noisy
 path of the SDE, the fit does not generalise to other noises, because the error that a segment corrects there is random.
@@ -206,21 +206,23 @@ def fitting_samples(shape: Sequence[int], steps: int, most: int, block: int) -> 
     return max(block, min(most, states // block * block))
 
 
-def takes_gaussian(ladder: Ladder) -> bool:
-    """Whether fitted plans take level 1 in closed form."""
-    return base_of(ladder, "ode", "extrapolated") == "closed" and not ladder.levels[-1].guidance.directed
+def bases(ladder: Ladder) -> tuple[bool, ...]:
+    """Whether level 1 is taken in closed form, for each kind of plan that is tried."""
+    if base_of(ladder, "ode", "extrapolated") != "closed":
+        return (False,)
+    return (True, False) if ladder.levels[-1].guidance.directed else (True,)
 
 
-def starts(ladder: Ladder, cost: LevelCosts, nfe: float) -> dict[int, list[Times]]:
+def starts(ladder: Ladder, cost: LevelCosts, closed: bool, nfe: float) -> dict[int, list[Times]]:
     """Candidate times that a budget pays for, by the level of the middle rung; one for each value of `between`.
 
-    `cost` is that of the levels in seconds per sample.
+    `cost` is that of the levels in seconds per sample; `closed` says whether level 1 is taken in closed form.
 
     Raises:
         UsageError: if the budget is below the cost of one call of the best level.
     """
     by_number: dict[int, list[Times]] = {}
-    best, closed = len(cost), takes_gaussian(ladder)
+    best = len(cost)
     directed = ladder.levels[-1].guidance.directed
     for middle in (0, *range(1 + (ladder.levels[0].kind == "gaussian"), best)):
         free = middle and cost.of({middle, best}) <= (1 + 1e-9) * cost.alone[-1]
@@ -258,7 +260,7 @@ class Fitter:
     blocks.
 
     Attributes:
-        closed: whether level 1 is taken in closed form.
+        bases: whether level 1 is taken in closed form, for each kind of plan that is tried.
     """
 
     def __init__(self, comparison: PlanComparison) -> None:
@@ -268,17 +270,19 @@ class Fitter:
         self.log_snr = comparison.ladder.process.grid(len(self.table)).finite_log_snr
         self.cost = comparison.ladder.costs(comparison.device)
         self.blocks = range(comparison.samples // comparison.block)
-        self.closed = takes_gaussian(comparison.ladder)
-        if self.closed:
-            self.forms = [comparison.closed_form(block, self.table) for block in self.blocks]
-        else:
-            size = math.prod(comparison.ladder.sample_shape)
-            drift = no_drift(len(self.table), size, comparison.device)
-            classes = torch.zeros(comparison.block, dtype=torch.int64, device=comparison.device)
-            mean = torch.zeros(comparison.block, size, device=comparison.device)
-            self.forms = [ClosedForm(drift, self.table, classes, mean)] * len(self.blocks)
+        self.bases = bases(comparison.ladder)
+        self.forms = {closed: self._forms(closed) for closed in self.bases}
         self.pool = ThreadPoolExecutor(comparison.threads)
         self._distances: dict[Times, float] = {}
+
+    def _forms(self, closed: bool) -> list[ClosedForm]:
+        """The closed form of level 1, or that of no drift at all, for each block."""
+        if closed:
+            return [self.comparison.closed_form(block, self.table) for block in self.blocks]
+        size, device = math.prod(self.comparison.ladder.sample_shape), self.comparison.device
+        classes = torch.zeros(self.comparison.block, dtype=torch.int64, device=device)
+        mean = torch.zeros(self.comparison.block, size, device=device)
+        return [ClosedForm(no_drift(len(self.table), size, device), self.table, classes, mean)] * len(self.blocks)
 
     @cached_property
     def path(self) -> Tensor:
@@ -290,7 +294,7 @@ class Fitter:
         best, steps = len(self.cost), len(self.table)
         plan = single_level(best, best, steps)
         if steps > PATH_CALLS:
-            times = Times(0, PATH_CALLS, 1, 0.0, self.closed)
+            times = Times(0, PATH_CALLS, 1, 0.0, self.bases[-1])
             plan = on_levels(extrapolated(times.fire(self.log_snr), self.log_snr), times.rungs(best))
 
         positions = torch.empty(
@@ -320,15 +324,18 @@ class Fitter:
         Raises:
             UsageError: if the budget is below the cost of one call of the best level, or no fit ends in finite numbers.
         """
-        starts, total, done = self.starts(min(nfe, LARGEST)), self.most_fits(nfe), count(1)
+        by_base, total, done = self.starts(min(nfe, LARGEST)), self.most_fits(nfe), count(1)
 
         def report() -> None:
             progress(next(done), total)
 
+        # Of the best level alone, which is the first entry.
+        base = self._best([starts[0][0] for starts in by_base], report)
+        starts = next(starts for starts in by_base if starts[0][0] == base)
         best = self._best([times[0] for times in starts.values()], report)
         best = self._beginning(self._best(starts[best.middle], report), report)
         if nfe > LARGEST:
-            calls = affordable_calls(self.cost, self.closed, nfe, best.middle, best.between)
+            calls = affordable_calls(self.cost, best.closed, nfe, best.middle, best.between)
             best = self._beginning(replace(best, calls=calls), report)
         fit = self._fit_times(self._density(best, report), self.blocks)
         progress(total, total)
@@ -338,7 +345,8 @@ class Fitter:
 
     def most_fits(self, nfe: float) -> int:
         """Largest number of fits to half of the blocks that `search` makes."""
-        starts = len(self.starts(min(nfe, LARGEST))) + len(BETWEEN) + 1
+        by_base = self.starts(min(nfe, LARGEST))
+        starts = max(map(len, by_base)) + len(by_base) + len(BETWEEN)
         return starts + (1 + (nfe > LARGEST)) * len(BEGINNINGS) + 2 * (len(KNOTS) - 1)
 
     def _density(self, times: Times, report: Callable[[], None]) -> Times:
@@ -377,9 +385,9 @@ class Fitter:
     def _fit_times(self, times: Times, blocks: range) -> Fit:
         return self.fit(times.rungs(len(self.cost)), times.fire(self.log_snr), blocks)
 
-    def starts(self, nfe: float) -> dict[int, list[Times]]:
-        """Candidate times that a budget pays for, as in `starts`."""
-        return starts(self.comparison.ladder, self.cost, nfe)
+    def starts(self, nfe: float) -> list[dict[int, list[Times]]]:
+        """Candidate times that a budget pays for, as in `starts`, for each kind of plan in `bases`."""
+        return [starts(self.comparison.ladder, self.cost, closed, nfe) for closed in self.bases]
 
     def fit(self, rungs: tuple[int, ...], fire: np.ndarray, blocks: range | None = None) -> Fit:
         """Fit of a plan that evaluates the increments of `rungs` where `fire`, bool (R, N), is set.
@@ -387,32 +395,33 @@ class Fitter:
         Before the first evaluation, a Gaussian level acts alone. The plan is fitted to `blocks`, by default all
         blocks of the comparison.
         """
-        samples = [Block(self, rungs, block) for block in blocks or self.blocks]
+        closed = any(self.bases) and rungs[0] == 1
+        samples = [Block(self, rungs, closed, block) for block in blocks or self.blocks]
         segments = []
-        first = int(self.closed)
+        first = int(closed)
         fires = np.flatnonzero(fire[first:].any(0)).tolist()
         self._each(samples, partial(Block.begin, at=fires[0]))
         for start, stop in pairwise([*fires, fire.shape[1]]):
             firing = [r for r in range(first, len(rungs)) if fire[r, start]]
             self._each(samples, partial(Block.evaluate, at=start, firing=firing))
-            choices = tuple(self._choices(fire, start, stop))
+            choices = tuple(self._choices(fire, first, start, stop))
             normal = self._each(samples, partial(Block.normal, stop=stop, choices=choices))
             squares, products = (np.mean([sums[i] for sums in normal], 0) / samples[0].x.numel() for i in (0, 1))
             segments.append(Segment(start, stop, firing, choices, _solve(squares, products, choices), squares))
             self._each(samples, partial(Block.advance, segment=segments[-1]))
         distance = float(torch.cat([distances(block.x - block.path[-1]) for block in samples]).double().mean())
-        return Fit(rungs, fire, tuple(segments), distance if math.isfinite(distance) else math.inf, self.closed)
+        return Fit(rungs, fire, tuple(segments), distance if math.isfinite(distance) else math.inf, closed)
 
     def _each(self, samples: Sequence[Block], run: Callable[[Block], T]) -> list[T]:
         return list(self.pool.map(torch.inference_mode()(run), samples))
 
-    def _choices(self, fire: np.ndarray, start: int, stop: int) -> Iterator[Choice]:
-        """Shapes whose linear combination is the weights of steps start ... stop - 1.
+    def _choices(self, fire: np.ndarray, first: int, start: int, stop: int) -> Iterator[Choice]:
+        """Shapes whose linear combination is the weights of the rungs from `first` on, in steps start ... stop - 1.
 
         Each of the two values of a rung has a constant and the line of extrapolation. If the rung fires at `start`, it
         also has a single step as long as the gap before `start`, which corrects the rung's contribution over that gap.
         """
-        for rung in range(int(self.closed), len(fire)):
+        for rung in range(first, len(fire)):
             *_, before, last = [-1, -1, *np.flatnonzero(fire[rung, : start + 1]).tolist()]
             if last < 0:
                 continue
@@ -452,15 +461,15 @@ def ridge(squares: np.ndarray) -> np.ndarray:
 class Block:
     """State of a block: x (B, C, H, W) before step `at`, and the last two values of each rung not in closed form."""
 
-    def __init__(self, fitter: Fitter, rungs: tuple[int, ...], block: int) -> None:
+    def __init__(self, fitter: Fitter, rungs: tuple[int, ...], closed: bool, block: int) -> None:
         comparison = fitter.comparison
         self.levels: Mapping[int, Drift] = comparison.levels
         self.table, self.condition = comparison.fine, comparison.condition(block)
-        self.form, self.rungs = fitter.forms[block], rungs
+        self.form, self.rungs = fitter.forms[closed][block], rungs
         self.path = fitter.path[:, fitter.rows(block)]
         self.x: Tensor = self.path[0]
         self.at = 0
-        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(fitter.closed), len(rungs))}
+        self.values: dict[int, list[Projected]] = {r: [] for r in range(int(closed), len(rungs))}
 
     def begin(self, at: int) -> None:
         """Advance to the first evaluation, at step `at`, by a Gaussian level alone."""

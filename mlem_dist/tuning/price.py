@@ -51,7 +51,7 @@ def fit_evaluations(levels: int, steps: int, budgets: Sequence[float], samples: 
     total = float(samples * min(steps, PATH_CALLS))
     for nfe in budgets:
         # Candidates are fitted to half of the samples. Above `LARGEST`, those for the rungs have that budget.
-        first = levels + len(BETWEEN) + len(BEGINNINGS)
+        first = levels + 1 + len(BETWEEN) + len(BEGINNINGS)
         second = (len(BEGINNINGS) if nfe > LARGEST else 0) + 2 * (len(KNOTS) - 1)
         total += samples / 2 * (first * min(nfe, LARGEST) + second * nfe) + samples * nfe
         if nfe <= LARGEST:

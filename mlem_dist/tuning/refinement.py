@@ -90,7 +90,7 @@ def derivatives(
     fitter: Fitter, fit: Fit, factors: np.ndarray, seed: int, block: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Distance, J^T e / rho (P,) and an estimate of J^T J / rho (P, P) of a block at float64 (P,) factors, as means."""
-    state = Block(fitter, fit.rungs, block)
+    state = Block(fitter, fit.rungs, fit.closed, block)
     # Each sample has its own copy of the factors, so that one backward pass gives one row per sample.
     sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1).clone()
     end = _end(state, fit, sample_factors.requires_grad_())
@@ -109,7 +109,7 @@ def derivatives(
 
 @torch.inference_mode()
 def _distance(fitter: Fitter, fit: Fit, factors: np.ndarray, block: int) -> float:
-    state = Block(fitter, fit.rungs, block)
+    state = Block(fitter, fit.rungs, fit.closed, block)
     sample_factors = torch.tensor(factors, dtype=torch.float32, device=state.x.device).expand(len(state.x), -1)
     return float(distances(_end(state, fit, sample_factors) - state.path[-1]).mean())
 

@@ -29,7 +29,7 @@ from mlem_dist.tuning.evolution import (
     optimise,
 )
 from mlem_dist.tuning.frontier import Frontier, Row
-from mlem_dist.tuning.least_squares import Fitter, fitting_samples, starts
+from mlem_dist.tuning.least_squares import Fitter, bases, fitting_samples, starts
 from mlem_dist.tuning.price import DERIVATIVE, STEPS, fit_evaluations
 from mlem_dist.tuning.recipes import DEFAULT_INCREMENTS, NeymanRule, base_of, calibrated, make_recipe
 from mlem_dist.tuning.refinement import fitted_plan
@@ -137,11 +137,11 @@ def tune(
 ) -> Iterator[Row]:
     """Add the missing rows of every family and budget to the frontier, and write the plans beside its file.
 
-    For the ODE, the plan of a budget is the fitted one, or the default without tuning if that is nearer to the best level
-    on the selection noises. For the SDE, it is the memorised one, or the optimised one if the ladder is calibrated and
-    that plan is better on the selection noises. The memorised plan is the best of 15 draws from the better recipe, with
-    held or with extrapolated increments. A budget that pays for the best level at every step is spent on that. Rows
-    hold the error on the test noises.
+    For the ODE, the plan of a budget is the fitted one, or the untuned default if that is nearer to the best level on
+    the selection noises. For the SDE, it is the memorised one, or the optimised one if the ladder is calibrated and
+    that plan is better on the selection noises. The memorised plan is the best of 15 draws from the better recipe,
+    with held or with extrapolated increments. A budget that pays for the best level at every step is spent on that.
+    Rows hold the error on the test noises.
 
     Args:
         ladder: the ladder.
@@ -204,7 +204,7 @@ def check_budgets(ladder: Ladder, solver: str, device: str, budgets: Sequence[fl
     for nfe in budgets:
         _recipes(ladder, cost, solver, min(STEPS[0], ladder.process.length), nfe)
         if fits(ladder, solver):
-            starts(ladder, cost, nfe)
+            starts(ladder, cost, bases(ladder)[-1], nfe)
 
 
 def _recipes(ladder: Ladder, cost: LevelCosts, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
