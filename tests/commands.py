@@ -58,7 +58,7 @@ def wait_for_files(process: subprocess.Popen[str], folder: Path, pattern: str, n
     """Until a process that goes on has written so many files of a pattern."""
     deadline = time.monotonic() + HANGS
     while len(list(folder.glob(pattern))) < number:
-        assert process.poll() is None
+        assert process.poll() is None, f"it ended with {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

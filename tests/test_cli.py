@@ -266,7 +266,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, here, three):
     assert done.returncode == 0, done.stderr
     arguments += ["--address", "local"]
     first = [*arguments, "--placement", "pools", "--out", str(killed)]
-    with running(sys.executable, "-c", HALF, "generate", *first, stderr=subprocess.DEVNULL) as run:
+    with running(sys.executable, "-c", HALF, "generate", *first) as run:
         wait_for_files(run, killed, ".mlem/train-*.json", 4)
     marked = [killed / "data" / f"{path.stem}.parquet" for path in killed.glob(".mlem/train-*.json")]
     assert 4 <= len(marked) <= 6

@@ -45,13 +45,13 @@ def quantised(pipeline, method):
         model = DiTTransformer2DModel.from_pretrained(
             folder, quantization_config=config, torch_dtype=torch.float32, **PLACES[method]
         )
-    model.save_pretrained(pipeline.parent / "int8")
-    return pipeline.parent / "int8"
+    model.save_pretrained(pipeline.parent / "quantised")
+    return pipeline.parent / "quantised"
 
 
 def test_a_quantised_copy_stands_below_its_original(pipeline, quantised, method, tmp_path):
     ladder = Ladder.create(tmp_path / "ladder", [quantised, pipeline], guidance=3, measure=False)
-    assert [level.name for level in ladder.levels] == ["int8", "dit", "int8 guided", "dit guided"]
+    assert [level.name for level in ladder.levels] == ["quantised", "dit", "quantised guided", "dit guided"]
     stored = (quantised / "diffusion_pytorch_model.safetensors").stat().st_size
     assert ladder.weight_bytes.seconds.tolist() == [stored, 4 * ladder.levels[1].parameters]
     x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), {"label": torch.tensor([1, 7])}
