@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import os
 import shutil
@@ -9,9 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from commands import SCRIPT, assert_refused
+from PIL import Image
 
 from mlem_dist.cli import main
 from mlem_dist.engine.job import Job
@@ -44,6 +48,20 @@ def part_of() -> Callable[..., Path]:
 def three(fashion: Ladder, part_of, tmp_path_factory: pytest.TempPathFactory) -> Ladder:
     """Three levels of the bundled ladder, a small and a wide UNet among them: fewer processes, and less to compute."""
     return Ladder.load(part_of(fashion, (1, 2, 4), tmp_path_factory.mktemp("ladders") / "three"))
+
+
+@pytest.fixture
+def dark_and_bright(tmp_path: Path) -> Path:
+    """Images in turn dark and bright, with captions that say so, as a Parquet file."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(80):
+        pixels = np.full((16, 16, 3), 180 * (number % 2), np.uint8) + rng.integers(0, 40, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+        rows.append({"image": file.getvalue(), "prompt": ("dark", "bright")[number % 2]})
+    (folder := tmp_path / "images").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return folder
 
 
 @pytest.fixture(scope="session")

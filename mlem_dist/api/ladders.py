@@ -116,7 +116,8 @@ def calibrate(
 
     Args:
         ladder: a bundled name, a folder, or a ladder.
-        data: folder of an image dataset; without it, denoising errors and gamma by them are left out.
+        data: folder of an image dataset; without it, denoising errors and gamma by them are left out. For a ladder that
+            is conditioned on prompts, it has captions in a column `prompt`.
         prompts: prompts like those of the images to be generated, some dozens, or a file of them as for `generate`;
             for a ladder that is conditioned on prompts.
         prompt_column: name of the file's column of prompts.
@@ -136,19 +137,23 @@ def calibrate(
     """
     from mlem_dist.extras import require
     from mlem_dist.ladder.calibration import stored
-    from mlem_dist.ladder.images import load_images
+    from mlem_dist.ladder.images import CAPTIONS, has_captions, load_images
     from mlem_dist.report.figures import save_figures
     from mlem_dist.tuning.calibrate import HeldOut, calibrate, store
 
     require("matplotlib", "figures")
     loaded = _with_prompts(load_ladder(ladder), prompts, prompt_column)
-    if data is not None and loaded.encoder:
-        raise UsageError(f"`data` {data}: images have no prompts, on which this ladder is conditioned; leave it out")
+    captions = CAPTIONS if loaded.encoder else ""
+    if data is not None and captions and not has_captions(data, captions):
+        raise UsageError(
+            f"`data` {data}: expected Parquet files with a column {captions!r}, because this ladder is conditioned on "
+            "prompts; leave it out to measure without images"
+        )
     folder = (loaded.folder if out is None else out).absolute()
     known = stored(folder, loaded)
     loaded.check_models()
     with _Place(address, device) as place:
-        images = None if data is None else load_images(data, loaded.image_shape, loaded.labels)
+        images = None if data is None else load_images(data, loaded.image_shape, loaded.labels, captions)
         for sentence in images.notes() if images else ():
             notify(sentence)
         measured = place.run(

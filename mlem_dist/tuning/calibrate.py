@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ BATCHES = {"cpu": (1, 8, BATCH["cpu"]), "cuda": (1, 64, BATCH["cuda"])}
 """Batch sizes at which levels are timed, by device type. The last one gives the costs by which levels are compared."""
 EM_STEPS = (5, 10, 20, 50)
 RESAMPLES = 200
+
+CAPTIONED = 1_000
+"""Largest number of held-out images with captions, which are encoded together."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,13 @@ class HeldOut:
 
     @classmethod
     def of(cls, images: Images, ladder: Ladder) -> HeldOut:
-        """The held-out part of a dataset, as samples of a ladder."""
-        x0, label, in_range = samples_of_images(ladder, images.test, images.test_label)
-        return cls(x0, images.condition(label), in_range)
+        """The held-out part of a dataset, as samples of a ladder; at most `CAPTIONED` images with captions."""
+        part = slice(CAPTIONED if images.captions else None)
+        x0, label, in_range = samples_of_images(ladder, images.test[part], images.test_label[part])
+        if not images.captions:
+            return cls(x0, images.condition(label), in_range)
+        captions = tuple(images.captions[number] for number in label.tolist())
+        return cls(x0, replace(ladder, prompts=captions).condition(torch.arange(len(captions))), in_range)
 
     def errors(self, module: nn.Module, ladder: Ladder, device: str, per_band: int) -> np.ndarray:
         """Squared errors of a level's drift, float64 (bands, per_band), as in `denoising_errors`."""

@@ -1,6 +1,5 @@
 """Ladders of models of diffusers: what fits is made, and what does not is refused before anything is written."""
 
-import io
 import json
 import shutil
 import sys
@@ -8,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
@@ -414,17 +411,8 @@ def test_a_gaussian_is_fitted_to_samples_of_the_best_level(pipelines, tmp_path):
     assert len(images) == 4
 
 
-def test_the_mean_of_a_gaussian_depends_on_captions_of_images(pipelines, tmp_path):
-    """Images with captions that say how bright they are, as a Parquet file."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(80):
-        pixels = np.full((16, 16, 3), 180 * (number % 2), np.uint8) + rng.integers(0, 40, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
-        rows.append({"image": file.getvalue(), "prompt": ("dark", "bright")[number % 2]})
-    (tmp_path / "images").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images" / "train.parquet")
-    given = {"models": [pipelines / "sd"], "measure": False, "gaussian": tmp_path / "images"}
+def test_the_mean_of_a_gaussian_depends_on_captions_of_images(pipelines, tmp_path, dark_and_bright):
+    given = {"models": [pipelines / "sd"], "measure": False, "gaussian": dark_and_bright}
     ladder = replace(Ladder.create(tmp_path / "sd", **given), prompts=("dark", "bright"))
     level, decoder = ladder.load_level(1, "cpu"), ladder.load_decoder("cpu")
     means = level.means(ladder.condition(torch.arange(2)), 2).reshape(2, *ladder.sample_shape)

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from pipelines import make_pipeline
 from processes import process_of_betas
 
 from mlem_dist.cli import cli
 from mlem_dist.errors import UsageError
 from mlem_dist.ladder.calibration import stored
+from mlem_dist.ladder.images import load_images
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.save import save_level
 from mlem_dist.models.pixels import to_range
 from mlem_dist.report.tables import calibration_table
+from mlem_dist.solver.condition import take
 from mlem_dist.solver.integrate import integrate
 from mlem_dist.solver.noise import coarse_noise, image_noise
 from mlem_dist.solver.plan import impulse, single_level
@@ -314,6 +317,29 @@ def test_budgets_are_spent_by_the_calibration_where_there_is_one(small, fashion,
     assert drawn("default.json", "--probabilities", "neyman") == tuned
     assert sum(tuned[1][:100]) == 0 < sum(tuned[1][150:])
     assert sum(theory[1][:100]) > 0
+
+
+def test_images_with_captions_calibrate_a_ladder_with_prompts(dark_and_bright, data, tmp_path, monkeypatch):
+    make_pipeline("sd", tmp_path / "sd")
+    ladder = Ladder.create(tmp_path / "ladder", [tmp_path / "sd"], measure=False, gaussian=dark_and_bright)
+    held_out = HeldOut.of(load_images(dark_and_bright, ladder.image_shape, (), "prompt"), ladder)
+    # The Gaussian's mean depends on the caption: with those of other images, it errs more.
+    bright = held_out.images.flatten(1).mean(1) > held_out.images.mean()
+    assert 0 < bright.sum() < len(bright)
+    swapped = take(held_out.condition, torch.stack([(bright != own).nonzero()[0, 0] for own in bright]))
+    level = ladder.load_level(1, "cpu")
+    errors = [
+        replace(held_out, condition=c).errors(level, ladder, "cpu", 4)[-1].mean() for c in (held_out.condition, swapped)
+    ]
+    assert errors[0] < errors[1]
+
+    monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", partial(calibrate, per_band=4, steps=10, samples=3))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("dark\nbright\n")
+    arguments = [str(ladder.folder), "--device", "cpu", "--prompts", str(prompts), "--data"]
+    assert "held-out images" in run(*arguments, str(dark_and_bright)).stdout
+    with pytest.raises(UsageError, match="expected Parquet files with a column 'prompt'"):
+        run(*arguments, str(data))
 
 
 def test_without_matplotlib_nothing_is_begun(small, data, monkeypatch):
