@@ -326,12 +326,13 @@ def test_images_with_captions_calibrate_a_ladder_with_prompts(dark_and_bright, d
     # The Gaussian's mean depends on the caption: with those of other images, it errs more.
     bright = held_out.images.flatten(1).mean(1) > held_out.images.mean()
     assert 0 < bright.sum() < len(bright)
-    swapped = take(held_out.condition, torch.stack([(bright != own).nonzero()[0, 0] for own in bright]))
+    swapped = take(held_out.condition, torch.stack([(bright != its).nonzero()[0, 0] for its in bright]))
     level = ladder.load_level(1, "cpu")
-    errors = [
-        replace(held_out, condition=c).errors(level, ladder, "cpu", 4)[-1].mean() for c in (held_out.condition, swapped)
-    ]
-    assert errors[0] < errors[1]
+    own, others = (
+        replace(held_out, condition=condition).errors(level, ladder, "cpu", 4)[-1].mean()
+        for condition in (held_out.condition, swapped)
+    )
+    assert own < others
 
     monkeypatch.setattr("mlem_dist.tuning.calibrate.calibrate", partial(calibrate, per_band=4, steps=10, samples=3))
     prompts = tmp_path / "prompts.txt"
