@@ -10,11 +10,6 @@ guided ODE of the largest model, 100 steps of DPM-Solver++(2M) in float32. Witho
 are made. With `--time`, the times of all lines of OUT are measured anew, one after the other on a machine that does
 nothing else. WORK keeps the images of the guided ODE, and further ladders of the same models. Rows of cache-dit need
 that package (1.5).
-
-Rows of a single checkpoint ("single 5") take the ladder WORK/single, of the Gaussian and the largest model alone, which
-the first of them makes. It has the plans of benchmarks/results/garments-single, from
-
-mlem-dist tune WORK/single --nfe 5,10 --prompts DATA/data/train-00009-of-00010.parquet --out DIR
 """
 
 from __future__ import annotations
@@ -51,8 +46,6 @@ from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tuned_plans import DEFAULT_STEPS
 
 RECOGNISER = Path(__file__).with_name("recogniser.safetensors")
-SINGLE_PLANS = Path(__file__).parents[1] / "results/garments-single"
-"""Folder of the plans of a single checkpoint."""
 
 COMPARED = 256
 """Number of images whose error is measured."""
@@ -113,7 +106,6 @@ def rows() -> list[str]:
     names += ["pyramid 20 2", "faster-cache 20 2"]
     names += [f"cache-dit 20 {threshold}" for threshold in (0.1, 0.2)]
     names += [f"{kind} 10" for kind in RECIPES]
-    names += [f"single {budget}" for budget in (5, 10)]
     return names + [f"plan {budget}" for budget in (3, 5, 7, 10, 20)]
 
 
@@ -203,8 +195,6 @@ class Competitors:
             return self._sample(self.ladder, nfe=steps)
         if kind in RECIPES:
             return self._draw(nfe=steps, **RECIPES[kind])
-        if kind == "single":
-            return self._sample(self._single(), nfe=steps)
         if kind == "interval":
             ladder = self._interval(*map(float, numbers[1:]))
             return self._sample(ladder, plan=single_level(best, best, steps), solver="dpm++")
@@ -265,17 +255,14 @@ class Competitors:
 
         return self._further(f"interval-{start:g}-{stop:g}", change)
 
-    def _single(self) -> Ladder:
-        """The Gaussian and the largest model, unguided and guided, with their plans."""
+    def part(self, name: str, levels: Sequence[str]) -> Ladder:
+        """The ladder `name` of some levels and their models, without plans."""
 
         def change(raw: dict[str, Any]) -> None:
             for part in ("models", "levels"):
-                raw[part] = [entry for entry in raw[part] if entry["name"] in ("gaussian", "large", "large guided")]
+                raw[part] = [entry for entry in raw[part] if entry["name"] in levels]
 
-        ladder = self._further("single", change)
-        for plan in SINGLE_PLANS.glob("plan-*.json"):
-            shutil.copy(plan, ladder.folder)
-        return ladder
+        return self._further(name, change)
 
     def _further(self, name: str, change: Callable[[dict[str, Any]], None]) -> Ladder:
         """A ladder of the same models without plans, whose description `change` has changed."""
