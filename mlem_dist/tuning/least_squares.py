@@ -6,8 +6,8 @@ most six numbers per rung. Segments are solved in order. Each starts from the st
 brought the fitting samples, so that it also corrects their error. The distance left at the end is a function of the
 call times alone, and the best of a few candidate times is taken. The distance of a sample is the root of its mean
 squared error: where guidance lets a few samples end as another image, their squares would be most of the mean. The fit
-ignores how a segment's weights change the values
-of later segments; `mlem_dist.tuning.refinement` takes this into account.
+ignores how a segment's weights change the values of later segments; `mlem_dist.tuning.refinement` takes this into
+account.
 
 A first level that is no Gaussian is held like the others: its values have fitted weights, too, and between two
 evaluations x is carried by the factors of the steps alone. It is called over the whole path. Where the best level has
@@ -67,8 +67,8 @@ noise, earlier states have hardly any signal, and the Gaussian level is accurate
 the more its remaining error counts."""
 
 GUIDED_BEGIN = 0.15
-"""First call where the search begins if the best level has guidance, below which a middle rung alone is called. For
-`garments`, it is better than 0 and .4 with every middle rung."""
+"""`begin` where the search begins if the best level has guidance. For `garments`, it is better than 0 and .4 with every
+middle rung."""
 
 BETWEEN = (3, 2, 5)
 """Candidates for the number of calls of the middle rung per call of the best level, in the order of trial. For a level
@@ -329,7 +329,7 @@ class Fitter:
         def report() -> None:
             progress(next(done), total)
 
-        # Of the best level alone, which is the first entry.
+        # With the best level alone, the first entry of each.
         base = self._best([starts[0][0] for starts in by_base], report)
         starts = next(starts for starts in by_base if starts[0][0] == base)
         best = self._best([times[0] for times in starts.values()], report)

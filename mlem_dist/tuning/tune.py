@@ -204,7 +204,8 @@ def check_budgets(ladder: Ladder, solver: str, device: str, budgets: Sequence[fl
     for nfe in budgets:
         _recipes(ladder, cost, solver, min(STEPS[0], ladder.process.length), nfe)
         if fits(ladder, solver):
-            starts(ladder, cost, bases(ladder)[-1], nfe)
+            for closed in bases(ladder):
+                starts(ladder, cost, closed, nfe)
 
 
 def _recipes(ladder: Ladder, cost: LevelCosts, solver: str, steps: int, nfe: float) -> dict[str, Recipe]:
