@@ -159,7 +159,8 @@ def find_prompts(
     if isinstance(prompts, str):
         prompts = prompts_file(prompts)
     if prompts is not None and not isinstance(prompts, Sequence):
-        table = open_prompts(prompts, column, images, out.absolute() / WORK if out is not None else None)
+        work = out.absolute() / WORK if out is not None else None
+        table = open_prompts(prompts, column, images, work, carried=out is not None)
         if negative_prompts is not None and every is None:
             raise UsageError("`negative_prompts` is a list, expected one text for all rows of a file of prompts")
         if every is not None and table.has(NEGATIVE_PROMPT):

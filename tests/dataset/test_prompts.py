@@ -13,8 +13,10 @@ from hub import COMMIT, serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlem_dist.api.arguments import find_prompts
 from mlem_dist.dataset.prompts import BATCH_ROWS, RowReader, first_prompts, open_prompts, table_of_texts
 from mlem_dist.errors import UsageError
+from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.store import HubFile
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)
@@ -208,6 +210,8 @@ def test_prompts_for_measurements_may_come_from_a_dataset(tmp_path):
     with pytest.raises(UsageError, match="the dataset has a column 'image' of its own"):
         open_prompts(path)
     assert first_prompts(str(path), "prompt") == ("a", "b")
+    table, _ = find_prompts(path, Ladder.load("garments"))
+    assert table.first_texts() == ("a", "b")
 
 
 @pytest.mark.parametrize("statistics", [True, False])
