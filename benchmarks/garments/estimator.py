@@ -30,7 +30,7 @@ STEPS, SAMPLES = 100, 64
 LEVELS = ("gaussian", "small", "medium", "large")
 """Levels of the ladder: those without guidance."""
 
-BUDGETS = (0.5, 1.0, 2.0)
+BUDGETS = (0.5, 1.0, 2.0, 4.0)
 """Budgets at which ML-EM is measured, relative to the predicted one."""
 
 
@@ -58,7 +58,9 @@ def main(data: Path, work: Path, out: Path) -> None:
                 ).mean()
                 for nfe in budgets
             ]
-            equal = np.exp(np.interp(-np.log(errors[0]), -np.log(errors[1:]), np.log(budgets)))
+            logs = -np.log(errors)
+            # Not a number where no two budgets lie around the error.
+            equal = np.exp(np.interp(logs[0], logs[1:], np.log(budgets), left=np.nan, right=np.nan))
             lines.append(
                 {
                     "solver": solver,
