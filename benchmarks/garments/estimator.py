@@ -12,6 +12,7 @@ own, and its error compared. The measured speed-up is at equal error, interpolat
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ import numpy as np
 from race import Competitors
 
 from mlem_dist import api
+from mlem_dist.dataset.prompts import first_prompts
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import single_level
 from mlem_dist.tuning.comparison import PlanComparison
@@ -43,12 +45,11 @@ def main(data: Path, work: Path, out: Path) -> None:
     plain = Competitors(Ladder.load("garments"), work).part("plain", LEVELS)
     prompts = min((data / "data").glob("train-*.parquet"))
     calibration, _, _ = api.calibrate(plain, data=data, prompts=prompts)
-    plain = Ladder.load(plain.folder)
+    ladder = replace(plain, prompts=first_prompts(str(prompts), "prompt"))
+    cost = ladder.costs("cpu")
     lines = []
     for solver, measured in calibration.solvers.items():
-        ladder = api.ladders._with_prompts(plain, prompts, "prompt")
         comparison = PlanComparison(ladder, solver, "cpu", STEPS, SAMPLES, 1, threads=2)
-        cost = ladder.costs("cpu")
         for row in measured.speed_up:
             errors = [comparison.errors([single_level(len(cost), len(cost), row.em_steps)]).mean()]
             budgets = [row.nfe * factor for factor in BUDGETS]

@@ -98,7 +98,7 @@ def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
     fit = fitter.search(6)
     (starts,) = fitter.starts(6)
 
-    def error(times: Times) -> float:
+    def distance_of(times: Times) -> float:
         return fitter.fit(times.rungs(3), times.fire(fitter.log_snr), fitter.blocks[:2]).distance
 
     begun = [replace(times, begin=begin) for several in starts.values() for times in several for begin in BEGINNINGS]
@@ -113,15 +113,15 @@ def test_no_neighbour_of_what_the_search_finds_is_better(fitter):
     before = replace(chosen, knots=KNOTS)
     at = BEGINNINGS.index(chosen.begin)
     for begin in {*BEGINNINGS[max(0, at - 1) : at + 2]} - {chosen.begin}:
-        assert error(before) < error(replace(before, begin=begin))
+        assert distance_of(before) < distance_of(replace(before, begin=begin))
     of_starts = {
-        times: error(times) for times in (*(several[0] for several in starts.values()), *starts[chosen.middle])
+        times: distance_of(times) for times in (*(several[0] for several in starts.values()), *starts[chosen.middle])
     }
     first = next(times for times in starts[chosen.middle] if times.between == chosen.between)
     assert of_starts[first] == min(of_starts.values())
-    assert error(chosen) <= error(before)
+    assert distance_of(chosen) <= distance_of(before)
     for change in (0.0, KNOT_STEP, -KNOT_STEP):
-        assert error(chosen) <= error(replace(chosen, knots=(*chosen.knots[:-1], KNOTS[-1] + change)))
+        assert distance_of(chosen) <= distance_of(replace(chosen, knots=(*chosen.knots[:-1], KNOTS[-1] + change)))
 
 
 def moved_by(times: Times, move: tuple[float, ...]) -> Times:
