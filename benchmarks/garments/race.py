@@ -5,11 +5,11 @@ python benchmarks/garments/race.py --list
 
 Each ROW is a way to make images of the validation captions, each with a seed of its own, in bfloat16 on one thread. Its
 line in OUT has adherence, Fréchet distance and recall as `recogniser.py` defines them, and the time per image
-(encoding, sampling and decoding). The error is the mean square of the difference, of images in [-1, 1], to those of the
+(encoding, sampling and decoding). The error of an image in [-1, 1] is the mean square of the difference to that of the
 guided ODE of the largest model, 100 steps of DPM-Solver++(2M) in float32. Without ROW, all rows that OUT does not have
 are made. With `--time`, the times of all lines of OUT are measured anew, one after the other on a machine that does
-nothing else. WORK keeps the images of the guided ODE, and further ladders of the same models. Rows of cache-dit need
-that package (1.5).
+nothing else. WORK keeps the images of the guided ODE, further ladders of the same models, and what the recogniser sees
+in the images of each row. Rows of cache-dit need that package (1.5).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from diffusers import (
 )
 from diffusers.models.cache_utils import CacheMixin
 from parts import read
-from recogniser import adherence, load, look, recall
+from recogniser import adherence, frechet, load, look, recall
 
 import mlem_dist
 from mlem_dist.ladder.ladder import Ladder
@@ -53,8 +53,8 @@ COMPARED = 256
 REFERENCE_STEPS = 100
 """Number of steps of the guided ODE, to whose images others are compared."""
 
-TIMED = 3
-"""Number of batches whose time is measured, after one more."""
+TIMED = 256
+"""Number of images whose time `--time` measures."""
 
 RESAMPLES = 20
 """Number of samples with replacement that give the standard error of a Fréchet distance."""
@@ -293,52 +293,43 @@ class Competitors:
         )
 
 
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, d)."""
-    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-    value, vector = np.linalg.eigh(cov_a)
-    root = vector * np.sqrt(value.clip(0)) @ vector.T
-    mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed)
+def made(make: Make, captions: Sequence[str], batch: int) -> tuple[np.ndarray, float]:
+    """The images of captions, uint8 (n, H, W, 3), made in batches, and the time per image in seconds.
 
-
-def made(make: Make, captions: Sequence[str], batch: int) -> np.ndarray:
-    """The images of captions, uint8 (n, H, W, 3), made in batches."""
-    starts = range(0, len(captions), batch)
-    return np.concatenate([make(captions[i : i + batch], range(len(captions))[i : i + batch]) for i in starts])
-
-
-def seconds(make: Make, captions: Sequence[str], batch: int) -> float:
-    """Seconds per image: the median over batches, after one that is not measured."""
-    times = []
-    for start in range(0, (1 + TIMED) * batch, batch):
-        numbers = range(start, start + batch)
+    The time is the median over batches, without the first of several.
+    """
+    images, times = [], []
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
         began = time.perf_counter()
-        make([captions[number % len(captions)] for number in numbers], numbers)
-        times.append(time.perf_counter() - began)
-    return float(np.median(times[1:])) / batch
+        images.append(make(part, range(start, start + len(part))))
+        times.append((time.perf_counter() - began) / len(part))
+    return np.concatenate(images), float(np.median(times[1:] or times))
 
 
 def line(competitors: Competitors, captions: Sequence[str], batch: int, real: np.ndarray, name: str) -> dict[str, Any]:
     """Make the images of a row, and judge them; `real` are features of real images."""
     make, kept = competitors.way(name), competitors.work / "reference.npy"
-    images = made(make, captions, batch)
+    images, seconds = made(make, captions, batch)
     if not kept.exists():
-        np.save(kept, made(competitors.reference(), captions[:COMPARED], 64))
+        np.save(kept, made(competitors.reference(), captions[:COMPARED], 64)[0])
     difference = (images[:COMPARED].astype(float) - np.load(kept)[: len(images)]) / 127.5
+    errors = np.square(difference).mean((1, 2, 3))
     features, seen = look(load(RECOGNISER), torch.from_numpy(images).permute(0, 3, 1, 2))
+    np.savez(competitors.work / f"{name}, batch {batch}.npz", features=features, seen=seen)
     share, error = adherence(captions, seen)
     rng = np.random.default_rng(0)
     resampled = [frechet(features[rng.integers(len(features), size=len(features))], real) for _ in range(RESAMPLES)]
     return {
         "row": name,
-        "seconds": seconds(make, captions, batch),
+        "seconds": seconds,
         "adherence": share,
         "adherence_error": error,
         "frechet": frechet(features, real),
         "frechet_error": float(np.std(resampled)),
         "recall": recall(real[: len(features)], features),
-        "mse": float(np.square(difference).mean()),
+        "mse": float(errors.mean()),
+        "median_mse": float(np.median(errors)),
         "num": len(captions),
         "batch": batch,
     }
@@ -383,7 +374,7 @@ def main(
     competitors = Competitors(ladder, work)
     if timed:
         for entry in lines:
-            entry["seconds"] = seconds(competitors.way(entry["row"]), captions, entry["batch"])
+            _, entry["seconds"] = made(competitors.way(entry["row"]), captions[:TIMED], entry["batch"])
             click.echo(f"{entry['row']}, batch {entry['batch']}: {entry['seconds']:.4f} s")
             out.write_text(json.dumps(settings | {"rows": lines}, indent=1) + "\n")
         return

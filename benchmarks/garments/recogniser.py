@@ -157,12 +157,26 @@ def look(model: Recogniser, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return features.double().numpy(), seen.numpy()
 
 
+def matches(captions: Sequence[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each caption, the number of attributes that are seen, and of those that it says; int64 (n,)."""
+    rights = [Said.of(caption).right(row) for caption, row in zip(captions, seen.tolist(), strict=True)]
+    return np.array([sum(right) for right in rights]), np.array([len(right) for right in rights])
+
+
 def adherence(captions: Sequence[str], seen: np.ndarray) -> tuple[float, float]:
     """The share of the captions' attributes that are seen, and its standard error."""
-    rights = [Said.of(caption).right(row) for caption, row in zip(captions, seen.tolist(), strict=True)]
-    sums, counts = np.array([sum(right) for right in rights]), np.array([len(right) for right in rights])
+    sums, counts = matches(captions, seen)
     share = sums.sum() / counts.sum()
     return float(share), float(np.sqrt(((sums - share * counts) ** 2).sum()) / counts.sum())
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, d); Heusel et al., arXiv:1706.08500."""
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    value, vector = np.linalg.eigh(cov_a)
+    root = vector * np.sqrt(value.clip(0)) @ vector.T
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * mixed)
 
 
 def recall(real: np.ndarray, made: np.ndarray, neighbours: int = 3) -> float:

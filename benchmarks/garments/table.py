@@ -1,0 +1,149 @@
+"""The table and the figure of the race: every row beside the guided pipeline as shipped, 50 steps of Euler's method.
+
+python benchmarks/garments/table.py --data DATA --work WORK --results benchmarks/results/garments.json --figure FILE
+
+WORK is that of race.py. All rows have the same captions and seeds. So the interval of a difference to 50 steps is much
+narrower than those of the two: both are resampled together. Differences go into the results; the table is printed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import matplotlib
+import numpy as np
+from parts import read
+from race import RECOGNISER
+from recogniser import frechet, load, look, matches
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+STANDARD = "euler 50"
+
+BATCH = 64
+"""Batch of the rows whose images are compared."""
+
+RESAMPLES = 100
+"""Number of samples with replacement that give the standard error of a difference."""
+
+FAMILIES = {
+    "euler": "Euler, guided, as shipped",
+    "dpm++": "DPM-Solver++(2M)",
+    "unipc": "UniPC",
+    "heun": "Heun",
+    "cache": "caches",
+    "other": "interval, T-Stitch",
+    "untuned": "untuned plans",
+    "plan": "tuned plans",
+}
+"""Labels of the figure."""
+
+KINDS = {
+    **dict.fromkeys(["first-block", "taylorseer", "pyramid", "faster-cache", "cache-dit"], "cache"),
+    **dict.fromkeys(["interval", "stitch"], "other"),
+    **dict.fromkeys(["held", "extrapolated", "ml-em"], "untuned"),
+}
+"""Families of the first word of a row; by default, that word."""
+
+PANELS = {
+    "frechet": "Fréchet distance",
+    "adherence": "adherence",
+    "median_mse": "median error to the guided ODE",
+}
+
+
+def compare(lines: list[dict[str, Any]], captions: list[str], real: np.ndarray, work: Path) -> None:
+    """Add its differences to `STANDARD` to each line of as many images, with standard errors."""
+
+    def judged(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        with np.load(work / f"{name}, batch {BATCH}.npz") as kept:
+            return kept["features"], *matches(captions[: len(kept["seen"])], kept["seen"])
+
+    features, rights, counts = judged(STANDARD)
+    rng = np.random.default_rng(0)
+    samples = [np.arange(len(counts)), *rng.integers(len(counts), size=(RESAMPLES, len(counts)))]
+    distances = np.array([frechet(features[rows], real) for rows in samples])
+    for line in lines:
+        if line["batch"] != BATCH or line["num"] != len(counts):
+            continue
+        features, right, _ = judged(line["row"])
+        ratios = np.array([frechet(features[rows], real) for rows in samples]) / distances
+        points = [100 * (right[rows].sum() - rights[rows].sum()) / counts[rows].sum() for rows in samples]
+        line["against_standard"] = {
+            "frechet_percent": 100 * (ratios[0] - 1),
+            "frechet_percent_error": 100 * float(np.std(ratios[1:])),
+            "adherence_points": float(points[0]),
+            "adherence_points_error": float(np.std(points[1:])),
+        }
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The rows in Markdown, by time."""
+    slowest = {line["batch"]: line["seconds"] for line in lines if line["row"] == STANDARD}
+    text = [
+        "| row | s per image | speed-up | adherence | points | Fréchet distance | percent | recall | error | median |",
+        "|---" * 10 + "|",
+    ]
+    for line in sorted(lines, key=lambda line: (-line["batch"], -line["seconds"])):
+        against = line.get("against_standard")
+        name = line["row"] if line["batch"] == BATCH else f"{line['row']}, batch {line['batch']}"
+        cells = [
+            f"`{name}`",
+            f"{line['seconds']:.3f}",
+            f"{slowest[line['batch']] / line['seconds']:.1f}" if line["batch"] in slowest else "",
+            f"{100 * line['adherence']:.1f}",
+            f"{against['adherence_points']:+.1f} ± {against['adherence_points_error']:.1f}" if against else "",
+            f"{line['frechet']:.1f}" if against else "",
+            f"{against['frechet_percent']:+.1f} ± {against['frechet_percent_error']:.1f}" if against else "",
+            f"{line['recall']:.2f}" if against else "",
+            f"{line['mse']:.4f}",
+            f"{line['median_mse']:.5f}",
+        ]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text)
+
+
+def draw(lines: list[dict[str, Any]], out: Path) -> None:
+    """Draw time against distance, adherence and error."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4.6), layout="constrained")
+    for axis, (column, label) in zip(axes, PANELS.items(), strict=True):
+        for number, (family, title) in enumerate(FAMILIES.items()):
+            rows = [line for line in lines if line["batch"] == BATCH]
+            rows = [line for line in rows if KINDS.get(kind := line["row"].split()[0], kind) == family]
+            rows.sort(key=lambda line: line["seconds"])
+            joined = "-" if family in ("euler", "dpm++", "unipc", "heun", "plan") else ""
+            x, y = ([line[name] for line in rows] for name in ("seconds", column))
+            axis.plot(x, y, joined, marker="*" if family == "plan" else "o", color=f"C{number}", label=title)
+        axis.set_xscale("log")
+        axis.set_xlabel("seconds per image")
+        axis.set_ylabel(label)
+        if column == "median_mse":
+            axis.set_yscale("log")
+    axes[-1].legend(fontsize=8)
+    figure.savefig(out, dpi=130)
+    click.echo(out)
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), help="Dataset of composites.py; compares all rows anew.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder of race.py, for --data.")
+@click.option("--results", type=click.Path(path_type=Path), required=True)
+@click.option("--figure", type=click.Path(path_type=Path), required=True)
+def main(data: Path | None, work: Path | None, results: Path, figure: Path) -> None:
+    content = json.loads(results.read_text())
+    if data and work:
+        images, captions, _ = read(data, "validation", 10_000)
+        real, _ = look(load(RECOGNISER), images)
+        compare(content["rows"], captions, real, work)
+        results.write_text(json.dumps(content, indent=1) + "\n")
+    click.echo(table(content["rows"]))
+    draw(content["rows"], figure)
+
+
+if __name__ == "__main__":
+    main()
