@@ -43,7 +43,7 @@ from mlem_dist.models.imports import quiet_diffusers
 from mlem_dist.solver.noise import image_noise
 from mlem_dist.solver.plan import block_rng, single_level, switched
 from mlem_dist.tuning.recipes import make_recipe
-from mlem_dist.tuning.tuned_plans import DEFAULT_STEPS
+from mlem_dist.tuning.tuned_plans import DEFAULT_STEPS, tuned_plan
 
 RECOGNISER = Path(__file__).with_name("recogniser.safetensors")
 
@@ -53,7 +53,7 @@ COMPARED = 256
 REFERENCE_STEPS = 100
 """Number of steps of the guided ODE, to whose images others are compared."""
 
-TIMED = 192
+TIMED = 128
 """Number of images whose time `--time` measures, after a batch that warms up."""
 
 RESAMPLES = 20
@@ -99,14 +99,14 @@ def rows() -> list[str]:
     names += [f"{solver} {steps}" for solver in ("dpm++", "unipc") for steps in (5, 7, 8, 10, 15)]
     names += ["heun 3", "heun 5"]
     names += [f"{kind} 10" for kind in LEVELS]
-    names += [f"interval 10 {ends}" for ends in ("0 0.7", "0.1 0.8")]
+    names += [f"interval {steps}" for steps in ("10 0 0.7", "10 0.1 0.8", "7 0.1 0.8")]
     names += [f"stitch 10 {share}" for share in (0.2, 0.4)]
     names += [f"first-block 20 {threshold}" for threshold in (0.1, 0.2)]
     names += [f"taylorseer 20 {interval}" for interval in (2, 3)]
     names += ["pyramid 20 2", "faster-cache 20 2"]
     names += [f"cache-dit 20 {threshold}" for threshold in (0.1, 0.2)]
     names += [f"{kind} 10" for kind in RECIPES]
-    return names + [f"plan {budget}" for budget in (3, 5, 6, 10)]
+    return names + [f"plan {budget}" for budget in ("3", "5", "6", "10", "5 0.1 0.8", "6 0.1 0.8")]
 
 
 def first_block(pipeline: Any, threshold: float) -> None:
@@ -192,7 +192,8 @@ class Competitors:
         if kind in CACHES:
             return self._pipeline("dpm++", steps, lambda pipeline: CACHES[kind](pipeline, float(numbers[1])))
         if kind == "plan":
-            return self._sample(self.ladder, nfe=steps)
+            ladder = self._interval(*map(float, numbers[1:])) if numbers[1:] else self.ladder
+            return self._sample(ladder, plan=tuned_plan(self.ladder, "ode", None, steps))
         if kind in RECIPES:
             return self._draw(nfe=steps, **RECIPES[kind])
         if kind == "interval":

@@ -108,6 +108,23 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def at_equal_error(lines: list[dict[str, Any]]) -> str:
+    """For each tuned plan, the time of the fastest solver of diffusers at the same error, over that of the plan.
+
+    Logarithms of times are interpolated in those of mean errors, between the rows of a solver.
+    """
+    text = []
+    for plan in [line for line in lines if line["row"].startswith("plan ")]:
+        times = []
+        for solver in ("dpm++", "unipc"):
+            rows = [line for line in lines if line["row"].split()[0] == solver and line["batch"] == BATCH]
+            rows.sort(key=lambda line: line["mse"])
+            error, seconds = (np.log([line[name] for line in rows]) for name in ("mse", "seconds"))
+            times.append(np.exp(np.interp(np.log(plan["mse"]), error, seconds, left=np.nan, right=np.nan)))
+        text.append(f"{plan['row']}: error {plan['mse']:.4f}, {np.nanmin(times) / plan['seconds']:.2f} times the time")
+    return "\n".join(text)
+
+
 def draw(lines: list[dict[str, Any]], out: Path) -> None:
     """Draw time against distance, adherence and error."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4.6), layout="constrained")
@@ -142,6 +159,7 @@ def main(data: Path | None, work: Path | None, results: Path, figure: Path) -> N
         compare(content["rows"], captions, real, work)
         results.write_text(json.dumps(content, indent=1) + "\n")
     click.echo(table(content["rows"]))
+    click.echo(at_equal_error(content["rows"]))
     draw(content["rows"], figure)
 
 
