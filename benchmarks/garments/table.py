@@ -37,24 +37,31 @@ FAMILIES = {
     "unipc": "UniPC",
     "heun": "Heun",
     "cache": "caches",
-    "other": "interval, T-Stitch",
+    "interval": "guidance in an interval",
+    "stitch": "T-Stitch",
     "untuned": "untuned plans",
     "plan": "tuned plans",
+    "plan in an interval": "tuned plans, guidance in an interval",
 }
 """Labels of the figure."""
 
 KINDS = {
     **dict.fromkeys(["first-block", "taylorseer", "pyramid", "faster-cache", "cache-dit"], "cache"),
-    **dict.fromkeys(["interval", "stitch"], "other"),
     **dict.fromkeys(["held", "extrapolated", "ml-em"], "untuned"),
 }
 """Families of the first word of a row; by default, that word."""
 
+JOINED = ("euler", "dpm++", "unipc", "heun", "plan")
+"""Families that differ in the number of evaluations only."""
+
 PANELS = {
-    "frechet": "Fréchet distance",
-    "adherence": "adherence",
-    "median_mse": "median error to the guided ODE",
+    "frechet": ("Fréchet distance", (35, 60)),
+    "adherence": ("adherence", (0.86, 0.945)),
+    "median_mse": ("median error to the guided ODE", (5e-5, 2e-2)),
 }
+"""Label and limits of each panel; rows beyond them are in the table only."""
+
+TICKS = (0.04, 0.06, 0.1, 0.2, 0.3, 0.5)
 
 
 def compare(lines: list[dict[str, Any]], captions: list[str], real: np.ndarray, work: Path) -> None:
@@ -125,18 +132,26 @@ def at_equal_error(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def family(row: str) -> str:
+    """The family of a row."""
+    kind, *numbers = row.split()
+    return "plan in an interval" if kind == "plan" and numbers[1:] else KINDS.get(kind, kind)
+
+
 def draw(lines: list[dict[str, Any]], out: Path) -> None:
     """Draw time against distance, adherence and error."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4.6), layout="constrained")
-    for axis, (column, label) in zip(axes, PANELS.items(), strict=True):
-        for number, (family, title) in enumerate(FAMILIES.items()):
-            rows = [line for line in lines if line["batch"] == BATCH]
-            rows = [line for line in rows if KINDS.get(kind := line["row"].split()[0], kind) == family]
+    for axis, (column, (label, limits)) in zip(axes, PANELS.items(), strict=True):
+        for number, (name, title) in enumerate(FAMILIES.items()):
+            rows = [line for line in lines if line["batch"] == BATCH and family(line["row"]) == name]
             rows.sort(key=lambda line: line["seconds"])
-            joined = "-" if family in ("euler", "dpm++", "unipc", "heun", "plan") else ""
-            x, y = ([line[name] for line in rows] for name in ("seconds", column))
-            axis.plot(x, y, joined, marker="*" if family == "plan" else "o", color=f"C{number}", label=title)
+            x, y = ([line[key] for line in rows] for key in ("seconds", column))
+            style = {"marker": "*" if "plan" in name else "o", "linestyle": "-" if name in JOINED else "none"}
+            axis.plot(x, y, color=f"C{number}", label=title, markersize=9 if "plan" in name else 5, **style)
         axis.set_xscale("log")
+        axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axis.minorticks_off()
+        axis.set_ylim(*limits)
         axis.set_xlabel("seconds per image")
         axis.set_ylabel(label)
         if column == "median_mse":
