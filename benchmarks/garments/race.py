@@ -8,8 +8,9 @@ line in OUT has adherence, Fréchet distance and recall as `recogniser.py` defin
 (encoding, sampling and decoding). The error of an image in [-1, 1] is the mean square of the difference to that of the
 guided ODE of the largest model, 100 steps of DPM-Solver++(2M) in float32. Without ROW, all rows that OUT does not have
 are made. With `--time`, the times of all lines of OUT are measured anew, one after the other on a machine that does
-nothing else. WORK keeps the images of the guided ODE, further ladders of the same models, and what the recogniser sees
-in the images of each row. Rows of cache-dit need that package (1.5).
+nothing else. Only those times compare: otherwise a ladder's text encoder is loaded again for each batch. WORK keeps the
+images of the guided ODE, further ladders of the same models, and what the recogniser sees in the images of each row.
+Rows of cache-dit need that package (1.5).
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from mlem_dist.tuning.recipes import make_recipe
 from mlem_dist.tuning.tuned_plans import DEFAULT_STEPS, tuned_plan
 
 RECOGNISER = Path(__file__).with_name("recogniser.safetensors")
+
+BLOCK = 64
+"""Number of images in a block of `sample`; only pipelines take other batches."""
 
 COMPARED = 256
 """Number of images whose error is measured."""
@@ -107,6 +111,11 @@ def rows() -> list[str]:
     names += [f"cache-dit 20 {threshold}" for threshold in (0.1, 0.2)]
     names += [f"{kind} 10" for kind in RECIPES]
     return names + [f"plan {budget}" for budget in ("3", "5", "6", "10", "5 0.1 0.8", "6 0.1 0.8")]
+
+
+def is_pipeline(row: str) -> bool:
+    """Whether a row is a pipeline of diffusers, and not a ladder."""
+    return row.split()[0] in SOLVERS | CACHES
 
 
 def first_block(pipeline: Any, threshold: float) -> None:
@@ -192,8 +201,11 @@ class Competitors:
         if kind in CACHES:
             return self._pipeline("dpm++", steps, lambda pipeline: CACHES[kind](pipeline, float(numbers[1])))
         if kind == "plan":
+            plan = tuned_plan(self.ladder, "ode", None, steps)
+            if plan is None:
+                raise click.UsageError(f"{name}: the ladder has no tuned plan for {steps} evaluations")
             ladder = self._interval(*map(float, numbers[1:])) if numbers[1:] else self.ladder
-            return self._sample(ladder, plan=tuned_plan(self.ladder, "ode", None, steps))
+            return self._sample(ladder, plan=plan)
         if kind in RECIPES:
             return self._draw(nfe=steps, **RECIPES[kind])
         if kind == "interval":
@@ -316,16 +328,21 @@ def seconds_alone(make: Make, captions: Sequence[str], batch: int, calls: int) -
     return (time.perf_counter() - began) / TIMED
 
 
+def seen_path(work: Path, row: str, num: int, batch: int) -> Path:
+    """File of what the recogniser sees in the images of a row: its features and what it tells."""
+    return work / f"{row}, {num} in batches of {batch}.npz"
+
+
 def line(competitors: Competitors, captions: Sequence[str], batch: int, real: np.ndarray, name: str) -> dict[str, Any]:
     """Make the images of a row, and judge them; `real` are features of real images."""
-    make, kept = competitors.way(name), competitors.work / "reference.npy"
+    make, kept = competitors.way(name), competitors.work / f"reference-{competitors.ladder.digest[:8]}.npy"
     images, seconds = made(make, captions, batch)
     if not kept.exists():
         np.save(kept, made(competitors.reference(), captions[:COMPARED], 64)[0])
-    difference = (images[:COMPARED].astype(float) - np.load(kept)[: len(images)]) / 127.5
+    difference = (images[:COMPARED].astype(float) - np.load(kept)) / 127.5
     errors = np.square(difference).mean((1, 2, 3))
     features, seen = look(load(RECOGNISER), torch.from_numpy(images).permute(0, 3, 1, 2))
-    np.savez(competitors.work / f"{name}, batch {batch}.npz", features=features, seen=seen)
+    np.savez(seen_path(competitors.work, name, len(captions), batch), features=features, seen=seen)
     share, error = adherence(captions, seen)
     rng = np.random.default_rng(0)
     resampled = [frechet(features[rng.integers(len(features), size=len(features))], real) for _ in range(RESAMPLES)]
@@ -349,8 +366,8 @@ def line(competitors: Competitors, captions: Sequence[str], batch: int, real: np
 @click.option("--list", "listed", is_flag=True, help="Print the names of the rows.")
 @click.option("--ladder", "name", default="garments", show_default=True)
 @click.option("--data", type=click.Path(path_type=Path))
-@click.option("--num", default=2_000, show_default=True, help="Images.")
-@click.option("--batch", default=64, show_default=True)
+@click.option("--num", type=click.IntRange(COMPARED), default=2_000, show_default=True, help="Images.")
+@click.option("--batch", default=BLOCK, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path))
 @click.option("--time", "timed", is_flag=True, help="Measure the times of all lines anew.")
@@ -384,8 +401,8 @@ def main(
     if timed:
         for entry in lines:
             batch = entry["batch"]
-            # A pipeline is loaded once. `sample` loads its text encoder in each call, and makes blocks of 64 itself.
-            calls = batch if entry["row"].split()[0] in SOLVERS | CACHES else TIMED
+            # A pipeline is loaded once. `sample` loads its text encoder in each call, and makes blocks itself.
+            calls = batch if is_pipeline(entry["row"]) else TIMED
             entry["seconds"] = seconds_alone(competitors.way(entry["row"]), captions, batch, calls)
             click.echo(f"{entry['row']}, batch {entry['batch']}: {entry['seconds']:.4f} s")
             out.write_text(json.dumps(settings | {"rows": lines}, indent=1) + "\n")
@@ -393,6 +410,8 @@ def main(
     real, seen = look(load(RECOGNISER), images)
     click.echo(f"real images: adherence {adherence(captions, seen)[0]:.4f}")
     for wanted in [row] if row else rows():
+        if batch != BLOCK and not is_pipeline(wanted):
+            raise click.UsageError(f"--batch {batch}: {wanted} is no pipeline, and makes blocks of {BLOCK}")
         if any((line["row"], line["num"], line["batch"]) == (wanted, num, batch) for line in lines):
             continue
         measured = line(competitors, captions[:num], batch, real, wanted)

@@ -1,4 +1,4 @@
-"""The table and the figure of the race: every row beside the guided pipeline as shipped, 50 steps of Euler's method.
+"""The table and the figure of the race: every row beside 50 guided steps of Euler's method.
 
 python benchmarks/garments/table.py --data DATA --work WORK --results benchmarks/results/garments.json --figure FILE
 
@@ -16,7 +16,7 @@ import click
 import matplotlib
 import numpy as np
 from parts import read
-from race import RECOGNISER
+from race import BLOCK, RECOGNISER, seen_path
 from recogniser import frechet, load, look, matches
 
 matplotlib.use("Agg")
@@ -25,20 +25,18 @@ import matplotlib.pyplot as plt
 
 STANDARD = "euler 50"
 
-BATCH = 64
-"""Batch of the rows whose images are compared."""
-
 RESAMPLES = 100
 """Number of samples with replacement that give the standard error of a difference."""
 
 FAMILIES = {
-    "euler": "Euler, guided, as shipped",
+    "euler": "Euler, guided",
     "dpm++": "DPM-Solver++(2M)",
     "unipc": "UniPC",
     "heun": "Heun",
     "cache": "caches",
     "interval": "guidance in an interval",
     "stitch": "T-Stitch",
+    "unguided": "no guidance, or by the small network",
     "untuned": "untuned plans",
     "plan": "tuned plans",
     "plan in an interval": "tuned plans, guidance in an interval",
@@ -47,6 +45,7 @@ FAMILIES = {
 
 KINDS = {
     **dict.fromkeys(["first-block", "taylorseer", "pyramid", "faster-cache", "cache-dit"], "cache"),
+    "small-guides": "unguided",
     **dict.fromkeys(["held", "extrapolated", "ml-em"], "untuned"),
 }
 """Families of the first word of a row; by default, that word."""
@@ -67,8 +66,10 @@ TICKS = (0.04, 0.06, 0.1, 0.2, 0.3, 0.5)
 def compare(lines: list[dict[str, Any]], captions: list[str], real: np.ndarray, work: Path) -> None:
     """Add its differences to `STANDARD` to each line of as many images, with standard errors."""
 
+    num = next(line["num"] for line in lines if (line["row"], line["batch"]) == (STANDARD, BLOCK))
+
     def judged(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        with np.load(work / f"{name}, batch {BATCH}.npz") as kept:
+        with np.load(seen_path(work, name, num, BLOCK)) as kept:
             return kept["features"], *matches(captions[: len(kept["seen"])], kept["seen"])
 
     features, rights, counts = judged(STANDARD)
@@ -76,7 +77,8 @@ def compare(lines: list[dict[str, Any]], captions: list[str], real: np.ndarray, 
     samples = [np.arange(len(counts)), *rng.integers(len(counts), size=(RESAMPLES, len(counts)))]
     distances = np.array([frechet(features[rows], real) for rows in samples])
     for line in lines:
-        if line["batch"] != BATCH or line["num"] != len(counts):
+        line.pop("against_standard", None)
+        if (line["num"], line["batch"]) != (num, BLOCK):
             continue
         features, right, _ = judged(line["row"])
         ratios = np.array([frechet(features[rows], real) for rows in samples]) / distances
@@ -91,18 +93,18 @@ def compare(lines: list[dict[str, Any]], captions: list[str], real: np.ndarray, 
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The rows in Markdown, by time."""
-    slowest = {line["batch"]: line["seconds"] for line in lines if line["row"] == STANDARD}
+    standard = {line["batch"]: line["seconds"] for line in lines if line["row"] == STANDARD}
     text = [
         "| row | s per image | speed-up | adherence | points | Fréchet distance | percent | recall | error | median |",
         "|---" * 10 + "|",
     ]
     for line in sorted(lines, key=lambda line: (-line["batch"], -line["seconds"])):
         against = line.get("against_standard")
-        name = line["row"] if line["batch"] == BATCH else f"{line['row']}, batch {line['batch']}"
+        name = line["row"] if line["batch"] == BLOCK else f"{line['row']}, batch {line['batch']}"
         cells = [
             f"`{name}`",
             f"{line['seconds']:.3f}",
-            f"{slowest[line['batch']] / line['seconds']:.1f}" if line["batch"] in slowest else "",
+            f"{standard[line['batch']] / line['seconds']:.1f}" if line["batch"] in standard else "",
             f"{100 * line['adherence']:.1f}",
             f"{against['adherence_points']:+.1f} ± {against['adherence_points_error']:.1f}" if against else "",
             f"{line['frechet']:.1f}" if against else "",
@@ -116,19 +118,24 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def at_equal_error(lines: list[dict[str, Any]]) -> str:
-    """For each tuned plan, the time of the fastest solver of diffusers at the same error, over that of the plan.
+    """For each tuned plan, how many times as fast it is as the faster of DPM-Solver++ and UniPC at the same error.
 
-    Logarithms of times are interpolated in those of mean errors, between the rows of a solver.
+    Logarithms of times are interpolated in those of errors, mean and median, between the rows of a solver.
     """
     text = []
-    for plan in [line for line in lines if line["row"].startswith("plan ")]:
-        times = []
-        for solver in ("dpm++", "unipc"):
-            rows = [line for line in lines if line["row"].split()[0] == solver and line["batch"] == BATCH]
-            rows.sort(key=lambda line: line["mse"])
-            error, seconds = (np.log([line[name] for line in rows]) for name in ("mse", "seconds"))
-            times.append(np.exp(np.interp(np.log(plan["mse"]), error, seconds, left=np.nan, right=np.nan)))
-        text.append(f"{plan['row']}: error {plan['mse']:.4f}, {np.nanmin(times) / plan['seconds']:.2f} times the time")
+    lines = [line for line in lines if line["batch"] == BLOCK]
+    for plan in [line for line in lines if family(line["row"]) == "plan"]:
+        ratios = {}
+        for column in ("mse", "median_mse"):
+            times = [np.inf]
+            for solver in ("dpm++", "unipc"):
+                rows = sorted((line for line in lines if family(line["row"]) == solver), key=lambda line: line[column])
+                error, seconds = (np.log([line[name] for line in rows]) for name in (column, "seconds"))
+                times.append(np.exp(np.interp(np.log(plan[column]), error, seconds, left=np.inf, right=np.inf)))
+            ratios[column] = min(times) / plan["seconds"]
+        text.append(
+            f"{plan['row']}: {ratios['mse']:.2f} times as fast by the mean, {ratios['median_mse']:.2f} by the median"
+        )
     return "\n".join(text)
 
 
@@ -140,10 +147,10 @@ def family(row: str) -> str:
 
 def draw(lines: list[dict[str, Any]], out: Path) -> None:
     """Draw time against distance, adherence and error."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 5.2), layout="constrained")
     for axis, (column, (label, limits)) in zip(axes, PANELS.items(), strict=True):
         for number, (name, title) in enumerate(FAMILIES.items()):
-            rows = [line for line in lines if line["batch"] == BATCH and family(line["row"]) == name]
+            rows = [line for line in lines if line["batch"] == BLOCK and family(line["row"]) == name]
             rows.sort(key=lambda line: line["seconds"])
             x, y = ([line[key] for line in rows] for key in ("seconds", column))
             style = {"marker": "*" if "plan" in name else "o", "linestyle": "-" if name in JOINED else "none"}
@@ -156,7 +163,7 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
         axis.set_ylabel(label)
         if column == "median_mse":
             axis.set_yscale("log")
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(out, dpi=130)
     click.echo(out)
 
