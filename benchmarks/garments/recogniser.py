@@ -158,7 +158,7 @@ def look(model: Recogniser, images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def matches(captions: Sequence[str], seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each caption, the number of attributes that are seen, and of those that it says; int64 (n,)."""
+    """Numbers of attributes that are seen and that the caption says, for each caption; int64 (n,) each."""
     rights = [Said.of(caption).right(row) for caption, row in zip(captions, seen.tolist(), strict=True)]
     return np.array([sum(right) for right in rights]), np.array([len(right) for right in rights])
 
