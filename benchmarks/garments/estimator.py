@@ -5,15 +5,20 @@ python benchmarks/garments/estimator.py --data DATA --work WORK --out benchmarks
 
 WORK/plain is made, the ladder of the Gaussian and the three networks without guidance, and calibrated with images and
 captions of DATA. For every number m of Euler-Maruyama steps, the calibration predicts the budget at which ML-EM with
-independent coins has the same error to the best level at every step. ML-EM is then run at that budget, on noises of its
-own, and its error compared. The measured speed-up is at equal error, interpolated between two budgets.
+independent coins has the same error to the best level at every step. ML-EM is then run on noises of its own, at that
+budget, or half of all evaluations if it is larger, and at budgets that grow or fall by sqrt(2) until its errors lie
+around that of Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. Rows
+are written one by one.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -32,8 +37,25 @@ STEPS, SAMPLES = 100, 64
 LEVELS = ("gaussian", "small", "medium", "large")
 """Levels of the ladder: those without guidance."""
 
-BUDGETS = (0.5, 1.0, 2.0, 4.0)
-"""Budgets at which ML-EM is measured, relative to the predicted one."""
+
+def errors_around(error: Callable[[float], float], target: float, nfe: float) -> dict[float, float]:
+    """Errors by budget, from `nfe` on by factors of sqrt(2), until two of them lie around `target`.
+
+    Budgets end below STEPS evaluations, at which ML-EM is the best level itself.
+    """
+    errors = {nfe: error(nfe)}
+    factor = math.sqrt(2 if errors[nfe] > target else 0.5)
+    while (errors[nfe] > target) == (factor > 1) and nfe * factor < STEPS:
+        nfe *= factor
+        errors[nfe] = error(nfe)
+    return errors
+
+
+def budget_at(target: float, errors: dict[float, float]) -> float:
+    """Budget at which the error is `target`, or not a number where no two budgets lie around it."""
+    budgets = sorted(errors)
+    logs = [-math.log(errors[nfe]) for nfe in budgets]
+    return float(np.exp(np.interp(-math.log(target), logs, np.log(budgets), left=np.nan, right=np.nan)))
 
 
 @click.command()
@@ -47,35 +69,31 @@ def main(data: Path, work: Path, out: Path) -> None:
     calibration, _, _ = api.calibrate(plain, data=data, prompts=prompts)
     ladder = replace(plain, prompts=first_prompts(str(prompts), "prompt"))
     cost = ladder.costs("cpu")
-    lines = []
+    gamma = {name: reading.__dict__ for name, reading in calibration.gamma.items()}
+    rows: list[dict[str, Any]] = []
     for solver, measured in calibration.solvers.items():
         comparison = PlanComparison(ladder, solver, "cpu", STEPS, SAMPLES, 1, threads=2)
         for row in measured.speed_up:
-            errors = [comparison.errors([single_level(len(cost), len(cost), row.em_steps)]).mean()]
-            budgets = [row.nfe * factor for factor in BUDGETS]
-            errors += [
-                comparison.errors(
-                    [make_recipe(ladder, cost, solver, STEPS, nfe, increments="impulse", draw="independent")]
-                ).mean()
-                for nfe in budgets
-            ]
-            logs = -np.log(errors)
-            # Not a number where no two budgets lie around the error.
-            equal = np.exp(np.interp(logs[0], logs[1:], np.log(budgets), left=np.nan, right=np.nan))
-            lines.append(
+
+            def ml_em(nfe: float, comparison: PlanComparison = comparison, solver: str = solver) -> float:
+                recipe = make_recipe(ladder, cost, solver, STEPS, nfe, increments="impulse", draw="independent")
+                return float(comparison.errors([recipe]).mean())
+
+            em_error = float(comparison.errors([single_level(len(cost), len(cost), row.em_steps)]).mean())
+            errors = errors_around(ml_em, em_error, min(row.nfe, STEPS / 2))
+            rows.append(
                 {
                     "solver": solver,
                     "em_steps": row.em_steps,
-                    "em_error": errors[0],
+                    "em_error": em_error,
                     "predicted_nfe": row.nfe,
                     "predicted": row.ratio,
-                    "errors": dict(zip(map(str, budgets), errors[1:], strict=True)),
-                    "measured": row.em_steps / equal,
+                    "errors": {f"{nfe:.4g}": value for nfe, value in sorted(errors.items())},
+                    "measured": row.em_steps / budget_at(em_error, errors),
                 }
             )
-            click.echo(json.dumps(lines[-1]))
-    gamma = {name: reading.__dict__ for name, reading in calibration.gamma.items()}
-    out.write_text(json.dumps({"gamma": gamma, "rows": lines}, indent=1, default=list) + "\n")
+            click.echo(json.dumps(rows[-1]))
+            out.write_text(json.dumps({"gamma": gamma, "rows": rows}, indent=1, default=list) + "\n")
 
 
 if __name__ == "__main__":
