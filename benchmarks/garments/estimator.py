@@ -6,9 +6,9 @@ python benchmarks/garments/estimator.py --data DATA --work WORK --out benchmarks
 WORK/plain is made, the ladder of the Gaussian and the three networks without guidance, and calibrated with images and
 captions of DATA. For every number m of Euler-Maruyama steps, the calibration predicts the budget at which ML-EM with
 independent coins has the same error to the best level at every step. ML-EM is then run on noises of its own, at that
-budget, or half of all evaluations if it is larger, and at budgets that grow or fall by sqrt(2) until its errors lie
-around that of Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. Rows
-are written one by one.
+budget, or half of all evaluations if it is larger, and at larger or smaller ones until its errors lie around that of
+Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. Rows are written one
+by one.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ LEVELS = ("gaussian", "small", "medium", "large")
 def errors_around(error: Callable[[float], float], target: float, nfe: float) -> dict[float, float]:
     """Errors by budget, from `nfe` on by factors of sqrt(2), until two of them lie around `target`.
 
-    Budgets end below STEPS evaluations, at which ML-EM is the best level itself.
+    Budgets stay below STEPS evaluations, at which ML-EM is the best level itself: they go half the way at most.
     """
     errors = {nfe: error(nfe)}
-    factor = math.sqrt(2 if errors[nfe] > target else 0.5)
-    while (errors[nfe] > target) == (factor > 1) and nfe * factor < STEPS:
-        nfe *= factor
+    rising = errors[nfe] > target
+    while (errors[nfe] > target) == rising:
+        nfe = min(nfe * math.sqrt(2), (nfe + STEPS) / 2) if rising else nfe / math.sqrt(2)
         errors[nfe] = error(nfe)
     return errors
 
 
 def budget_at(target: float, errors: dict[float, float]) -> float:
-    """Budget at which the error is `target`, or not a number where no two budgets lie around it."""
+    """Budget at which the error is `target`, between two of `errors_around` it."""
     budgets = sorted(errors)
     logs = [-math.log(errors[nfe]) for nfe in budgets]
-    return float(np.exp(np.interp(-math.log(target), logs, np.log(budgets), left=np.nan, right=np.nan)))
+    return float(np.exp(np.interp(-math.log(target), logs, np.log(budgets))))
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The modules of a ladder: levels, decoder and encoder, each loaded once and shared by the levels that need it."""
+"""The modules of a ladder: levels, decoder and encoder, each loaded once and kept for all that need it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Loader:
         self.ladder = ladder
         self._gaussians: dict[tuple[int, str], GaussianLevel] = {}
         self._models: dict[tuple[str, str, str], ModelLevel] = {}
-        self._encoders: dict[str, Encoder | None] = {}
+        self._decoders: dict[tuple[str, str], Decoder] = {}
+        self._encoders: dict[tuple[str, str], Encoder] = {}
         self._texts: dict[tuple[str, str], Condition] = {}
 
     @torch.inference_mode(False)
@@ -106,11 +107,14 @@ class Loader:
         part = self.ladder.decoder
         if part is None:
             return None
-        self.ladder.check_part(part)
-        path = self.ladder.place(part.path)
-        with loading(f"decoder {path}"):
-            decoder = load_decoder(part.kind, path, self._precision(len(self.ladder.levels), precision))
-        return decoder.to(device)
+        precision = self._precision(len(self.ladder.levels), precision)
+        key = str(device), precision
+        if key not in self._decoders:
+            self.ladder.check_part(part)
+            path = self.ladder.place(part.path)
+            with loading(f"decoder {path}"):
+                self._decoders[key] = load_decoder(part.kind, path, precision).to(device)
+        return self._decoders[key]
 
     @torch.inference_mode(False)
     def encoder(self, device: torch.device | str, precision: str) -> Encoder | None:
@@ -118,10 +122,15 @@ class Loader:
         part = self.ladder.encoder
         if part is None:
             return None
-        self.ladder.check_part(part)
-        path, dtype = self.ladder.place(part.path), self._precision(len(self.ladder.levels), precision)
-        with loading(f"text encoders of {path}"):
-            return load_encoder(path, part.kind, self.ladder.image_shape[1:], self.ladder.guided, device, dtype)
+        ladder, precision = self.ladder, self._precision(len(self.ladder.levels), precision)
+        key = str(device), precision
+        if key not in self._encoders:
+            ladder.check_part(part)
+            path = ladder.place(part.path)
+            with loading(f"text encoders of {path}"):
+                encoder = load_encoder(path, part.kind, ladder.image_shape[1:], ladder.guided, device, precision)
+            self._encoders[key] = encoder
+        return self._encoders[key]
 
     @torch.inference_mode(False)
     def checker(self, device: str) -> SafetyChecker:
@@ -139,9 +148,7 @@ class Loader:
         """The condition of a prompt without a negative prompt, for a batch of one; it is kept."""
         key = str(device)
         if (text, key) not in self._texts:
-            if key not in self._encoders:
-                self._encoders[key] = self.encoder(device, OWN)
-            encoder = self._encoders[key]
+            encoder = self.encoder(device, OWN)
             assert encoder
             self._texts[text, key] = encoder([text], [None])
         return self._texts[text, key]

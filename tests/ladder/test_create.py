@@ -85,6 +85,13 @@ def test_copied_models_need_no_others(copy, pipelines, tmp_path):
     ladder.load_level(len(ladder.levels), "cpu")
 
 
+def test_encoder_and_decoder_are_loaded_once_in_each_precision(pipelines, tmp_path):
+    ladder = Ladder.create(tmp_path / "ladder", [pipelines / "sd"], measure=False)
+    for load in (ladder.load_encoder, ladder.load_decoder):
+        assert load("cpu") is load("cpu", "float32")
+        assert load("cpu") is not load("cpu", "bfloat16")
+
+
 def test_a_changed_file_is_noticed(copy, tmp_path):
     folder = copy("sd")
     Ladder.create(tmp_path / "ladder", [folder], measure=False)
