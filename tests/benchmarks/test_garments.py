@@ -2,6 +2,7 @@
 
 import composites
 import numpy as np
+import pupils
 import pytest
 import recogniser
 
@@ -77,6 +78,15 @@ def test_what_a_caption_says_is_in_its_image():
         right = recogniser.Said.of(scene.caption).right(truth(scene))
         assert all(right)
         assert len(right) == 1 + scene.said + sum(2 + garment.said for garment in scene.garments)
+
+
+def test_pupils_learn_what_captions_say():
+    for scene in scenes(False):
+        told = pupils.told([scene.caption])[0].tolist()
+        assert all(said in (-100, value) for said, value in zip(told, truth(scene), strict=True))
+        ordered = scene.said or len(scene.garments) == 1
+        items = sum(2 + garment.said for garment in scene.garments) if ordered else 0
+        assert sum(said != -100 for said in told) == 1 + scene.said + items
 
 
 @pytest.mark.parametrize(
