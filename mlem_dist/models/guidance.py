@@ -88,14 +88,13 @@ class GuidedLevel(nn.Module):
         """Drift for x (B, C, H, W) float32 at times t (B,)."""
         known = {} if known is None else known
         value = self.value(x, t, condition, known)
-        inside = self._inside(t)
-        if not inside.any():
+        own = self.varies and GUIDANCE in condition
+        scale = condition[GUIDANCE] if own else torch.full_like(t, self.scale)
+        weight = torch.where(self._inside(t), scale - 1, 0.0)
+        if not weight.any():
             return value
         conditional = self.conditional(x, t, condition, known)
         direction = conditional - self.unconditional(x, t, condition, known)
-        own = self.varies and GUIDANCE in condition
-        scale = condition[GUIDANCE] if own else torch.full_like(t, self.scale)
-        weight = torch.where(inside, scale - 1, 0.0)
         return torch.addcmul(value, weight[:, None, None, None], direction)
 
     def _inside(self, t: Tensor) -> Tensor:

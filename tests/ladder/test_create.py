@@ -19,6 +19,7 @@ from mlem_dist.errors import UsageError
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.ladder.save import save_ladder, save_level
 from mlem_dist.ladder.schema import UNGUIDED, Guidance
+from mlem_dist.models.guidance import GUIDANCE
 from mlem_dist.models.level import new_unet_level
 from mlem_dist.solver.condition import LABEL
 from mlem_dist.solver.process import process_of
@@ -149,6 +150,18 @@ def test_guidance_by_another_model_and_in_an_interval(pipelines, tmp_path):
         assert len(known) == 2 + inside
     mixed = result(x, torch.tensor([700.0, 900.0]), condition)
     torch.testing.assert_close(mixed[1:], large(x, torch.tensor([700.0, 900.0]), condition)[1:])
+
+
+def test_without_guidance_there_is_no_unconditional_evaluation(pipelines, tmp_path):
+    ladder = Ladder.create(tmp_path / "ladder", [pipelines / "sd"], guidance=3, measure=False)
+    plain, guided = (ladder.load_level(number, "cpu") for number in (1, 2))
+    condition = ladder.load_encoder("cpu")(["a cat", "b"], [None, None])
+    x, times = torch.randn(2, *ladder.sample_shape), torch.full((2,), 700.0)
+    for scales, evaluations in (([1.0, 1.0], 1), ([1.0, 3.0], 2)):
+        known = {}
+        value = guided(x, times, condition | {GUIDANCE: torch.tensor(scales)}, known)
+        assert len(known) == evaluations
+        assert torch.equal(value[0], plain(x, times, condition)[0])
 
 
 def test_pipelines_of_a_variant_are_read(pipelines, tmp_path):
