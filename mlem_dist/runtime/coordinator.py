@@ -201,7 +201,7 @@ class Coordinator:
         )
 
     async def _start_pools(self) -> None:
-        self.state = f"waiting for {self.devices} devices that others use"
+        self.state = f"waiting for {self.devices} devices"
         await self.group.ready()
         self.state = "loading levels"
         for index, seats in enumerate(self.seats):
