@@ -9,16 +9,21 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from commands import HANGS, SCRIPT, SMALL, assert_refused, tree
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import mlem_dist
 from mlem_dist import machine
 from mlem_dist.engine.job import versions
 from mlem_dist.errors import UsageError
 from mlem_dist.runtime import cluster
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 INLINE = ["generate", "--engine", "inline", "--num", "16", *SMALL]
 
@@ -69,6 +74,55 @@ def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three, here):
     reference = here("generate", *arguments, "--engine", "inline", "--out", str(tmp_path / "inline"))
     assert reference.returncode == 0, reference.stderr
     assert tree(tmp_path / "ray") == tree(tmp_path / "inline")
+
+
+def without_extras() -> tuple[str, ...]:
+    """A program that runs a script as `python` would where only the package's own requirements are installed."""
+    kept: set[str] = set()
+    todo = [Requirement("mlem-dist")]
+    while todo:
+        requirement = todo.pop()
+        extras = requirement.extras or {""}
+        for name in {f"{requirement.name}[{extra}]" for extra in extras} - kept:
+            kept.add(name)
+            try:
+                further = map(Requirement, metadata.requires(requirement.name) or [])
+            except metadata.PackageNotFoundError:
+                continue
+            todo += [
+                other
+                for other in further
+                if not other.marker or any(other.marker.evaluate({"extra": extra}) for extra in extras)
+            ]
+    names = {canonicalize_name(name.partition("[")[0]) for name in kept}
+    hidden = [
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not names & {canonicalize_name(owner) for owner in owners}
+    ]
+    assert {"pytest", "datasets", "matplotlib"} <= {*hidden}
+    program = f"""
+import runpy, sys, sysconfig
+from importlib.machinery import PathFinder
+hidden = {hidden!r}
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name in hidden:
+            # Ray has some packages in folders of its own.
+            path = [folder for folder in sys.path if folder not in sysconfig.get_paths().values()]
+        return super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    return sys.executable, "-c", program
+
+
+def test_examples_need_no_extra(tmp_path):
+    for name in ("sample_in_process.py", "generate_and_read.py"):
+        done = run(str(EXAMPLES / name), program=without_extras(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 def test_another_source_of_the_same_version_is_noticed(tmp_path):
