@@ -7,8 +7,8 @@ WORK/plain is made, the ladder of the Gaussian and the three networks without gu
 captions of DATA. For every number m of Euler-Maruyama steps, the calibration predicts the budget at which ML-EM with
 independent coins has the same error to the best level at every step. ML-EM is then run on noises of its own, at that
 budget, or half of all evaluations if it is larger, and at larger or smaller ones until its errors lie around that of
-Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. Rows are written one
-by one.
+Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. The same command
+goes on with the rows that OUT lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -26,6 +25,7 @@ from race import Competitors
 
 from mlem_dist import api
 from mlem_dist.dataset.prompts import first_prompts
+from mlem_dist.ladder.calibration import stored
 from mlem_dist.ladder.ladder import Ladder
 from mlem_dist.solver.plan import single_level
 from mlem_dist.tuning.comparison import PlanComparison
@@ -66,34 +66,39 @@ def main(data: Path, work: Path, out: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     plain = Competitors(Ladder.load("garments"), work).part("plain", LEVELS)
     prompts = min((data / "data").glob("train-*.parquet"))
-    calibration, _, _ = api.calibrate(plain, data=data, prompts=prompts)
+    if not stored(plain.folder, plain):
+        api.calibrate(plain, data=data, prompts=prompts)
+    calibration = next(iter(stored(plain.folder, plain).values()))
     ladder = replace(plain, prompts=first_prompts(str(prompts), "prompt"))
     cost = ladder.costs("cpu")
-    gamma = {name: reading.__dict__ for name, reading in calibration.gamma.items()}
-    rows: list[dict[str, Any]] = []
-    for solver, measured in calibration.solvers.items():
+    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    for solver, measured in calibration["solvers"].items():
         comparison = PlanComparison(ladder, solver, "cpu", STEPS, SAMPLES, 1, threads=2)
-        for row in measured.speed_up:
+        for row in measured["speed_up"]:
+            em_steps, predicted_nfe = row["em_steps"], row["nfe"]
+            if any((line["solver"], line["em_steps"]) == (solver, em_steps) for line in rows):
+                continue
 
             def ml_em(nfe: float, comparison: PlanComparison = comparison, solver: str = solver) -> float:
                 recipe = make_recipe(ladder, cost, solver, STEPS, nfe, increments="impulse", draw="independent")
                 return float(comparison.errors([recipe]).mean())
 
-            em_error = float(comparison.errors([single_level(len(cost), len(cost), row.em_steps)]).mean())
-            errors = errors_around(ml_em, em_error, min(row.nfe, STEPS / 2))
+            em_error = float(comparison.errors([single_level(len(cost), len(cost), em_steps)]).mean())
+            errors = errors_around(ml_em, em_error, min(predicted_nfe, STEPS / 2))
             rows.append(
                 {
                     "solver": solver,
-                    "em_steps": row.em_steps,
+                    "em_steps": em_steps,
                     "em_error": em_error,
-                    "predicted_nfe": row.nfe,
-                    "predicted": row.ratio,
+                    "predicted_nfe": predicted_nfe,
+                    "predicted": row["ratio"],
+                    "interval": row["interval"],
                     "errors": {f"{nfe:.4g}": value for nfe, value in sorted(errors.items())},
-                    "measured": row.em_steps / budget_at(em_error, errors),
+                    "measured": em_steps / budget_at(em_error, errors),
                 }
             )
             click.echo(json.dumps(rows[-1]))
-            out.write_text(json.dumps({"gamma": gamma, "rows": rows}, indent=1, default=list) + "\n")
+            out.write_text(json.dumps({"gamma": calibration["gamma"], "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
