@@ -77,7 +77,7 @@ def test_what_is_installed_runs_wherever_it_is_started(tmp_path, three, here):
 
 
 def without_extras() -> tuple[str, ...]:
-    """A program that runs a script as `python` would where only the package's own requirements are installed."""
+    """A program that runs a script where only the package's own requirements are found, except by Ray's workers."""
     kept: set[str] = set()
     todo = [Requirement("mlem-dist")]
     while todo:
@@ -103,6 +103,7 @@ def without_extras() -> tuple[str, ...]:
     assert {"pytest", "datasets", "matplotlib"} <= {*hidden}
     program = f"""
 import runpy, sys, sysconfig
+from importlib.util import find_spec
 from importlib.machinery import PathFinder
 hidden = {hidden!r}
 class Finder(PathFinder):
@@ -113,6 +114,7 @@ class Finder(PathFinder):
             path = [folder for folder in sys.path if folder not in sysconfig.get_paths().values()]
         return super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+assert find_spec("pytest") is None
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -120,8 +122,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_examples_need_no_extra(tmp_path):
+    program = without_extras()
     for name in ("sample_in_process.py", "generate_and_read.py"):
-        done = run(str(EXAMPLES / name), program=without_extras(), cwd=tmp_path)
+        done = run(str(EXAMPLES / name), program=program, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 

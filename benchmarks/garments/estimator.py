@@ -6,9 +6,9 @@ python benchmarks/garments/estimator.py --data DATA --work WORK --out benchmarks
 WORK/plain is made, the ladder of the Gaussian and the three networks without guidance, and calibrated with images and
 captions of DATA. For every number m of Euler-Maruyama steps, the calibration predicts the budget at which ML-EM with
 independent coins has the same error to the best level at every step. ML-EM is then run on noises of its own, at that
-budget, or half of all evaluations if it is larger, and at larger or smaller ones until its errors lie around that of
-Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. The same command
-goes on with the rows that OUT lacks.
+budget, or at STEPS / 2 evaluations if it is larger, and at larger or smaller ones until its errors lie around that of
+Euler-Maruyama. The measured speed-up is at equal error, interpolated between the last two budgets. Samples of a block
+share a drawn plan, so an error is that of SAMPLES / 32 plans. The same command goes on with the rows that OUT lacks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ LEVELS = ("gaussian", "small", "medium", "large")
 def errors_around(error: Callable[[float], float], target: float, nfe: float) -> dict[float, float]:
     """Errors by budget, from `nfe` on by factors of sqrt(2), until two of them lie around `target`.
 
-    Budgets stay below STEPS evaluations, at which ML-EM is the best level itself: they go half the way at most.
+    Budgets stay below STEPS evaluations, at which ML-EM is the best level itself: a step covers half of the distance at
+    most.
     """
     errors = {nfe: error(nfe)}
     rising = errors[nfe] > target
@@ -52,8 +53,8 @@ def errors_around(error: Callable[[float], float], target: float, nfe: float) ->
 
 
 def budget_at(target: float, errors: dict[float, float]) -> float:
-    """Budget at which the error is `target`, between two of `errors_around` it."""
-    budgets = sorted(errors)
+    """Budget at which the error is `target`, between the last two of `errors_around`."""
+    budgets = sorted([*errors][-2:])
     logs = [-math.log(errors[nfe]) for nfe in budgets]
     return float(np.exp(np.interp(-math.log(target), logs, np.log(budgets))))
 

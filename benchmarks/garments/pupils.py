@@ -3,10 +3,10 @@
 python benchmarks/garments/pupils.py --data DATA --work WORK --out benchmarks/results/garments-pupils.json
 
 `mlem-dist generate` makes images of the captions of DATA's training part, with `--guidance` and `--nfe`, into WORK: NUM
-with the smallest budget, and with each other budget as many as cost the same. A recogniser is trained on each dataset
-as it is, by what its captions say, and on as many of its images as the largest budget has. Two more are trained on real
-images with their captions. The score is the share of what a recogniser tells right about the real images of the
-validation part. Lines that OUT has are kept.
+with the smallest budget, and with each other budget as many as `--nfe` says cost the same; images of guidance 1 take
+about half of that. Two recognisers learn what the captions of each dataset say, from all of its images and from as many
+as the largest budget has. Two more learn from real images and their captions. The score is the share of what a
+recogniser tells right about the real images of the validation part. Lines that OUT has are kept.
 """
 
 from __future__ import annotations

@@ -8,9 +8,8 @@ line in OUT has adherence, Fréchet distance and recall as `recogniser.py` defin
 (encoding, sampling and decoding). The error of an image in [-1, 1] is the mean square of the difference to that of the
 guided ODE of the largest model, 100 steps of DPM-Solver++(2M) in float32. Without ROW, all rows that OUT does not have
 are made. With `--time`, the times of all lines of OUT are measured anew, one after the other on a machine that does
-nothing else. Only those times compare: otherwise a ladder's text encoder is loaded again for each batch. WORK keeps the
-images of the guided ODE, further ladders of the same models, and what the recogniser sees in the images of each row.
-Rows of cache-dit need that package (1.5).
+nothing else, and only those times compare. WORK keeps the images of the guided ODE, further ladders of the same models,
+and what the recogniser sees in the images of each row. Rows of cache-dit need that package (1.5).
 """
 
 from __future__ import annotations
@@ -401,7 +400,7 @@ def main(
     if timed:
         for entry in lines:
             batch = entry["batch"]
-            # A pipeline is loaded once. `sample` loads its text encoder in each call, and makes blocks itself.
+            # `sample` makes blocks itself.
             calls = batch if is_pipeline(entry["row"]) else TIMED
             entry["seconds"] = seconds_alone(competitors.way(entry["row"]), captions, batch, calls)
             click.echo(f"{entry['row']}, batch {entry['batch']}: {entry['seconds']:.4f} s")
